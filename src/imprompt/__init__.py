@@ -1,0 +1,37 @@
+"""imprompt: show a diffusion model a picture and it draws with it.
+
+The public names are imported on first use, so that ``import imprompt`` costs milliseconds and never
+loads torch by itself.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from imprompt.adapter.adapter import IPAdapter
+    from imprompt.adapter.prompt import ImagePrompt
+    from imprompt.generation.engine import Engine, Result, generate
+    from imprompt.generation.request import ImageRef, Request
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "IPAdapter": "imprompt.adapter.adapter",
+    "ImagePrompt": "imprompt.adapter.prompt",
+    "Engine": "imprompt.generation.engine",
+    "Result": "imprompt.generation.engine",
+    "generate": "imprompt.generation.engine",
+    "ImageRef": "imprompt.generation.request",
+    "Request": "imprompt.generation.request",
+}
+__all__ = ["Engine", "IPAdapter", "ImagePrompt", "ImageRef", "Request", "Result", "__version__", "generate"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'imprompt' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
