@@ -135,7 +135,7 @@ class Judge:
             f"network.{key}": value.half() if value.is_floating_point() else value
             for key, value in self.network.state_dict().items()
         }
-        about: dict = {"concepts": self.concepts, "styles": self.styles, "ceiling": self.ceiling}
+        about: dict[str, object] = {"concepts": self.concepts, "styles": self.styles, "ceiling": self.ceiling}
         if self.gallery is not None:
             tensors["gallery"] = self.gallery.embeddings.half()
             about["gallery"] = {"concepts": self.gallery.concepts, "styles": self.gallery.styles}
@@ -324,16 +324,13 @@ def train_judge(
             nn.utils.clip_grad_norm_(network.parameters(), 5.0)
             optimizer.step()
             hits = (concept_logits.argmax(1) == concept_of[picked]).float().sum()
-            totals = [
-                totals[0] + float(concept_loss) * len(picked),
-                totals[1] + float(style_loss) * len(picked),
-                totals[2] + float(hits),
-            ]
+            sums = (concept_loss.detach() * len(picked), style_loss.detach() * len(picked), hits)
+            totals = [total + float(value) for total, value in zip(totals, sums, strict=True)]
         elapsed = time.monotonic() - started
         loss, style_mean, right = (total / len(training) for total in totals)
         log(
-            f"judge epoch {epoch + 1}/{epochs} {elapsed:.0f}s concept loss {loss:.3f} style loss {style_mean:.3f} "
-            f"concept accuracy (augmented) {right:.3f}"
+            f"judge epoch {epoch + 1}/{epochs} {elapsed:.0f}s concept loss {loss:.3f} "
+            f"style loss {style_mean:.3f} concept accuracy (augmented) {right:.3f}"
         )
         if seconds is not None and elapsed > seconds:
             break

@@ -4,7 +4,7 @@ A folder holds pictures and a ``metadata.jsonl`` in the manner of Hugging Face's
 a line: ``file_name``; ``text`` (a caption or a list of them) or ``captions`` by kind
 (``{"full": [...], "concept": [...], "style": [...]}``); ``group`` (a name) or ``groups`` by kind
 (``{"concept": "sailboat", "style": "noto"}``); ``split`` (``"train"`` when absent; anything that starts with
-``held_out`` is never trained on). Without ``metadata.jsonl`` every picture's caption is the ``.txt`` beside it.
+``held_out`` is never trained on). Without ``metadata.jsonl`` the caption is the ``.txt`` file beside.
 Only text is read here: pictures are opened where they are needed.
 """
 
@@ -14,6 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from imprompt.errors import InputError
 
@@ -100,7 +101,7 @@ def _from_lines(metadata: Path) -> tuple[list[Row], list[Rejected]]:
     return rows, rejected
 
 
-def _parse(record: dict, folder: Path) -> Row:
+def _parse(record: dict[str, Any], folder: Path) -> Row:
     file = folder / record["file_name"]
     if not file.is_file():
         raise ValueError(f"picture '{record['file_name']}' is missing")
