@@ -1,0 +1,599 @@
+"""The training loop: a frozen base, one adapter, and a figure that says whether it learns.
+
+``train(config)`` writes ``ip-adapter.safetensors`` in the published layout into the output folder, beside
+``run.json`` (what was asked), ``log.jsonl`` (losses) and the newest checkpoints. The plain loss of a
+diffusion model stays flat while an adapter learns; what tells is the validation loss on fixed pictures, noise
+and timesteps *with* the image against *without* it. Both are printed and logged.
+
+Several processes (``torchrun``, ``accelerate launch``) share the work: each draws its own part of the batch,
+gradients are averaged. Nothing here knows how pictures are generated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, distributed
+from torch.nn import functional
+from tqdm import tqdm
+
+from imprompt.adapter.adapter import IPAdapter
+from imprompt.errors import ModelError, UsageError
+from imprompt.evaluation.rows import Rejected, read_rows
+from imprompt.training.cache import EncodedSet, encode_features, encode_latents, encode_texts
+from imprompt.training.config import TrainConfig
+from imprompt.training.data import Plan, generator_for
+
+WEIGHT_NAME = "ip-adapter.safetensors"
+VALIDATION_LEVELS = 4  # timesteps each validation picture is tested at, spread over the schedule
+FEATURE = {"linear": "pooled", "resampler": "hidden"}
+
+
+def train(config: TrainConfig) -> Path:
+    """Train one adapter; returns the file written, reloaded once to prove that it reads.
+
+    Raises :class:`UsageError` when the output folder holds another run or the configuration cannot work,
+    :class:`InputError` without usable pictures, :class:`ModelError` when the base cannot be loaded or a loss
+    stops being finite. Ctrl-C saves a checkpoint, then raises ``KeyboardInterrupt``.
+    """
+    world = _World(config)
+    with world:
+        if world.first:
+            _claim(config)
+        world.wait()
+        trainer = _Trainer(config, world)
+        trainer.run()
+        return trainer.finish()
+
+
+def prediction_target(kind: str, clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """What a UNet of this ``prediction_type`` should output for ``√ᾱ·clean + √(1-ᾱ)·noise``.
+
+    ``epsilon``: the noise; ``v_prediction``: ``√ᾱ·noise - √(1-ᾱ)·clean`` (Salimans & Ho 2022, §4);
+    ``sample``: the clean latents. Latents ``B C h w``, ``alpha_bar`` ``B``.
+    """
+    signal_level, noise_level = _broadcast(alpha_bar.sqrt()), _broadcast((1 - alpha_bar).sqrt())
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        return signal_level * noise - noise_level * clean
+    if kind == "sample":
+        return clean
+    raise ModelError(f"prediction type '{kind}' is not one of epsilon, v_prediction, sample")
+
+
+def loss_weights(kind: str, alpha_bar: Tensor, gamma: float | None) -> Tensor:
+    """Min-SNR weights ``B`` for the squared error of what the model predicts (Hang et al. 2023, §3.4).
+
+    ``min(SNR, γ)`` is the weight of the error in the clean picture; divided by SNR for noise prediction and
+    by SNR + 1 for v. Ones without ``gamma``.
+    """
+    if gamma is None:
+        return torch.ones_like(alpha_bar)
+    # At zero terminal SNR the quotient is 0/0; its limit is 1 for noise prediction.
+    snr = (alpha_bar / (1 - alpha_bar)).clamp(min=1e-8)
+    capped = snr.clamp(max=gamma)
+    return {"epsilon": capped / snr, "v_prediction": capped / (snr + 1), "sample": capped}[kind]
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of optimizer step ``step`` (from 0)."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+class _World:
+    """This process among those that train together; alone unless a launcher set ``WORLD_SIZE``."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.number = int(os.environ.get("RANK", "0")) if self.count > 1 else 0
+        name = config.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and self.count > 1:
+            name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        try:
+            self.device = torch.device(name)
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise UsageError(f"device '{name}' cannot be used here: {error}") from error
+        self.dtype = _arithmetic(config, self.device)
+
+    @property
+    def first(self) -> bool:
+        return self.number == 0
+
+    def __enter__(self) -> None:
+        if self.count > 1 and not distributed.is_initialized():
+            distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    def __exit__(self, *_: object) -> None:
+        if self.count > 1 and distributed.is_initialized():
+            distributed.destroy_process_group()
+
+    def wait(self) -> None:
+        if self.count > 1:
+            distributed.barrier()
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its mean over the processes, in one message."""
+        if self.count == 1:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        distributed.all_reduce(flat)
+        for tensor, part in zip(
+            tensors, (flat / self.count).split([t.numel() for t in tensors]), strict=True
+        ):
+            tensor.copy_(part.view_as(tensor))
+
+
+class _Trainer:
+    """Owns the run: the frozen base, the adapter, optimizer, averaged weights, log and checkpoints."""
+
+    def __init__(self, config: TrainConfig, world: _World) -> None:
+        self.config, self.world, self.device = config, world, world.device
+        pipe = _load_base(config)
+        self.scheduler_config = pipe.scheduler.config
+        self.prediction = self.scheduler_config.get("prediction_type", "epsilon")
+        self.alpha_bar = _alphas(pipe).to(self.device)
+        self.unet = pipe.unet.eval().requires_grad_(False)
+        if self.unet.config.in_channels != self.unet.config.out_channels:
+            raise ModelError(
+                f"'{config.base}' takes {self.unet.config.in_channels} channels (an inpainting model); train "
+                "on the plain base of its family: the adapter fits both"
+            )
+        encoder = _load_encoder(pipe, config)
+        if world.first:
+            self.data, self.plan = self._encode(pipe, encoder)
+        world.wait()
+        if not world.first:
+            self.data, self.plan = self._encode(pipe, encoder)
+        pipe.vae = pipe.text_encoder = pipe.image_encoder = None  # only UNet and adapter stay in memory
+        del encoder
+        self.unet.to(self.device, self.world.dtype)
+        if config.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        self.adapter = self._make_adapter()
+        self.adapter.attach(self.unet)
+        self.parameters = [parameter for parameter in self.adapter.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+        )
+        self.averaged = [parameter.detach().clone() for parameter in self.parameters] if config.ema else []
+        self.step = 0
+        self.interrupted = False
+        if config.resume:
+            self._restore()
+
+    def run(self) -> None:
+        """All remaining steps, with validation, log lines and checkpoints on the way."""
+        config = self.config
+        running, counted, started = torch.zeros((), device=self.device), 0, time.monotonic()
+        if self.step == 0:
+            self._validate()
+        bar = tqdm(
+            total=config.steps,
+            initial=self.step,
+            desc="training",
+            unit="step",
+            disable=config.quiet or not self.world.first,
+        )
+        with bar, self._catching_interrupts():
+            while self.step < config.steps:
+                running, counted = running + self._advance(), counted + 1
+                self.step += 1
+                bar.update()
+                last = self.step == config.steps
+                checkpoint = last or self.interrupted or self.step % config.checkpoint_every == 0
+                if last or checkpoint or self.step % config.log_every == 0:
+                    loss = float(running) / counted
+                    pace = counted * config.batch * config.accumulate / (time.monotonic() - started)
+                    running, counted, started = torch.zeros_like(running), 0, time.monotonic()
+                    self._report_loss(loss, pace, bar)
+                if checkpoint:
+                    self._save_checkpoint()
+                if self.interrupted:
+                    raise KeyboardInterrupt
+                if last or self.step % config.validate_every == 0:
+                    self._validate()
+                    started = time.monotonic()
+
+    def finish(self) -> Path:
+        """Write the adapter in the published layout and read it back."""
+        path = self.config.output / WEIGHT_NAME
+        if not self.world.first:
+            return path
+        with self._averaged_weights():
+            self.adapter.save_pretrained(self.config.output, weight_name=WEIGHT_NAME)
+            expected = self.adapter.state_dict()
+        read = IPAdapter.from_pretrained(path).state_dict()
+        for part, tensors in expected.items():
+            for name, tensor in tensors.items():
+                if name not in read[part] or not torch.equal(read[part][name].cpu(), tensor.cpu()):
+                    raise ModelError(f"'{path}' does not read back as written: '{part}.{name}' differs")
+        self.adapter.detach()
+        return path
+
+    def _encode(self, pipe: Any, encoder: Any) -> tuple[EncodedSet, Plan]:
+        config = self.config
+        rows, rejected = read_rows(config.data)
+        factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+        side = config.resolution or pipe.unet.config.sample_size * factor
+        if side % factor:
+            raise UsageError(f"resolution must be a multiple of {factor} for this base, given {side}")
+        pipe.to(self.device)
+        encoder.to(self.device, torch.float32)
+        latents = encode_latents(rows, pipe.vae, config, (side, side), self.device)
+        plan = Plan(rows, config, unusable=set(latents.rejected))
+        features, negative = encode_features(rows, encoder, FEATURE[config.kind], config, (side, side))
+        captions = plan.captions
+        texts = encode_texts(pipe, captions, config, self.device)
+        rejected += [Rejected(rows[index].file.name, why) for index, why in sorted(latents.rejected.items())]
+        self.side, self.feature_width = side, int(negative.shape[-1])
+        data = EncodedSet(
+            latents,
+            features,
+            FEATURE[config.kind],
+            negative,
+            texts,
+            {caption: index for index, caption in enumerate(captions)},
+            rejected,
+        )
+        if self.world.first:
+            self._report_data(plan, data)
+        return data, plan
+
+    def _make_adapter(self) -> IPAdapter:
+        config = self.config
+        if config.init is not None:
+            adapter = IPAdapter.from_pretrained(config.init)
+            if adapter.projection.feature != FEATURE[config.kind]:
+                raise UsageError(
+                    f"'{config.init}' reads {adapter.projection.feature} features, kind '{config.kind}' "
+                    f"trains on {FEATURE[config.kind]}"
+                )
+        else:
+            extra = {} if config.tokens is None else {"tokens": config.tokens}
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                adapter = IPAdapter.new(
+                    self.unet, kind=config.kind, feature_width=self.feature_width, **extra
+                )
+        adapter.to(self.device, torch.float32)
+        return adapter
+
+    def _advance(self) -> Tensor:
+        """One optimizer step; returns the mean loss, still on the device."""
+        config = self.config
+        total = torch.zeros((), device=self.device)
+        for part in range(config.accumulate):
+            loss = self._loss(self.step * config.accumulate + part) / config.accumulate
+            total += loss
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        self.world.average(gradients)
+        if config.clip:
+            torch.nn.utils.clip_grad_norm_(self.parameters, config.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.averaged:
+            decay = min(config.ema, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(self.averaged, [p.detach() for p in self.parameters], 1 - decay)
+        return total
+
+    def _loss(self, number: int) -> Tensor:
+        """Loss of forward pass ``number``; its gradients are added to the parameters'."""
+        config, data = self.config, self.data
+        batch = self.plan.draw(number, process=self.world.number, processes=self.world.count)
+        source = generator_for(config.seed, f"noise {self.world.number}", number)
+        clean = data.latents.rows("mean", batch.targets)
+        if config.latent == "sample":
+            clean = clean + data.latents.rows("std", batch.targets) * torch.randn(
+                clean.shape, generator=source
+            )
+        noise = torch.randn(clean.shape, generator=source)
+        steps = torch.randint(len(self.alpha_bar), (config.batch,), generator=source)
+        features = data.features.rows(data.feature, batch.references, batch.views)
+        features = drop_features(features, data.negative, batch.image_dropped)
+        error = self._error(clean, noise, steps, features, batch.captions)
+        with error as per_picture:
+            alpha_bar = self.alpha_bar[steps.to(self.device)]
+            loss = (per_picture * loss_weights(self.prediction, alpha_bar, config.min_snr)).mean()
+            # Inside: a checkpointed UNet runs again in the backward pass and needs its tokens.
+            (loss / config.accumulate).backward()
+        return loss.detach()
+
+    @contextlib.contextmanager
+    def _error(
+        self, clean: Tensor, noise: Tensor, steps: Tensor, features: Tensor, captions: Sequence[str]
+    ) -> Iterator[Tensor]:
+        """Mean squared error of each picture ``B``; tokens stay in place until the caller is done with it."""
+        device = self.device
+        clean, noise, steps = clean.to(device), noise.to(device), steps.to(device)
+        alpha_bar = self.alpha_bar[steps]
+        noisy = _broadcast(alpha_bar.sqrt()) * clean + _broadcast((1 - alpha_bar).sqrt()) * noise
+        states = self.data.text("states", captions).to(device)
+        extra = {}
+        if self.unet.config.addition_embed_type == "text_time":
+            sizes = torch.tensor([[self.side, self.side, 0, 0, self.side, self.side]], device=device)
+            pooled = self.data.text("pooled", captions).to(device)
+            extra["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes.expand(len(clean), -1)}
+        reduced = self.world.dtype != torch.float32
+        with torch.autocast(device.type, self.world.dtype, enabled=reduced):
+            tokens = self.adapter.projection(features.to(device))
+            with self.adapter.training_tokens(tokens):
+                predicted = self.unet(noisy, steps, states, return_dict=False, **extra)[0]
+                target = prediction_target(self.prediction, clean, noise, alpha_bar)
+                with torch.autocast(device.type, enabled=False):
+                    error = functional.mse_loss(predicted.float(), target, reduction="none")
+                    yield error.flatten(1).mean(1)
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        """Loss on fixed pictures, noise and timesteps, with the image and without; logged and printed."""
+        if not self.world.first:
+            return
+        length, rows = len(self.alpha_bar), self.plan.validation
+        sums = torch.zeros(2, VALIDATION_LEVELS)
+        with self._averaged_weights():
+            for start in range(0, len(rows), self.config.batch):
+                picked = rows[start : start + self.config.batch]
+                clean = self.data.latents.rows("mean", picked)
+                noise = torch.stack(
+                    [
+                        torch.randn(clean.shape[1:], generator=generator_for(0, "validation", row))
+                        for row in picked
+                    ]
+                )
+                shown = self.data.features.rows(self.data.feature, picked, [0] * len(picked))
+                hidden = self.data.negative.expand_as(shown)
+                captions = [self.plan.validation_caption(row) for row in picked]
+                for level in range(VALIDATION_LEVELS):
+                    at = int((level + 0.5) / VALIDATION_LEVELS * length)
+                    steps = torch.full((len(picked),), at)
+                    for place, features in enumerate((shown, hidden)):
+                        with self._error(clean, noise, steps, features, captions) as per_picture:
+                            sums[place, level] += per_picture.sum().cpu()
+        with_image, without_image = (sums.mean(1) / len(rows)).tolist()
+        record = {
+            "step": self.step,
+            "validation_with_image": with_image,
+            "validation_without_image": without_image,
+            "gap": without_image - with_image,
+            "gap_by_noise": ((sums[1] - sums[0]) / len(rows)).tolist(),
+        }
+        self._log(record)
+        self._say(
+            f"step {self.step}: validation loss {with_image:.4f} with the image, {without_image:.4f} without "
+            f"(the image explains {1 - with_image / without_image:.1%})"
+        )
+        if not math.isfinite(with_image + without_image):
+            raise ModelError(f"the validation loss is not finite at step {self.step}: {record}")
+
+    @contextlib.contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        if not self.averaged:
+            yield
+            return
+        current = [parameter.detach().clone() for parameter in self.parameters]
+        self._put(self.averaged)
+        try:
+            yield
+        finally:
+            self._put(current)
+
+    @torch.no_grad()
+    def _put(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+
+    def _save_checkpoint(self) -> None:
+        """Everything needed to go on, in one file that appears whole or not at all."""
+        if not self.world.first:
+            return
+        tensors = {}
+        for index, parameter in enumerate(self.parameters):
+            tensors[f"weights.{index}"] = parameter.detach()
+            for name, value in self.optimizer.state[parameter].items():
+                tensors[f"{name}.{index}"] = value
+            if self.averaged:
+                tensors[f"averaged.{index}"] = self.averaged[index]
+        about = {"step": str(self.step), "identity": json.dumps(self.config.identity())}
+        path = self.config.output / f"checkpoint-{self.step:08d}.safetensors"
+        part = path.with_suffix(".part")
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part, about)
+        part.replace(path)
+        for old in _checkpoints(self.config.output)[: -self.config.keep_checkpoints]:
+            old.unlink()
+
+    def _restore(self) -> None:
+        found = _checkpoints(self.config.output)
+        if not found:
+            return
+        path = found[-1]
+        try:
+            with safe_open(path, "pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ModelError(
+                f"checkpoint '{path}' is damaged: {error}; delete it to use the one before"
+            ) from error
+        for index, parameter in enumerate(self.parameters):
+            if tensors.get(f"weights.{index}", torch.empty(0)).shape != parameter.shape:
+                raise ModelError(f"checkpoint '{path}' is of another adapter: parameter {index} does not fit")
+            names = ("step", "exp_avg", "exp_avg_sq")
+            state = {name: tensors[f"{name}.{index}"] for name in names}
+            self.optimizer.state[parameter] = {
+                name: value if name == "step" else value.to(self.device) for name, value in state.items()
+            }
+        self._put([tensors[f"weights.{index}"] for index in range(len(self.parameters))])
+        self.averaged = [tensors[f"averaged.{index}"].to(self.device) for index in range(len(self.averaged))]
+        self.step = int(about["step"])
+        if self.world.first:
+            _truncate_log(self.config.output / "log.jsonl", self.step)
+        self._say(f"resumed at step {self.step} from {path.name}")
+
+    @contextlib.contextmanager
+    def _catching_interrupts(self) -> Iterator[None]:
+        """The first Ctrl-C ends the run after this step, with a checkpoint; the second ends it at once."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+            self._say("stopping after this step (again to stop at once)")
+
+        try:
+            before = signal.signal(signal.SIGINT, note) if self.world.count == 1 else None
+        except ValueError:  # not the main thread: interrupts belong to someone else
+            before = None
+        try:
+            yield
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGINT, before)
+
+    def _report_loss(self, loss: float, pace: float, bar: Any) -> None:
+        if not math.isfinite(loss):
+            found = _checkpoints(self.config.output)
+            last = (
+                f"the last good checkpoint is '{found[-1].name}'" if found else "there is no checkpoint yet"
+            )
+            raise ModelError(
+                f"the loss is not finite at step {self.step} (lr {self.config.lr:g}); {last}; try a lower "
+                "learning rate, a longer warm-up or float32"
+            )
+        bar.set_postfix(loss=f"{loss:.4f}")
+        rate = learning_rate(self.config, self.step - 1)
+        self._log({"step": self.step, "loss": loss, "lr": rate, "pictures_per_s": round(pace, 2)})
+
+    def _report_data(self, plan: Plan, data: EncodedSet) -> None:
+        lines = [f"{item}" for item in data.rejected]
+        (self.config.output / "rejected.txt").write_text("".join(line + "\n" for line in lines), "utf-8")
+        about = (
+            f"{len(plan.training)} training pictures, {len(plan.validation)} for validation"
+            f"{' (training pictures: none is held out)' if plan.validates_on_training_rows else ''}, "
+            f"{len(data.caption_index)} captions, references usable: {plan.usable_modes}"
+        )
+        self._say(about + (f"; {len(lines)} left out, see rejected.txt" if lines else ""))
+
+    def _log(self, record: dict[str, Any]) -> None:
+        if self.world.first:
+            with (self.config.output / "log.jsonl").open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(record) + "\n")
+
+    def _say(self, line: str) -> None:
+        if self.world.first and not self.config.quiet:
+            tqdm.write(line, file=sys.stderr)
+
+
+def drop_features(features: Tensor, negative: Tensor, dropped: Tensor) -> Tensor:
+    """Features ``B …`` with the rows marked in ``dropped`` (bool ``B``) replaced by the negative ``1 …``."""
+    mask = dropped.view(-1, *[1] * (features.dim() - 1))
+    return torch.where(mask, negative.to(features), features)
+
+
+def _broadcast(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1, 1)
+
+
+def _arithmetic(config: TrainConfig, device: torch.device) -> torch.dtype:
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        native = any(
+            getattr(torch.cpu, name, lambda: False)()
+            for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        )
+    else:
+        native = False
+    if config.dtype == "bfloat16" and not native:
+        raise UsageError(
+            f"dtype bfloat16: this {device.type} has no bfloat16 arithmetic; use float32 or auto"
+        )
+    return torch.bfloat16 if native and config.dtype != "float32" else torch.float32
+
+
+def _claim(config: TrainConfig) -> None:
+    """Make the output folder this run's own. Raises :class:`UsageError` when it is another's."""
+    record = config.output / "run.json"
+    if record.exists() or (config.output / WEIGHT_NAME).exists():
+        if not config.resume:
+            raise UsageError(f"'{config.output}' already holds a run; resume it or choose another folder")
+        if record.exists():
+            before = json.loads(record.read_text(encoding="utf-8"))
+            now = config.identity()
+            changed = sorted(name for name in now if before.get(name) != now[name])
+            if changed:
+                was = ", ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in changed)
+                raise UsageError(
+                    f"'{config.output}' holds another run ({was}); use these values or a new folder"
+                )
+    config.output.mkdir(parents=True, exist_ok=True)
+    part = record.with_suffix(".part")
+    part.write_text(json.dumps(config.identity(), indent=2) + "\n", encoding="utf-8")
+    part.replace(record)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint-*.safetensors"))
+
+
+def _truncate_log(path: Path, step: int) -> None:
+    """Forget lines of steps that the resumed run takes again."""
+    if path.exists():
+        lines = [line for line in path.read_text("utf-8").splitlines() if json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in lines), "utf-8")
+
+
+def _alphas(pipe: Any) -> Tensor:
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod.float()
+
+
+def _load_base(config: TrainConfig) -> Any:
+    from diffusers import DiffusionPipeline
+
+    folder = Path(config.base)
+    if config.base == "emoji":
+        folder = Path(__file__).parents[1] / "assets" / "emoji"
+    name = str(folder) if folder.exists() else config.base
+    try:
+        pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"base '{config.base}' is no diffusers folder or hub id that can be loaded: {error}"
+        ) from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _load_encoder(pipe: Any, config: TrainConfig) -> Any:
+    from imprompt.encoders.clip import ImageEncoder
+
+    if config.image_encoder is not None:
+        return ImageEncoder.from_pretrained(config.image_encoder, torch_dtype=torch.float32)
+    if getattr(pipe, "image_encoder", None) is None:
+        raise UsageError(f"base '{config.base}' has no image encoder of its own; name one with image_encoder")
+    return ImageEncoder(pipe.image_encoder, pipe.feature_extractor)
