@@ -94,7 +94,7 @@ def fingerprint(*modules: nn.Module) -> str:
 
 
 def encode_latents(
-    rows: Sequence[Row], vae: nn.Module, config: TrainConfig, size: tuple[int, int], device: torch.device
+    rows: Sequence[Row], vae: Any, config: TrainConfig, size: tuple[int, int], device: torch.device
 ) -> Table:
     """Scaled posterior ``mean`` and ``std``, each ``N 4 h w``, of the rows' centre crops of ``size``."""
 

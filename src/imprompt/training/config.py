@@ -45,14 +45,18 @@ class Augmentation(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    crop: float = Field(0.25, ge=0, lt=0.9, description="share of each side that a random crop may cut away")
-    shrink: float = Field(
-        0.3, ge=0, lt=0.9, description="share by which the picture may shrink on white ground"
+    crop: float = Field(
+        default=0.25, ge=0, lt=0.9, description="share of each side that a random crop may cut away"
     )
-    shift: float = Field(0.1, ge=0, lt=0.5, description="move by up to this share of the side")
-    rotate: float = Field(10.0, ge=0, le=180, description="degrees either way")
-    flip: float = Field(0.5, ge=0, le=1, description="probability of a mirror image")
-    colour: float = Field(0.1, ge=0, lt=1, description="brightness, contrast and saturation, either way")
+    shrink: float = Field(
+        default=0.3, ge=0, lt=0.9, description="share by which the picture may shrink on white ground"
+    )
+    shift: float = Field(default=0.1, ge=0, lt=0.5, description="move by up to this share of the side")
+    rotate: float = Field(default=10.0, ge=0, le=180, description="degrees either way")
+    flip: float = Field(default=0.5, ge=0, le=1, description="probability of a mirror image")
+    colour: float = Field(
+        default=0.1, ge=0, lt=1, description="brightness, contrast and saturation, either way"
+    )
 
 
 class TrainConfig(BaseModel):
@@ -62,41 +66,52 @@ class TrainConfig(BaseModel):
     number of steps are for a small set and belong to the data.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     data: Path = Field(description="folder of captioned pictures, or its metadata.jsonl")
-    base: str = Field("emoji", description="diffusers folder, hub id or alias of the frozen model")
+    base: str = Field(default="emoji", description="diffusers folder, hub id or alias of the frozen model")
     output: Path = Field(description="folder of this run; must be new, or hold the run that is resumed")
     kind: Literal["linear", "resampler"] = Field(
-        "linear", description="linear: pooled embedding to 4 tokens (base); resampler: patches to 16 (plus)"
+        default="linear",
+        description="linear: pooled embedding to 4 tokens (base); resampler: patches to 16 (plus)",
     )
-    tokens: int | None = Field(None, ge=1, description="image tokens; None: 4 for linear, 16 for resampler")
-    init: Path | None = Field(None, description="adapter file to continue from instead of fresh weights")
+    tokens: int | None = Field(
+        default=None, ge=1, description="image tokens; None: 4 for linear, 16 for resampler"
+    )
+    init: Path | None = Field(
+        default=None, description="adapter file to continue from instead of fresh weights"
+    )
     image_encoder: str | None = Field(
-        None, description="folder or hub id; None: the base's own image_encoder"
+        default=None, description="folder or hub id; None: the base's own image_encoder"
     )
 
-    steps: int = Field(10_000, ge=1, description="optimizer steps")
-    batch: int = Field(8, ge=1, description="pictures per forward pass and process")
-    accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
-    lr: float = Field(1e-4, gt=0, description="peak learning rate")
-    weight_decay: float = Field(1e-2, ge=0)
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's running averages")
-    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
-    schedule: Literal["constant", "cosine"] = Field("constant", description="after warm-up; cosine ends at 0")
-    clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
-    ema: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights that are saved; 0: none")
+    steps: int = Field(default=10_000, ge=1, description="optimizer steps")
+    batch: int = Field(default=8, ge=1, description="pictures per forward pass and process")
+    accumulate: int = Field(default=1, ge=1, description="forward passes per optimizer step")
+    lr: float = Field(default=1e-4, gt=0, description="peak learning rate")
+    weight_decay: float = Field(default=1e-2, ge=0)
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's running averages")
+    warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
+    schedule: Literal["constant", "cosine"] = Field(
+        default="constant", description="after warm-up; cosine ends at 0"
+    )
+    clip: float = Field(default=1.0, ge=0, description="largest gradient norm; 0: no clipping")
+    ema: float = Field(
+        default=0.999, ge=0, lt=1, description="decay of the averaged weights that are saved; 0: none"
+    )
     min_snr: float | None = Field(
-        None,
+        default=None,
         gt=0,
         description="gamma of min-SNR weighting (Hang et al. 2023; 5 is usual); None: even weights",
     )
 
-    drop_text: float = Field(0.05, ge=0, le=1, description="share of pictures trained with an empty caption")
-    drop_image: float = Field(0.05, ge=0, le=1, description="share trained with the negative image")
-    drop_both: float = Field(0.05, ge=0, le=1, description="share trained with neither")
+    drop_text: float = Field(
+        default=0.05, ge=0, le=1, description="share of pictures trained with an empty caption"
+    )
+    drop_image: float = Field(default=0.05, ge=0, le=1, description="share trained with the negative image")
+    drop_both: float = Field(default=0.05, ge=0, le=1, description="share trained with neither")
     references: tuple[tuple[str, float], ...] = Field(
-        (("self", 1.0),),
+        default=(("self", 1.0),),
         description="which picture is shown as reference, with probabilities: 'self' the target itself; any "
         "other name is a kind of group, and another picture of the target's group of that kind is shown",
     )
@@ -109,31 +124,39 @@ class TrainConfig(BaseModel):
         description="kinds of caption that may go with each kind of reference; '*' any. What the reference "
         "does not say, the caption must: a reference of the same style needs the concept in the caption",
     )
-    views: int = Field(1, ge=1, description="cached versions of each reference; the first is unchanged")
+    views: int = Field(
+        default=1, ge=1, description="cached versions of each reference; the first is unchanged"
+    )
     augmentation: Augmentation = Field(
         default_factory=Augmentation, description="of the versions after the first"
     )
 
-    resolution: int | None = Field(None, ge=8, description="side in pixels; None: the base's own")
+    resolution: int | None = Field(default=None, ge=8, description="side in pixels; None: the base's own")
     latent: Literal["mean", "sample"] = Field(
-        "sample", description="the VAE's mean, or a new sample each time"
+        default="sample", description="the VAE's mean, or a new sample each time"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="arithmetic of the frozen model; auto: bfloat16 where the hardware has it"
+        default="auto", description="arithmetic of the frozen model; auto: bfloat16 where the hardware has it"
     )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-    gradient_checkpointing: bool = Field(False, description="less memory, about a third more time")
-    seed: int = Field(0, ge=0, lt=2**31)
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps")
+    gradient_checkpointing: bool = Field(default=False, description="less memory, about a third more time")
+    seed: int = Field(default=0, ge=0, lt=2**31)
 
-    cache: Path | None = Field(None, description="folder of encoded pictures; None: 'cache' inside output")
-    workers: int = Field(2, ge=1, description="threads that decode pictures while the cache is filled")
-    checkpoint_every: int = Field(500, ge=1, description="steps")
-    keep_checkpoints: int = Field(2, ge=1)
-    resume: bool = Field(False, description="continue the newest checkpoint in output, if there is one")
-    validate_every: int = Field(250, ge=1, description="steps")
-    validation_rows: int = Field(64, ge=1, description="at most so many pictures are validated on")
-    log_every: int = Field(25, ge=1, description="steps between loss lines and checks for NaN")
-    quiet: bool = Field(False, description="no progress bar")
+    cache: Path | None = Field(
+        default=None, description="folder of encoded pictures; None: 'cache' inside output"
+    )
+    workers: int = Field(
+        default=2, ge=1, description="threads that decode pictures while the cache is filled"
+    )
+    checkpoint_every: int = Field(default=500, ge=1, description="steps")
+    keep_checkpoints: int = Field(default=2, ge=1)
+    resume: bool = Field(
+        default=False, description="continue the newest checkpoint in output, if there is one"
+    )
+    validate_every: int = Field(default=250, ge=1, description="steps")
+    validation_rows: int = Field(default=64, ge=1, description="at most so many pictures are validated on")
+    log_every: int = Field(default=25, ge=1, description="steps between loss lines and checks for NaN")
+    quiet: bool = Field(default=False, description="no progress bar")
 
     @field_validator("references")
     @classmethod
