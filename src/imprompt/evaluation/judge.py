@@ -351,12 +351,12 @@ def _load(rows: Sequence[Row]) -> tuple[list[Row], Tensor, list[Rejected]]:
     rejected: list[Rejected] = []
     for row in rows:
         if "concept" not in row.groups or "style" not in row.groups:
-            rejected.append(Rejected(row.file.name, "no groups 'concept' and 'style'"))
+            rejected.append(Rejected(row.name, "no groups 'concept' and 'style'"))
             continue
         try:
             picture = load_image(row.file)
         except ImpromptError as error:
-            rejected.append(Rejected(row.file.name, str(error)))
+            rejected.append(Rejected(row.name, str(error)))
             continue
         usable.append(row)
         pixels.append(to_pixels([picture]))
@@ -451,6 +451,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of the judge's training; prints its ceilings and writes ``judge.safetensors``."""
     parser = argparse.ArgumentParser(prog="python -m imprompt.evaluation.judge", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with metadata.jsonl")
+    parser.add_argument("--only", help="use the rows with this tag, such as core")
     parser.add_argument("--out", type=Path, required=True, help="folder for judge.safetensors and judge.json")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--batch", type=int, default=64)
@@ -461,7 +462,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     try:
-        rows, unread = read_rows(options.data)
+        rows, unread = read_rows(options.data, only=options.only)
         judge, unusable = train_judge(
             rows,
             epochs=options.epochs,

@@ -4,7 +4,8 @@ A folder holds pictures and a ``metadata.jsonl`` in the manner of Hugging Face's
 a line: ``file_name``; ``text`` (a caption or a list of them) or ``captions`` by kind
 (``{"full": [...], "concept": [...], "style": [...]}``); ``group`` (a name) or ``groups`` by kind
 (``{"concept": "sailboat", "style": "noto"}``); ``split`` (``"train"`` when absent; anything that starts with
-``held_out`` is never trained on). Without ``metadata.jsonl`` the caption is the ``.txt`` file beside.
+``held_out`` is never trained on); any other field that is ``true`` is a tag to choose rows by. Without
+``metadata.jsonl`` the caption is the ``.txt`` file beside.
 Only text is read here: pictures are opened where they are needed.
 """
 
@@ -33,6 +34,12 @@ class Row:
     captions: dict[str, tuple[str, ...]] = field(default_factory=dict)
     groups: dict[str, str] = field(default_factory=dict)
     split: str = "train"
+    tags: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """Folder and file name: short, and the same wherever the data lie."""
+        return f"{self.file.parent.name}/{self.file.name}"
 
     @property
     def trainable(self) -> bool:
@@ -51,10 +58,11 @@ class Rejected:
         return f"{self.where}: {self.reason}"
 
 
-def read_rows(source: str | Path) -> tuple[list[Row], list[Rejected]]:
+def read_rows(source: str | Path, *, only: str | None = None) -> tuple[list[Row], list[Rejected]]:
     """All usable rows of a folder or of one metadata file, in file order, and what had to be left out.
 
-    A damaged line, an unknown shape of caption or a missing picture becomes a :class:`Rejected`.
+    ``only`` is a tag: rows without it are passed over in silence. A damaged line, an unknown shape of
+    caption or a missing picture becomes a :class:`Rejected`.
     Raises :class:`InputError` when ``source`` does not exist or holds no usable row at all.
     """
     source = Path(source)
@@ -65,6 +73,10 @@ def read_rows(source: str | Path) -> tuple[list[Row], list[Rejected]]:
         rows, rejected = _from_lines(source)
     else:
         raise InputError(f"no data at '{source}'; give a folder of captioned pictures or its metadata.jsonl")
+    if only is not None and rows:
+        rows = [row for row in rows if only in row.tags]
+        if not rows:
+            raise InputError(f"no row of '{source}' has the tag '{only}' (a field that is true)")
     if not rows:
         why = f" (first problem: {rejected[0]})" if rejected else ""
         raise InputError(
@@ -83,7 +95,7 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
                 "captions": {kind: list(texts) for kind, texts in row.captions.items()},
                 "groups": row.groups,
                 "split": row.split,
-            }
+            } | dict.fromkeys(sorted(row.tags), True)
             handle.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
@@ -114,7 +126,8 @@ def _parse(record: dict[str, Any], folder: Path) -> Row:
     split = record.get("split") or "train"
     if not isinstance(split, str):
         raise TypeError(f"split must be a name, given {split!r}")
-    return Row(file, captions, groups, split)
+    tags = frozenset(name for name, value in record.items() if value is True)
+    return Row(file, captions, groups, split, tags)
 
 
 def _texts(value: str | list[str]) -> tuple[str, ...]:

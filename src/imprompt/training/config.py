@@ -69,6 +69,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     data: Path = Field(description="folder of captioned pictures, or its metadata.jsonl")
+    only: str | None = Field(default=None, description="use the rows with this tag (a field that is true)")
     base: str = Field(default="emoji", description="diffusers folder, hub id or alias of the frozen model")
     output: Path = Field(description="folder of this run; must be new, or hold the run that is resumed")
     kind: Literal["linear", "resampler"] = Field(

@@ -213,7 +213,7 @@ class Plan:
 
 
 def _name_hash(row: Row) -> str:
-    return hashlib.blake2b(row.file.name.encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(row.name.encode(), digest_size=8).hexdigest()
 
 
 def _weighted(

@@ -234,7 +234,7 @@ class _Trainer:
 
     def _encode(self, pipe: Any, encoder: Any) -> tuple[EncodedSet, Plan]:
         config = self.config
-        rows, rejected = read_rows(config.data)
+        rows, rejected = read_rows(config.data, only=config.only)
         factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
         side = config.resolution or pipe.unet.config.sample_size * factor
         if side % factor:
@@ -246,7 +246,7 @@ class _Trainer:
         features, negative = encode_features(rows, encoder, FEATURE[config.kind], config, (side, side))
         captions = plan.captions
         texts = encode_texts(pipe, captions, config, self.device)
-        rejected += [Rejected(rows[index].file.name, why) for index, why in sorted(latents.rejected.items())]
+        rejected += [Rejected(rows[index].name, why) for index, why in sorted(latents.rejected.items())]
         self.side, self.feature_width = side, int(negative.shape[-1])
         data = EncodedSet(
             latents,
