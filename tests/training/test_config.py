@@ -1,0 +1,60 @@
+"""A training configuration says what is wrong with it, and what of it a resumed run may change."""
+
+import json
+import math
+
+import pytest
+
+from imprompt.errors import UsageError
+from imprompt.training.config import TrainConfig
+
+
+def checked(**values):
+    return TrainConfig.checked({"data": "pictures", "output": "run", **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"lr": 0}, "lr"),
+        ({"lr": math.nan}, "lr"),
+        ({"lr": math.inf}, "lr"),
+        ({"steps": 0}, "steps"),
+        ({"drop_text": 0.6, "drop_image": 0.6}, "exceed 1"),
+        ({"warmup": 10, "steps": 10}, "warmup"),
+        ({"references": [("self", 0.5), ("style", 0.4)]}, "sum to 1"),
+        ({"references": [("self", 0.5), ("self", 0.5)]}, "once"),
+        ({"references": []}, "at least one"),
+        ({"references": [("self", 1.5), ("style", -0.5)]}, "above 0"),
+        ({"kind": "linnear"}, "linear"),
+        ({"learning_rate": 1e-4}, "learning_rate"),
+        ({"augmentation": {"crop": 1.0}}, "crop"),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_names_it(values, says):
+    with pytest.raises(UsageError, match=says) as caught:
+        checked(**values)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_is_read_and_overrides_win(tmp_path):
+    (tmp_path / "run.toml").write_text('data = "pictures"\noutput = "run"\nsteps = 7\nlr = 1e-3\n')
+    config = TrainConfig.read(tmp_path / "run.toml", steps=9)
+    assert (config.steps, config.lr) == (9, 1e-3)
+    (tmp_path / "run.json").write_text(config.model_dump_json())
+    assert TrainConfig.read(tmp_path / "run.json") == config
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.json", "{"), ("a.toml", "x ="), ("gone.json", None)])
+def test_an_unreadable_file_is_a_usage_error(tmp_path, name, text):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match=name):
+        TrainConfig.read(tmp_path / name)
+
+
+def test_identity_leaves_out_what_a_resumed_run_may_change():
+    first, second = checked(steps=10, workers=1), checked(steps=20, workers=4, resume=True)
+    assert first.identity() == second.identity()
+    assert first.identity() != checked(lr=2e-4).identity()
+    json.dumps(first.identity())

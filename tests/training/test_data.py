@@ -1,0 +1,181 @@
+"""What a step shows: drops, references and captions in their shares, nothing held out, always the same."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from imprompt.errors import InputError, UsageError
+from imprompt.evaluation.rows import Row
+from imprompt.training.config import Augmentation, TrainConfig
+from imprompt.training.data import Plan, augment, crop_to_shape
+
+CONCEPTS, STYLES = ("cat", "dog", "sun", "cup"), ("noto", "flat", "line")
+
+
+def config(**values):
+    return TrainConfig.checked({"data": "x", "output": "y", "batch": 4, **values})
+
+
+def row(concept, style, split="train"):
+    captions = {
+        "full": (f"a {concept}, {style} style",),
+        "concept": (f"a {concept}",),
+        "style": (f"{style} style",),
+    }
+    return Row(Path(f"{style}/{concept}.png"), captions, {"concept": concept, "style": style}, split)
+
+
+ROWS = [
+    row(concept, style, "held_out_concept" if concept == "cup" else "train")
+    for concept in CONCEPTS
+    for style in STYLES
+]
+MIXED = {"references": [("self", 0.4), ("concept", 0.3), ("style", 0.3)]}
+
+
+def draws(plan, count=300):
+    return [plan.draw(number) for number in range(count)]
+
+
+def test_held_out_pictures_are_neither_targets_nor_references():
+    plan = Plan(ROWS, config(**MIXED))
+    held_out = {index for index, item in enumerate(ROWS) if not item.trainable}
+    for batch in draws(plan):
+        assert not held_out & {*batch.targets, *batch.references}
+    assert set(plan.validation) == held_out
+
+
+def test_captions_of_held_out_concepts_are_never_drawn():
+    plan = Plan(ROWS, config(**MIXED))
+    assert not any("cup" in caption for batch in draws(plan) for caption in batch.captions)
+
+
+def test_an_unusable_row_is_not_drawn():
+    plan = Plan(ROWS, config(**MIXED), unusable={0, 4})
+    for batch in draws(plan, 100):
+        assert not {0, 4} & {*batch.targets, *batch.references}
+
+
+def test_each_reference_goes_with_captions_that_say_what_it_does_not():
+    plan = Plan(ROWS, config(**MIXED, drop_text=0, drop_image=0, drop_both=0))
+    seen = Counter()
+    for batch in draws(plan):
+        for target, reference, caption, mode in zip(
+            batch.targets, batch.references, batch.captions, batch.modes, strict=True
+        ):
+            shown, wanted = ROWS[reference], ROWS[target]
+            seen[mode] += 1
+            if mode == "self":
+                assert reference == target
+            elif mode == "style":
+                assert reference != target
+                assert shown.groups["style"] == wanted.groups["style"]
+                assert wanted.groups["concept"] in caption
+            else:
+                assert reference != target
+                assert shown.groups["concept"] == wanted.groups["concept"]
+                assert wanted.groups["style"] in caption
+    total = sum(seen.values())
+    assert seen["self"] / total == pytest.approx(0.4, abs=0.06)
+    assert seen["concept"] / total == pytest.approx(0.3, abs=0.06)
+    assert seen["style"] / total == pytest.approx(0.3, abs=0.06)
+
+
+def test_all_other_pictures_of_a_group_are_equally_likely():
+    plan = Plan(ROWS, config(references=[("concept", 1.0)]))
+    seen = Counter(
+        batch.references[place]
+        for batch in draws(plan, 900)
+        for place in range(4)
+        if batch.targets[place] == 0
+    )
+    assert set(seen) == {1, 2}
+    assert min(seen.values()) / sum(seen.values()) == pytest.approx(0.5, abs=0.08)
+
+
+def test_text_image_and_both_are_dropped_in_their_shares():
+    plan = Plan(ROWS, config(drop_text=0.1, drop_image=0.2, drop_both=0.15))
+    kinds = Counter(
+        (caption == "", bool(dropped))
+        for batch in draws(plan, 1500)
+        for caption, dropped in zip(batch.captions, batch.image_dropped, strict=True)
+    )
+    total = sum(kinds.values())
+    assert kinds[True, False] / total == pytest.approx(0.1, abs=0.02)
+    assert kinds[False, True] / total == pytest.approx(0.2, abs=0.02)
+    assert kinds[True, True] / total == pytest.approx(0.15, abs=0.02)
+
+
+def test_an_epoch_shows_every_training_picture_once():
+    plan = Plan(ROWS, config(batch=3))
+    for epoch in range(3):
+        shown = [target for number in range(3) for target in plan.draw(3 * epoch + number).targets]
+        assert sorted(shown) == plan.training
+
+
+def test_a_draw_depends_on_its_number_alone():
+    first, second = Plan(ROWS, config(**MIXED)), Plan(ROWS, config(**MIXED))
+    forward = [first.draw(number) for number in range(20)]
+    backward = [second.draw(number) for number in reversed(range(20))][::-1]
+    for one, other in zip(forward, backward, strict=True):
+        assert (one.targets, one.references, one.captions, one.views) == (
+            other.targets, other.references, other.captions, other.views,
+        )  # fmt: skip
+        assert torch.equal(one.image_dropped, other.image_dropped)
+
+
+def test_processes_share_an_epoch_without_overlap():
+    plan = Plan(ROWS, config(batch=3))
+    shown = [t for process in range(3) for t in plan.draw(0, process=process, processes=3).targets]
+    assert sorted(shown) == plan.training
+
+
+def test_captions_lists_every_caption_that_is_drawn_and_the_empty_one():
+    plan = Plan(ROWS, config(**MIXED))
+    drawn = {caption for batch in draws(plan) for caption in batch.captions}
+    assert drawn <= set(plan.captions)
+    assert "" in plan.captions
+
+
+def test_without_hold_out_a_few_training_pictures_are_set_aside():
+    rows = [row(f"thing{number}", "noto") for number in range(100)]
+    plan = Plan(rows, config())
+    assert len(plan.validation) == 5
+    assert not set(plan.validation) & set(plan.training)
+    assert Plan(rows, config(seed=9)).validation == plan.validation
+
+
+def test_a_kind_of_reference_that_no_picture_has_is_an_error():
+    with pytest.raises(UsageError, match="weather"):
+        Plan(ROWS, config(references=[("weather", 1.0)]))
+
+
+def test_nothing_to_train_on_is_an_error():
+    with pytest.raises(InputError, match="held out"):
+        Plan([row("cat", "noto", "held_out_pair")], config())
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((200, 100), (100, 100)), ((100, 260), (100, 100)), ((7, 7), (7, 7))]
+)
+def test_the_crop_is_the_largest_centred_part(size, expected):
+    assert crop_to_shape(Image.new("RGB", size), 64, 64).size == expected
+
+
+def test_the_crop_is_centred():
+    image = Image.new("RGB", (30, 10), "white")
+    image.paste("red", (10, 0, 20, 10))
+    assert crop_to_shape(image, 8, 8).getcolors() == [(100, (255, 0, 0))]
+
+
+def test_an_augmented_reference_is_its_keys_alone_and_white_outside():
+    image = Image.new("RGB", (64, 64), (0, 80, 200))
+    strong = Augmentation(crop=0, shrink=0.5, flip=0, rotate=0, colour=0)
+    versions = [augment(image, strong, f"key{number}") for number in range(12)]
+    assert [v.tobytes() for v in versions] == [augment(image, strong, f"key{n}").tobytes() for n in range(12)]
+    assert len({version.tobytes() for version in versions}) > 3
+    colours = {colour for version in versions for _, colour in version.getcolors()}
+    assert colours == {(0, 80, 200), (255, 255, 255)}
