@@ -443,15 +443,12 @@ class _Run:
         profile: str = "linear",
     ) -> list[Image.Image]:
         images: list[Image.Image] = []
-        # One picture a call with an adapter: each has a reference of its own.
-        size = self.batch if adapter is None else 1
         with tqdm(total=len(texts), desc=name, unit="picture", disable=self.quiet, leave=False) as bar:
-            for start in range(0, len(texts), size):
-                part = list(texts[start : start + size])
+            for start in range(0, len(texts), self.batch):
+                part = list(texts[start : start + self.batch])
                 if adapter is not None:
-                    adapter.set_prompt(
-                        ImagePrompt(image=references[start].image, scale=scale, profile=profile)
-                    )
+                    shown = references[start : start + self.batch]
+                    adapter.set_batch([ImagePrompt(one.image, scale=scale, profile=profile) for one in shown])
                 generators = [_generator(self.seed, start + place) for place in range(len(part))]
                 images += self.pipe(
                     part, num_inference_steps=self.steps, guidance_scale=self.guidance, generator=generators

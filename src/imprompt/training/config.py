@@ -141,6 +141,9 @@ class TrainConfig(BaseModel):
     )
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps")
     gradient_checkpointing: bool = Field(default=False, description="less memory, about a third more time")
+    save_dtype: Literal["float16", "float32"] = Field(
+        default="float16", description="number format of the finished file; published ones are float16"
+    )
     seed: int = Field(default=0, ge=0, lt=2**31)
 
     cache: Path | None = Field(

@@ -31,6 +31,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.checkpoint import StateDict
 from imprompt.errors import ModelError, UsageError
 from imprompt.evaluation.rows import Rejected, read_rows
 from imprompt.training.cache import EncodedSet, encode_features, encode_latents, encode_texts
@@ -218,12 +219,22 @@ class _Trainer:
 
     def finish(self) -> Path:
         """Write the adapter in the published layout and read it back."""
-        path = self.config.output / WEIGHT_NAME
+        config = self.config
+        path = config.output / WEIGHT_NAME
         if not self.world.first:
             return path
         with self._averaged_weights():
-            self.adapter.save_pretrained(self.config.output, weight_name=WEIGHT_NAME)
-            expected = self.adapter.state_dict()
+            dtype = getattr(torch, config.save_dtype)
+            expected: StateDict = {
+                "image_proj": {
+                    k: v.to("cpu", dtype) for k, v in self.adapter.state_dict()["image_proj"].items()
+                },
+                "ip_adapter": {
+                    k: v.to("cpu", dtype) for k, v in self.adapter.state_dict()["ip_adapter"].items()
+                },
+            }
+        variant = self.adapter.checkpoint.variant.name
+        IPAdapter.from_state_dict(expected, variant=variant).save_pretrained(config.output, WEIGHT_NAME)
         read = IPAdapter.from_pretrained(path).state_dict()
         for part, tensors in expected.items():
             for name, tensor in tensors.items():
@@ -277,8 +288,8 @@ class _Trainer:
                 adapter = IPAdapter.new(
                     self.unet, kind=config.kind, feature_width=self.feature_width, **extra
                 )
-        adapter.to(self.device, torch.float32)
-        return adapter
+        adapter.module.requires_grad_(True).train()
+        return adapter.to(self.device, torch.float32)
 
     def _advance(self) -> Tensor:
         """One optimizer step; returns the mean loss, still on the device."""
