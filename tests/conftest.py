@@ -1,4 +1,5 @@
-"""Shared by all tests: shapes written in the core's signatures are checked at run time, and `tiny` is importable."""
+"""Shared by all tests: shapes written in the core's signatures are checked at run time, and `tiny` is
+importable."""
 
 import os
 import sys

@@ -1,0 +1,517 @@
+"""IPAdapter: owns a projection and each layer's key and value weights, and lends them to a model.
+
+``attach`` puts it on a diffusers pipeline (or a bare UNet), ``set_prompt`` says what it shows, ``detach``
+takes it off again without a trace. Weights come from published files, state dicts, or new for training, and
+are saved in the published layout. It draws nothing itself and knows no pipeline class.
+"""
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self, TypeAlias, Unpack
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from imprompt.adapter.attention import Injection, LiveTokens, Part
+from imprompt.adapter.checkpoint import Checkpoint, StateDict, read, write
+from imprompt.adapter.layers import UNet, cross_attentions, describe
+from imprompt.adapter.locate import EncoderPlace, locate
+from imprompt.adapter.projection import ImageProjection, build_projection
+from imprompt.adapter.prompt import (
+    EncodedPictures,
+    ImagePrompt,
+    Picture,
+    PromptFields,
+    PromptLike,
+    Row,
+    as_prompts,
+    read_mask,
+)
+from imprompt.errors import AdapterMismatch, EncoderMismatch, InputError, UsageError
+
+if TYPE_CHECKING:
+    from imprompt.encoders.clip import ImageEncoder
+
+EncoderLike: TypeAlias = "ImageEncoder | str | Path | None"
+
+
+class IPAdapter:
+    """An image prompt adapter (Ye et al. 2023) for diffusers UNets.
+
+    ``projection`` turns an image encoder's features into tokens; ``module`` holds all weights, under their
+    published names; ``checkpoint`` says what they are (its tensors live in ``module``).
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, image_encoder: EncoderLike = None) -> None:
+        self.projection: ImageProjection = build_projection(checkpoint)
+        self._layers = {n: _KeyValue.of(checkpoint.state["ip_adapter"], n) for n in checkpoint.layers}
+        numbered = nn.ModuleDict({str(n): layer for n, layer in self._layers.items()})
+        self.module = nn.ModuleDict({"image_proj": self.projection, "ip_adapter": numbered})
+        self.module.requires_grad_(False).eval()
+        self.checkpoint = replace(checkpoint, state={"image_proj": {}, "ip_adapter": {}})
+        self.samples: tuple[tuple[Row, ...], ...] = ()
+        self.live: LiveTokens | None = None
+        self.parts: tuple[Part, ...] | None = None
+        self._injection: weakref.ref[Injection] | None = None
+        self._places: tuple[EncoderPlace, ...] = ()
+        self._encoder: ImageEncoder | None = None
+        self._borrowed: ImageEncoder | None = None
+        if isinstance(image_encoder, str | Path):
+            self._places = (EncoderPlace.named(image_encoder),)
+            self._check_widths(*self._places[0].widths(), str(image_encoder))
+        elif image_encoder is not None:
+            self._check_widths(image_encoder.pooled_width, image_encoder.hidden_width, image_encoder.name)
+            self._encoder = image_encoder
+
+    # ---- where weights come from and go to
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_or_folder_or_file: str | Path,
+        *,
+        subfolder: str | None = None,
+        weight_name: str | None = None,
+        image_encoder: EncoderLike = None,
+        torch_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """An adapter from a local file, a local folder or a hub repository (``owner/name``).
+
+        Without ``weight_name`` a folder must hold exactly one ``.safetensors``. Of a ``.bin`` its
+        ``.safetensors`` twin is read. The image encoder that fits is looked for next to the file when a
+        picture is first shown, or is ``image_encoder``: an encoder, a folder, or ``repo:subfolder``. The hub
+        is asked only for these files and not at all under ``HF_HUB_OFFLINE``. ``torch_dtype`` ``None`` keeps
+        the stored number format. Raises :class:`ModelError` for what is missing or damaged,
+        :class:`EncoderMismatch` for a wrong encoder.
+        """
+        path, places = locate(str(repo_or_folder_or_file), subfolder, weight_name)
+        adapter = cls(read(path), image_encoder=image_encoder)
+        if image_encoder is None:
+            adapter._places = places
+        return adapter if torch_dtype is None else adapter.to(dtype=torch_dtype)
+
+    @classmethod
+    def from_state_dict(
+        cls, state_dict: StateDict, *, image_encoder: EncoderLike = None, variant: str | None = None
+    ) -> Self:
+        """An adapter from the published nested form ``{"image_proj": {...}, "ip_adapter": {...}}``."""
+        return cls(read(state_dict, variant=variant), image_encoder=image_encoder)
+
+    @classmethod
+    def new(
+        cls,
+        unet: UNet,
+        *,
+        kind: Literal["linear", "resampler"] = "linear",
+        image_encoder: EncoderLike = None,
+        feature_width: int | None = None,
+        tokens: int | None = None,
+        depth: int = 4,
+        width: int | None = None,
+    ) -> Self:
+        """A trainable adapter for ``unet``: random projection, keys and values copied from the text's.
+
+        ``kind`` ``linear`` makes 4 tokens of the pooled embedding, ``resampler`` 16 of the hidden states,
+        with ``depth`` blocks of ``width`` (a multiple of 64; default the UNet's text width rounded up).
+        ``feature_width`` may be left out when an encoder object is given. All parameters require gradients.
+        """
+        layers = cross_attentions(unet)
+        cross_dim = layers[0].cross_dim
+        if feature_width is None:
+            if image_encoder is None or isinstance(image_encoder, str | Path):
+                raise UsageError(
+                    "a new adapter needs feature_width= or an image encoder object to read it from."
+                )
+            feature_width = image_encoder.pooled_width if kind == "linear" else image_encoder.hidden_width
+        if kind == "linear":
+            fresh = _fresh_linear(feature_width, tokens or 4, cross_dim)
+        else:
+            width = width or -(-cross_dim // 64) * 64
+            fresh = _fresh_resampler(feature_width, tokens or 16, cross_dim, width, depth)
+        ip_adapter = {}
+        for layer in layers:
+            attention = unet.get_submodule(layer.name)
+            for mine, text in (("to_k_ip", attention.to_k), ("to_v_ip", attention.to_v)):
+                weight = text.weight.detach().to("cpu", torch.float32, copy=True)
+                ip_adapter[f"{layer.index}.{mine}.weight"] = weight
+        adapter = cls.from_state_dict(
+            {"image_proj": dict(fresh.state_dict()), "ip_adapter": ip_adapter}, image_encoder=image_encoder
+        )
+        adapter.module.requires_grad_(True).train()
+        return adapter
+
+    def state_dict(self) -> StateDict:
+        """The weights in the published nested form (the live tensors, not copies)."""
+        nested: StateDict = {"image_proj": {}, "ip_adapter": {}}
+        for name, tensor in self.module.state_dict().items():
+            part, key = name.split(".", 1)
+            nested[part][key] = tensor
+        return nested
+
+    def save_pretrained(self, folder: str | Path, weight_name: str = "ip-adapter.safetensors") -> Path:
+        """Write the published layout into ``folder``; returns the file's path."""
+        path = Path(folder) / weight_name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(replace(self.checkpoint, state=self.state_dict()), path)
+        return path
+
+    # ---- weights
+
+    def key_value(self, index: int) -> tuple[nn.Linear, nn.Linear]:
+        """``to_k_ip`` and ``to_v_ip`` of published layer ``index``."""
+        layer = self._layers[index]
+        return layer.to_k_ip, layer.to_v_ip
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All trainable weights."""
+        return self.module.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All weights with their published flat names."""
+        return self.module.named_parameters()
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move or cast the weights; an image encoder of its own moves along, in its own number format."""
+        self.module.to(device=device, dtype=dtype)
+        if self._encoder is not None and device is not None:
+            self._encoder.to(device, None)
+        self._invalidate()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    # ---- on a model
+
+    @property
+    def attached(self) -> bool:
+        """Whether it is on a UNet that still exists."""
+        return self._injected() is not None
+
+    def attach(self, target: object) -> Self:
+        """Put the adapter on a diffusers pipeline, or a bare UNet; several adapters may share one, and add
+        up.
+
+        Attach to the pipeline that will be called: its guidance flag says which rows of the batch are
+        negative. Attaching again, to another pipeline around the same UNet, changes that. For a bare UNet see
+        :meth:`batch`. All is checked first: :class:`AdapterMismatch` (naming both sides),
+        :class:`EncoderMismatch` or :class:`UsageError` leave everything as it was. Weights of a lower
+        precision than the UNet's are raised to it and moved to its device, unless they are being trained.
+        """
+        unet = getattr(target, "unet", target)
+        if not isinstance(unet, nn.Module) or not isinstance(unet, UNet):
+            raise AdapterMismatch(
+                f"adapter '{self.checkpoint.name}' needs a diffusers UNet; {type(target).__name__} has none."
+            )
+        injection = self._injected()
+        if injection is not None and not injection.serves(unet):
+            raise UsageError(
+                f"adapter '{self.checkpoint.name}' is attached to another UNet; detach() it first."
+            )
+        self._check_fits(unet, type(target).__name__)
+        borrowed = self._encoder_of(target)
+        injection = Injection.into(unet, None if unet is target else target)
+        if not any(source is self for source in injection.sources):
+            injection.sources.append(self)
+        self._injection = weakref.ref(injection)
+        self._borrowed = borrowed
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            place = next(unet.parameters())
+            self.to(
+                None if place.is_meta else place.device,
+                torch.promote_types(self.dtype, place.dtype) if place.is_floating_point() else None,
+            )
+        return self
+
+    def detach(self) -> None:
+        """Take the adapter off; with the last one the UNet has its own processors back, the very same
+        objects."""
+        injection = self._injected()
+        self._injection = None
+        self._borrowed = None
+        if injection is not None:
+            injection.remove(self)
+
+    def batch(self, *, guidance: bool | Sequence[Part] | None) -> None:
+        """State how the UNet's batch is laid out, where no pipeline tells: with ``guidance`` the negative
+        samples come first. A sequence names each equal part; ``None`` goes back to asking the pipeline (a
+        bare UNet: no guidance)."""
+        if isinstance(guidance, bool):
+            self.parts = ("negative", "positive") if guidance else ("positive",)
+        elif guidance is not None and (not guidance or not set(guidance) <= {"negative", "positive"}):
+            raise UsageError(f"parts of a batch are 'negative' and 'positive'; got {guidance!r}.")
+        else:
+            self.parts = None if guidance is None else tuple(guidance)
+        self._invalidate()
+
+    # ---- what it shows
+
+    def set_prompt(self, prompt: PromptLike, **fields: Unpack[PromptFields]) -> None:
+        """Show pictures to every sample that is drawn, until something else is set.
+
+        ``prompt`` is a path, a PIL image, a features tensor, an :class:`ImagePrompt` or a list. A list of
+        pictures is one prompt (their tokens share a softmax, as in diffusers); a list of :class:`ImagePrompt`
+        is several, each with a softmax, scale, window and mask of its own, whose contributions add up.
+        ``fields`` are :class:`ImagePrompt`'s. Pictures are encoded now; raises and keeps the previous prompt
+        when one is bad.
+        """
+        self._show((as_prompts(prompt, fields),))
+
+    def set_batch(self, samples: Sequence[PromptLike | None], **fields: Unpack[PromptFields]) -> None:
+        """Show each sample of a batch pictures of its own; ``None`` shows that sample nothing.
+
+        Sample ``i`` is drawn as it would be alone. The pipeline's batch must be a multiple of
+        ``len(samples)``: with ``num_images_per_prompt=n`` the first sample's prompts serve the first ``n``
+        pictures, and so on.
+        """
+        if not samples:
+            raise UsageError("set_batch needs at least one sample; clear_prompt() removes what was set.")
+        self._show(tuple(() if sample is None else as_prompts(sample, fields) for sample in samples))
+
+    def clear_prompt(self) -> None:
+        """Show nothing: the model draws exactly as without the adapter."""
+        self.samples = ()
+        self._invalidate()
+
+    @contextmanager
+    def training_tokens(
+        self, tokens: Float[Tensor, "B T C"], scale: Float[Tensor, "B"] | float = 1.0
+    ) -> Iterator[None]:
+        """While open, row ``b`` of the UNet's batch sees ``tokens[b]``, with gradients into tokens and
+        weights.
+
+        Prompts that are set rest meanwhile. A UNet with gradient checkpointing runs again in the backward
+        pass: keep this open around it.
+        """
+        if tokens.shape[-1] != self.projection.cross_dim:
+            raise self._token_mismatch(tokens)
+        self.live = LiveTokens(tokens, scale)
+        try:
+            yield
+        finally:
+            self.live = None
+            self._invalidate()
+
+    @property
+    def image_encoder(self) -> "ImageEncoder | None":
+        """The encoder pictures go through: the given one, else the pipeline's if it fits, else the one found
+        next to the weights (loaded now)."""
+        if self._encoder is None and self._borrowed is None and self._places:
+            self._encoder = self._load_encoder()
+        return self._encoder or self._borrowed
+
+    @image_encoder.setter
+    def image_encoder(self, encoder: "ImageEncoder | None") -> None:
+        if encoder is not None:
+            self._check_widths(encoder.pooled_width, encoder.hidden_width, encoder.name)
+        self._encoder = encoder
+
+    # ---- private
+
+    def _show(self, samples: Sequence[Sequence[ImagePrompt]]) -> None:
+        injection = self._injected()
+        with torch.inference_mode(False), torch.no_grad():
+            rows = tuple(tuple(self._row(prompt) for prompt in prompts) for prompts in samples)
+        if injection is not None:
+            for row in (row for sample in rows for row in sample):
+                row.layer_weights(injection.layers)  # a profile that does not fit this UNet is said now
+        self.samples = rows if any(rows) else ()
+        self._invalidate()
+
+    def _row(self, prompt: ImagePrompt) -> Row:
+        mask = read_mask(prompt.mask)
+        if prompt.tokens is not None:
+            tokens, negative = self._tokens_given(prompt.tokens), prompt.negative
+            negative_tokens = self._tokens_given(negative) if isinstance(negative, Tensor) else None
+            zeros = None
+        else:
+            features, zeros = self._features(
+                prompt.features if prompt.features is not None else prompt.pictures
+            )
+            tokens, negative_tokens = self.projection(features).flatten(0, 1), None
+        if negative_tokens is None:
+            negative_tokens = self._negative(prompt.negative, zeros)
+        if negative_tokens is not None and len(tokens) % len(negative_tokens) == 0:
+            # The same tokens repeated give the same attention; equal lengths need no padding.
+            negative_tokens = negative_tokens.repeat(len(tokens) // len(negative_tokens), 1)
+        return Row(
+            tokens, negative_tokens, float(prompt.scale), prompt.profile, prompt.start, prompt.end, mask
+        )
+
+    def _negative(self, negative: Picture | Tensor | None, zeros: Tensor | None) -> Tensor | None:
+        """Negative tokens ``(T, C)``: of what the user gave, else by the variant's rule; ``None`` if
+        unknown."""
+        if negative is not None:
+            features, _ = self._features(negative if isinstance(negative, Tensor) else (negative,))
+            return self.projection(features).flatten(0, 1)
+        if self.projection.feature == "pooled":
+            return self.projection.negative(None)[0]
+        return None if zeros is None else self.projection.negative(zeros)[0]
+
+    def _features(self, shown: Tensor | EncodedPictures | Sequence[Picture]) -> tuple[Tensor, Tensor | None]:
+        """Features in the projection's place and format, and those of a zero picture where they are known."""
+        pooled = self.projection.feature == "pooled"
+        zeros = None
+        if isinstance(shown, Sequence):
+            shown = self._encode(shown)
+        if isinstance(shown, Tensor):
+            features = shown[None] if shown.ndim == (1 if pooled else 2) else shown
+        else:
+            features = shown.pooled if pooled else shown.hidden
+            zeros = None if pooled else shown.negative_hidden.to(self.device, self.dtype)
+        kind, width = ("pooled", 2) if pooled else ("hidden", 3)
+        if features.ndim != width or features.shape[-1] != self.projection.feature_width:
+            raise EncoderMismatch(
+                f"adapter '{self.checkpoint.name}' needs {kind} features of width "
+                f"{self.projection.feature_width} ({'N, E' if pooled else 'N, P, W'}), "
+                f"got shape {tuple(features.shape)}."
+            )
+        if not bool(torch.isfinite(features).all()):
+            raise InputError("image features contain NaN or infinite values.")
+        return features.detach().to(self.device, self.dtype), zeros
+
+    def _encode(self, pictures: Sequence[Picture]) -> EncodedPictures:
+        from imprompt.encoders.images import load_image
+
+        encoder = self.image_encoder
+        if encoder is None:
+            raise EncoderMismatch(
+                f"adapter '{self.checkpoint.name}' needs an image encoder with {self._needs()} and has none: "
+                "pass image_encoder= (an encoder, a folder, or repo:subfolder), or features for a picture."
+            )
+        return encoder.encode([load_image(picture) for picture in pictures])
+
+    def _tokens_given(self, tokens: Tensor) -> Tensor:
+        if tokens.ndim not in (2, 3) or tokens.shape[-1] != self.projection.cross_dim:
+            raise self._token_mismatch(tokens)
+        if not bool(torch.isfinite(tokens).all()):
+            raise InputError("image tokens contain NaN or infinite values.")
+        return tokens.detach().flatten(0, -2).to(self.device, self.dtype)
+
+    def _token_mismatch(self, tokens: Tensor) -> AdapterMismatch:
+        return AdapterMismatch(
+            f"adapter '{self.checkpoint.name}' reads tokens of width {self.projection.cross_dim}, "
+            f"got shape {tuple(tokens.shape)}."
+        )
+
+    def _check_fits(self, unet: UNet, name: str) -> None:
+        layers = cross_attentions(unet)
+        mine = {n: tuple(layer.to_k_ip.weight.shape) for n, layer in self._layers.items()}
+        theirs = {layer.index: (layer.width, layer.cross_dim) for layer in layers}
+        if mine != theirs:
+            where = next((n for n in sorted(mine.keys() & theirs.keys()) if mine[n] != theirs[n]), None)
+            detail = f"; first differing layer {where}: {mine[where]}, not {theirs[where]}" if where else ""
+            raise AdapterMismatch(
+                f"adapter '{self.checkpoint.name}' was made for a UNet with "
+                f"{describe(len(mine), self.checkpoint.cross_dim)}, {name} has "
+                f"{describe(len(theirs), layers[0].cross_dim if layers else 0)}{detail}. "
+                "Use an adapter trained for this base."
+            )
+        for row in (row for sample in self.samples for row in sample):
+            row.layer_weights(layers)
+
+    def _encoder_of(self, pipe: object) -> "ImageEncoder | None":
+        """The pipeline's own image encoder, when it has one of the right widths."""
+        model, processor = getattr(pipe, "image_encoder", None), getattr(pipe, "feature_extractor", None)
+        if model is None or processor is None:
+            return None
+        from imprompt.encoders.clip import ImageEncoder
+
+        encoder = ImageEncoder(model, processor)
+        return encoder if self._fits(encoder.pooled_width, encoder.hidden_width) else None
+
+    def _load_encoder(self) -> "ImageEncoder | None":
+        from imprompt.encoders.clip import ImageEncoder
+
+        for place in self._places:
+            if self._fits(*place.widths()):
+                dtype = self.dtype if self.device.type != "cpu" else torch.float32
+                return ImageEncoder.from_pretrained(
+                    place.source, subfolder=place.subfolder, torch_dtype=dtype, device=self.device
+                )
+        found = "; ".join(f"{place}: {place.widths()}" for place in self._places if any(place.widths()))
+        if found:
+            raise EncoderMismatch(
+                f"adapter '{self.checkpoint.name}' needs an image encoder with {self._needs()}; next to it "
+                f"there are only others (pooled, hidden width): {found}. Pass image_encoder=."
+            )
+        return None
+
+    def _needs(self) -> str:
+        return f"{self.projection.feature} features of width {self.projection.feature_width}"
+
+    def _fits(self, pooled: int, hidden: int) -> bool:
+        return self.projection.feature_width == (pooled if self.projection.feature == "pooled" else hidden)
+
+    def _check_widths(self, pooled: int, hidden: int, name: str) -> None:
+        if not self._fits(pooled, hidden):
+            raise EncoderMismatch(
+                f"adapter '{self.checkpoint.name}' needs {self._needs()}, image encoder '{name}' gives "
+                f"pooled width {pooled} and hidden width {hidden}. Pass the encoder it was trained with."
+            )
+
+    def _injected(self) -> Injection | None:
+        return None if self._injection is None else self._injection()
+
+    def _invalidate(self) -> None:
+        injection = self._injected()
+        if injection is not None:
+            injection.invalidate()
+
+
+class _KeyValue(nn.Module):
+    """One layer's keys and values for image tokens, under their published names."""
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        super().__init__()
+        self.to_k_ip, self.to_v_ip = (_linear(weight) for weight in (key, value))
+
+    @classmethod
+    def of(cls, layers: dict[str, Tensor], index: int) -> Self:
+        return cls(layers[f"{index}.to_k_ip.weight"], layers[f"{index}.to_v_ip.weight"])
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    """A bias-free layer around ``weight`` itself: SDXL's 682 MB are not held twice."""
+    with torch.device("meta"):
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight = nn.Parameter(weight.detach())
+    return layer
+
+
+def _fresh_linear(feature_width: int, tokens: int, cross_dim: int) -> nn.Module:
+    return nn.ModuleDict(
+        {"proj": nn.Linear(feature_width, tokens * cross_dim), "norm": nn.LayerNorm(cross_dim)}
+    )
+
+
+def _fresh_resampler(feature_width: int, tokens: int, cross_dim: int, width: int, depth: int) -> nn.Module:
+    """A Perceiver resampler with heads of 64, initialised as the reference's ``plus``."""
+    if width % 64:
+        raise UsageError(f"a resampler's width is a multiple of 64, its heads' width; got {width}.")
+
+    def plain(inputs: int, outputs: int) -> nn.Linear:
+        return nn.Linear(inputs, outputs, bias=False)
+
+    def block() -> nn.ModuleList:
+        attention = {"norm1": nn.LayerNorm(width), "norm2": nn.LayerNorm(width), "to_q": plain(width, width)}
+        attention |= {"to_kv": plain(width, 2 * width), "to_out": plain(width, width)}
+        feed_forward = {"0": nn.LayerNorm(width), "1": plain(width, 4 * width), "3": plain(4 * width, width)}
+        return nn.ModuleList([nn.ModuleDict(attention), nn.ModuleDict(feed_forward)])
+
+    resampler = nn.Module()
+    resampler.latents = nn.Parameter(torch.randn(1, tokens, width) / width**0.5)
+    resampler.proj_in = nn.Linear(feature_width, width)
+    resampler.layers = nn.ModuleList(block() for _ in range(depth))
+    resampler.proj_out = nn.Linear(width, cross_dim)
+    resampler.norm_out = nn.LayerNorm(cross_dim)
+    return resampler

@@ -1,0 +1,515 @@
+"""Decoupled cross-attention: every text cross-attention of a UNet also reads the image prompts' tokens.
+
+``out = SDPA(q, K_text, V_text) + Σ_g gate_g · mask_g · SDPA(q, K_g, s_g·V_g)``, then the layer's own output
+projection (Ye et al. 2023, eq. 5). :class:`Injection` puts one processor on each cross-attention and one
+forward pre-hook on the UNet; the hook reads what the UNet is called with and keeps the processors' groups
+right. Keys and values depend on no step, so they are computed once, and again only when the prompt or the
+call's layout changes. Knows no pipeline class: of a pipeline only the guidance flags and the schedule's
+length are read.
+
+Dimensions: B rows of the UNet's batch (parts × samples × images each), F frames, H heads, L queries, T
+tokens, D head width, C token width, M samples with prompts of their own.
+"""
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from imprompt.adapter.layers import CrossLayer, UNet, cross_attentions
+from imprompt.adapter.prompt import Row, resize_mask
+from imprompt.errors import AdapterMismatch, ImpromptError, UsageError
+
+Part: TypeAlias = Literal["negative", "positive"]
+"""What a stretch of the UNet's batch is: guidance runs the unconditional (negative) samples first."""
+
+# All compute the same attention, so the text beside the image may be read by one as well as by another.
+_EQUIVALENT = (
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
+_SCHEDULE = 1000  # training timesteps, when no scheduler says otherwise
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Group:
+    """One softmax over image tokens at one layer, for every row of the batch; the strength is inside
+    ``value``."""
+
+    key: Float[Tensor, "B H T D"]
+    value: Float[Tensor, "B H T D"]
+    padding: Float[Tensor, "B 1 1 T"] | None = None
+    """-inf where a row with fewer tokens has none."""
+    mask: Float[Tensor, "_ 1 L 1"] | None = None
+    gate: Float[Tensor, "B 1 1 1"] | None = None
+    """Whether each row's window is open; written anew by the hook at every step."""
+
+    def read(self, query: Float[Tensor, "B H L D"]) -> Float[Tensor, "B H L D"]:
+        """What the image prompt contributes to each query."""
+        image = F.scaled_dot_product_attention(query, self.key, self.value, attn_mask=self.padding)
+        if self.mask is not None:
+            image = image * self.mask
+        if self.gate is not None:
+            image = image * self.gate
+        return image
+
+
+class DecoupledAttention:
+    """A cross-attention's processor: text as ever, plus what this layer's :class:`Group` s contribute.
+
+    Without groups it is the previous processor itself, so that an empty prompt changes not one bit.
+    """
+
+    def __init__(self, previous: Any, injection: "Injection") -> None:
+        self.previous = previous
+        self.injection = injection
+        self.groups: tuple[Group, ...] = ()
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        if not self.groups:
+            return self.previous(
+                attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs
+            )
+        residual, shape = hidden_states, hidden_states.shape
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        if len(shape) == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if encoder_hidden_states is not None and attn.norm_cross:
+            text = attn.norm_encoder_hidden_states(text)
+        if attention_mask is not None:
+            rows, length = text.shape[:2]
+            attention_mask = attn.prepare_attention_mask(attention_mask, length, rows)
+            attention_mask = attention_mask.view(rows, attn.heads, -1, attention_mask.shape[-1])
+
+        query = _split(attn.to_q(hidden_states), attn.heads)
+        key, value = _split(attn.to_k(text), attn.heads), _split(attn.to_v(text), attn.heads)
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        for group in self.groups:
+            out = out + group.read(query)
+
+        out = out.transpose(1, 2).flatten(2).to(query.dtype)
+        out = attn.to_out[1](attn.to_out[0](out))
+        if len(shape) == 4:
+            out = out.transpose(-1, -2).reshape(shape)
+        if attn.residual_connection:
+            out = out + residual
+        return out / attn.rescale_output_factor
+
+
+@dataclass(frozen=True, eq=False)
+class LiveTokens:
+    """Tokens in training: one set for each row of the UNet's batch, with the graph kept."""
+
+    tokens: Float[Tensor, "B T C"]
+    scale: Float[Tensor, "B"] | float = 1.0
+
+
+class Source(Protocol):
+    """What an injection reads of an adapter."""
+
+    samples: tuple[tuple[Row, ...], ...]
+    """For each sample its prompts; one sample stands for all; none means nothing is set."""
+    live: LiveTokens | None
+    parts: tuple[Part, ...] | None
+    """The layout of the batch, when the user stated it."""
+
+    def key_value(self, index: int) -> tuple[nn.Linear, nn.Linear]:
+        """``to_k_ip`` and ``to_v_ip`` of published layer ``index``."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the UNet is called with, as far as the prompts care; while it stays the same, so do the groups."""
+
+    batch: int
+    frames: int
+    height: int
+    width: int
+    device: torch.device
+    dtype: torch.dtype
+    parts: tuple[Part, ...]
+    schedule: int
+
+    @property
+    def samples(self) -> int:
+        return self.batch // len(self.parts)
+
+
+@dataclass(eq=False)
+class _Window:
+    """The step window of one group: open for timesteps in (last, first]."""
+
+    first: Float[Tensor, "B"]
+    last: Float[Tensor, "B"]
+    open: Float[Tensor, "BF 1 1 1"]
+
+    def update(self, timestep: Tensor) -> None:
+        inside = (timestep <= self.first) & (timestep > self.last)
+        inside = inside.repeat_interleave(self.open.shape[0] // inside.shape[0])
+        self.open.copy_(inside[:, None, None, None])
+
+
+@dataclass(eq=False)
+class Injection:
+    """The image prompts' place in one UNet: shared by all adapters attached to it, gone with the last.
+
+    References run from the UNet to here and never back, so that dropping a pipeline frees everything.
+    """
+
+    layers: tuple[CrossLayer, ...]
+    sources: list[Source] = field(default_factory=list)
+    _unet: "weakref.ref[UNet]" = field(init=False)
+    _pipe: "weakref.ref[object] | None" = None
+    _hook: Any = None
+    _built: Call | None = None
+    _windows: list[_Window] = field(default_factory=list)
+
+    @classmethod
+    def into(cls, unet: UNet, pipe: object | None) -> "Injection":
+        """The UNet's injection: the one that is there, or a new one. ``pipe`` is who will call the UNet.
+
+        Raises :class:`AdapterMismatch`, with nothing changed, when a layer's processor cannot be combined.
+        """
+        layers = cross_attentions(unet)
+        attentions = {layer.name: unet.get_submodule(layer.name) for layer in layers}
+        found = {p.injection for a in attentions.values() if isinstance(p := a.processor, DecoupledAttention)}
+        if found:
+            injection = found.pop()
+        else:
+            for name, attention in attentions.items():
+                if not isinstance(attention.processor, _EQUIVALENT):
+                    raise AdapterMismatch(
+                        f"layer {name} has a {type(attention.processor).__name__}, beside which an image "
+                        "prompt cannot be read. Remove what installed it first (pipe.unload_ip_adapter() for "
+                        "diffusers' own)."
+                    )
+            injection = cls(layers)
+            injection._unet = weakref.ref(unet)
+            for attention in attentions.values():
+                attention.set_processor(DecoupledAttention(attention.processor, injection))
+            injection._hook = unet.register_forward_pre_hook(injection._before, with_kwargs=True)
+        injection._pipe = None if pipe is None else weakref.ref(pipe)
+        injection.invalidate()
+        return injection
+
+    def serves(self, unet: UNet) -> bool:
+        """Whether it is ``unet`` that this injection sits in."""
+        return self._unet() is unet
+
+    def remove(self, source: Source) -> None:
+        """Take one adapter away; with the last, put back the very processors that were found."""
+        self.sources = [other for other in self.sources if other is not source]
+        self.invalidate()
+        if self.sources:
+            return
+        self._hook.remove()
+        for attention, processor in self._processors():
+            attention.set_processor(processor.previous)
+
+    def invalidate(self) -> None:
+        """Forget the groups: something they were made from has changed."""
+        self._built = None
+        self._windows = []
+        for _, processor in self._processors():
+            processor.groups = ()
+
+    def _processors(self) -> list[tuple[Attention, DecoupledAttention]]:
+        unet = self._unet()
+        attentions = [] if unet is None else [unet.get_submodule(layer.name) for layer in self.layers]
+        return [
+            (attention, attention.processor)
+            for attention in attentions
+            if isinstance(attention.processor, DecoupledAttention)
+        ]
+
+    def _before(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The forward pre-hook: see that the groups fit this call, and open or close the windows."""
+        live = any(source.live is not None for source in self.sources)
+        if not live and not any(source.samples for source in self.sources):
+            return
+        sample, timestep = (
+            args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("sample", "timestep"))
+        )
+        call = self._read(sample)
+        if live or call != self._built:
+            self._build(call)
+        if self._windows:
+            timestep = torch.as_tensor(timestep, device=call.device, dtype=torch.float32)
+            for window in self._windows:
+                window.update(timestep)
+
+    def _read(self, sample: Tensor) -> Call:
+        device = sample.device
+        autocast = torch.is_autocast_enabled(device.type)
+        pipe = self._caller()
+        scheduler = getattr(pipe, "scheduler", None)
+        call = Call(
+            batch=sample.shape[0],
+            frames=sample.shape[2] if sample.ndim == 5 else 1,
+            height=sample.shape[-2],
+            width=sample.shape[-1],
+            device=device,
+            dtype=torch.get_autocast_dtype(device.type) if autocast else sample.dtype,
+            parts=self._parts(pipe),
+            schedule=_SCHEDULE if scheduler is None else scheduler.config.num_train_timesteps,
+        )
+        if call.batch % len(call.parts):
+            raise UsageError(
+                f"the UNet is called with a batch of {call.batch}, which {len(call.parts)} parts "
+                f"({', '.join(call.parts)}) cannot share; state the layout with adapter.batch(guidance=…)."
+            )
+        return call
+
+    def _caller(self) -> object | None:
+        pipe = None if self._pipe is None else self._pipe()
+        if self._pipe is not None and pipe is None:
+            raise UsageError(
+                "the pipeline that the adapter was attached to is gone, but its UNet is still called; "
+                "attach the adapter to the pipeline that calls it."
+            )
+        return pipe
+
+    def _parts(self, pipe: object | None) -> tuple[Part, ...]:
+        """The layout of the batch: as stated, else as the pipeline's guidance flags say, else no guidance."""
+        for source in self.sources:
+            if source.parts is not None:
+                return source.parts
+        if pipe is None:
+            return ("positive",)
+        try:
+            guided = bool(pipe.do_classifier_free_guidance)  # type: ignore[attr-defined]
+        except AttributeError:
+            raise UsageError(
+                f"{type(pipe).__name__} does not say whether guidance is on: it was never called itself, or "
+                "has no such flag. Attach to the pipeline you call, or state adapter.batch(guidance=…)."
+            ) from None
+        if guided and hasattr(type(pipe), "image_guidance_scale"):  # InstructPix2Pix: text+image, image, none
+            return ("positive", "negative", "negative")
+        positive: tuple[Part, ...] = ("positive",)
+        if getattr(pipe, "do_perturbed_attention_guidance", False):
+            positive *= 2
+        return ("negative", *positive) if guided else positive
+
+    def _build(self, call: Call) -> None:
+        """Compute every layer's groups for ``call``."""
+        found = self._processors()
+        if len(found) != len(self.layers):
+            raise ImpromptError(
+                "other attention processors were installed after the adapter was attached, which silences "
+                "it; install them first, then attach."
+            )
+        processors = {layer.name: pair for layer, pair in zip(self.layers, found, strict=True)}
+        self._windows = []
+        groups: dict[str, list[Group]] = {layer.name: [] for layer in self.layers}
+        heads = {name: attention.heads for name, (attention, _) in processors.items()}
+        for source in self.sources:
+            if source.live is not None:
+                for layer in self.layers:
+                    groups[layer.name].append(
+                        _live_group(source, source.live, layer, heads[layer.name], call)
+                    )
+                continue
+            # No autograd graph and no inference tensors: the groups outlive the call that makes them.
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+                torch.autocast(call.device.type, enabled=False),
+            ):
+                for rows in _columns(source.samples):
+                    self._add_column(groups, source, rows, heads, call)
+        for name, (_, processor) in processors.items():
+            processor.groups = tuple(groups[name])
+        self._built = call
+
+    def _add_column(
+        self,
+        groups: dict[str, list[Group]],
+        source: Source,
+        rows: Sequence[Row | None],
+        heads: Mapping[str, int],
+        call: Call,
+    ) -> None:
+        """One softmax's groups: ``rows`` holds, for each sample, the prompt that takes part in it."""
+        if call.samples % len(rows):
+            raise UsageError(
+                f"prompts are set for {len(rows)} samples, but {call.samples} are drawn; "
+                "the pipeline's batch must be a multiple of the number of samples that have prompts."
+            )
+        kinds = tuple(dict.fromkeys(call.parts))
+        if "negative" in kinds and any(row is not None and row.negative is None for row in rows):
+            raise UsageError(
+                "guidance needs the image prompt's negative tokens, which bare features of this variant "
+                "cannot give: pass negative= (the encoder's features of an all-zero input), or set an image encoder."
+            )
+        each = call.samples // len(rows)
+        sample_of = [m for m in range(len(rows)) for _ in range(each * call.frames)]
+        spread = [None if row is None else row.layer_weights(self.layers) for row in rows]
+        window = _window(rows, each, call)
+        masks = _Masks(rows, sample_of * len(call.parts), call)
+        stacks: dict[tuple[bool, ...], _Stack] = {}
+        for i, layer in enumerate(self.layers):
+            weights = [0.0 if s is None else s.weights[i] for s in spread]
+            negated = tuple(s is not None and s.negated[i] for s in spread)
+            strengths = [
+                0.0 if kind == "positive" and not_ else weight
+                for kind in kinds
+                for weight, not_ in zip(weights, negated, strict=True)
+            ]
+            if not any(strengths):
+                continue  # structurally no prompt here: the layer keeps its own processor, bit for bit
+            if negated not in stacks:
+                stacks[negated] = _Stack.of(rows, kinds, negated, call)
+            stack = stacks[negated]
+            order = [kinds.index(part) * len(rows) + m for part in call.parts for m in sample_of]
+            key, value = _key_value(source, layer, stack.tokens, heads[layer.name], call)
+            value = (
+                value * torch.tensor(strengths, device=call.device, dtype=value.dtype)[:, None, None, None]
+            )
+            groups[layer.name].append(
+                Group(
+                    key=key[order].to(call.dtype),
+                    value=value[order].to(call.dtype),
+                    padding=None if stack.padding is None else stack.padding[order].to(call.dtype),
+                    mask=masks.at(layer),
+                    gate=None if window is None else window.open,
+                )
+            )
+        if window is not None:
+            self._windows.append(window)
+
+
+@dataclass(frozen=True, eq=False)
+class _Stack:
+    """Token sequences side by side: first all samples of one kind, then of the other."""
+
+    tokens: Float[Tensor, "S T C"]
+    padding: Float[Tensor, "S 1 1 T"] | None
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[Row | None], kinds: Sequence[Part], negated: Sequence[bool], call: Call
+    ) -> "_Stack":
+        sequences: list[Tensor | None] = []
+        for kind in kinds:
+            for row, not_ in zip(rows, negated, strict=True):
+                swapped = kind == "negative" and not not_
+                sequences.append(None if row is None else row.negative if swapped else row.tokens)
+        present = [sequence for sequence in sequences if sequence is not None]
+        longest, width = max(len(sequence) for sequence in present), present[0].shape[-1]
+        dtype = present[0].dtype
+        tokens = torch.zeros(len(sequences), longest, width, device=call.device, dtype=dtype)
+        empty: Bool[Tensor, "S T"] = torch.zeros(
+            len(sequences), longest, device=call.device, dtype=torch.bool
+        )
+        for i, sequence in enumerate(sequences):
+            if sequence is not None:  # an absent prompt keeps zero tokens, and has strength 0
+                tokens[i, : len(sequence)] = sequence.to(call.device, dtype)
+                empty[i, len(sequence) :] = True
+        if not bool(empty.any()):
+            return cls(tokens, None)
+        padding = torch.zeros(empty.shape, device=call.device).masked_fill(empty, float("-inf"))
+        return cls(tokens, padding[:, None, None, :])
+
+
+class _Masks:
+    """The masks of one softmax on each resolution's grid, made once for each."""
+
+    def __init__(self, rows: Sequence[Row | None], order: list[int], call: Call) -> None:
+        self._masks = [None if row is None else row.mask for row in rows]
+        self._order, self._call = order, call
+        self._made: dict[tuple[int, int], Tensor] = {}
+
+    def at(self, layer: CrossLayer) -> Float[Tensor, "_ 1 L 1"] | None:
+        if all(mask is None for mask in self._masks):
+            return None
+        size = layer.size(self._call.height, self._call.width)
+        if size not in self._made:
+            whole = torch.ones(1, 1, *size)
+            grids = [whole if mask is None else resize_mask(mask.cpu(), size) for mask in self._masks]
+            stack = torch.cat(grids).flatten(2)[..., None].to(self._call.device, self._call.dtype)
+            self._made[size] = stack[self._order] if len(grids) > 1 else stack
+        return self._made[size]
+
+
+def _window(rows: Sequence[Row | None], each: int, call: Call) -> _Window | None:
+    """The group's window, or ``None`` when it is always open. Edges are kept in timesteps: exact in
+    float32."""
+    if not any(row is not None and row.windowed for row in rows):
+        return None
+    infinity = float("inf")
+    first, last = [], []
+    for row in rows:
+        start, end = (0.0, 1.0) if row is None else (row.start, row.end)
+        first += [infinity if start == 0 else call.schedule * (1 - start)] * each
+        last += [-infinity if end == 1 else call.schedule * (1 - end)] * each
+    rows_first, rows_last = (
+        torch.tensor(edges * len(call.parts), device=call.device, dtype=torch.float32)
+        for edges in (first, last)
+    )
+    open_ = torch.ones(call.batch * call.frames, 1, 1, 1, device=call.device, dtype=call.dtype)
+    return _Window(rows_first, rows_last, open_)
+
+
+def _columns(samples: Sequence[Sequence[Row]]) -> list[tuple[Row | None, ...]]:
+    """The g-th prompt of every sample, for each g; samples with fewer have none there."""
+    depth = max((len(rows) for rows in samples), default=0)
+    return [tuple(rows[g] if g < len(rows) else None for rows in samples) for g in range(depth)]
+
+
+def _key_value(
+    source: Source, layer: CrossLayer, tokens: Float[Tensor, "S T C"], heads: int, call: Call
+) -> tuple[Float[Tensor, "S H T D"], Float[Tensor, "S H T D"]]:
+    """Keys and values of the tokens, in the finer of the weights' and the UNet's number format."""
+    to_k, to_v = source.key_value(layer.index)
+    dtype = torch.promote_types(to_k.weight.dtype, call.dtype)
+    tokens = tokens.to(call.device, dtype)
+    key, value = (F.linear(tokens, part.weight.to(call.device, dtype)) for part in (to_k, to_v))
+    return _split(key, heads), _split(value, heads)
+
+
+def _live_group(source: Source, live: LiveTokens, layer: CrossLayer, heads: int, call: Call) -> Group:
+    if live.tokens.shape[0] != call.batch:
+        raise UsageError(
+            f"training tokens are for {live.tokens.shape[0]} rows, the UNet is called with {call.batch}."
+        )
+    key, value = _key_value(source, layer, live.tokens, heads, call)
+    scale = torch.as_tensor(live.scale, device=call.device, dtype=value.dtype)
+    value = value * scale.reshape(-1, 1, 1, 1)
+    return Group(key.to(call.dtype), value.to(call.dtype))
+
+
+def _split(x: Float[Tensor, "B T HD"], heads: int) -> Float[Tensor, "B H T D"]:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)

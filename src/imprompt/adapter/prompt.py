@@ -1,0 +1,235 @@
+"""What the user shows: an image prompt with its strength, place and time, and the same made ready for
+attention.
+
+:class:`ImagePrompt` is a request and holds whatever the user has: pictures, an encoder's features or finished
+tokens. :func:`as_prompts` reads the short forms. A :class:`Row` is its result: tokens of one softmax, and
+what steers them. Several prompts are several rows, whose outputs add up; several pictures of one prompt share
+a row.
+"""
+
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol, TypeAlias, TypedDict, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from imprompt.adapter.layers import CrossLayer
+from imprompt.adapter.weighting import LayerWeights, Profile, canonical, layer_weights
+from imprompt.errors import InputError, UsageError
+
+
+@runtime_checkable
+class DecodedPicture(Protocol):
+    """A PIL image, as far as it matters here."""
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+    def convert(self, mode: str) -> "DecodedPicture": ...
+
+
+@runtime_checkable
+class EncodedPictures(Protocol):
+    """An encoder's output for N pictures, see ``imprompt.encoders.clip.Features``."""
+
+    @property
+    def pooled(self) -> Tensor: ...
+    @property
+    def hidden(self) -> Tensor: ...
+    @property
+    def negative_hidden(self) -> Tensor: ...
+
+
+Picture: TypeAlias = str | Path | bytes | DecodedPicture
+
+
+@dataclass(frozen=True, eq=False)
+class ImagePrompt:
+    """Pictures that prompt the model: exactly one of ``image``, ``features`` and ``tokens`` is given.
+
+    Raises :class:`UsageError` when a field is not what it says; nothing is decoded or computed yet.
+    """
+
+    image: Picture | Sequence[Picture] | None = None
+    """A path, PIL image or encoded file; or several, whose tokens then share one softmax."""
+    features: Tensor | EncodedPictures | None = None
+    """The encoder's output: pooled ``(N, E)`` or ``(E,)``, or hidden states ``(N, P, W)`` or ``(P, W)``."""
+    tokens: Tensor | None = None
+    """The projection's output ``(N, T, C)`` or ``(T, C)``."""
+    scale: float = 1.0
+    """Strength; 0 is exactly no prompt, 1 is as trained, and a negative number pushes away."""
+    profile: Profile = "linear"
+    """How the scale is spread over the layers, see :mod:`imprompt.adapter.weighting`."""
+    start: float = 0.0
+    end: float = 1.0
+    """The window [start, end) of the noise schedule in which it acts: 0 is pure noise, 1 the finished
+    picture. Evaluated from the timestep ``t`` as ``1 - t/T``, hence independent of scheduler, steps and
+    strength."""
+    mask: Picture | Tensor | None = None
+    """Where it acts: a picture (white is 1) or a tensor ``(H, W)`` in [0, 1], of any size, stretched over the
+    output. Soft values are kept."""
+    negative: Picture | Tensor | None = None
+    """What the unconditional half sees: a picture, or features (tokens when ``tokens`` are given). ``None``
+    is the variant's published rule."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("image", "features", "tokens") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise UsageError(
+                "an image prompt needs exactly one of image, features and tokens; "
+                f"got {' and '.join(given) or 'none'}."
+            )
+        if isinstance(self.image, Sequence) and not isinstance(self.image, str | bytes) and not self.image:
+            raise UsageError("an image prompt's image is an empty list; give at least one picture.")
+        _check_number("scale", self.scale)
+        for name in ("start", "end"):
+            _check_number(name, getattr(self, name))
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(
+                    f"{name} is {getattr(self, name)}; a fraction of the schedule from 0 to 1 is expected."
+                )
+        if self.start > self.end:
+            raise UsageError(f"start {self.start} lies after end {self.end}; start must not exceed end.")
+        if isinstance(self.profile, str):
+            canonical(self.profile)
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """``image`` as a tuple; empty when features or tokens were given."""
+        if self.image is None:
+            return ()
+        if isinstance(self.image, Sequence) and not isinstance(self.image, str | bytes):
+            return tuple(self.image)
+        return (self.image,)
+
+
+class PromptFields(TypedDict, total=False):
+    """Fields of :class:`ImagePrompt` that can be said beside a picture."""
+
+    scale: float
+    profile: Profile
+    start: float
+    end: float
+    mask: Picture | Tensor | None
+    negative: Picture | Tensor | None
+
+
+PromptLike: TypeAlias = (
+    ImagePrompt
+    | Picture
+    | Tensor
+    | EncodedPictures
+    | Sequence[ImagePrompt]
+    | Sequence[Picture]
+    | Sequence[Tensor]
+)
+"""A prompt, or the short forms: a picture or features; a list of pictures is ONE prompt of several pictures
+(one softmax, as diffusers without masks), a list of prompts is several prompts (a softmax each, added)."""
+
+
+def as_prompts(value: PromptLike, fields: PromptFields) -> tuple[ImagePrompt, ...]:
+    """The prompts that a short form means, with ``fields`` set on each. Raises :class:`UsageError`."""
+    if isinstance(value, list | tuple):
+        prompts = [item for item in value if isinstance(item, ImagePrompt)]
+        if prompts and len(prompts) == len(value):
+            return tuple(replace(prompt, **fields) for prompt in prompts)
+        if prompts or not value:
+            raise UsageError(
+                "a list of image prompts is either all ImagePrompt or all pictures, and not empty; "
+                "clear_prompt() removes what was set."
+            )
+        if all(isinstance(item, Tensor) for item in value):
+            return (ImagePrompt(features=_joined(value), **fields),)
+        return (ImagePrompt(image=tuple(value), **fields),)
+    if isinstance(value, ImagePrompt):
+        return (replace(value, **fields),)
+    if isinstance(value, Tensor | EncodedPictures):
+        return (ImagePrompt(features=value, **fields),)
+    if isinstance(value, str | Path | bytes | DecodedPicture):
+        return (ImagePrompt(image=value, **fields),)
+    raise UsageError(
+        f"an image prompt cannot be a {type(value).__name__}; give a path, a PIL image, a features tensor, "
+        "an ImagePrompt or a list of them."
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """An image prompt made ready: the tokens of one softmax and what steers them."""
+
+    tokens: Float[Tensor, "T C"]
+    negative: Float[Tensor, "Tn C"] | None
+    """``None`` when it is not known; needed only with guidance."""
+    scale: float
+    profile: Profile
+    start: float
+    end: float
+    mask: Float[Tensor, "1 1 H W"] | None
+
+    def layer_weights(self, layers: Sequence[CrossLayer]) -> LayerWeights:
+        """Scale times profile for each layer; exactly 0 where the prompt does not act at all."""
+        spread = layer_weights(self.profile, layers)
+        scale = 0.0 if self.start == self.end else self.scale
+        return LayerWeights(tuple(scale * weight for weight in spread.weights), spread.negated)
+
+    @property
+    def windowed(self) -> bool:
+        """Whether some timestep lies outside its window."""
+        return self.start > 0 or self.end < 1
+
+
+def read_mask(mask: Picture | Tensor | None) -> Float[Tensor, "1 1 H W"] | None:
+    """A mask as floats in [0, 1]. Raises :class:`InputError` when it is no mask or covers nothing."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        import numpy as np
+
+        from imprompt.encoders.images import load_mask
+
+        mask = torch.from_numpy(np.array(load_mask(mask), dtype=np.uint8))
+    values = mask.detach().to(torch.float32) / (255 if mask.dtype == torch.uint8 else 1)
+    if (
+        values.ndim not in (2, 3, 4)
+        or values.numel() != values.shape[-1] * values.shape[-2]
+        or not values.numel()
+    ):
+        raise InputError(f"mask has shape {tuple(mask.shape)}; one picture (H, W) is expected.")
+    if not bool(torch.isfinite(values).all()) or values.min() < 0 or values.max() > 1:
+        raise InputError("mask has values outside 0 to 1; give floats in [0, 1], booleans or bytes.")
+    if not values.any():
+        raise InputError(
+            "mask is 0 everywhere, so its image prompt could never act; leave the prompt out instead."
+        )
+    return values.reshape(1, 1, *values.shape[-2:])
+
+
+def resize_mask(mask: Float[Tensor, "1 1 H W"], size: tuple[int, int]) -> Float[Tensor, "1 1 h w"]:
+    """The mask on a layer's grid: exact area averages where it shrinks, bilinear where it grows.
+
+    Area averages keep what no pixel of the mask touches at exactly 0, and complementary masks complementary.
+    """
+    if size[0] <= mask.shape[-2] and size[1] <= mask.shape[-1]:
+        return F.interpolate(mask, size, mode="area")
+    return F.interpolate(mask, size, mode="bilinear", align_corners=False)
+
+
+def _joined(features: Sequence[Tensor]) -> Tensor:
+    shapes = {tuple(item.shape[-2:] if item.ndim > 1 else item.shape) for item in features}
+    ranks = {item.ndim for item in features}
+    if len(shapes) != 1 or len(ranks) != 1:
+        raise UsageError(
+            "the features of one prompt's pictures have different shapes; give them the same shape."
+        )
+    rank = ranks.pop()
+    return torch.stack(tuple(features)) if rank == 1 else torch.cat(tuple(features))
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise UsageError(f"{name} is {value!r}; a finite number is expected.")
