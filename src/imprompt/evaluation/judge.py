@@ -209,10 +209,10 @@ class JudgeNetwork(nn.Module):
         self.embedding = nn.Linear(WIDTHS[-1] * 4, EMBEDDING)  # 2×2 pooled: where things are tells a face
         self.concept = nn.Parameter(torch.randn(concepts, EMBEDDING))
         self.temperature = nn.Parameter(torch.tensor(math.log(16.0)))
-        self.palette = nn.Sequential(nn.Conv2d(3, 48, 1), nn.BatchNorm2d(48), nn.Sigmoid())
-        self.texture = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU())
+        self.palette = nn.Sequential(nn.Conv2d(3, 24, 1), nn.BatchNorm2d(24), nn.Hardsigmoid())
+        self.texture = nn.Sequential(nn.Conv2d(3, 24, 3, 2, 1), nn.BatchNorm2d(24), nn.ReLU())
         self.style = nn.Sequential(
-            nn.Linear(48 + 2 * 32 + 2 * WIDTHS[1] + WIDTHS[-1], 128), nn.ReLU(), nn.Linear(128, styles)
+            nn.Linear(24 + 2 * 24 + 2 * WIDTHS[1] + WIDTHS[-1], 128), nn.ReLU(), nn.Linear(128, styles)
         )
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,7 +231,7 @@ class JudgeNetwork(nn.Module):
         fine = outputs[1].flatten(2)
         texture = self.texture(pixels).flatten(2)
         seen = [
-            self.palette(pixels).mean((2, 3)),
+            self.palette(pixels[..., ::2, ::2]).mean((2, 3)),
             texture.mean(2),
             texture.amax(2),
             fine.mean(2),

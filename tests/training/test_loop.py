@@ -1,0 +1,281 @@
+"""Real training of tiny adapters: it learns, resumes bit for bit, and says what is wrong."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors.torch import load_file
+
+import tiny
+from imprompt.errors import ModelError, UsageError
+from imprompt.training import loop
+from imprompt.training.cache import fingerprint
+from imprompt.training.loop import drop_features, learning_rate, loss_weights, prediction_target, train
+
+
+def log_of(config):
+    return [json.loads(line) for line in (config.output / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_loss_with_the_image_falls_and_the_gap_opens(make_config):
+    config = make_config(steps=60, lr=1e-2, batch=4, validate_every=60, ema=0.0, latent="mean")
+    train(config)
+    first, last = (record for record in log_of(config) if "gap" in record)
+    assert last["validation_with_image"] < 0.97 * first["validation_with_image"]
+    assert last["gap"] > first["gap"] + 0.005
+
+
+@pytest.mark.parametrize("kind", ["linear", "resampler"])
+def test_the_file_is_the_published_layout_and_diffusers_reads_it(make_config, base, kind):
+    path = train(make_config(kind=kind))
+    keys = load_file(path)
+    layers = len([name for name in tiny.tiny_unet().attn_processors if "attn2" in name])
+    assert sum(name.endswith("to_k_ip.weight") for name in keys) == layers
+    assert all(name.startswith(("image_proj.", "ip_adapter.")) for name in keys)
+    assert {tensor.dtype for tensor in keys.values()} == {torch.float16}
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_ip_adapter(str(path.parent), subfolder="", weight_name=path.name, image_encoder_folder=None)
+    image = pipe("a", ip_adapter_image=tiny.picture(1), num_inference_steps=1, output_type="pt").images
+    assert image.isfinite().all()
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(make_config, tmp_path, monkeypatch):
+    mixed = {"references": [("self", 0.5), ("style", 0.5)], "views": 2, "schedule": "cosine", "warmup": 2}
+    whole = train(make_config(steps=6, output=tmp_path / "whole", accumulate=2, **mixed)).read_bytes()
+
+    taken = []
+    original = loop._Trainer._advance
+
+    def advance(self):
+        taken.append(self.step)
+        if len(taken) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self)
+
+    monkeypatch.setattr(loop._Trainer, "_advance", advance)
+    parts = make_config(steps=6, output=tmp_path / "parts", accumulate=2, **mixed)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(parts)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not (tmp_path / "parts" / loop.WEIGHT_NAME).exists()
+    resumed = train(parts.model_copy(update={"resume": True}))
+    assert taken == [0, 1, 2, 3, 4, 5]
+    assert resumed.read_bytes() == whole
+    losses = [
+        [r["loss"] for r in log_of(make_config(output=tmp_path / n)) if "loss" in r]
+        for n in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_held_out_pictures_do_not_touch_the_weights(make_config, pictures, tmp_path):
+    first = train(make_config(output=tmp_path / "first")).read_bytes()
+    tiny.picture(99, (40, 32)).save(pictures / "6.png")
+    assert train(make_config(output=tmp_path / "second")).read_bytes() == first
+    tiny.picture(98, (40, 32)).save(pictures / "5.png")  # a training picture does
+    assert train(make_config(output=tmp_path / "third")).read_bytes() != first
+
+
+def test_the_base_is_left_as_it_was(make_config, base):
+    config = make_config()
+    world = loop._World(config)
+    config.output.mkdir()
+    trainer = loop._Trainer(config, world)
+    trainer.run()
+    fresh = StableDiffusionPipeline.from_pretrained(base).unet
+    assert fingerprint(trainer.unet) == fingerprint(fresh)
+    assert not trainer.unet.training
+    trainer.finish()
+    assert not trainer.unet._forward_pre_hooks
+
+
+def test_a_dropped_image_is_a_zero_embedding_so_only_the_bias_learns(make_config):
+    config = make_config(
+        drop_text=0, drop_image=1, drop_both=0, weight_decay=0, lr=1e-2, ema=0, save_dtype="float32"
+    )
+    config.output.mkdir()
+    trainer = loop._Trainer(config, loop._World(config))
+    before = {name: value.clone() for name, value in trainer.adapter.state_dict()["image_proj"].items()}
+    trainer.run()
+    after = trainer.adapter.state_dict()["image_proj"]
+    assert torch.equal(after["proj.weight"], before["proj.weight"])
+    assert not torch.equal(after["proj.bias"], before["proj.bias"])
+
+
+def test_dropped_rows_become_the_negative_and_the_others_stay():
+    features, negative = torch.rand(3, 5, 4), torch.rand(1, 5, 4)
+    out = drop_features(features, negative, torch.tensor([False, True, False]))
+    assert torch.equal(out[1], negative[0])
+    assert torch.equal(out[[0, 2]], features[[0, 2]])
+
+
+def test_the_negative_of_a_resampler_is_the_encoded_zero_tensor(make_config, base):
+    config = make_config(kind="resampler")
+    config.output.mkdir()
+    trainer = loop._Trainer(config, loop._World(config))
+    encoder = StableDiffusionPipeline.from_pretrained(base).image_encoder
+    side = encoder.config.image_size
+    with torch.no_grad():
+        expected = encoder(torch.zeros(1, 3, side, side), output_hidden_states=True).hidden_states[-2]
+    assert torch.allclose(trainer.data.negative, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_targets_are_what_the_scheduler_says(kind):
+    clean, noise = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8)
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=kind, clip_sample=False)
+    steps = torch.tensor([1, 200, 600, 998])
+    target = prediction_target(kind, clean, noise, scheduler.alphas_cumprod[steps])
+    if kind == "v_prediction":
+        assert torch.allclose(target, scheduler.get_velocity(clean, noise, steps), atol=1e-6)
+    noisy = scheduler.add_noise(clean, noise, steps)
+    for place, step in enumerate(steps):
+        result = scheduler.step(target[place : place + 1], int(step), noisy[place : place + 1])
+        assert torch.allclose(result.pred_original_sample[0], clean[place], atol=2e-3)
+
+
+def test_an_unknown_prediction_type_is_an_error():
+    with pytest.raises(ModelError, match="flow"):
+        prediction_target("flow", torch.zeros(1), torch.zeros(1), torch.ones(1))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_weighs_the_clean_pictures_error_the_same_for_every_prediction(kind):
+    """The weight on the model's own error, turned into one on the clean picture's, is min(SNR, γ)."""
+    alpha_bar = torch.tensor([0.999, 0.9, 0.5, 0.1, 0.004], dtype=torch.float64)
+    snr = alpha_bar / (1 - alpha_bar)
+    # One unit of error in the prediction is so much squared error in the clean picture:
+    per_error = {"epsilon": 1 / snr, "v_prediction": 1 - alpha_bar, "sample": torch.ones_like(snr)}[kind]
+    weights = loss_weights(kind, alpha_bar, 5.0)
+    assert torch.allclose(weights / per_error, snr.clamp(max=5.0))
+    assert torch.equal(loss_weights(kind, alpha_bar, None), torch.ones_like(alpha_bar))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_is_finite_at_zero_terminal_snr(kind):
+    assert loss_weights(kind, torch.tensor([0.0, 0.5]), 5.0).isfinite().all()
+
+
+def test_a_v_prediction_base_trains_on_v(make_config, base, tmp_path):
+    """With the noise taken for the target, the loss of a zero output would be 1 at every timestep."""
+    folder = tmp_path / "v-base"
+    shutil.copytree(base, folder)
+    settings = folder / "scheduler" / "scheduler_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"prediction_type": "v_prediction"}))
+    config = make_config(base=str(folder))
+    config.output.mkdir()
+    trainer = loop._Trainer(config, loop._World(config))
+    trainer.unet.forward = lambda noisy, *_, **__: (torch.zeros_like(noisy),)
+    clean, noise = torch.full((1, 4, 16, 16), 3.0), torch.ones(1, 4, 16, 16)
+    features, steps = trainer.data.negative, torch.tensor([500])
+    alpha = trainer.alpha_bar[500]
+    with trainer._error(clean, noise, steps, features, [""]) as error:
+        assert error.item() == pytest.approx(float((alpha.sqrt() - 3 * (1 - alpha).sqrt()) ** 2), rel=1e-4)
+
+
+def test_sdxl_trains_too(make_config, tmp_path):
+    encoder, processor = tiny.tiny_encoder()
+    parts = tiny.tiny_sdxl().components | {"image_encoder": encoder, "feature_extractor": processor}
+    StableDiffusionXLPipeline(**parts, add_watermarker=False).save_pretrained(tmp_path / "xl")
+    path = train(make_config(base=str(tmp_path / "xl"), steps=2))
+    assert load_file(path)["image_proj.norm.weight"].shape == (2 * tiny.TEXT_WIDTH,)
+
+
+def test_gradient_checkpointing_gives_the_same_weights(make_config, tmp_path):
+    plain = load_file(train(make_config(steps=2, output=tmp_path / "a")))
+    saving = load_file(train(make_config(steps=2, output=tmp_path / "b", gradient_checkpointing=True)))
+    assert all(torch.allclose(plain[name].float(), saving[name].float(), atol=1e-3) for name in plain)
+
+
+def test_training_continues_from_an_adapter_file(make_config, tmp_path):
+    first = train(make_config(output=tmp_path / "a", save_dtype="float32"))
+    second = train(
+        make_config(output=tmp_path / "b", init=first, lr=1e-12, weight_decay=0, save_dtype="float32")
+    )
+    before, after = load_file(first), load_file(second)
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    with pytest.raises(UsageError, match="pooled"):
+        train(make_config(output=tmp_path / "c", init=first, kind="resampler"))
+
+
+def test_another_run_is_never_overwritten(make_config):
+    path = train(make_config())
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match="already holds a run"):
+        train(make_config())
+    with pytest.raises(UsageError, match=r"lr was 0\.0001, is 0\.01"):
+        train(make_config(resume=True, lr=1e-2))
+    assert path.read_bytes() == before
+
+
+def test_a_finished_run_that_is_resumed_changes_nothing(make_config):
+    before = train(make_config()).read_bytes()
+    assert train(make_config(resume=True)).read_bytes() == before
+
+
+def test_only_the_newest_checkpoints_are_kept_and_none_is_half_written(make_config):
+    config = make_config(steps=6, checkpoint_every=1, keep_checkpoints=2)
+    train(config)
+    assert sorted(path.name for path in config.output.glob("checkpoint-*")) == [
+        "checkpoint-00000005.safetensors",
+        "checkpoint-00000006.safetensors",
+    ]
+    assert not list(config.output.rglob("*.part"))
+
+
+def test_a_damaged_checkpoint_is_named(make_config):
+    config = make_config(checkpoint_every=2)
+    train(config)
+    newest = max(config.output.glob("checkpoint-*"))
+    newest.write_bytes(newest.read_bytes()[:100])
+    with pytest.raises(ModelError, match=newest.name):
+        train(make_config(checkpoint_every=2, resume=True))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_without_a_result(make_config):
+    config = make_config(steps=8, lr=1e30, clip=0)
+    with pytest.raises(ModelError, match="not finite"):
+        train(config)
+    assert not (config.output / loop.WEIGHT_NAME).exists()
+    assert not list(config.output.glob("checkpoint-*"))
+
+
+def test_an_inpainting_base_is_refused(make_config, base, tmp_path):
+    folder = tmp_path / "nine"
+    shutil.copytree(base, folder)
+    tiny.tiny_unet(in_channels=9).save_pretrained(folder / "unet")
+    with pytest.raises(ModelError, match="inpainting"):
+        train(make_config(base=str(folder)))
+
+
+def test_a_base_that_is_no_model_is_an_error(make_config, tmp_path):
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ModelError, match="nothing"):
+        train(make_config(base=str(tmp_path / "nothing")))
+
+
+def test_a_base_without_an_image_encoder_is_an_error(make_config, tmp_path):
+    tiny.tiny_sd().save_pretrained(tmp_path / "plain")
+    with pytest.raises(UsageError, match="image_encoder"):
+        train(make_config(base=str(tmp_path / "plain")))
+
+
+def test_the_rate_warms_up_and_falls_to_zero(make_config):
+    config = make_config(steps=110, warmup=10, schedule="cosine", lr=1.0)
+    rates = [learning_rate(config, step) for step in range(111)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.5)
+    assert rates[110] == pytest.approx(0, abs=1e-12)
+
+
+def test_weights_are_averaged_over_the_run(make_config, tmp_path):
+    last = load_file(train(make_config(output=tmp_path / "a", ema=0, lr=1e-2)))
+    mean = load_file(train(make_config(output=tmp_path / "b", ema=0.9, lr=1e-2)))
+    assert any(not torch.equal(last[name], mean[name]) for name in last)
