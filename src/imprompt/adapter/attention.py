@@ -372,7 +372,7 @@ class Injection:
         if "negative" in kinds and any(row is not None and row.negative is None for row in rows):
             raise UsageError(
                 "guidance needs the image prompt's negative tokens, which bare features of this variant "
-                "cannot give: pass negative= (the encoder's features of an all-zero input), or set an image encoder."
+                "cannot give: pass negative= (the encoder's features of an all-zero input), or a picture."
             )
         each = call.samples // len(rows)
         sample_of = [m for m in range(len(rows)) for _ in range(each * call.frames)]
