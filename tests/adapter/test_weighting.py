@@ -1,6 +1,7 @@
 """Profiles against the published formulas, written again here; lists, patterns, and UNets of other shapes."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -28,14 +29,19 @@ def unet_of(family: str) -> UNet2DConditionModel:
         return UNet2DConditionModel(**({"cross_attention_dim": 768} if family == "sd15" else sdxl))
 
 
-@pytest.fixture(scope="module")
+@cache
+def layers_of(family: str) -> tuple[CrossLayer, ...]:
+    return cross_attentions(unet_of(family))
+
+
+@pytest.fixture
 def sd15() -> tuple[CrossLayer, ...]:
-    return cross_attentions(unet_of("sd15"))
+    return layers_of("sd15")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def sdxl() -> tuple[CrossLayer, ...]:
-    return cross_attentions(unet_of("sdxl"))
+    return layers_of("sdxl")
 
 
 def by_t(profile: object, layers: tuple[CrossLayer, ...]) -> list[float]:
@@ -139,7 +145,7 @@ def test_any_unet_has_roles_by_position(family: str) -> None:
 
 @given(st.lists(st.floats(-2, 2), min_size=16, max_size=16))
 def test_a_list_is_read_in_execution_order(weights: list[float]) -> None:
-    assert by_t(weights, cross_attentions(unet_of("sd15"))) == weights
+    assert by_t(weights, layers_of("sd15")) == weights
 
 
 def test_a_list_may_name_every_layer_of_sdxl(sdxl: tuple[CrossLayer, ...]) -> None:

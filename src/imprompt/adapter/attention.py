@@ -14,7 +14,7 @@ tokens, D head width, C token width, M samples with prompts of their own.
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -88,13 +88,12 @@ class DecoupledAttention:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
-        *args: Any,
         **kwargs: Any,
     ) -> Tensor:
         if not self.groups:
-            return self.previous(
-                attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs
-            )
+            if temb is not None:  # not every processor takes it
+                kwargs["temb"] = temb
+            return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         residual, shape = hidden_states, hidden_states.shape
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -137,6 +136,7 @@ class LiveTokens:
     scale: Float[Tensor, "B"] | float = 1.0
 
 
+@runtime_checkable
 class Source(Protocol):
     """What an injection reads of an adapter."""
 
