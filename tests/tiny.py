@@ -129,12 +129,13 @@ def random_adapter_state(
     else:
         raise ValueError(f"no random adapter of kind {kind!r}")
 
-    ip_adapter = {}
-    for index, name in enumerate(unet.attn_processors):
+    ip_adapter, index = {}, 1
+    for name in unet.attn_processors:
         if name.endswith("attn2.processor") and "motion_modules" not in name:
             inner = unet.get_submodule(name.removesuffix(".processor")).to_q.out_features
             ip_adapter[f"{index}.to_k_ip.weight"] = weight(inner, cross, gain=2.0)
             ip_adapter[f"{index}.to_v_ip.weight"] = weight(inner, cross, gain=2.0)
+            index += 2
     return {"image_proj": image_proj, "ip_adapter": ip_adapter}
 
 
