@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self, TypeAlias, Unpack
+from typing import Literal, TypeAlias, Unpack
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,7 @@ from imprompt.adapter.prompt import (
     EncodedPictures,
     ImagePrompt,
     Picture,
+    PictureEncoder,
     PromptFields,
     PromptLike,
     Row,
@@ -33,10 +34,7 @@ from imprompt.adapter.prompt import (
 )
 from imprompt.errors import AdapterMismatch, EncoderMismatch, InputError, UsageError
 
-if TYPE_CHECKING:
-    from imprompt.encoders.clip import ImageEncoder
-
-EncoderLike: TypeAlias = "ImageEncoder | str | Path | None"
+EncoderLike: TypeAlias = PictureEncoder | str | Path | None
 
 
 class IPAdapter:
@@ -58,8 +56,8 @@ class IPAdapter:
         self.parts: tuple[Part, ...] | None = None
         self._injection: weakref.ref[Injection] | None = None
         self._places: tuple[EncoderPlace, ...] = ()
-        self._encoder: ImageEncoder | None = None
-        self._borrowed: ImageEncoder | None = None
+        self._encoder: PictureEncoder | None = None
+        self._borrowed: PictureEncoder | None = None
         if isinstance(image_encoder, str | Path):
             self._places = (EncoderPlace.named(image_encoder),)
             self._check_widths(*self._places[0].widths(), str(image_encoder))
@@ -78,7 +76,7 @@ class IPAdapter:
         weight_name: str | None = None,
         image_encoder: EncoderLike = None,
         torch_dtype: torch.dtype | None = None,
-    ) -> Self:
+    ) -> "IPAdapter":
         """An adapter from a local file, a local folder or a hub repository (``owner/name``).
 
         Without ``weight_name`` a folder must hold exactly one ``.safetensors``. Of a ``.bin`` its
@@ -97,7 +95,7 @@ class IPAdapter:
     @classmethod
     def from_state_dict(
         cls, state_dict: StateDict, *, image_encoder: EncoderLike = None, variant: str | None = None
-    ) -> Self:
+    ) -> "IPAdapter":
         """An adapter from the published nested form ``{"image_proj": {...}, "ip_adapter": {...}}``."""
         return cls(read(state_dict, variant=variant), image_encoder=image_encoder)
 
@@ -112,7 +110,7 @@ class IPAdapter:
         tokens: int | None = None,
         depth: int = 4,
         width: int | None = None,
-    ) -> Self:
+    ) -> "IPAdapter":
         """A trainable adapter for ``unet``: random projection, keys and values copied from the text's.
 
         ``kind`` ``linear`` makes 4 tokens of the pooled embedding, ``resampler`` 16 of the hidden states,
@@ -174,7 +172,7 @@ class IPAdapter:
         """All weights with their published flat names."""
         return self.module.named_parameters()
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "IPAdapter":
         """Move or cast the weights; an image encoder of its own moves along, in its own number format."""
         self.module.to(device=device, dtype=dtype)
         if self._encoder is not None and device is not None:
@@ -197,7 +195,7 @@ class IPAdapter:
         """Whether it is on a UNet that still exists."""
         return self._injected() is not None
 
-    def attach(self, target: object) -> Self:
+    def attach(self, target: object) -> "IPAdapter":
         """Put the adapter on a diffusers pipeline, or a bare UNet; several adapters may share one, and add
         up.
 
@@ -302,7 +300,7 @@ class IPAdapter:
             self._invalidate()
 
     @property
-    def image_encoder(self) -> "ImageEncoder | None":
+    def image_encoder(self) -> PictureEncoder | None:
         """The encoder pictures go through: the given one, else the pipeline's if it fits, else the one found
         next to the weights (loaded now)."""
         if self._encoder is None and self._borrowed is None and self._places:
@@ -310,7 +308,7 @@ class IPAdapter:
         return self._encoder or self._borrowed
 
     @image_encoder.setter
-    def image_encoder(self, encoder: "ImageEncoder | None") -> None:
+    def image_encoder(self, encoder: PictureEncoder | None) -> None:
         if encoder is not None:
             self._check_widths(encoder.pooled_width, encoder.hidden_width, encoder.name)
         self._encoder = encoder
@@ -419,7 +417,7 @@ class IPAdapter:
         for row in (row for sample in self.samples for row in sample):
             row.layer_weights(layers)
 
-    def _encoder_of(self, pipe: object) -> "ImageEncoder | None":
+    def _encoder_of(self, pipe: object) -> PictureEncoder | None:
         """The pipeline's own image encoder, when it has one of the right widths."""
         model, processor = getattr(pipe, "image_encoder", None), getattr(pipe, "feature_extractor", None)
         if model is None or processor is None:
@@ -429,7 +427,7 @@ class IPAdapter:
         encoder = ImageEncoder(model, processor)
         return encoder if self._fits(encoder.pooled_width, encoder.hidden_width) else None
 
-    def _load_encoder(self) -> "ImageEncoder | None":
+    def _load_encoder(self) -> PictureEncoder | None:
         from imprompt.encoders.clip import ImageEncoder
 
         for place in self._places:
@@ -476,7 +474,7 @@ class _KeyValue(nn.Module):
         self.to_k_ip, self.to_v_ip = (_linear(weight) for weight in (key, value))
 
     @classmethod
-    def of(cls, layers: dict[str, Tensor], index: int) -> Self:
+    def of(cls, layers: dict[str, Tensor], index: int) -> "_KeyValue":
         return cls(layers[f"{index}.to_k_ip.weight"], layers[f"{index}.to_v_ip.weight"])
 
 

@@ -9,7 +9,6 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 from imprompt.errors import ModelError, UsageError
 
@@ -25,7 +24,7 @@ class EncoderPlace:
     subfolder: str | None = None
 
     @classmethod
-    def named(cls, name: str | Path) -> Self:
+    def named(cls, name: str | Path) -> "EncoderPlace":
         """``folder``, ``owner/name`` or ``owner/name:subfolder``. Raises :class:`ModelError` if nothing is
         there."""
         source, _, subfolder = (str(name), "", "") if Path(name).exists() else str(name).partition(":")

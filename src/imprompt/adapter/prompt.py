@@ -12,7 +12,7 @@ import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeAlias, TypedDict, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypedDict, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,20 @@ class EncodedPictures(Protocol):
     def hidden(self) -> Tensor: ...
     @property
     def negative_hidden(self) -> Tensor: ...
+
+
+@runtime_checkable
+class PictureEncoder(Protocol):
+    """What makes features of pictures, see ``imprompt.encoders.clip.ImageEncoder``."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def pooled_width(self) -> int: ...
+    @property
+    def hidden_width(self) -> int: ...
+    def encode(self, images: Any) -> EncodedPictures: ...
+    def to(self, device: Any, dtype: Any) -> Any: ...
 
 
 Picture: TypeAlias = str | Path | bytes | DecodedPicture
