@@ -1,0 +1,332 @@
+"""What can be asked: one immutable, validated record for Python, the command line and a picture's metadata.
+
+A :class:`Request` says everything that decides a picture; fields left at ``None`` mean "as the base likes it"
+and are filled in before drawing, so that the request inside a picture is complete and repeats it. Nothing
+here imports torch or opens a file. Names of bases and adapters are looked up later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from imprompt.adapter.weighting import PROFILES, canonical
+from imprompt.errors import UsageError
+
+SCHEDULERS: dict[str, tuple[str, dict[str, object]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "euler": ("EulerDiscreteScheduler", {"use_karras_sigmas": False}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "dpm++2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": False}),
+    "dpm++2m-karras": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True},
+    ),
+    "unipc": ("UniPCMultistepScheduler", {"use_karras_sigmas": False}),
+    "lcm": ("LCMScheduler", {}),
+}
+"""Name → diffusers' class and what is set besides the base's own scheduler configuration."""
+
+MAX_SIDE = 4096
+"""Largest width or height of a drawn picture, in pixels."""
+
+Task = Literal["generate", "edit", "inpaint"]
+
+
+class _Strict(BaseModel):
+    """Frozen, no unknown fields, no NaN, and findings as one :class:`UsageError` of one line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UsageError(_findings(type(self), error)) from error
+
+    def replace(self, **changes: object) -> Self:
+        """A copy with ``changes``, validated again. Raises :class:`UsageError`."""
+        return type(self)(**{**dict(self), **changes})
+
+
+def _as_path(value: object) -> object:
+    return str(value) if hasattr(value, "__fspath__") else value
+
+
+_Path = Annotated[str, BeforeValidator(_as_path), Field(min_length=1, max_length=4096)]
+
+
+class ImageRef(_Strict):
+    """A picture that prompts the model, and how."""
+
+    path: _Path = Field(description="the picture's file (or its name among `pictures`)")
+    scale: float | None = Field(
+        default=None,
+        ge=-10,
+        le=10,
+        description="strength of this picture; 0 none, 1 as trained; None: the request's scale",
+    )
+    mask: _Path | None = Field(
+        default=None,
+        description="picture that is white where this prompt acts; any size, stretched over the output",
+    )
+    start: float = Field(
+        default=0.0, ge=0, le=1, description="fraction of the schedule where it begins; 0: pure noise"
+    )
+    end: float = Field(default=1.0, ge=0, le=1, description="where it ends (exclusive); 1: finished picture")
+    profile: str = Field(
+        default="linear", description="how the strength is spread over the layers: " + ", ".join(PROFILES)
+    )
+
+    @field_validator("profile")
+    @classmethod
+    def _profile_is_known(cls, value: str) -> str:
+        return canonical(value)
+
+    @field_validator("end")
+    @classmethod
+    def _ends_after_start(cls, end: float, info: Any) -> float:
+        if end < info.data.get("start", 0.0):
+            raise ValueError(f"{end} lies before start ({info.data['start']})")
+        return end
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``PATH[,scale=…][,mask=…][,start=…][,end=…][,profile=…]``; the path may hold commas.
+
+        Raises :class:`UsageError` naming the option that is unknown, doubled or no number.
+        """
+        path, *options = re.split(r",(?=\s*[A-Za-z_]+=)", text)
+        values: dict[str, str] = {}
+        for option in options:
+            key, _, value = option.strip().partition("=")
+            if key not in _IMAGE_OPTIONS:
+                raise UsageError(
+                    f"--image '{text}': unknown option '{key}'; known are {', '.join(_IMAGE_OPTIONS)}."
+                )
+            if key in values:
+                raise UsageError(f"--image '{text}': '{key}' is given twice.")
+            values[key] = value
+        try:
+            return cls.model_validate({"path": path, **values})
+        except UsageError as error:
+            raise UsageError(f"--image '{text}': {error}") from error
+
+
+_IMAGE_OPTIONS = ("scale", "mask", "start", "end", "profile")
+
+
+def _as_image(value: object) -> object:
+    """A path as the short form of an :class:`ImageRef`."""
+    return {"path": str(value)} if isinstance(value, str) or hasattr(value, "__fspath__") else value
+
+
+class Request(_Strict):
+    """Everything that decides a picture. Two requests that are equal draw equal pictures on one machine.
+
+    ``generate`` draws from text, pictures or both; ``edit`` starts from ``image``; ``inpaint`` repaints
+    ``image`` where ``mask`` is white. Consecutive ``images`` that are steered alike (same scale, mask, window
+    and profile) are several views of one prompt and share one softmax, as in diffusers; differently steered
+    ones are prompts of their own, whose contributions add up.
+    Raises :class:`UsageError` (one line, naming the field) for values out of range, unknown fields, and
+    fields that would have no effect.
+    """
+
+    task: Task = Field(default="generate", description="generate, edit or inpaint")
+    prompt: str = Field(default="", max_length=20_000, description="what to draw; may be empty with images")
+    negative: str = Field(default="", max_length=20_000, description="what to avoid; needs guidance above 1")
+    images: tuple[Annotated[ImageRef, BeforeValidator(_as_image)], ...] = Field(
+        default=(), max_length=64, description="image prompts, at most 64"
+    )
+    base: str = Field(
+        default="emoji",
+        min_length=1,
+        description="the model: alias, hub id, folder or .safetensors",
+    )
+    adapter: str | None = Field(
+        default=None, min_length=1, description="alias, file, folder or hub file; None: the base's default"
+    )
+    image: _Path | None = Field(default=None, description="edit, inpaint: the picture to start from")
+    mask: _Path | None = Field(
+        default=None, description="inpaint: white is repainted, black kept; of the picture's proportions"
+    )
+    strength: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="edit, inpaint: share of the schedule that is redrawn; None: 0.6 for edit, 1 for inpaint",
+    )
+    scale: float | None = Field(
+        default=None,
+        ge=-10,
+        le=10,
+        description="strength of the image prompts; 0 none, 1 as trained; None: 0.6 with text, 1 without",
+    )
+    steps: int | None = Field(
+        default=None, ge=1, le=1000, description="denoising steps of the whole schedule; None: the base's, 30"
+    )
+    guidance: float | None = Field(
+        default=None, ge=0, le=100, description="classifier-free guidance; 1 is none; None: the base's, 7.5"
+    )
+    scheduler: str | None = Field(default=None, description=f"{', '.join(SCHEDULERS)}; None: the base's own")
+    size: tuple[int, int] | None = Field(
+        default=None,
+        description=f"width and height in pixels, multiples of 8 up to {MAX_SIDE}; None: the base's own, and "
+        "for edit and inpaint the picture's proportions at that area. Pictures to start from are cropped "
+        "around the centre to these proportions and resampled",
+    )
+    count: int = Field(default=1, ge=1, le=100, description="how many pictures; number i has seed + i")
+    seed: int | None = Field(
+        default=None, ge=0, le=2**53 - 1, description="start of the randomness; None: chosen and recorded"
+    )
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$",
+        description="auto, cpu, cuda, cuda:1 or mps",
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        default="auto", description="number format; auto: float16 on cuda and mps, float32 on cpu"
+    )
+    offload: Literal["none", "model", "sequential"] = Field(
+        default="none",
+        description="keep idle parts in main memory: model is slower, sequential slowest",
+    )
+    hashes: dict[str, str] = Field(
+        default_factory=dict,
+        description="sha256 of each file named here, recorded when drawn; a file that differs is an error",
+    )
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _short_dtype(cls, value: object) -> object:
+        return {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(str(value), value)
+
+    @field_validator("scheduler")
+    @classmethod
+    def _scheduler_is_known(cls, value: str | None) -> str | None:
+        if value is not None and value not in SCHEDULERS:
+            raise ValueError(f"{value!r} is unknown; known are {', '.join(SCHEDULERS)}")
+        return value
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _size_fits_latents(cls, value: object) -> object:
+        if isinstance(value, str):
+            sides = re.fullmatch(r"(\d{1,6})(?:[x×*,](\d{1,6}))?", value.strip())
+            if sides is None:
+                raise ValueError(f"{value!r} is no size; write 512 or 768x512 (width x height)")
+            value = (int(sides[1]), int(sides[2] or sides[1]))
+        if isinstance(value, list | tuple):
+            for side in value:
+                if isinstance(side, int) and (side % 8 or not 8 <= side <= MAX_SIDE):
+                    raise ValueError(f"{side} is no multiple of 8 between 8 and {MAX_SIDE} pixels")
+        return value
+
+    def model_post_init(self, _: object) -> None:
+        for problem in self._contradictions():
+            raise UsageError(problem)
+
+    def _contradictions(self) -> list[str]:
+        """Fields that are missing for the task, or given but without effect."""
+        found = []
+        needed = {"generate": (), "edit": ("image",), "inpaint": ("image", "mask")}[self.task]
+        for name in ("image", "mask"):
+            if name in needed and getattr(self, name) is None:
+                found.append(f"{name}: the task {self.task!r} needs one.")
+            if name not in needed and getattr(self, name) is not None:
+                tasks = "edit and inpaint" if name == "image" else "inpaint"
+                found.append(f"{name}: has no effect in the task {self.task!r}; it belongs to {tasks}.")
+        if self.task == "generate" and self.strength is not None:
+            found.append("strength: has no effect in the task 'generate'; an image prompt's is `scale`.")
+        if not self.images:
+            for name in ("scale", "adapter"):
+                if getattr(self, name) is not None:
+                    found.append(f"{name}: has no effect without an image prompt; give one in `images`.")
+            if not self.prompt and self.task == "generate":
+                found.append("prompt: give a text, an image prompt, or both.")
+        if self.negative and self.guidance is not None and self.guidance <= 1:
+            found.append(f"negative: has no effect with guidance {self.guidance:g}; it needs more than 1.")
+        return found
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of all pictures this request reads, each once, in order."""
+        named = [self.image, self.mask, *(name for ref in self.images for name in (ref.path, ref.mask))]
+        return tuple(dict.fromkeys(name for name in named if name is not None))
+
+    @property
+    def groups(self) -> tuple[tuple[ImageRef, ...], ...]:
+        """Consecutive ``images`` that are steered alike: each group is one prompt with one softmax."""
+        groups: list[list[ImageRef]] = []
+        for ref in self.images:
+            if groups and ref.replace(path="x") == groups[-1][0].replace(path="x"):
+                groups[-1].append(ref)
+            else:
+                groups.append([ref])
+        return tuple(tuple(group) for group in groups)
+
+    def single(self, index: int) -> Request:
+        """The request that draws just picture ``index`` of this one, which must have a seed."""
+        if self.seed is None:
+            raise UsageError("seed: a single picture of a request without a seed cannot be named.")
+        return self.replace(seed=randomness(self.seed, index, "noise"), count=1)
+
+    def to_json(self) -> str:
+        """Canonical JSON: every field, sorted, no spaces."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Request:
+        """Read :meth:`to_json`'s form, or any JSON object of fields. Raises :class:`UsageError`."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise UsageError(f"request: not valid JSON ({error}).") from error
+        return cls.from_mapping(values)
+
+    @classmethod
+    def from_mapping(cls, values: object) -> Request:
+        """Read a mapping of fields. Raises :class:`UsageError`."""
+        if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+            raise UsageError("request: an object of fields is expected.")
+        return cls(**values)
+
+    def content_hash(self) -> str:
+        """sha256 of :meth:`to_json`: equal exactly for equal requests."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def __hash__(self) -> int:
+        return hash(self.content_hash())
+
+
+def randomness(seed: int, index: int, purpose: str) -> int:
+    """The seed of one random stream: for picture ``index`` of a request, for one ``purpose``.
+
+    ``noise`` is ``seed + index``, so that picture ``i`` is the first of seed ``seed + i`` however many are
+    drawn; other purposes are hashed, hence independent of it. Within ``[0, 2**53)``.
+    """
+    if purpose == "noise":
+        return (seed + index) % 2**53
+    digest = hashlib.blake2b(f"{purpose}:{seed}:{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % 2**53
+
+
+def _findings(model: type[BaseModel], error: ValidationError) -> str:
+    lines = []
+    for item in error.errors(include_url=False):
+        field = ".".join(str(place) for place in item["loc"])
+        message = item["msg"].removeprefix("Value error, ").rstrip(".")
+        if item["type"] == "extra_forbidden":
+            message = f"no such field; known are {', '.join(model.model_fields)}"
+        elif item["type"] not in ("value_error", "missing"):
+            given = repr(item["input"])
+            message += f", got {given if len(given) <= 60 else given[:57] + '...'}"
+        lines.append(f"{field}: {message[:1].lower()}{message[1:]}" if field else message)
+    return "; ".join(lines) + "."

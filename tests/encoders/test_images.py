@@ -1,0 +1,226 @@
+"""The one door for pixels: every row of bad or unusual input, as the picture its author saw or one error."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from imprompt.encoders.images import content_hash, load_image, load_mask
+from imprompt.errors import InputError
+
+
+def _picture(width: int = 40, height: int = 30) -> Image.Image:
+    """Smooth, so that lossy formats keep it, and different in every corner."""
+    y, x = np.mgrid[0:height, 0:width]
+    pixels = np.stack([x * 255 // width, y * 255 // height, np.full_like(x, 60)], axis=-1)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def _encoded(image: Image.Image, format: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+def _distance(first: Image.Image, second: Image.Image) -> float:
+    assert first.size == second.size
+    return float(np.abs(np.asarray(first, dtype=float) - np.asarray(second, dtype=float)).mean())
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM"])
+def test_common_formats_come_back_as_rgb_of_the_same_picture(format: str) -> None:
+    image = load_image(_encoded(_picture(), format))
+    assert image.mode == "RGB"
+    assert _distance(image, _picture()) < (25 if format == "GIF" else 3)
+
+
+def test_path_bytes_and_pil_image_give_the_same_pixels(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    _picture().save(path)
+    hashes = {content_hash(load_image(source)) for source in (path, str(path), path.read_bytes(), _picture())}
+    assert len(hashes) == 1
+
+
+def test_content_hash_tells_pixels_and_size_apart() -> None:
+    assert content_hash(Image.new("RGB", (2, 8))) != content_hash(Image.new("RGB", (8, 2)))
+    assert content_hash(Image.new("RGB", (2, 2))) != content_hash(Image.new("RGB", (2, 2), (0, 0, 1)))
+
+
+def test_given_pil_image_is_left_as_it_was() -> None:
+    given = _picture()
+    load_image(given).putpixel((0, 0), (9, 9, 9))
+    assert given.getpixel((0, 0)) == (0, 0, 60)
+
+
+def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"there is no file '.*none\.png'"):
+        load_image(tmp_path / "none.png")
+    with pytest.raises(InputError, match="is no file"):
+        load_image(tmp_path)
+
+
+def test_file_without_permission_is_an_input_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(_encoded(_picture(), "PNG"))
+
+    def refuse(*_: object, **__: object) -> None:  # the tests may run as root, whom no mode bits stop
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(InputError, match=r"cannot be read \(Permission denied\)"):
+        load_image(path)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"hello, I am text", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\x89PNG\r\n\x1a\n"]
+)
+def test_what_is_no_picture_is_an_input_error(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    with pytest.raises(InputError):
+        load_image(path)
+
+
+def test_other_types_are_an_input_error() -> None:
+    with pytest.raises(InputError, match="got a int"):
+        load_image(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
+def test_truncated_picture_is_an_input_error(format: str) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    data = _encoded(noise, format)
+    with pytest.raises(InputError, match=r"truncated|no picture"):
+        load_image(data[: len(data) * 2 // 3])
+
+
+def test_size_is_refused_from_the_header_before_decoding() -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    for side in (13_000, 60_000):  # the second is past Pillow's own limit
+        header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+        bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+        with pytest.raises(InputError, match="at most 67 million"):
+            load_image(bomb + chunk(b"IEND", b""))
+
+
+def test_pixel_cap_can_be_set() -> None:
+    with pytest.raises(InputError, match="40×30"):
+        load_image(_picture(), max_pixels=1199)
+    assert load_image(_picture(), max_pixels=1200).size == (40, 30)
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_is_scaled_not_clipped(format: str) -> None:
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    image = load_image(_encoded(Image.fromarray(ramp), format))
+    expected = np.rint(ramp / 257).astype(np.uint8)
+    assert np.array_equal(np.asarray(image)[..., 0], expected)
+
+
+@pytest.mark.parametrize("top", [1.0, 255.0, 65535.0])
+def test_float_tiff_is_scaled_from_its_range(top: float) -> None:
+    ramp = (np.linspace(0, 1, 64) * top).astype(np.float32).reshape(8, 8)
+    image = load_image(_encoded(Image.fromarray(ramp), "TIFF"))
+    assert np.abs(np.asarray(image)[..., 1] - np.linspace(0, 255, 64).reshape(8, 8)).max() <= 0.51
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0, 1e6])
+def test_float_values_without_a_meaning_are_an_input_error(bad: float) -> None:
+    values = np.full((4, 4), 0.5, dtype=np.float32)
+    values[1, 1] = bad
+    with pytest.raises(InputError, match=r"NaN|values from"):
+        load_image(_encoded(Image.fromarray(values), "TIFF"))
+
+
+def test_cmyk_jpeg_keeps_its_colours() -> None:
+    image = load_image(_encoded(_picture().convert("CMYK"), "JPEG", quality=95))
+    assert _distance(image, _picture()) < 4
+
+
+def test_embedded_colour_profile_becomes_srgb() -> None:
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    same = load_image(_encoded(_picture(), "PNG", icc_profile=lab))
+    assert _distance(same, _picture()) < 1
+    broken = load_image(_encoded(_picture(), "PNG", icc_profile=b"no profile at all"))
+    assert _distance(broken, _picture()) == 0
+
+
+def test_palette_and_palette_transparency() -> None:
+    palette = _picture().quantize(16)
+    assert _distance(load_image(_encoded(palette, "PNG")), palette.convert("RGB")) == 0
+    flat = Image.new("P", (4, 4), 0)
+    flat.putpalette([200, 0, 0, 0, 200, 0])
+    flat.putpixel((1, 1), 1)
+    image = load_image(_encoded(flat, "PNG", transparency=0))
+    assert image.getpixel((0, 0)) == (255, 255, 255)
+    assert image.getpixel((1, 1)) == (0, 200, 0)
+
+
+def test_colours_hidden_under_transparency_do_not_leak() -> None:
+    hidden = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    hidden.putpixel((2, 2), (0, 0, 255, 255))
+    hidden.putpixel((3, 3), (0, 0, 0, 128))
+    image = load_image(_encoded(hidden, "PNG"))
+    assert image.getpixel((0, 0)) == (255, 255, 255)
+    assert image.getpixel((2, 2)) == (0, 0, 255)
+    assert abs(image.getpixel((3, 3))[0] - 127) <= 1
+    assert load_image(hidden, background=(0, 255, 0)).getpixel((0, 0)) == (0, 255, 0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "pixel", "transparency"), [("L", 7, 7), ("RGB", (1, 2, 3), (1, 2, 3)), ("I;16", 700, 700)]
+)
+def test_a_colour_named_transparent_becomes_background(
+    mode: str, pixel: object, transparency: object
+) -> None:
+    image = Image.new(mode, (3, 3), pixel)  # type: ignore[arg-type]
+    image.info["transparency"] = transparency
+    assert load_image(image).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_grey_with_alpha_and_bilevel() -> None:
+    grey = Image.new("LA", (2, 2), (10, 0))
+    assert load_image(grey).getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(Image.new("1", (2, 2), 1)).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_to_pictures_and_masks(format: str, orientation: int) -> None:
+    """The stored picture is the upright one moved by the inverse of what the tag asks for."""
+    upright = _picture()
+    inverse = {
+        1: None, 2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM",
+        5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270",
+    }[orientation]  # fmt: skip
+    stored = upright.transpose(Image.Transpose[inverse]) if inverse else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = _encoded(stored, format, exif=exif)
+    assert _distance(load_image(data), upright) < 3
+    assert _distance(load_mask(data), upright.convert("L")) < 3
+    assert 0x0112 not in load_image(data).getexif()
+
+
+def test_first_frame_of_an_animation() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    data = _encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert load_image(data).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_transparent_parts_of_a_mask_are_outside() -> None:
+    mask = Image.new("RGBA", (2, 1), (255, 255, 255, 0))
+    mask.putpixel((1, 0), (255, 255, 255, 255))
+    grey = load_mask(mask)
+    assert (grey.mode, grey.getpixel((0, 0)), grey.getpixel((1, 0))) == ("L", 0, 255)
+
+
+def test_sixteen_bit_mask_is_scaled() -> None:
+    mask = Image.fromarray(np.array([[0, 32768, 65535]], dtype=np.uint16))
+    assert np.asarray(load_mask(_encoded(mask, "PNG"))).tolist() == [[0, 128, 255]]
