@@ -10,4 +10,4 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from jaxtyping import install_import_hook
 
-install_import_hook("imprompt.adapter", "beartype.beartype")
+install_import_hook("imprompt.adapter", "checked.check")

@@ -20,7 +20,7 @@ from imprompt.adapter.attention import Injection, LiveTokens, Part
 from imprompt.adapter.checkpoint import Checkpoint, StateDict, read, write
 from imprompt.adapter.layers import UNet, cross_attentions, describe
 from imprompt.adapter.locate import EncoderPlace, locate
-from imprompt.adapter.projection import ImageProjection, build_projection
+from imprompt.adapter.projection import HEAD_WIDTH, ImageProjection, build_projection, skeleton
 from imprompt.adapter.prompt import (
     EncodedPictures,
     ImagePrompt,
@@ -32,6 +32,7 @@ from imprompt.adapter.prompt import (
     as_prompts,
     read_mask,
 )
+from imprompt.adapter.published import VARIANTS
 from imprompt.errors import AdapterMismatch, EncoderMismatch, InputError, UsageError
 
 EncoderLike: TypeAlias = PictureEncoder | str | Path | None
@@ -96,8 +97,13 @@ class IPAdapter:
     def from_state_dict(
         cls, state_dict: StateDict, *, image_encoder: EncoderLike = None, variant: str | None = None
     ) -> "IPAdapter":
-        """An adapter from the published nested form ``{"image_proj": {...}, "ip_adapter": {...}}``."""
-        return cls(read(state_dict, variant=variant), image_encoder=image_encoder)
+        """An adapter from copies of weights in the form ``{"image_proj": {...}, "ip_adapter": {...}}``."""
+        checkpoint = read(state_dict, variant=variant)
+        copies = {
+            part: {name: tensor.detach().clone() for name, tensor in tensors.items()}
+            for part, tensors in checkpoint.state.items()
+        }
+        return cls(replace(checkpoint, state=copies), image_encoder=image_encoder)
 
     @classmethod
     def new(
@@ -137,7 +143,7 @@ class IPAdapter:
                 weight = text.weight.detach().to("cpu", torch.float32, copy=True)
                 ip_adapter[f"{layer.index}.{mine}.weight"] = weight
         adapter = cls.from_state_dict(
-            {"image_proj": dict(fresh.state_dict()), "ip_adapter": ip_adapter}, image_encoder=image_encoder
+            {"image_proj": fresh, "ip_adapter": ip_adapter}, image_encoder=image_encoder
         )
         adapter.module.requires_grad_(True).train()
         return adapter
@@ -351,28 +357,21 @@ class IPAdapter:
         if negative is not None:
             features, _ = self._features(negative if isinstance(negative, Tensor) else (negative,))
             return self.projection(features).flatten(0, 1)
-        if self.projection.feature == "pooled":
-            return self.projection.negative(None)[0]
-        return None if zeros is None else self.projection.negative(zeros)[0]
+        if zeros is None and self.projection.variant.negative != "zero_features":
+            return None
+        return self.projection.negative(zeros)[0]
 
     def _features(self, shown: Tensor | EncodedPictures | Sequence[Picture]) -> tuple[Tensor, Tensor | None]:
         """Features in the projection's place and format, and those of a zero picture where they are known."""
-        pooled = self.projection.feature == "pooled"
-        zeros = None
+        kind, zeros = self.projection.feature, None
         if isinstance(shown, Sequence):
             shown = self._encode(shown)
         if isinstance(shown, Tensor):
-            features = shown[None] if shown.ndim == (1 if pooled else 2) else shown
+            features = shown[None] if shown.ndim == (2 if kind == "hidden" else 1) else shown
+        elif kind == "hidden":
+            features, zeros = shown.hidden, shown.negative_hidden.to(self.device, self.dtype)
         else:
-            features = shown.pooled if pooled else shown.hidden
-            zeros = None if pooled else shown.negative_hidden.to(self.device, self.dtype)
-        kind, width = ("pooled", 2) if pooled else ("hidden", 3)
-        if features.ndim != width or features.shape[-1] != self.projection.feature_width:
-            raise EncoderMismatch(
-                f"adapter '{self.checkpoint.name}' needs {kind} features of width "
-                f"{self.projection.feature_width} ({'N, E' if pooled else 'N, P, W'}), "
-                f"got shape {tuple(features.shape)}."
-            )
+            features = shown.pooled
         if not bool(torch.isfinite(features).all()):
             raise InputError("image features contain NaN or infinite values.")
         return features.detach().to(self.device, self.dtype), zeros
@@ -386,7 +385,8 @@ class IPAdapter:
                 f"adapter '{self.checkpoint.name}' needs an image encoder with {self._needs()} and has none: "
                 "pass image_encoder= (an encoder, a folder, or repo:subfolder), or features for a picture."
             )
-        return encoder.encode([load_image(picture) for picture in pictures])
+        # A PIL image is known here by its shape only.
+        return encoder.encode([load_image(picture) for picture in pictures])  # type: ignore[arg-type]
 
     def _tokens_given(self, tokens: Tensor) -> Tensor:
         if tokens.ndim not in (2, 3) or tokens.shape[-1] != self.projection.cross_dim:
@@ -448,7 +448,8 @@ class IPAdapter:
         return f"{self.projection.feature} features of width {self.projection.feature_width}"
 
     def _fits(self, pooled: int, hidden: int) -> bool:
-        return self.projection.feature_width == (pooled if self.projection.feature == "pooled" else hidden)
+        width = {"pooled": pooled, "hidden": hidden}.get(self.projection.feature)
+        return self.projection.feature_width == width
 
     def _check_widths(self, pooled: int, hidden: int, name: str) -> None:
         if not self._fits(pooled, hidden):
@@ -486,30 +487,30 @@ def _linear(weight: Tensor) -> nn.Linear:
     return layer
 
 
-def _fresh_linear(feature_width: int, tokens: int, cross_dim: int) -> nn.Module:
-    return nn.ModuleDict(
-        {"proj": nn.Linear(feature_width, tokens * cross_dim), "norm": nn.LayerNorm(cross_dim)}
+def _fresh_linear(feature_width: int, tokens: int, cross_dim: int) -> dict[str, Tensor]:
+    return _initialised(
+        "linear", {"proj.weight": (tokens * cross_dim, feature_width), "norm.weight": (cross_dim,)}
     )
 
 
-def _fresh_resampler(feature_width: int, tokens: int, cross_dim: int, width: int, depth: int) -> nn.Module:
-    """A Perceiver resampler with heads of 64, initialised as the reference's ``plus``."""
-    if width % 64:
-        raise UsageError(f"a resampler's width is a multiple of 64, its heads' width; got {width}.")
+def _fresh_resampler(
+    feature_width: int, tokens: int, cross_dim: int, width: int, depth: int
+) -> dict[str, Tensor]:
+    if width % HEAD_WIDTH:
+        raise UsageError(f"a resampler's width is a multiple of {HEAD_WIDTH}, a head's width; got {width}.")
+    shapes = {"latents": (1, tokens, width), "proj_in.weight": (width, feature_width)}
+    shapes |= {"proj_out.weight": (cross_dim, width), "layers.0.1.1.weight": (4 * width, width)}
+    shapes |= {f"layers.{i}.0.to_q.weight": (width, width) for i in range(depth)}
+    return _initialised("resampler", shapes)
 
-    def plain(inputs: int, outputs: int) -> nn.Linear:
-        return nn.Linear(inputs, outputs, bias=False)
 
-    def block() -> nn.ModuleList:
-        attention = {"norm1": nn.LayerNorm(width), "norm2": nn.LayerNorm(width), "to_q": plain(width, width)}
-        attention |= {"to_kv": plain(width, 2 * width), "to_out": plain(width, width)}
-        feed_forward = {"0": nn.LayerNorm(width), "1": plain(width, 4 * width), "3": plain(4 * width, width)}
-        return nn.ModuleList([nn.ModuleDict(attention), nn.ModuleDict(feed_forward)])
-
-    resampler = nn.Module()
-    resampler.latents = nn.Parameter(torch.randn(1, tokens, width) / width**0.5)
-    resampler.proj_in = nn.Linear(feature_width, width)
-    resampler.layers = nn.ModuleList(block() for _ in range(depth))
-    resampler.proj_out = nn.Linear(width, cross_dim)
-    resampler.norm_out = nn.LayerNorm(cross_dim)
-    return resampler
+def _initialised(variant: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Random weights of a projection: torch's for each layer, the reference's for a resampler's queries."""
+    module = skeleton(VARIANTS[variant], shapes).to_empty(device="cpu")
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.LayerNorm):
+            part.reset_parameters()
+    weights = dict(module.state_dict())
+    if "latents" in weights:
+        nn.init.normal_(weights["latents"], std=weights["latents"].shape[-1] ** -0.5)
+    return weights

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from imprompt.adapter.published import FAMILIES
+
 BlockKind = Literal["input", "middle", "output"]
 _KINDS: dict[str, BlockKind] = {"down_blocks": "input", "mid_block": "middle", "up_blocks": "output"}
 _RANKS = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
-_FAMILIES = {(16, 768): "SD1.5", (16, 1024): "SD2", (70, 2048): "SDXL"}
 
 
 @runtime_checkable
@@ -88,7 +89,7 @@ def cross_attentions(unet: UNet) -> tuple[CrossLayer, ...]:
 
 def describe(count: int, cross_dim: int) -> str:
     """A layer count and token width in words, with the family's name where it is a published one."""
-    family = _FAMILIES.get((count, cross_dim))
+    family = FAMILIES.get((count, cross_dim))
     return f"{count} cross-attentions of width {cross_dim}" + (f" ({family})" if family else "")
 
 

@@ -206,7 +206,8 @@ def read_mask(mask: Picture | Tensor | None) -> Float[Tensor, "1 1 H W"] | None:
 
         from imprompt.encoders.images import load_mask
 
-        mask = torch.from_numpy(np.array(load_mask(mask), dtype=np.uint8))
+        picture = load_mask(mask)  # type: ignore[arg-type]  # a PIL image is known here by its shape only
+        mask = torch.from_numpy(np.array(picture, dtype=np.uint8))
     values = mask.detach().to(torch.float32) / (255 if mask.dtype == torch.uint8 else 1)
     if (
         values.ndim not in (2, 3, 4)
