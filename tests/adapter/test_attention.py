@@ -483,35 +483,37 @@ def test_a_video_unet_counts_no_motion_module_and_prompts_every_frame(
 
 
 COMPILING = """
-import torch
-from test_attention import cross_attentions, draw, put, row, text, tiny_unet
+import sys, torch
+from test_attention import draw, put, row, same, tiny_unet
 
-unet, compiled = tiny_unet("sd"), []
-injection, source = put(unet, row())
-run = torch.compile(
-    unet.get_submodule(cross_attentions(unet)[0].name),
-    backend=lambda graph, inputs: compiled.append(graph) or graph,
-    fullgraph=True,
-)
+unet, graphs = tiny_unet("sd"), []
+compiled = torch.compile(unet, backend=lambda graph, inputs: graphs.append(graph) or graph)
+target = {"before": unet, "after": compiled}[sys.argv[1]]  # attached before or after compiling
+injection, source = put(target, row())
+plain = tiny_unet("sd")
+same_injection, same_source = put(plain, row())
 outs = []
 for scale in (0.9, 0.5, 0.1):
-    source.samples = ((row(scale=scale, end=0.6),),)
-    injection.invalidate()
-    for timestep in (800, 200):
-        draw(unet, timestep=timestep)
-        with torch.no_grad():
-            outs.append(run(torch.ones(1, 64, 32), encoder_hidden_states=text()))
-assert len(compiled) == 1, len(compiled)
-assert len({float(out.sum()) for out in outs}) == 4, "three strengths, and the closed window"
+    fading = ((0.0, scale), (0.3, 0.9), (1.0, 0.5))
+    source.samples = same_source.samples = ((row(scale=scale, end=0.6, curve=fading),),)
+    injection.invalidate(), same_injection.invalidate()
+    for timestep in (torch.tensor(800.0), torch.tensor(200.0)):
+        outs.append(draw(compiled, timestep=timestep))
+        assert same(outs[-1], draw(plain, timestep=timestep))
+assert len(graphs) == 1, f"{len(graphs)} graphs"
+assert len({float(out.sum()) for out in outs}) == 4  # three strengths in the window, and none outside of it
 """
 
 
 @pytest.mark.slow
-def test_a_new_strength_breaks_no_graph_and_compiles_nothing_anew() -> None:
+@pytest.mark.parametrize("attached", ["before", "after"])
+def test_a_compiled_unet_is_one_graph_and_a_new_strength_compiles_nothing_anew(attached: str) -> None:
     # In a process of its own: the run-time type check of this one is nothing that can be traced.
     here = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
-    done = subprocess.run([sys.executable, "-c", COMPILING], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILING, attached], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -4,12 +4,16 @@ Both sides get the same random adapter, pipeline, pictures and seed; final pixel
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import (
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
@@ -20,7 +24,9 @@ from diffusers import (
 from PIL import Image
 
 from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.checkpoint import convert
 from imprompt.adapter.prompt import ImagePrompt
+from layouts import face
 from tiny import PICTURE, StateDict, picture, random_adapter_state, tiny_encoder, tiny_sd, tiny_sdxl
 
 TOLERANCE = 1e-4
@@ -48,14 +54,21 @@ def pipeline(family: str = "sd", task: str = "generate") -> DiffusionPipeline:
 
 
 def draw(
-    pipe: DiffusionPipeline, *, count: int = 1, each: int = 1, guidance: float = 5.0, **extra: object
+    pipe: DiffusionPipeline,
+    *,
+    count: int = 1,
+    each: int = 1,
+    guidance: float = 5.0,
+    images: int = 1,
+    **extra: object,
 ) -> np.ndarray:
+    shown = [picture(50 + i) for i in range(images)]
     if "Img2Img" in type(pipe).__name__:
-        extra |= {"image": picture(50), "strength": 0.7}
+        extra |= {"image": shown, "strength": 0.7}
     elif "Inpaint" in type(pipe).__name__:
         mask = Image.new("L", (PICTURE, PICTURE))
         mask.paste(255, (0, 0, PICTURE // 2, PICTURE))
-        extra |= {"image": picture(50), "mask_image": mask, "strength": 0.9}
+        extra |= {"image": shown, "mask_image": [mask] * images, "strength": 0.9}
         extra |= {"width": PICTURE, "height": PICTURE}
     else:
         extra |= {"width": PICTURE, "height": PICTURE}
@@ -121,10 +134,38 @@ def test_batches_draw_what_diffusers_draws(family: str, kind: str, count: int, e
     assert close(ours, theirs(pipe, [state], 0.8, {"ip_adapter_image": picture(1)}, count=count, each=each))
 
 
+@pytest.mark.parametrize(("count", "each"), [(3, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("family", "task", "kind"),
+    [
+        ("sd", "edit", "plus"),
+        ("sd", "inpaint", "linear"),
+        ("sd", "inpaint-9", "plus"),
+        ("sdxl", "edit", "linear"),
+        ("sdxl", "inpaint", "plus"),
+        ("sdxl", "inpaint-9", "linear"),
+    ],
+)
+def test_batches_of_pictures_to_edit_draw_what_diffusers_draws(
+    family: str, task: str, kind: str, count: int, each: int
+) -> None:
+    pipe = pipeline(family, task)
+    state = random_adapter_state(pipe.unet, kind)
+    adapter = IPAdapter.from_state_dict(state).attach(pipe)
+    adapter.set_prompt([picture(1), picture(2)], scale=0.8)
+    ours = draw(pipe, count=count, each=each, images=count)
+    adapter.detach()
+    shown = {"ip_adapter_image": [[picture(1), picture(2)]]}
+    assert close(ours, theirs(pipe, [state], 0.8, shown, count=count, each=each, images=count))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("guidance", [5.0, 1.0])
-def test_several_pictures_of_one_prompt_share_a_softmax_as_in_diffusers(kind: str, guidance: float) -> None:
-    pipe, pictures = pipeline(), [picture(seed) for seed in (1, 2, 3)]
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_several_pictures_of_one_prompt_share_a_softmax_as_in_diffusers(
+    family: str, kind: str, guidance: float
+) -> None:
+    pipe, pictures = pipeline(family), [picture(seed) for seed in (1, 2, 3)]
     state = random_adapter_state(pipe.unet, kind)
     adapter = IPAdapter.from_state_dict(state).attach(pipe)
     adapter.set_prompt(pictures, scale=0.7)
@@ -204,3 +245,68 @@ def test_guidance_switched_off_in_a_callback_is_followed() -> None:
     adapter.set_prompt(picture(1))
     switched = draw(pipe, **how)
     assert not close(switched, draw(pipe))
+
+
+@pytest.mark.parametrize("guidance", [5.0, 1.0])
+def test_a_token_for_every_patch_draws_what_diffusers_draws(guidance: float) -> None:
+    pipe = pipeline()
+    state = random_adapter_state(pipe.unet, "full")
+    adapter = IPAdapter.from_state_dict(state).attach(pipe)
+    adapter.set_prompt(picture(1), scale=0.6)
+    ours = draw(pipe, guidance=guidance)
+    adapter.detach()
+    assert close(ours, theirs(pipe, [state], 0.6, {"ip_adapter_image": picture(1)}, guidance=guidance))
+
+
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, LCMScheduler])
+@pytest.mark.parametrize("target", ["epsilon", "v_prediction"])
+def test_every_scheduler_draws_what_diffusers_draws(scheduler: type, target: str) -> None:
+    pipe = pipeline()
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, prediction_type=target)
+    state = random_adapter_state(pipe.unet)
+    adapter = IPAdapter.from_state_dict(state).attach(pipe)
+    adapter.set_prompt(picture(1), scale=0.6)
+    ours = draw(pipe)
+    adapter.detach()
+    assert close(ours, theirs(pipe, [state], 0.6, {"ip_adapter_image": picture(1)}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("start", ["saved here", "pickled", "training checkpoint"])
+def test_one_file_draws_the_same_in_both(start: str, kind: str, tmp_path: Path) -> None:
+    pipe = pipeline()
+    state, path = random_adapter_state(pipe.unet, kind), tmp_path / "ip-adapter.safetensors"
+    if start == "saved here":
+        IPAdapter.from_state_dict(state).save_pretrained(tmp_path, path.name)
+    else:
+        saved: dict[str, object] = dict(state)
+        if start == "training checkpoint":
+            saved = {f"unet.{key}": value for key, value in pipe.unet.state_dict().items()}
+            saved |= {f"image_proj_model.{key}": value for key, value in state["image_proj"].items()}
+            saved |= {f"adapter_modules.{key}": value for key, value in state["ip_adapter"].items()}
+        torch.save(saved, tmp_path / "ip-adapter.bin")
+        convert(tmp_path / "ip-adapter.bin", path)
+    adapter = IPAdapter.from_pretrained(tmp_path).attach(pipe)
+    adapter.set_prompt(picture(1), scale=0.6)
+    ours = draw(pipe)
+    adapter.detach()
+    pipe.load_ip_adapter(str(tmp_path), subfolder="", weight_name=path.name, image_encoder_folder=None)
+    pipe.set_ip_adapter_scale(0.6)
+    assert close(ours, draw(pipe, ip_adapter_image=picture(1)))
+
+
+@pytest.mark.parametrize("guidance", [5.0, 1.0])
+def test_face_embeddings_draw_what_diffusers_draws(guidance: float) -> None:
+    pipe = pipeline()
+    state = random_adapter_state(pipe.unet)
+    random = torch.Generator().manual_seed(2)
+    shapes = face(pipe.unet.config.cross_attention_dim)
+    state["image_proj"] = {key: torch.randn(shape, generator=random) / 8 for key, shape in shapes.items()}
+    person = torch.nn.functional.normalize(torch.randn(1, 512, generator=random))
+    adapter = IPAdapter.from_state_dict(state).attach(pipe)
+    adapter.set_prompt(person, scale=0.8)
+    ours = draw(pipe, guidance=guidance)
+    adapter.detach()
+    embeds = torch.stack([torch.zeros_like(person), person]) if guidance > 1 else person[None]
+    shown = {"ip_adapter_image_embeds": [embeds]}
+    assert close(ours, theirs(pipe, [state], 0.8, shown, guidance=guidance))

@@ -85,7 +85,7 @@ def test_each_reference_goes_with_captions_that_say_what_it_does_not():
 
 
 def test_all_other_pictures_of_a_group_are_equally_likely():
-    plan = Plan(ROWS, config(references=[("concept", 1.0)]))
+    plan = Plan(ROWS, config(references=[("concept", 1.0)], drop_text=0, drop_both=0))
     seen = Counter(
         batch.references[place]
         for batch in draws(plan, 900)
@@ -107,6 +107,19 @@ def test_text_image_and_both_are_dropped_in_their_shares():
     assert kinds[True, False] / total == pytest.approx(0.1, abs=0.02)
     assert kinds[False, True] / total == pytest.approx(0.2, abs=0.02)
     assert kinds[True, True] / total == pytest.approx(0.15, abs=0.02)
+
+
+def test_without_words_a_picture_is_its_own_reference():
+    plan = Plan(ROWS, config(**MIXED | {"drop_text": 0.5}))
+    pairs = [
+        (target == reference, caption == "" and not dropped)
+        for batch in draws(plan, 300)
+        for target, reference, caption, dropped in zip(
+            batch.targets, batch.references, batch.captions, batch.image_dropped.tolist(), strict=True
+        )
+    ]
+    assert all(own for own, wordless in pairs if wordless)
+    assert not all(own for own, wordless in pairs if not wordless)
 
 
 def test_an_epoch_shows_every_training_picture_once():

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Literal, TypeAlias, Unpack
 
@@ -16,11 +17,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from imprompt import words
 from imprompt.adapter.attention import Injection, LiveTokens, Part
+from imprompt.adapter.attribution import Recorder
 from imprompt.adapter.checkpoint import Checkpoint, StateDict, read, write
+from imprompt.adapter.combine import combine, shares
+from imprompt.adapter.fresh import fresh_linear, fresh_resampler
 from imprompt.adapter.layers import UNet, cross_attentions, describe
 from imprompt.adapter.locate import EncoderPlace, locate
-from imprompt.adapter.projection import HEAD_WIDTH, ImageProjection, build_projection, skeleton
+from imprompt.adapter.projection import ImageProjection, build_projection
 from imprompt.adapter.prompt import (
     EncodedPictures,
     ImagePrompt,
@@ -32,8 +37,7 @@ from imprompt.adapter.prompt import (
     as_prompts,
     read_mask,
 )
-from imprompt.adapter.published import VARIANTS
-from imprompt.errors import AdapterMismatch, EncoderMismatch, InputError, UsageError
+from imprompt.errors import AdapterMismatch, EncoderMismatch, InputError, ModelError, UsageError
 
 EncoderLike: TypeAlias = PictureEncoder | str | Path | None
 
@@ -132,10 +136,10 @@ class IPAdapter:
                 )
             feature_width = image_encoder.pooled_width if kind == "linear" else image_encoder.hidden_width
         if kind == "linear":
-            fresh = _fresh_linear(feature_width, tokens or 4, cross_dim)
+            fresh = fresh_linear(feature_width, tokens or 4, cross_dim)
         else:
             width = width or -(-cross_dim // 64) * 64
-            fresh = _fresh_resampler(feature_width, tokens or 16, cross_dim, width, depth)
+            fresh = fresh_resampler(feature_width, tokens or 16, cross_dim, width, depth)
         ip_adapter = {}
         for layer in layers:
             attention = unet.get_submodule(layer.name)
@@ -208,8 +212,9 @@ class IPAdapter:
         Attach to the pipeline that will be called: its guidance flag says which rows of the batch are
         negative. Attaching again, to another pipeline around the same UNet, changes that. For a bare UNet see
         :meth:`batch`. All is checked first: :class:`AdapterMismatch` (naming both sides),
-        :class:`EncoderMismatch` or :class:`UsageError` leave everything as it was. Weights of a lower
-        precision than the UNet's are raised to it and moved to its device, unless they are being trained.
+        :class:`EncoderMismatch`, :class:`ModelError` (a LoRA that would be left out) or :class:`UsageError`
+        leave everything as it was. Weights of a lower precision than the UNet's are raised to it and moved to
+        its device, unless they are being trained.
         """
         unet = getattr(target, "unet", target)
         if not isinstance(unet, nn.Module) or not isinstance(unet, UNet):
@@ -305,6 +310,19 @@ class IPAdapter:
             self.live = None
             self._invalidate()
 
+    @contextmanager
+    def watched(self) -> Iterator[Recorder]:
+        """While open, it is measured where the prompts of all adapters on this UNet act: draw inside, then
+        ask the recorder for its ``result()``. Raises :class:`UsageError` when the adapter is not attached."""
+        injection = self._injected()
+        if injection is None:
+            raise UsageError("attach() the adapter before what it does can be watched.")
+        before, injection.watch = injection.watch, Recorder()
+        try:
+            yield injection.watch
+        finally:
+            injection.watch = before
+
     @property
     def image_encoder(self) -> PictureEncoder | None:
         """The encoder pictures go through: the given one, else the pipeline's if it fits, else the one found
@@ -333,39 +351,62 @@ class IPAdapter:
 
     def _row(self, prompt: ImagePrompt) -> Row:
         mask = read_mask(prompt.mask)
+        rule = words.canonical("combine", prompt.combine, words.COMBINES)
+        zeros, stated = None, None
         if prompt.tokens is not None:
-            tokens, negative = self._tokens_given(prompt.tokens), prompt.negative
-            negative_tokens = self._tokens_given(negative) if isinstance(negative, Tensor) else None
-            zeros = None
+            sets = self._tokens_given(prompt.tokens)
+            weights = words.read_weights(rule, len(sets), prompt.weights)
+            sets = combine(sets, rule, weights)
+            if isinstance(prompt.negative, Tensor):
+                stated = self._tokens_given(prompt.negative).flatten(0, 1)
         else:
-            features, zeros = self._features(
-                prompt.features if prompt.features is not None else prompt.pictures
-            )
-            tokens, negative_tokens = self.projection(features).flatten(0, 1), None
-        if negative_tokens is None:
-            negative_tokens = self._negative(prompt.negative, zeros)
-        if negative_tokens is not None and len(tokens) % len(negative_tokens) == 0:
+            shown = prompt.features if prompt.features is not None else prompt.pictures
+            features, zeros = self._features(shown, prompt.framing)
+            weights = words.read_weights(rule, len(features), prompt.weights)
+            sets = self.projection(combine(features, rule, weights))
+        negative = self._negative(prompt, zeros) if stated is None else stated
+        if prompt.select is not None:
+            chosen = list(words.read_selection(prompt.select, sets.shape[1]))
+            if negative is not None and stated is None:
+                negative = negative.unflatten(0, (-1, sets.shape[1]))[:, chosen].flatten(0, 1)
+            sets = sets[:, chosen]
+        tokens = sets.flatten(0, 1)
+        if negative is not None and len(tokens) % len(negative) == 0:
             # The same tokens repeated give the same attention; equal lengths need no padding.
-            negative_tokens = negative_tokens.repeat(len(tokens) // len(negative_tokens), 1)
+            negative = negative.repeat(len(tokens) // len(negative), 1)
         return Row(
-            tokens, negative_tokens, float(prompt.scale), prompt.profile, prompt.start, prompt.end, mask
+            tokens,
+            negative,
+            float(prompt.scale),
+            prompt.profile,
+            prompt.start,
+            prompt.end,
+            mask,
+            curve=words.read_curve(prompt.curve),
+            scaling=words.canonical("scaling", prompt.scaling, words.SCALINGS),
+            shares=shares(weights, sets.shape[1]) if rule == "concat" else None,
         )
 
-    def _negative(self, negative: Picture | Tensor | None, zeros: Tensor | None) -> Tensor | None:
+    def _negative(self, prompt: ImagePrompt, zeros: Tensor | None) -> Tensor | None:
         """Negative tokens ``(T, C)``: of what the user gave, else by the variant's rule; ``None`` if
         unknown."""
+        negative = prompt.negative
         if negative is not None:
-            features, _ = self._features(negative if isinstance(negative, Tensor) else (negative,))
+            features, _ = self._features(
+                negative if isinstance(negative, Tensor) else (negative,), prompt.framing
+            )
             return self.projection(features).flatten(0, 1)
         if zeros is None and self.projection.variant.negative != "zero_features":
             return None
         return self.projection.negative(zeros)[0]
 
-    def _features(self, shown: Tensor | EncodedPictures | Sequence[Picture]) -> tuple[Tensor, Tensor | None]:
+    def _features(
+        self, shown: Tensor | EncodedPictures | Sequence[Picture], framing: str
+    ) -> tuple[Tensor, Tensor | None]:
         """Features in the projection's place and format, and those of a zero picture where they are known."""
         kind, zeros = self.projection.feature, None
         if isinstance(shown, Sequence):
-            shown = self._encode(shown)
+            shown = self._encode(shown, framing)
         if isinstance(shown, Tensor):
             features = shown[None] if shown.ndim == (2 if kind == "hidden" else 1) else shown
         elif kind == "hidden":
@@ -376,24 +417,49 @@ class IPAdapter:
             raise InputError("image features contain NaN or infinite values.")
         return features.detach().to(self.device, self.dtype), zeros
 
-    def _encode(self, pictures: Sequence[Picture]) -> EncodedPictures:
+    def _encode(self, pictures: Sequence[Picture], framing: str) -> EncodedPictures:
+        from imprompt.encoders import features as saved
+        from imprompt.encoders.framing import encode
         from imprompt.encoders.images import load_image
 
-        encoder = self.image_encoder
-        if encoder is None:
+        parts = []
+        for stored, some in groupby(pictures, saved.is_saved):
+            if stored:
+                parts += [self.load_features(str(path)) for path in some]
+                continue
+            encoder = self.image_encoder
+            if encoder is None:
+                raise EncoderMismatch(
+                    f"adapter '{self.checkpoint.name}' needs an image encoder with {self._needs()} and has "
+                    "none: pass image_encoder= (an encoder, a folder, or repo:subfolder), or features for a "
+                    "picture."
+                )
+            # A PIL image is known here by its shape only, and an encoder by its protocol.
+            decoded = [load_image(picture) for picture in some]  # type: ignore[arg-type]
+            parts.append(encode(encoder, decoded, framing))  # type: ignore[arg-type]
+        return parts[0] if len(parts) == 1 else saved.joined(parts)
+
+    def load_features(self, path: str | Path) -> EncodedPictures:
+        """Features that ``imprompt embed`` saved. Raises :class:`EncoderMismatch` when another kind of
+        encoder made them, :class:`InputError` when the file is none of those."""
+        from imprompt.encoders.features import load
+
+        found = load(path)
+        pooled, hidden = found.features.pooled.shape[-1], found.features.hidden.shape[-1]
+        if not self._fits(pooled, hidden):
             raise EncoderMismatch(
-                f"adapter '{self.checkpoint.name}' needs an image encoder with {self._needs()} and has none: "
-                "pass image_encoder= (an encoder, a folder, or repo:subfolder), or features for a picture."
+                f"'{path}' holds features of encoder '{found.encoder}' (pooled width {pooled}, hidden width "
+                f"{hidden}); adapter '{self.checkpoint.name}' needs {self._needs()}. Embed the picture with "
+                "this adapter."
             )
-        # A PIL image is known here by its shape only.
-        return encoder.encode([load_image(picture) for picture in pictures])  # type: ignore[arg-type]
+        return found.features
 
     def _tokens_given(self, tokens: Tensor) -> Tensor:
         if tokens.ndim not in (2, 3) or tokens.shape[-1] != self.projection.cross_dim:
             raise self._token_mismatch(tokens)
         if not bool(torch.isfinite(tokens).all()):
             raise InputError("image tokens contain NaN or infinite values.")
-        return tokens.detach().flatten(0, -2).to(self.device, self.dtype)
+        return tokens.detach().reshape(-1, *tokens.shape[-2:]).to(self.device, self.dtype)
 
     def _token_mismatch(self, tokens: Tensor) -> AdapterMismatch:
         return AdapterMismatch(
@@ -402,6 +468,12 @@ class IPAdapter:
         )
 
     def _check_fits(self, unet: UNet, name: str) -> None:
+        if self.checkpoint.lora:
+            raise ModelError(
+                f"adapter '{self.checkpoint.name}' brings a LoRA for the UNet's own attention, which is not "
+                "applied here yet, and without it faces come out weak. Attach its checkpoint with lora={}, "
+                "and load the LoRA file published beside it with pipe.load_lora_weights."
+            )
         layers = cross_attentions(unet)
         mine = {n: tuple(layer.to_k_ip.weight.shape) for n, layer in self._layers.items()}
         theirs = {layer.index: (layer.width, layer.cross_dim) for layer in layers}
@@ -485,32 +557,3 @@ def _linear(weight: Tensor) -> nn.Linear:
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight = nn.Parameter(weight.detach())
     return layer
-
-
-def _fresh_linear(feature_width: int, tokens: int, cross_dim: int) -> dict[str, Tensor]:
-    return _initialised(
-        "linear", {"proj.weight": (tokens * cross_dim, feature_width), "norm.weight": (cross_dim,)}
-    )
-
-
-def _fresh_resampler(
-    feature_width: int, tokens: int, cross_dim: int, width: int, depth: int
-) -> dict[str, Tensor]:
-    if width % HEAD_WIDTH:
-        raise UsageError(f"a resampler's width is a multiple of {HEAD_WIDTH}, a head's width; got {width}.")
-    shapes = {"latents": (1, tokens, width), "proj_in.weight": (width, feature_width)}
-    shapes |= {"proj_out.weight": (cross_dim, width), "layers.0.1.1.weight": (4 * width, width)}
-    shapes |= {f"layers.{i}.0.to_q.weight": (width, width) for i in range(depth)}
-    return _initialised("resampler", shapes)
-
-
-def _initialised(variant: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Random weights of a projection: torch's for each layer, the reference's for a resampler's queries."""
-    module = skeleton(VARIANTS[variant], shapes).to_empty(device="cpu")
-    for part in module.modules():
-        if isinstance(part, nn.Linear | nn.LayerNorm):
-            part.reset_parameters()
-    weights = dict(module.state_dict())
-    if "latents" in weights:
-        nn.init.normal_(weights["latents"], std=weights["latents"].shape[-1] ** -0.5)
-    return weights

@@ -26,11 +26,14 @@ from diffusers.models.attention_processor import (
     SlicedAttnProcessor,
     XFormersAttnProcessor,
 )
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from imprompt.adapter.layers import CrossLayer, UNet, cross_attentions
-from imprompt.adapter.prompt import Row, resize_mask
+from imprompt.adapter.prompt import Row
+from imprompt.adapter.scaling import strengthened
+from imprompt.adapter.schedule import Gate, When
+from imprompt.adapter.stacks import MaskGrids, Stack
 from imprompt.errors import AdapterMismatch, ImpromptError, UsageError
 
 Part: TypeAlias = Literal["negative", "positive"]
@@ -54,15 +57,17 @@ class Group:
 
     key: Float[Tensor, "B H T D"]
     value: Float[Tensor, "B H T D"]
-    padding: Float[Tensor, "B 1 1 T"] | None = None
-    """-inf where a row with fewer tokens has none."""
+    bias: Float[Tensor, "B 1 1 T"] | None = None
+    """Added to the logits: -inf where a row with fewer tokens has none, else the log of a picture's share."""
     mask: Float[Tensor, "_ 1 L 1"] | None = None
     gate: Float[Tensor, "B 1 1 1"] | None = None
-    """Whether each row's window is open; written anew by the hook at every step."""
+    """Each row's factor at this time, 0 outside its window; written anew by the hook at every step."""
+    prompt: int = 0
+    """Which of the prompts it is, counted over all adapters."""
 
     def read(self, query: Float[Tensor, "B H L D"]) -> Float[Tensor, "B H L D"]:
         """What the image prompt contributes to each query."""
-        image = F.scaled_dot_product_attention(query, self.key, self.value, attn_mask=self.padding)
+        image = F.scaled_dot_product_attention(query, self.key, self.value, attn_mask=self.bias)
         if self.mask is not None:
             image = image * self.mask
         if self.gate is not None:
@@ -76,9 +81,10 @@ class DecoupledAttention:
     Without groups it is the previous processor itself, so that an empty prompt changes not one bit.
     """
 
-    def __init__(self, previous: Any, injection: "Injection") -> None:
+    def __init__(self, previous: Any, injection: "Injection", layer: CrossLayer) -> None:
         self.previous = previous
         self.injection = injection
+        self.layer = layer
         self.groups: tuple[Group, ...] = ()
 
     def __call__(
@@ -116,8 +122,12 @@ class DecoupledAttention:
         if attn.norm_k is not None:
             key = attn.norm_k(key)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-        for group in self.groups:
-            out = out + group.read(query)
+        watch = self.injection.watch
+        if watch is None:
+            for group in self.groups:
+                out = out + group.read(query)
+        else:
+            out = watch.read(self.layer, attn, self.groups, query, out)
 
         out = out.transpose(1, 2).flatten(2).to(query.dtype)
         out = attn.to_out[1](attn.to_out[0](out))
@@ -168,18 +178,22 @@ class Call:
         return self.batch // len(self.parts)
 
 
-@dataclass(eq=False)
-class _Window:
-    """The step window of one group: open for timesteps in (last, first]."""
+@runtime_checkable
+class Watch(Protocol):
+    """Who looks on while groups are read, see :mod:`imprompt.adapter.attribution`."""
 
-    first: Float[Tensor, "B"]
-    last: Float[Tensor, "B"]
-    open: Float[Tensor, "BF 1 1 1"]
+    def read(
+        self,
+        layer: CrossLayer,
+        attention: Attention,
+        groups: Sequence[Group],
+        query: Float[Tensor, "B H L D"],
+        text: Float[Tensor, "B H L D"],
+    ) -> Float[Tensor, "B H L D"]:
+        """``text`` plus what the groups contribute, exactly as without a watch."""
 
-    def update(self, timestep: Tensor) -> None:
-        inside = (timestep <= self.first) & (timestep > self.last)
-        inside = inside.repeat_interleave(self.open.shape[0] // inside.shape[0])
-        self.open.copy_(inside[:, None, None, None])
+    def step(self, timestep: Tensor, call: Call, layers: Sequence[CrossLayer]) -> None:
+        """The UNet is about to run."""
 
 
 @dataclass(eq=False)
@@ -191,11 +205,12 @@ class Injection:
 
     layers: tuple[CrossLayer, ...]
     sources: list[Source] = field(default_factory=list)
+    watch: Watch | None = None
     _unet: "weakref.ref[UNet]" = field(init=False)
     _pipe: "weakref.ref[object] | None" = None
     _hook: Any = None
     _built: Call | None = None
-    _windows: list[_Window] = field(default_factory=list)
+    _gates: list[Gate] = field(default_factory=list)
 
     @classmethod
     def into(cls, unet: UNet, pipe: object | None) -> "Injection":
@@ -218,9 +233,12 @@ class Injection:
                     )
             injection = cls(layers)
             injection._unet = weakref.ref(unet)
-            for attention in attentions.values():
-                attention.set_processor(DecoupledAttention(attention.processor, injection))
-            injection._hook = unet.register_forward_pre_hook(injection._before, with_kwargs=True)
+            for layer in layers:
+                attention = attentions[layer.name]
+                attention.set_processor(DecoupledAttention(attention.processor, injection, layer))
+            # Building is Python over lists, nothing for a compiler; the UNet behind it stays one graph.
+            hook = torch.compiler.disable(injection._before)
+            injection._hook = unet.register_forward_pre_hook(hook, with_kwargs=True)
         injection._pipe = None if pipe is None else weakref.ref(pipe)
         injection.invalidate()
         return injection
@@ -242,7 +260,7 @@ class Injection:
     def invalidate(self) -> None:
         """Forget the groups: something they were made from has changed."""
         self._built = None
-        self._windows = []
+        self._gates = []
         for _, processor in self._processors():
             processor.groups = ()
 
@@ -266,15 +284,17 @@ class Injection:
         call = self._read(sample)
         if live or call != self._built:
             self._build(call)
-        if self._windows:
+        if self._gates or self.watch is not None:
             timestep = torch.as_tensor(timestep, device=call.device, dtype=torch.float32)
-            for window in self._windows:
-                window.update(timestep)
+            for gate in self._gates:
+                gate.update(timestep)
+            if self.watch is not None:
+                self.watch.step(timestep, call, self.layers)
 
     def _read(self, sample: Tensor) -> Call:
         device = sample.device
         autocast = torch.is_autocast_enabled(device.type)
-        pipe = self._caller()
+        pipe = None if self._pipe is None else self._pipe()
         scheduler = getattr(pipe, "scheduler", None)
         call = Call(
             batch=sample.shape[0],
@@ -293,22 +313,18 @@ class Injection:
             )
         return call
 
-    def _caller(self) -> object | None:
-        pipe = None if self._pipe is None else self._pipe()
-        if self._pipe is not None and pipe is None:
-            raise UsageError(
-                "the pipeline that the adapter was attached to is gone, but its UNet is still called; "
-                "attach the adapter to the pipeline that calls it."
-            )
-        return pipe
-
     def _parts(self, pipe: object | None) -> tuple[Part, ...]:
         """The layout of the batch: as stated, else as the pipeline's guidance flags say, else no guidance."""
         for source in self.sources:
             if source.parts is not None:
                 return source.parts
-        if pipe is None:
+        if self._pipe is None:
             return ("positive",)
+        if pipe is None:
+            raise UsageError(
+                "the pipeline that the adapter was attached to is gone, but its UNet is still called; "
+                "attach the adapter to the pipeline that calls it."
+            )
         try:
             guided = bool(pipe.do_classifier_free_guidance)  # type: ignore[attr-defined]
         except AttributeError:
@@ -329,12 +345,13 @@ class Injection:
         if len(found) != len(self.layers):
             raise ImpromptError(
                 "other attention processors were installed after the adapter was attached, which silences "
-                "it; install them first, then attach."
+                "it; detach() and attach() again."
             )
         processors = {layer.name: pair for layer, pair in zip(self.layers, found, strict=True)}
-        self._windows = []
+        self._gates = []
         groups: dict[str, list[Group]] = {layer.name: [] for layer in self.layers}
         heads = {name: attention.heads for name, (attention, _) in processors.items()}
+        prompt = 0
         for source in self.sources:
             if source.live is not None:
                 for layer in self.layers:
@@ -349,7 +366,8 @@ class Injection:
                 torch.autocast(call.device.type, enabled=False),
             ):
                 for rows in _columns(source.samples):
-                    self._add_column(groups, source, rows, heads, call)
+                    self._add_column(groups, source, rows, heads, call, prompt)
+                    prompt += 1
         for name, (_, processor) in processors.items():
             processor.groups = tuple(groups[name])
         self._built = call
@@ -361,6 +379,7 @@ class Injection:
         rows: Sequence[Row | None],
         heads: Mapping[str, int],
         call: Call,
+        prompt: int,
     ) -> None:
         """One softmax's groups: ``rows`` holds, for each sample, the prompt that takes part in it."""
         if call.samples % len(rows):
@@ -377,9 +396,14 @@ class Injection:
         each = call.samples // len(rows)
         sample_of = [m for m in range(len(rows)) for _ in range(each * call.frames)]
         spread = [None if row is None else row.layer_weights(self.layers) for row in rows]
-        window = _window(rows, each, call)
-        masks = _Masks(rows, sample_of * len(call.parts), call)
-        stacks: dict[tuple[bool, ...], _Stack] = {}
+        times = [When() if row is None else row.when for row in rows for _ in range(each)]
+        gate = Gate.of(times * len(call.parts), call.schedule, call.frames, call.device, call.dtype)
+        modes = ["v-only" if row is None else row.scaling for row in rows] * len(kinds)
+        masks = MaskGrids(rows, sample_of * len(call.parts), call.device, call.dtype)
+        order = torch.tensor(
+            [kinds.index(part) * len(rows) + m for part in call.parts for m in sample_of], device=call.device
+        )
+        stacks: dict[tuple[bool, ...], Stack] = {}
         for i, layer in enumerate(self.layers):
             weights = [0.0 if s is None else s.weights[i] for s in spread]
             negated = tuple(s is not None and s.negated[i] for s in spread)
@@ -391,96 +415,22 @@ class Injection:
             if not any(strengths):
                 continue  # structurally no prompt here: the layer keeps its own processor, bit for bit
             if negated not in stacks:
-                stacks[negated] = _Stack.of(rows, kinds, negated, call)
+                stacks[negated] = Stack.of(rows, kinds, negated, call.device)
             stack = stacks[negated]
-            order = [kinds.index(part) * len(rows) + m for part in call.parts for m in sample_of]
             key, value = _key_value(source, layer, stack.tokens, heads[layer.name], call)
-            value = (
-                value * torch.tensor(strengths, device=call.device, dtype=value.dtype)[:, None, None, None]
-            )
+            key, value = strengthened(key, value, strengths, modes, stack.present)
             groups[layer.name].append(
                 Group(
                     key=key[order].to(call.dtype),
                     value=value[order].to(call.dtype),
-                    padding=None if stack.padding is None else stack.padding[order].to(call.dtype),
-                    mask=masks.at(layer),
-                    gate=None if window is None else window.open,
+                    bias=None if stack.bias is None else stack.bias[order].to(call.dtype),
+                    mask=masks.at(layer.size(call.height, call.width)),
+                    gate=None if gate is None else gate.factor,
+                    prompt=prompt,
                 )
             )
-        if window is not None:
-            self._windows.append(window)
-
-
-@dataclass(frozen=True, eq=False)
-class _Stack:
-    """Token sequences side by side: first all samples of one kind, then of the other."""
-
-    tokens: Float[Tensor, "S T C"]
-    padding: Float[Tensor, "S 1 1 T"] | None
-
-    @classmethod
-    def of(
-        cls, rows: Sequence[Row | None], kinds: Sequence[Part], negated: Sequence[bool], call: Call
-    ) -> "_Stack":
-        sequences: list[Tensor | None] = []
-        for kind in kinds:
-            for row, not_ in zip(rows, negated, strict=True):
-                swapped = kind == "negative" and not not_
-                sequences.append(None if row is None else row.negative if swapped else row.tokens)
-        present = [sequence for sequence in sequences if sequence is not None]
-        longest, width = max(len(sequence) for sequence in present), present[0].shape[-1]
-        dtype = present[0].dtype
-        tokens = torch.zeros(len(sequences), longest, width, device=call.device, dtype=dtype)
-        empty: Bool[Tensor, "S T"] = torch.zeros(
-            len(sequences), longest, device=call.device, dtype=torch.bool
-        )
-        for i, sequence in enumerate(sequences):
-            if sequence is not None:  # an absent prompt keeps zero tokens, and has strength 0
-                tokens[i, : len(sequence)] = sequence.to(call.device, dtype)
-                empty[i, len(sequence) :] = True
-        if not bool(empty.any()):
-            return cls(tokens, None)
-        padding = torch.zeros(empty.shape, device=call.device).masked_fill(empty, float("-inf"))
-        return cls(tokens, padding[:, None, None, :])
-
-
-class _Masks:
-    """The masks of one softmax on each resolution's grid, made once for each."""
-
-    def __init__(self, rows: Sequence[Row | None], order: list[int], call: Call) -> None:
-        self._masks = [None if row is None else row.mask for row in rows]
-        self._order, self._call = order, call
-        self._made: dict[tuple[int, int], Tensor] = {}
-
-    def at(self, layer: CrossLayer) -> Float[Tensor, "_ 1 L 1"] | None:
-        if all(mask is None for mask in self._masks):
-            return None
-        size = layer.size(self._call.height, self._call.width)
-        if size not in self._made:
-            whole = torch.ones(1, 1, *size)
-            grids = [whole if mask is None else resize_mask(mask.cpu(), size) for mask in self._masks]
-            stack = torch.cat(grids).flatten(2)[..., None].to(self._call.device, self._call.dtype)
-            self._made[size] = stack[self._order] if len(grids) > 1 else stack
-        return self._made[size]
-
-
-def _window(rows: Sequence[Row | None], each: int, call: Call) -> _Window | None:
-    """The group's window, or ``None`` when it is always open. Edges are kept in timesteps: exact in
-    float32."""
-    if not any(row is not None and row.windowed for row in rows):
-        return None
-    infinity = float("inf")
-    first, last = [], []
-    for row in rows:
-        start, end = (0.0, 1.0) if row is None else (row.start, row.end)
-        first += [infinity if start == 0 else call.schedule * (1 - start)] * each
-        last += [-infinity if end == 1 else call.schedule * (1 - end)] * each
-    rows_first, rows_last = (
-        torch.tensor(edges * len(call.parts), device=call.device, dtype=torch.float32)
-        for edges in (first, last)
-    )
-    open_ = torch.ones(call.batch * call.frames, 1, 1, 1, device=call.device, dtype=call.dtype)
-    return _Window(rows_first, rows_last, open_)
+        if gate is not None:
+            self._gates.append(gate)
 
 
 def _columns(samples: Sequence[Sequence[Row]]) -> list[tuple[Row | None, ...]]:

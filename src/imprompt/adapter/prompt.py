@@ -19,9 +19,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from imprompt import words
 from imprompt.adapter.layers import CrossLayer
+from imprompt.adapter.schedule import When
 from imprompt.adapter.weighting import LayerWeights, Profile, canonical, layer_weights
 from imprompt.errors import InputError, UsageError
+from imprompt.words import Curve, Points
 
 
 @runtime_checkable
@@ -90,6 +93,20 @@ class ImagePrompt:
     negative: Picture | Tensor | None = None
     """What the unconditional half sees: a picture, or features (tokens when ``tokens`` are given). ``None``
     is the variant's published rule."""
+    combine: str = "concat"
+    """How several pictures become one prompt, see :mod:`imprompt.adapter.combine`."""
+    weights: Sequence[float] | None = None
+    """One number a picture, by default all 1: its share of attention in ``concat``, else its factor."""
+    framing: str = "crop"
+    """How pictures that are not square become the encoder's square, see :mod:`imprompt.encoders.framing`."""
+    curve: Curve = "constant"
+    """A factor over the schedule, beside the window: a name of ``words.CURVES`` or points (fraction,
+    factor)."""
+    scaling: str = "v-only"
+    """Where the strength enters, see :mod:`imprompt.adapter.scaling`. Window, curve and mask act on what is
+    added in every mode."""
+    select: str | int | Sequence[int] | None = None
+    """Which tokens of each picture are shown, as numbers from 0 or ``"0-3,8"``; ``None`` is all."""
 
     def __post_init__(self) -> None:
         given = [name for name in ("image", "features", "tokens") if getattr(self, name) is not None]
@@ -111,6 +128,20 @@ class ImagePrompt:
             raise UsageError(f"start {self.start} lies after end {self.end}; start must not exceed end.")
         if isinstance(self.profile, str):
             canonical(self.profile)
+        words.read_curve(self.curve)
+        words.canonical("scaling", self.scaling, words.SCALINGS)
+        combine = words.canonical("combine", self.combine, words.COMBINES)
+        if self.image is not None:
+            words.read_weights(combine, len(self.pictures), self.weights)
+        elif words.canonical("framing", self.framing, words.FRAMINGS) != "crop":
+            raise UsageError(f"framing {self.framing!r} is for pictures; features and tokens have none.")
+        words.canonical("framing", self.framing, words.FRAMINGS)
+        if self.tokens is not None and combine != "concat":
+            raise UsageError(
+                f"combine {self.combine!r} acts on features; tokens are joined. Give features or images."
+            )
+        if self.select is not None:
+            words.read_selection(self.select)
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
@@ -131,6 +162,12 @@ class PromptFields(TypedDict, total=False):
     end: float
     mask: Picture | Tensor | None
     negative: Picture | Tensor | None
+    combine: str
+    weights: Sequence[float] | None
+    framing: str
+    curve: Curve
+    scaling: str
+    select: str | int | Sequence[int] | None
 
 
 PromptLike: TypeAlias = (
@@ -184,17 +221,21 @@ class Row:
     start: float
     end: float
     mask: Float[Tensor, "1 1 H W"] | None
+    curve: Points = ((0.0, 1.0),)
+    scaling: str = "v-only"
+    shares: Float[Tensor, "T"] | None = None
+    """Added to the tokens' logits, see :func:`imprompt.adapter.combine.shares`."""
 
     def layer_weights(self, layers: Sequence[CrossLayer]) -> LayerWeights:
         """Scale times profile for each layer; exactly 0 where the prompt does not act at all."""
         spread = layer_weights(self.profile, layers)
-        scale = 0.0 if self.start == self.end else self.scale
+        scale = 0.0 if self.when.never else self.scale
         return LayerWeights(tuple(scale * weight for weight in spread.weights), spread.negated)
 
     @property
-    def windowed(self) -> bool:
-        """Whether some timestep lies outside its window."""
-        return self.start > 0 or self.end < 1
+    def when(self) -> When:
+        """Its place in time."""
+        return When(self.start, self.end, self.curve)
 
 
 def read_mask(mask: Picture | Tensor | None) -> Float[Tensor, "1 1 H W"] | None:

@@ -1,8 +1,9 @@
 """What a base and its adapters reach on held-out pictures: a table with uncertainty, and the same as JSON.
 
-``evaluate`` draws with the plain diffusers pipeline and the adapters, and lets the judge look. Pictures
-held out of every training serve as references; the judge was trained on true pictures only. Beside each
-figure stands what the judge says of the *real* pictures it concerns: no drawing can be expected to beat that.
+``evaluate`` draws with the plain diffusers pipeline and the adapters, and lets the judge look. Pictures held
+out of every training of the model serve as references; the judge, which knows them, was trained apart, on
+true pictures only. Beside each figure stands what the judge says of the *real* pictures it concerns: no
+drawing can be expected to beat that. Seeds are fixed, so the same weights give the same table.
 
 An evaluation set is a folder of two files, made by :func:`export_eval_set`: ``sheet.webp``, the held-out
 pictures as one lossless sheet of square cells, row by row, and ``eval.json``: ``cell`` (pixels), ``columns``,
@@ -20,7 +21,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,14 @@ from imprompt.evaluation.metrics import Interval, bootstrap, cosine, psnr, topk_
 from imprompt.evaluation.rows import Row, read_rows
 
 EMOJI = Path(__file__).parents[1] / "assets" / "emoji"
-GRID = tuple((profile, scale) for profile in ("style", "ease-out", "linear") for scale in (0.5, 0.8, 1.0))
+GRID = tuple(
+    (profile, scale)
+    for profile in ("linear", "ease-out", "style", "style-transfer", "weak-input")
+    for scale in (0.4, 0.7, 1.0)
+)
 """Profiles and scales among which the best for "image gives style, text gives concept" is sought."""
+TRAINED = "train"
+SWEPT = 24  # references on which profile and scale are chosen
 
 FLOORS_AND_AIMS: dict[str, tuple[float, float]] = {
     "vae_psnr_db": (26, 30),
@@ -82,18 +89,26 @@ class EvalSet:
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured value. ``judge_on_real`` is what the judge says of the real pictures concerned."""
+    """One measured value. ``judge_on_real`` is what the judge says of the real pictures concerned.
+
+    ``split`` names the pictures it rests on: ``train`` or a held-out split, ``held_out`` for all of those.
+    """
 
     name: str
     value: Interval
     adapter: str | None = None
+    split: str = ""
     judge_on_real: float | None = None
     note: str = ""
 
     @property
     def verdict(self) -> str:
-        """Compared with :data:`FLOORS_AND_AIMS`: ``aim``, ``floor``, ``below``, or nothing to compare."""
-        if self.name not in FLOORS_AND_AIMS:
+        """Compared with :data:`FLOORS_AND_AIMS`: ``aim``, ``floor``, ``below``, or nothing to compare.
+
+        The project's figures are those of all held-out pictures (for the base alone: of trained captions);
+        those of one kind of hold-out stand beside them without a verdict.
+        """
+        if self.name not in FLOORS_AND_AIMS or self.split not in ("", TRAINED, "held_out"):
             return ""
         floor, aim = FLOORS_AND_AIMS[self.name]
         sign = 1 if aim >= floor else -1
@@ -110,38 +125,31 @@ class Report:
     drawn: dict[str, list[Image.Image]] = field(default_factory=dict, repr=False, compare=False)
 
     def table(self) -> str:
-        """The figures as aligned text."""
-        head = (
-            "figure",
-            "adapter",
-            "value",
-            "95 % interval",
-            "n",
-            "floor",
-            "aim",
-            "reached",
-            "judge on real",
-        )
-        lines = [head]
+        """The figures as aligned text, then the notes."""
+        lines = [
+            (
+                "figure",
+                "adapter",
+                "pictures",
+                "value",
+                "95 % interval",
+                "n",
+                "floor",
+                "aim",
+                "reached",
+                "on real",
+            )
+        ]
         for figure in self.figures:
-            floor, aim = FLOORS_AND_AIMS.get(figure.name, ("", ""))
+            floor, aim = FLOORS_AND_AIMS.get(figure.name, ("", "")) if figure.verdict else ("", "")
             value = figure.value
             spread = "" if math.isnan(value.low) else f"{value.low:.3f} … {value.high:.3f}"
             real = "" if figure.judge_on_real is None else f"{figure.judge_on_real:.3f}"
             lines.append(
-                (
-                    figure.name,
-                    figure.adapter or "",
-                    f"{value.mean:.3f}",
-                    spread,
-                    str(value.n),
-                    f"{floor}",
-                    f"{aim}",
-                    figure.verdict,
-                    real,
-                )
-            )
-        widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+                (figure.name, figure.adapter or "", figure.split, f"{value.mean:.3f}", spread, f"{value.n}",
+                 f"{floor}", f"{aim}", figure.verdict, real)
+            )  # fmt: skip
+        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
         rows = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
         ]
@@ -165,17 +173,21 @@ def export_eval_set(
     out: str | Path,
     *,
     only: str | None = None,
+    concepts: Collection[str] | None = None,
     cell: int = 128,
     pictures: int = 400,
     prompts: int = 400,
 ) -> Path:
     """Write the evaluation set of a data folder into ``out``; returns ``out``.
 
+    ``only`` takes the rows with this tag, ``concepts`` those of these concepts.
+
     Takes at most ``pictures`` held-out pictures (each kind of hold-out alike, in the order
     of a hash of their names) and the captions of at most ``prompts`` trained ones.
     Raises :class:`InputError` when nothing is held out.
     """
     rows, _ = read_rows(data, only=only)
+    rows = [row for row in rows if concepts is None or row.groups.get("concept") in concepts]
     held_out = _by_hash(
         [row for row in rows if not row.trainable and {"concept", "style"} <= row.groups.keys()]
     )
@@ -278,7 +290,7 @@ def evaluate(
     settings = {
         "base": base.name, "n": n, "steps": steps, "guidance": guidance, "seed": seed,
         "scheduler": type(pipe.scheduler).__name__, "judge": judge.ceiling,
-        "seconds": round(time.monotonic() - started),
+        "sweeps": run.sweeps, "seconds": round(time.monotonic() - started),
     }  # fmt: skip
     return Report(tuple(figures), settings, run.drawn)
 
@@ -294,11 +306,13 @@ class _Run:
         self.n, self.steps, self.guidance, self.batch, self.seed = n, steps, guidance, batch, seed
         self.quiet = quiet
         self.drawn: dict[str, list[Image.Image]] = {}
+        self.sweeps: dict[str, list[dict[str, object]]] = {}
         known = set(judge.concepts)
+        self.trained = {prompt.concept for prompt in eval_set.prompts}
         self.prompts = [prompt for prompt in eval_set.prompts if prompt.concept in known][:n]
-        self.references = _alternate(eval_set.pictures)[:n]
+        self.references = [shown for shown in _alternate(eval_set.pictures) if shown.concept in known][:n]
         if not self.prompts or not self.references:
-            raise InputError("the evaluation set has no prompt of a concept the judge knows, or no picture")
+            raise InputError("the evaluation set has no prompt or no picture of a concept the judge knows")
 
     @torch.inference_mode()
     def autoencoder(self) -> Figure:
@@ -309,64 +323,77 @@ class _Run:
             latent = vae.encode((pixels * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mean
             decoded = (vae.decode(latent).sample.float().cpu() / 2 + 0.5).clamp(0, 1)
             values.append(psnr(decoded, pixels).clamp(max=100))
-        return Figure("vae_psnr_db", bootstrap(torch.cat(values)), note="posterior mean, held-out pictures")
+        return Figure(
+            "vae_psnr_db", bootstrap(torch.cat(values)), split="held_out", note="posterior mean, all pictures"
+        )
 
     def text_only(self) -> list[Figure]:
-        """The base without any adapter, on full captions of trained pictures."""
-        images = self._draw("base", [prompt.caption("full") for prompt in self.prompts])
-        concepts = torch.tensor([self.judge.concepts.index(prompt.concept) for prompt in self.prompts])
-        scores = self.judge.concept_scores(images)
-        return [
-            Figure("base_style", bootstrap(self._style_hits(images, [p.style for p in self.prompts]))),
-            Figure("base_concept_top5", bootstrap(topk_hits(scores, concepts, 5))),
-            Figure("base_concept_top1", bootstrap(topk_hits(scores, concepts, 1))),
-        ]
+        """The base without any adapter, on full captions: of trained pictures, and of pairs held out."""
+        pairs = [shown for shown in self.references if shown.concept in self.trained]
+        figures = []
+        for split, shown in ((TRAINED, self.prompts), ("held_out_pair", pairs)):
+            if not shown:
+                continue
+            images = self._draw(f"base {split}", [one.caption("full") for one in shown])
+            styles = [one.style for one in shown]
+            figures += [
+                Figure("base_style", bootstrap(self._style_hits(images, styles)), split=split),
+                Figure("base_concept_top5", bootstrap(self._concept_hits(images, shown)), split=split),
+                Figure("base_concept_top1", bootstrap(self._concept_hits(images, shown, 1)), split=split),
+            ]
+        return figures
 
     def image_only(self, name: str, adapter: IPAdapter) -> list[Figure]:
-        """A held-out picture as the only prompt, at scale 1."""
+        """A held-out picture as the only prompt, at scale 1: all of them, then each kind of hold-out."""
         references = self.references
         images = self._draw(f"{name} image only", [""] * len(references), adapter, references)
         real = [reference.image for reference in references if reference.image is not None]
-        hits, on_real = self._concept_hits(images, references), self._concept_hits(real, references)
         styles = [reference.style for reference in references]
-        figures = [
-            Figure("image_only_concept_top5", bootstrap(hits), name, float(on_real.mean())),
-            Figure(
-                "image_only_style",
-                bootstrap(self._style_hits(images, styles)),
-                name,
-                float(self._style_hits(real, styles).mean()),
+        measured = (
+            (
+                "image_only_concept_top5",
+                self._concept_hits(images, references),
+                self._concept_hits(real, references),
             ),
-        ]
-        for split in sorted({reference.split for reference in references}):
-            of_split = torch.tensor([reference.split == split for reference in references])
-            value = bootstrap(hits[of_split])
-            figures.append(
-                Figure(f"image_only_concept_top5/{split}", value, name, float(on_real[of_split].mean()))
-            )
+            ("image_only_style", self._style_hits(images, styles), self._style_hits(real, styles)),
+        )
+        figures = []
+        for figure, hits, on_real in measured:
+            for split in ("held_out", *sorted({reference.split for reference in references})):
+                of_split = torch.tensor([split in ("held_out", shown.split) for shown in references])
+                value = bootstrap(hits[of_split])
+                figures.append(Figure(figure, value, name, split, float(on_real[of_split].mean())))
         return figures
 
     def style_from_image(
         self, name: str, adapter: IPAdapter, grid: Sequence[tuple[str, float]]
     ) -> list[Figure]:
-        """Reference of one style, text of another, trained concept: both must be right."""
-        half = len(self.references) // 2
-        choosing = self._pairs(self.references[:half] or self.references)
-        measuring = self._pairs(self.references[half:])
+        """Reference of one style, text of another, trained concept: both must be right.
+
+        Profile and scale are chosen on every second reference, at most :data:`SWEPT` of them, and measured on
+        the others, so that the choice does not flatter the figure.
+        """
+        choosing = self._pairs(self.references[1::2][:SWEPT] or self.references)
+        measuring = self._pairs(self.references[::2])
         found = {
-            (profile, scale): self._both(f"{name} {profile} {scale:g}", adapter, choosing, profile, scale)[0]
+            (profile, scale): self._both(f"{name} {profile} {scale:g}", adapter, choosing, profile, scale)
             for profile, scale in grid
         }
-        best = max(found, key=lambda setting: float(found[setting].mean()))
+        best = max(found, key=lambda setting: float(found[setting][0].mean()))
         both, concept, style = self._both(f"{name} style from image", adapter, measuring, *best)
+        self.sweeps[name] = [
+            {"profile": profile, "scale": scale}
+            | dict(zip(("both", "concept", "style"), (float(hits.mean()) for hits in three), strict=True))
+            for (profile, scale), three in found.items()
+        ]
         tried = ", ".join(
-            f"{profile} {scale:g}: {float(hits.mean()):.2f}" for (profile, scale), hits in found.items()
+            f"{profile} {scale:g}: {float(hits[0].mean()):.2f}" for (profile, scale), hits in found.items()
         )
-        chosen = f"profile {best[0]}, scale {best[1]:g} (chosen on the other half: {tried})"
+        chosen = f"profile {best[0]}, scale {best[1]:g} (chosen on {len(choosing)} other references: {tried})"
         return [
-            Figure("style_from_image_concept_from_text", bootstrap(both), name, note=chosen),
-            Figure("  concept from text, top 5", bootstrap(concept), name),
-            Figure("  style from image", bootstrap(style), name),
+            Figure("style_from_image_concept_from_text", bootstrap(both), name, "held_out", note=chosen),
+            Figure("  concept from text, top 5", bootstrap(concept), name, "held_out"),
+            Figure("  style from image", bootstrap(style), name, "held_out"),
         ]
 
     def similarity(self, name: str, adapter: IPAdapter) -> list[Figure]:
@@ -375,19 +402,18 @@ class _Run:
         The text names the reference's own concept where that was trained, else nothing; so what rises is what
         words do not say.
         """
-        references, known = self.references, set(self.judge.concepts)
-        texts = [shown.caption("concept") if shown.concept in known else "" for shown in references]
+        references = self.references
+        texts = [shown.caption("concept") if shown.concept in self.trained else "" for shown in references]
         without = self._draw(f"{name} same text without", texts)
         with_image = self._draw(f"{name} same text with", texts, adapter, references)
         target = self.judge.embed([shown.image for shown in references if shown.image is not None])
         rise = cosine(self.judge.embed(with_image), target) - cosine(self.judge.embed(without), target)
         styles = [shown.style for shown in references]
         style_rise = self._style_hits(with_image, styles) - self._style_hits(without, styles)
+        likeness, share = "cosine of the judge's embeddings, paired", "share in the reference's style, paired"
         return [
-            Figure("similarity_rise", bootstrap(rise), name, note="cosine of the judge's embeddings, paired"),
-            Figure(
-                "style_match_rise", bootstrap(style_rise), name, note="share in the reference's style, paired"
-            ),
+            Figure("similarity_rise", bootstrap(rise), name, "held_out", note=likeness),
+            Figure("style_match_rise", bootstrap(style_rise), name, "held_out", note=share),
         ]
 
     def _both(
@@ -396,8 +422,7 @@ class _Run:
         references = [reference for reference, _ in pairs]
         texts = [prompt.caption("concept") for _, prompt in pairs]
         images = self._draw(name, texts, adapter, references, scale=scale, profile=profile)
-        concepts = torch.tensor([self.judge.concepts.index(prompt.concept) for _, prompt in pairs])
-        concept = topk_hits(self.judge.concept_scores(images), concepts, 5).float()
+        concept = self._concept_hits(images, [prompt for _, prompt in pairs])
         style = self._style_hits(images, [reference.style for reference in references])
         return concept * style, concept, style
 
@@ -411,22 +436,10 @@ class _Run:
             pairs.append((reference, others[place * 7 % len(others)]))
         return pairs
 
-    def _concept_hits(self, images: Sequence[Image.Image], references: Sequence[Shown]) -> Tensor:
-        """Top-5 hit of each picture: by the classifier for trained concepts, by retrieval for the others."""
-        hits = torch.zeros(len(references))
-        known = [place for place, shown in enumerate(references) if shown.concept in self.judge.concepts]
-        if known:
-            truth = torch.tensor([self.judge.concepts.index(references[place].concept) for place in known])
-            scores = self.judge.concept_scores([images[place] for place in known])
-            hits[known] = topk_hits(scores, truth, 5).float()
-        unknown = [place for place in range(len(references)) if place not in set(known)]
-        if unknown:
-            hits[unknown] = self.judge.retrieve(
-                [images[place] for place in unknown],
-                [references[place].concept for place in unknown],
-                exclude_styles=[references[place].style for place in unknown],
-            ).float()
-        return hits
+    def _concept_hits(self, images: Sequence[Image.Image], wanted: Sequence[Shown], k: int = 5) -> Tensor:
+        """1 where the judge names the wanted concept among its first ``k`` of all it knows, else 0."""
+        truth = torch.tensor([self.judge.concepts.index(shown.concept) for shown in wanted])
+        return topk_hits(self.judge.concept_scores(images), truth, k).float()
 
     def _style_hits(self, images: Sequence[Image.Image], styles: Sequence[str]) -> Tensor:
         told = self.judge.style(images)

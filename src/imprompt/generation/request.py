@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
+from imprompt import words
 from imprompt.adapter.weighting import PROFILES, canonical
 from imprompt.errors import UsageError
 
@@ -66,7 +67,9 @@ _Path = Annotated[str, BeforeValidator(_as_path), Field(min_length=1, max_length
 class ImageRef(_Strict):
     """A picture that prompts the model, and how."""
 
-    path: _Path = Field(description="the picture's file (or its name among `pictures`)")
+    path: _Path = Field(
+        description="the picture's file (or its name among `pictures`), or features saved by `imprompt embed`"
+    )
     scale: float | None = Field(
         default=None,
         ge=-10,
@@ -85,10 +88,72 @@ class ImageRef(_Strict):
         default="linear", description="how the strength is spread over the layers: " + ", ".join(PROFILES)
     )
 
+    weight: float = Field(
+        default=1.0,
+        ge=-10,
+        le=10,
+        description="this picture's part among those of one prompt: its share of attention with combine "
+        "concat, else its factor",
+    )
+    combine: str = Field(
+        default="concat",
+        description="how the pictures of one prompt become one: " + ", ".join(words.COMBINES),
+    )
+    framing: str = Field(
+        default="crop",
+        description="how a picture that is not square becomes the encoder's square: "
+        + ", ".join(words.FRAMINGS),
+    )
+    curve: str = Field(
+        default="constant",
+        description=f"a factor over the schedule: {', '.join(words.CURVES)}, or points as 0:1,0.5:0.2,1:0 "
+        "(fraction, factor)",
+    )
+    scaling: str = Field(
+        default="v-only", description="where the strength enters: " + ", ".join(words.SCALINGS)
+    )
+    select: str | None = Field(
+        default=None, description="which tokens of the picture are shown, such as 0-3,8; None: all"
+    )
+
+    negative: _Path | None = Field(
+        default=None, description="picture of what to avoid; None: what the adapter learned as no picture"
+    )
+    noise: str | None = Field(
+        default=None,
+        description=f"avoid this picture's own textures: {', '.join(words.NOISES)}, with :strength (0 to 1)",
+    )
+
     @field_validator("profile")
     @classmethod
     def _profile_is_known(cls, value: str) -> str:
         return canonical(value)
+
+    @field_validator("combine", "framing", "scaling")
+    @classmethod
+    def _word_is_known(cls, value: str, info: Any) -> str:
+        known = {"combine": words.COMBINES, "framing": words.FRAMINGS, "scaling": words.SCALINGS}
+        return words.canonical(info.field_name, value, known[info.field_name])
+
+    @field_validator("curve")
+    @classmethod
+    def _curve_is_known(cls, value: str) -> str:
+        words.read_curve(value)
+        return value
+
+    @field_validator("noise")
+    @classmethod
+    def _noise_is_known(cls, value: str | None) -> str | None:
+        if value is not None:
+            words.read_noise(value)
+        return value
+
+    @field_validator("select")
+    @classmethod
+    def _selection_is_readable(cls, value: str | None) -> str | None:
+        if value is not None:
+            words.read_selection(value)
+        return value
 
     @field_validator("end")
     @classmethod
@@ -99,12 +164,12 @@ class ImageRef(_Strict):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read ``PATH[,scale=…][,mask=…][,start=…][,end=…][,profile=…]``; the path may hold commas.
+        """Read ``PATH[,scale=…][,mask=…][,start=…][,end=…][,profile=…]…``; the path may hold commas.
 
         Raises :class:`UsageError` naming the option that is unknown, doubled or no number.
         """
         path, *options = re.split(r",(?=\s*[A-Za-z_]+=)", text)
-        values: dict[str, str] = {}
+        values: dict[str, Any] = {}
         for option in options:
             key, _, value = option.strip().partition("=")
             if key not in _IMAGE_OPTIONS:
@@ -115,12 +180,13 @@ class ImageRef(_Strict):
                 raise UsageError(f"--image '{text}': '{key}' is given twice.")
             values[key] = value
         try:
-            return cls.model_validate({"path": path, **values})
+            # Not model_validate, in which a UsageError, being a ValueError, would be wrapped once more.
+            return cls(path=path, **values)
         except UsageError as error:
             raise UsageError(f"--image '{text}': {error}") from error
 
 
-_IMAGE_OPTIONS = ("scale", "mask", "start", "end", "profile")
+_IMAGE_OPTIONS = tuple(name for name in ImageRef.model_fields if name != "path")
 
 
 def _as_image(value: object) -> object:
@@ -132,9 +198,9 @@ class Request(_Strict):
     """Everything that decides a picture. Two requests that are equal draw equal pictures on one machine.
 
     ``generate`` draws from text, pictures or both; ``edit`` starts from ``image``; ``inpaint`` repaints
-    ``image`` where ``mask`` is white. Consecutive ``images`` that are steered alike (same scale, mask, window
-    and profile) are several views of one prompt and share one softmax, as in diffusers; differently steered
-    ones are prompts of their own, whose contributions add up.
+    ``image`` where ``mask`` is white. Consecutive ``images`` that are steered alike (the same in all but path
+    and weight) are several views of one prompt and share one softmax, as in diffusers, or are combined as
+    they say; differently steered ones are prompts of their own, whose contributions add up.
     Raises :class:`UsageError` (one line, naming the field) for values out of range, unknown fields, and
     fields that would have no effect.
     """
@@ -245,6 +311,17 @@ class Request(_Strict):
                 found.append(f"{name}: has no effect in the task {self.task!r}; it belongs to {tasks}.")
         if self.task == "generate" and self.strength is not None:
             found.append("strength: has no effect in the task 'generate'; an image prompt's is `scale`.")
+        for group in self.groups:
+            try:
+                words.read_weights(group[0].combine, len(group), [ref.weight for ref in group])
+            except UsageError as error:
+                found.append(f"images: {error}")
+            if group[0].framing != "crop" and any(_is_saved(ref.path) for ref in group):
+                found.append("framing: has no effect on saved features; embed the picture framed so.")
+            if group[0].noise is not None and (group[0].negative or _is_saved(group[0].path)):
+                found.append(
+                    "noise: spoils the picture itself; give no negative and no saved features beside it."
+                )
         if not self.images:
             for name in ("scale", "adapter"):
                 if getattr(self, name) is not None:
@@ -258,7 +335,11 @@ class Request(_Strict):
     @property
     def files(self) -> tuple[str, ...]:
         """The names of all pictures this request reads, each once, in order."""
-        named = [self.image, self.mask, *(name for ref in self.images for name in (ref.path, ref.mask))]
+        named = [
+            self.image,
+            self.mask,
+            *(name for ref in self.images for name in (ref.path, ref.mask, ref.negative)),
+        ]
         return tuple(dict.fromkeys(name for name in named if name is not None))
 
     @property
@@ -266,7 +347,7 @@ class Request(_Strict):
         """Consecutive ``images`` that are steered alike: each group is one prompt with one softmax."""
         groups: list[list[ImageRef]] = []
         for ref in self.images:
-            if groups and ref.replace(path="x") == groups[-1][0].replace(path="x"):
+            if groups and _steering(ref) == _steering(groups[-1][0]):
                 groups[-1].append(ref)
             else:
                 groups.append([ref])
@@ -318,6 +399,14 @@ def randomness(seed: int, index: int, purpose: str) -> int:
     return int.from_bytes(digest, "big") % 2**53
 
 
+def _steering(ref: ImageRef) -> ImageRef:
+    return ref.replace(path="x", weight=1.0)
+
+
+def _is_saved(path: str) -> bool:
+    return path.lower().endswith(".safetensors")
+
+
 def _findings(model: type[BaseModel], error: ValidationError) -> str:
     lines = []
     for item in error.errors(include_url=False):
@@ -328,5 +417,6 @@ def _findings(model: type[BaseModel], error: ValidationError) -> str:
         elif item["type"] not in ("value_error", "missing"):
             given = repr(item["input"])
             message += f", got {given if len(given) <= 60 else given[:57] + '...'}"
-        lines.append(f"{field}: {message[:1].lower()}{message[1:]}" if field else message)
+        named = message.startswith((f"{field} ", f"{field}:"))  # a word's reader says the field itself
+        lines.append(f"{field}: {message[:1].lower()}{message[1:]}" if field and not named else message)
     return "; ".join(lines) + "."

@@ -21,6 +21,9 @@ ANY_CAPTION = "*"
 MAY_CHANGE = frozenset(
     {
         "steps",
+        "minutes",
+        "sample_every",
+        "sample_guidance",
         "checkpoint_every",
         "keep_checkpoints",
         "validate_every",
@@ -87,6 +90,9 @@ class TrainConfig(BaseModel):
     )
 
     steps: int = Field(default=10_000, ge=1, description="optimizer steps")
+    minutes: float | None = Field(
+        default=None, gt=0, description="end after so long with what is learned by then; resume goes on"
+    )
     batch: int = Field(default=8, ge=1, description="pictures per forward pass and process")
     accumulate: int = Field(default=1, ge=1, description="forward passes per optimizer step")
     lr: float = Field(default=1e-4, gt=0, description="peak learning rate")
@@ -107,7 +113,11 @@ class TrainConfig(BaseModel):
     )
 
     drop_text: float = Field(
-        default=0.05, ge=0, le=1, description="share of pictures trained with an empty caption"
+        default=0.05,
+        ge=0,
+        le=1,
+        description="share of pictures trained with an empty caption; their reference is always themselves, "
+        "since nothing else says what to draw",
     )
     drop_image: float = Field(default=0.05, ge=0, le=1, description="share trained with the negative image")
     drop_both: float = Field(default=0.05, ge=0, le=1, description="share trained with neither")
@@ -158,6 +168,8 @@ class TrainConfig(BaseModel):
         default=False, description="continue the newest checkpoint in output, if there is one"
     )
     validate_every: int = Field(default=250, ge=1, description="steps")
+    sample_every: int = Field(default=0, ge=0, description="steps between sheets of samples; 0: none")
+    sample_guidance: float = Field(default=3.0, ge=1, description="guidance the samples are drawn with")
     validation_rows: int = Field(default=64, ge=1, description="at most so many pictures are validated on")
     log_every: int = Field(default=25, ge=1, description="steps between loss lines and checks for NaN")
     quiet: bool = Field(default=False, description="no progress bar")

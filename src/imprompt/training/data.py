@@ -133,6 +133,7 @@ class Plan:
     def captions(self) -> list[str]:
         """Every caption that a step may ask for, sorted, the empty one included."""
         texts = {""} | {self.validation_caption(index) for index in self.validation}
+        texts |= {self.other_caption(index) for index in self.validation}
         for choices in self._choices.values():
             texts.update(text for _, _, offered in choices for text in offered)
         return sorted(texts)
@@ -144,6 +145,15 @@ class Plan:
             if row.captions.get(kind):
                 return row.captions[kind][0]
         return ""
+
+    def other_caption(self, index: int) -> str:
+        """What some training picture of other groups shows; without its style where captions have kinds."""
+        row = self.rows[index]
+        others = [other for other in self.training if self.rows[other].groups != row.groups] or self.training
+        other = self.rows[others[int(_name_hash(row), 16) % len(others)]]
+        return next(
+            (other.captions[kind][0] for kind in ("concept", *other.captions) if other.captions.get(kind)), ""
+        )
 
     def draw(self, number: int, *, process: int = 0, processes: int = 1) -> Batch:
         """The batch of forward pass ``number`` (counted over the whole run) on one of ``processes``.
@@ -159,10 +169,12 @@ class Plan:
             targets, luck.tolist(), strict=True
         ):
             mode, partners, texts = _weighted(self._choices[target], config.references, for_mode)
+            drop_text = for_drop < config.drop_text
+            if drop_text:  # without words, another picture as reference would teach to ignore it
+                mode = "self"
             modes.append(mode)
             references.append(target if mode == "self" else _pick_other(partners, target, for_reference))
             views.append(int(for_view * config.views))
-            drop_text = for_drop < config.drop_text
             drop_image = config.drop_text <= for_drop < config.drop_text + config.drop_image
             both = 0 <= for_drop - config.drop_text - config.drop_image < config.drop_both
             captions.append("" if drop_text or both else _pick(texts, for_caption))

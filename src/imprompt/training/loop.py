@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
@@ -37,6 +36,16 @@ from imprompt.evaluation.rows import Rejected, read_rows
 from imprompt.training.cache import EncodedSet, encode_features, encode_latents, encode_texts
 from imprompt.training.config import TrainConfig
 from imprompt.training.data import Plan, generator_for
+from imprompt.training.objective import (
+    broadcast,
+    drop_features,
+    learning_rate,
+    loss_weights,
+    prediction_target,
+    stratified_timesteps,
+)
+from imprompt.training.samples import Sampler
+from imprompt.training.world import World
 
 WEIGHT_NAME = "ip-adapter.safetensors"
 VALIDATION_LEVELS = 4  # timesteps each validation picture is tested at, spread over the schedule
@@ -46,11 +55,13 @@ FEATURE = {"linear": "pooled", "resampler": "hidden"}
 def train(config: TrainConfig) -> Path:
     """Train one adapter; returns the file written, reloaded once to prove that it reads.
 
+    With ``minutes`` the run may end before its last step: the adapter is written as it is then, and the same
+    configuration with ``resume`` goes on from there.
     Raises :class:`UsageError` when the output folder holds another run or the configuration cannot work,
     :class:`InputError` without usable pictures, :class:`ModelError` when the base cannot be loaded or a loss
     stops being finite. Ctrl-C saves a checkpoint, then raises ``KeyboardInterrupt``.
     """
-    world = _World(config)
+    world = World(config)
     with world:
         if world.first:
             _claim(config)
@@ -60,96 +71,10 @@ def train(config: TrainConfig) -> Path:
         return trainer.finish()
 
 
-def prediction_target(kind: str, clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """What a UNet of this ``prediction_type`` should output for ``√ᾱ·clean + √(1-ᾱ)·noise``.
-
-    ``epsilon``: the noise; ``v_prediction``: ``√ᾱ·noise - √(1-ᾱ)·clean`` (Salimans & Ho 2022, §4);
-    ``sample``: the clean latents. Latents ``B C h w``, ``alpha_bar`` ``B``.
-    """
-    signal_level, noise_level = _broadcast(alpha_bar.sqrt()), _broadcast((1 - alpha_bar).sqrt())
-    if kind == "epsilon":
-        return noise
-    if kind == "v_prediction":
-        return signal_level * noise - noise_level * clean
-    if kind == "sample":
-        return clean
-    raise ModelError(f"prediction type '{kind}' is not one of epsilon, v_prediction, sample")
-
-
-def loss_weights(kind: str, alpha_bar: Tensor, gamma: float | None) -> Tensor:
-    """Min-SNR weights ``B`` for the squared error of what the model predicts (Hang et al. 2023, §3.4).
-
-    ``min(SNR, γ)`` is the weight of the error in the clean picture; divided by SNR for noise prediction and
-    by SNR + 1 for v. Ones without ``gamma``.
-    """
-    if gamma is None:
-        return torch.ones_like(alpha_bar)
-    # At zero terminal SNR the quotient is 0/0; its limit is 1 for noise prediction.
-    snr = (alpha_bar / (1 - alpha_bar)).clamp(min=1e-8)
-    capped = snr.clamp(max=gamma)
-    return {"epsilon": capped / snr, "v_prediction": capped / (snr + 1), "sample": capped}[kind]
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of optimizer step ``step`` (from 0)."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    if config.schedule == "constant":
-        return config.lr
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-
-
-class _World:
-    """This process among those that train together; alone unless a launcher set ``WORLD_SIZE``."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        self.count = int(os.environ.get("WORLD_SIZE", "1"))
-        self.number = int(os.environ.get("RANK", "0")) if self.count > 1 else 0
-        name = config.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cuda" and self.count > 1:
-            name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        try:
-            self.device = torch.device(name)
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise UsageError(f"device '{name}' cannot be used here: {error}") from error
-        self.dtype = _arithmetic(config, self.device)
-
-    @property
-    def first(self) -> bool:
-        return self.number == 0
-
-    def __enter__(self) -> None:
-        if self.count > 1 and not distributed.is_initialized():
-            distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-
-    def __exit__(self, *_: object) -> None:
-        if self.count > 1 and distributed.is_initialized():
-            distributed.destroy_process_group()
-
-    def wait(self) -> None:
-        if self.count > 1:
-            distributed.barrier()
-
-    def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its mean over the processes, in one message."""
-        if self.count == 1:
-            return
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        distributed.all_reduce(flat)
-        for tensor, part in zip(
-            tensors, (flat / self.count).split([t.numel() for t in tensors]), strict=True
-        ):
-            tensor.copy_(part.view_as(tensor))
-
-
 class _Trainer:
     """Owns the run: the frozen base, the adapter, optimizer, averaged weights, log and checkpoints."""
 
-    def __init__(self, config: TrainConfig, world: _World) -> None:
+    def __init__(self, config: TrainConfig, world: World) -> None:
         self.config, self.world, self.device = config, world, world.device
         pipe = _load_base(config)
         self.scheduler_config = pipe.scheduler.config
@@ -167,6 +92,7 @@ class _Trainer:
         world.wait()
         if not world.first:
             self.data, self.plan = self._encode(pipe, encoder)
+        vae = pipe.vae
         pipe.vae = pipe.text_encoder = pipe.image_encoder = None  # only UNet and adapter stay in memory
         del encoder
         self.unet.to(self.device, self.world.dtype)
@@ -176,33 +102,42 @@ class _Trainer:
         self.adapter.attach(self.unet)
         self.parameters = [parameter for parameter in self.adapter.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+            self.parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
         self.averaged = [parameter.detach().clone() for parameter in self.parameters] if config.ema else []
         self.step = 0
         self.interrupted = False
         if config.resume:
             self._restore()
+        self.sampler = None
+        if config.sample_every and world.first:
+            self.sampler = Sampler(
+                self.unet, vae, self.adapter, pipe.scheduler, self.data, self.plan, self._extra,
+                side=self.side, guidance=config.sample_guidance,
+            )  # fmt: skip
 
     def run(self) -> None:
-        """All remaining steps, with validation, log lines and checkpoints on the way."""
+        """All remaining steps, with validation, samples, log lines and checkpoints on the way."""
         config = self.config
         running, counted, started = torch.zeros((), device=self.device), 0, time.monotonic()
+        end = math.inf if config.minutes is None else started + 60 * config.minutes
         if self.step == 0:
             self._validate()
+        self.terminal = sys.stderr.isatty()
         bar = tqdm(
             total=config.steps,
             initial=self.step,
             desc="training",
             unit="step",
-            disable=config.quiet or not self.world.first,
+            disable=config.quiet or not self.world.first or not self.terminal,
         )
+        started = time.monotonic()
         with bar, self._catching_interrupts():
             while self.step < config.steps:
                 running, counted = running + self._advance(), counted + 1
                 self.step += 1
                 bar.update()
-                last = self.step == config.steps
+                last = self.step == config.steps or self.world.agree(time.monotonic() >= end)
                 checkpoint = last or self.interrupted or self.step % config.checkpoint_every == 0
                 if last or checkpoint or self.step % config.log_every == 0:
                     loss = float(running) / counted
@@ -215,7 +150,13 @@ class _Trainer:
                     raise KeyboardInterrupt
                 if last or self.step % config.validate_every == 0:
                     self._validate()
+                if self.sampler is not None and (last or self.step % config.sample_every == 0):
+                    with self._averaged_weights():
+                        self._say(f"samples: {self.sampler.write(config.output, self.step)}")
+                if not counted:  # validation and samples do not count as training time
                     started = time.monotonic()
+                if last:
+                    break
 
     def finish(self) -> Path:
         """Write the adapter in the published layout and read it back."""
@@ -282,11 +223,10 @@ class _Trainer:
                     f"trains on {FEATURE[config.kind]}"
                 )
         else:
-            extra = {} if config.tokens is None else {"tokens": config.tokens}
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
                 adapter = IPAdapter.new(
-                    self.unet, kind=config.kind, feature_width=self.feature_width, **extra
+                    self.unet, kind=config.kind, feature_width=self.feature_width, tokens=config.tokens
                 )
         adapter.module.requires_grad_(True).train()
         return adapter.to(self.device, torch.float32)
@@ -322,7 +262,7 @@ class _Trainer:
                 clean.shape, generator=source
             )
         noise = torch.randn(clean.shape, generator=source)
-        steps = torch.randint(len(self.alpha_bar), (config.batch,), generator=source)
+        steps = stratified_timesteps(config.batch, len(self.alpha_bar), source)
         features = data.features.rows(data.feature, batch.references, batch.views)
         features = drop_features(features, data.negative, batch.image_dropped)
         error = self._error(clean, noise, steps, features, batch.captions)
@@ -341,22 +281,25 @@ class _Trainer:
         device = self.device
         clean, noise, steps = clean.to(device), noise.to(device), steps.to(device)
         alpha_bar = self.alpha_bar[steps]
-        noisy = _broadcast(alpha_bar.sqrt()) * clean + _broadcast((1 - alpha_bar).sqrt()) * noise
+        noisy = broadcast(alpha_bar.sqrt()) * clean + broadcast((1 - alpha_bar).sqrt()) * noise
         states = self.data.text("states", captions).to(device)
-        extra = {}
-        if self.unet.config.addition_embed_type == "text_time":
-            sizes = torch.tensor([[self.side, self.side, 0, 0, self.side, self.side]], device=device)
-            pooled = self.data.text("pooled", captions).to(device)
-            extra["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes.expand(len(clean), -1)}
         reduced = self.world.dtype != torch.float32
         with torch.autocast(device.type, self.world.dtype, enabled=reduced):
             tokens = self.adapter.projection(features.to(device))
             with self.adapter.training_tokens(tokens):
-                predicted = self.unet(noisy, steps, states, return_dict=False, **extra)[0]
+                predicted = self.unet(noisy, steps, states, return_dict=False, **self._extra(captions))[0]
                 target = prediction_target(self.prediction, clean, noise, alpha_bar)
                 with torch.autocast(device.type, enabled=False):
                     error = functional.mse_loss(predicted.float(), target, reduction="none")
                     yield error.flatten(1).mean(1)
+
+    def _extra(self, captions: Sequence[str]) -> dict[str, Any]:
+        """What the UNet takes besides the captions' states: SDXL's pooled text and sizes."""
+        if self.unet.config.addition_embed_type != "text_time":
+            return {}
+        sizes = torch.tensor([[self.side, self.side, 0, 0, self.side, self.side]], device=self.device)
+        pooled = self.data.text("pooled", captions).to(self.device)
+        return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes.expand(len(captions), -1)}}
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -497,6 +440,12 @@ class _Trainer:
         bar.set_postfix(loss=f"{loss:.4f}")
         rate = learning_rate(self.config, self.step - 1)
         self._log({"step": self.step, "loss": loss, "lr": rate, "pictures_per_s": round(pace, 2)})
+        if not self.terminal:  # a bar in a log file is no use
+            left = (self.config.steps - self.step) * self.config.batch * self.config.accumulate / pace
+            self._say(
+                f"step {self.step}/{self.config.steps} loss {loss:.4f} lr {rate:.2g} {pace:.1f} pictures/s "
+                f"{left / 60:.0f} min left"
+            )
 
     def _report_data(self, plan: Plan, data: EncodedSet) -> None:
         lines = [f"{item}" for item in data.rejected]
@@ -516,33 +465,6 @@ class _Trainer:
     def _say(self, line: str) -> None:
         if self.world.first and not self.config.quiet:
             tqdm.write(line, file=sys.stderr)
-
-
-def drop_features(features: Tensor, negative: Tensor, dropped: Tensor) -> Tensor:
-    """Features ``B …`` with the rows marked in ``dropped`` (bool ``B``) replaced by the negative ``1 …``."""
-    mask = dropped.view(-1, *[1] * (features.dim() - 1))
-    return torch.where(mask, negative.to(features), features)
-
-
-def _broadcast(values: Tensor) -> Tensor:
-    return values.view(-1, 1, 1, 1)
-
-
-def _arithmetic(config: TrainConfig, device: torch.device) -> torch.dtype:
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    elif device.type == "cpu":
-        native = any(
-            getattr(torch.cpu, name, lambda: False)()
-            for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        )
-    else:
-        native = False
-    if config.dtype == "bfloat16" and not native:
-        raise UsageError(
-            f"dtype bfloat16: this {device.type} has no bfloat16 arithmetic; use float32 or auto"
-        )
-    return torch.bfloat16 if native and config.dtype != "float32" else torch.float32
 
 
 def _claim(config: TrainConfig) -> None:

@@ -1,0 +1,52 @@
+# The two commands of the README, and what maintainers use. Each sets up what it needs in .venv, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+
+.PHONY: demo test lint format bench evaluate clean
+.DEFAULT_GOAL := help
+
+help:  ## say what there is
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.ready  ## draw the contact sheet with the bundled model (outputs/demo)
+	@$(BIN)/imprompt demo -o outputs/demo
+
+test: $(VENV)/.ready-dev  ## run all tests
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready-dev  ## style, types, and who may import whom
+	@$(BIN)/ruff check src tests recipes benchmarks
+	@$(BIN)/ruff format --check src tests recipes benchmarks
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache | tail -n 4
+
+format: $(VENV)/.ready-dev  ## put the style right
+	@$(BIN)/ruff check --fix src tests recipes benchmarks
+	@$(BIN)/ruff format src tests recipes benchmarks
+
+bench: $(VENV)/.ready  ## measure speed, as ratios within one run
+	@for script in benchmarks/*.py; do $(BIN)/python $$script; done
+
+evaluate: $(VENV)/.ready  ## measure the bundled model on held-out pictures
+	@$(BIN)/imprompt evaluate
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "imprompt needs Python 3.11 or newer; say PYTHON=python3.12, for instance" >&2; exit 1; }
+	@echo "making $(VENV)" >&2
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.ready: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing torch, diffusers and transformers into $(VENV) (a minute or two, once)" >&2
+	@$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	@echo "installing the tools for tests into $(VENV)" >&2
+	@$(PIP) install -c constraints.txt -e '.[dev,recipe,plot]'
+	@touch $@
+
+clean:  ## remove the environment and what was drawn
+	rm -rf $(VENV) outputs

@@ -1,0 +1,538 @@
+"""The command line: ``imprompt VERB …``. It reads flags into a request, and prints what came of it.
+
+Only the chosen verb's parser is built, and nothing heavy is imported before the flags are known to be right:
+``imprompt --help`` answers at once, and ``info``, ``models`` and ``inspect`` never load torch's libraries of
+models. Pictures' names and machine-readable results go to stdout, all else to stderr; an error is one line
+and an exit code (2 usage, 3 model, 4 input, 130 interrupted).
+"""
+
+import argparse
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from imprompt.errors import ImpromptError, InputError, ModelError, UsageError
+
+if TYPE_CHECKING:
+    from imprompt.generation.engine import Result
+    from imprompt.generation.request import Request
+
+INTERRUPTED = 130
+_HURRIED = ("generate", "edit", "inpaint")
+"""Commands of which a second is saved by leaving at once: see :func:`_leave`."""
+_YOUNG_OBJECTS = 100_000
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One command: what it is for, its flags, and what it does with them."""
+
+    about: str
+    flags: Callable[[argparse.ArgumentParser], None]
+    """Adds them; a verb whose flags are read elsewhere gets them as ``rest``."""
+    run: Callable[[argparse.Namespace], None]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong flags are an error like any other: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}. See {self.prog} --help.")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; as a program (without ``arguments``) it may end here."""
+    if arguments is not None:
+        return _run(list(arguments))
+    given = sys.argv[1:]
+    hurried = bool(given) and given[0] in _HURRIED
+    if hurried:
+        # Importing makes a million objects that stay; looking through them for garbage took 1 s of 8.
+        gc.set_threshold(_YOUNG_OBJECTS)
+    code = _run(given)
+    if hurried:
+        _leave(code)
+    return code
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process without taking torch's thousands of modules apart, which took 0.9 s of 8. Everything
+    is written by then, and nothing of ours waits for the interpreter's end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # nobody reads any more, or it is closed
+            code = code or 1
+    os._exit(code)
+
+
+def _run(given: list[str]) -> int:
+    debug = "--debug" in given
+    given = [word for word in given if word != "--debug"]
+    try:
+        return _dispatch(given)
+    except KeyboardInterrupt:
+        print("imprompt: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except ImpromptError as error:
+        if debug:
+            raise
+        print(f"imprompt: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except Exception as error:  # the last boundary; whatever arrives here is a fault of ours
+        if debug:
+            raise
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"imprompt: error: unexpected {said} (--debug shows where; please report it)", file=sys.stderr)
+        return 1
+
+
+def _dispatch(given: list[str]) -> int:
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if given[0] in ("-V", "--version"):
+        from imprompt import __version__
+
+        print(f"imprompt {__version__}")
+        return 0
+    name, *rest = given
+    if name not in VERBS:
+        import difflib
+
+        near = difflib.get_close_matches(name, VERBS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(VERBS)}."
+        raise UsageError(f"no command '{name}'; {hint}")
+    verb = VERBS[name]
+    parser = _Parser(prog=f"imprompt {name}", description=verb.about, allow_abbrev=False)
+    verb.flags(parser)
+    try:
+        flags = argparse.Namespace(rest=rest) if verb.run is _evaluate else parser.parse_intermixed_args(rest)
+        verb.run(flags)
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+    return 0
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {name:<{width}}  {verb.about}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: imprompt COMMAND … (imprompt COMMAND --help says more)",
+            "",
+            "Show a diffusion model a picture and it draws with it.",
+            "",
+            *lines,
+            "",
+            "  --version, --debug (show where an error came from)",
+        ]
+    )
+
+
+# ---- generate, edit, inpaint
+
+
+def _drawing_flags(parser: argparse.ArgumentParser) -> None:
+    from imprompt.generation.request import Request
+
+    def field(flag: str, **options: object) -> None:
+        name = flag.lstrip("-").replace("-", "_")
+        about = (Request.model_fields[name].description or "").replace("%", "%%")
+        parser.add_argument(flag, dest=name, help=about, default=None, **options)  # type: ignore[arg-type]
+
+    parser.add_argument(
+        "--image",
+        dest="images",
+        action="append",
+        metavar="PATH[,scale=…,mask=…,…]",
+        help="a picture that prompts the model; may be given several times. Options: " + _image_options(),
+    )
+    field("--scale", metavar="X")
+    field("--adapter", metavar="NAME")
+    field("--base", metavar="NAME")
+    field("--negative", metavar="TEXT")
+    field("--steps", metavar="N")
+    field("--guidance", metavar="X")
+    field("--scheduler", metavar="NAME")
+    field("--size", metavar="WxH")
+    field("--count", metavar="N")
+    field("--seed", metavar="N")
+    field("--device")
+    field("--dtype")
+    field("--offload")
+    parser.add_argument(
+        "--from", dest="again", metavar="PICTURE", help="repeat that picture's request; other flags change it"
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="PATH", help=".png, .jpg or .webp, or a folder; default: a free name here"
+    )
+    parser.add_argument(
+        "--explain", action="store_true", help="also draw where, in which layers and when each image acted"
+    )
+    parser.add_argument("--json", action="store_true", help="print files, request and timings as JSON")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+
+
+def _image_options() -> str:
+    from imprompt.generation.request import ImageRef
+
+    said = [f"{name}: {field.description}" for name, field in ImageRef.model_fields.items() if name != "path"]
+    return "; ".join(said).replace("%", "%%")
+
+
+def _generate_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="?", help="what to draw; may be left out with --image")
+    _drawing_flags(parser)
+
+
+def _edit_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("picture", nargs="?", metavar="PICTURE", help="the picture to start from")
+    parser.add_argument("prompt", nargs="?", help="what to draw; may be left out with --image")
+    parser.add_argument(
+        "--strength", metavar="X", help="how much of the schedule is drawn anew, 0 to 1; 0.6, inpaint 1"
+    )
+    _drawing_flags(parser)
+
+
+def _inpaint_flags(parser: argparse.ArgumentParser) -> None:
+    _edit_flags(parser)
+    parser.add_argument("--mask", metavar="PATH", help="white is drawn anew, black is kept")
+
+
+def _drawing(task: str) -> Callable[[argparse.Namespace], None]:
+    return lambda flags: _draw(task, flags)
+
+
+def _draw(task: str, flags: argparse.Namespace) -> None:
+    from imprompt.generation import output
+
+    request = _request(task, flags)
+    target = _target(flags.output, task, request)
+    output.check_target(target)
+
+    from imprompt.generation.engine import Engine
+
+    result = Engine(quiet=flags.quiet or not sys.stderr.isatty()).run(request, explain=flags.explain)
+    paths = output.save(result, target)
+    if flags.explain:
+        from imprompt.app.explain import explain
+
+        for found, image, path in zip(result.attributions, result.images, tuple(paths), strict=True):
+            paths = [*paths, *explain(found, image, path)]
+    for note in result.notes:
+        print(f"imprompt: {note}", file=sys.stderr)
+    if flags.json:
+        print(json.dumps(_said(result, paths)))
+    else:
+        for path in paths:
+            print(path)
+        _summary(result)
+
+
+def _request(task: str, flags: argparse.Namespace) -> "Request":
+    from imprompt.generation.output import read_request
+    from imprompt.generation.request import ImageRef, Request
+
+    stated: dict[str, object] = {
+        name: value
+        for name, value in vars(flags).items()
+        if name in Request.model_fields and value is not None
+    }
+    if getattr(flags, "picture", None) is not None:
+        stated["image"] = flags.picture
+    if flags.images is not None:
+        stated["images"] = tuple(ImageRef.parse(text) for text in flags.images)
+    if flags.again is None:
+        return Request.from_mapping({"task": task, **stated})
+    before = read_request(flags.again)
+    if before.task != task:
+        raise UsageError(
+            f"'{flags.again}' was made with 'imprompt {before.task}': repeat it with 'imprompt {before.task} "
+            f"--from {flags.again}'."
+        )
+    if stated.keys() & {"images", "image", "mask"}:
+        stated["hashes"] = {}
+    return before.replace(**stated)
+
+
+def _target(given: str | None, task: str, request: "Request") -> Path:
+    from imprompt.generation.output import free_name
+
+    if given is None:
+        return free_name(Path(), task, request.count)
+    if given.endswith(("/", "\\")) or Path(given).is_dir():
+        return free_name(Path(given), task, request.count)
+    return Path(given)
+
+
+def _said(result: "Result", paths: Sequence[Path]) -> dict[str, object]:
+    return {
+        "files": [str(path) for path in paths],
+        "request": json.loads(result.request.to_json()),
+        "provenance": result.provenance,
+        "timings": result.timings,
+        "notes": list(result.notes),
+    }
+
+
+def _summary(result: "Result") -> None:
+    request, took = result.request, result.timings
+    seconds = took["load"] + took["encode"] + took["draw"]
+    print(
+        f"imprompt: {len(result.images)} × {request.size[0]}×{request.size[1]}, seed {request.seed}, "  # type: ignore[index]
+        f"{request.steps} steps, {seconds:.1f} s (loading {took['load']:.1f})",
+        file=sys.stderr,
+    )
+
+
+# ---- looking at things
+
+
+def _info_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("picture", help="a picture that imprompt made")
+    parser.add_argument("--json", action="store_true", help="the whole record as JSON")
+
+
+def _info(flags: argparse.Namespace) -> None:
+    from imprompt.generation.output import read_record
+
+    record = read_record(flags.picture)
+    if flags.json:
+        print(record.to_json())
+        return
+    for name, value in json.loads(record.request.to_json()).items():
+        if value not in (None, "", {}, []):
+            print(f"{name:<11} {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+    print("made with   " + ", ".join(f"{name} {value}" for name, value in record.provenance.items()))
+
+
+def _models_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", help="one base or adapter")
+    parser.add_argument("--vocabulary", action="store_true", help="the words the bundled model knows")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _models(flags: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from imprompt.generation.catalogue import ADAPTERS, BASES, DEFAULT_ADAPTERS, named
+
+    if flags.vocabulary:
+        if flags.name not in (None, "emoji"):
+            raise UsageError(
+                f"--vocabulary: only the bundled model 'emoji' lists its words, not '{flags.name}'."
+            )
+        _vocabulary(as_json=flags.json)
+        return
+    bases, adapters = dict(BASES), dict(ADAPTERS)
+    if flags.name is not None:
+        named({**BASES, **ADAPTERS}, flags.name, "model", "no name for the whole list")
+        bases = {name: row for name, row in BASES.items() if name == flags.name}
+        adapters = {
+            name: row
+            for name, row in ADAPTERS.items()
+            if name == flags.name or (flags.name in BASES and row.family == BASES[flags.name].family)
+        }
+    if flags.json:
+        tables = {
+            "bases": {name: asdict(base) for name, base in bases.items()},
+            "adapters": {name: asdict(row) for name, row in adapters.items()},
+        }
+        print(json.dumps(tables))
+        return
+    if bases:
+        print("bases (--base)")
+    for name, base in bases.items():
+        print(f"  {name:<15} {base.size:>5} px  {base.note}; {base.licence}; {base.repo}")
+    print("adapters (--adapter; * is the default of its base)")
+    for name, row in adapters.items():
+        star = "*" if DEFAULT_ADAPTERS[row.family] == name else " "
+        print(f"{star} {name:<15} {row.family:<6} {row.note}; {row.megabytes} MB; {row.licence}; {row.repo}")
+
+
+def _vocabulary(*, as_json: bool) -> None:
+    place = Path(__file__).parents[1] / "assets" / "emoji" / "vocabulary.json"
+    if not place.is_file():
+        raise ModelError("the bundled model's vocabulary.json is missing; install imprompt again.")
+    text = place.read_text(encoding="utf-8")
+    if as_json:
+        print(text.strip())
+        return
+    known = json.loads(text)
+    concepts = [name.replace("-", " ") for name in known["concepts"]]  # as captions say them
+    print(f"{len(concepts)} concepts: {', '.join(concepts)}")
+    print(f"{len(known['styles'])} styles: {', '.join(known['styles'])}")
+    article = "an" if concepts[0][0] in "aeiou" else "a"
+    print(f'Say both: "{article} {concepts[0]}, {known["styles"][0]} style".')
+
+
+def _inspect_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="an adapter's .safetensors file")
+    parser.add_argument("--variant", help="take it for this variant or published file")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _inspect(flags: argparse.Namespace) -> None:
+    from imprompt.adapter.checkpoint import inspect
+
+    found = inspect(flags.file, variant=flags.variant)
+    print(json.dumps(found.to_dict()) if flags.json else found)
+
+
+def _convert_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="a .bin, .ckpt or .pt adapter, or a training checkpoint")
+    parser.add_argument("target", help="the .safetensors file to write")
+    parser.add_argument("--variant", help="what it is, where its weights leave that open")
+
+
+def _convert(flags: argparse.Namespace) -> None:
+    from imprompt.adapter.checkpoint import convert
+
+    print(convert(flags.source, flags.target, variant=flags.variant))
+
+
+def _profiles_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("profile", nargs="?", help="one profile; without it all are shown")
+    parser.add_argument("--base", default="emoji", metavar="NAME", help="whose layers: emoji, sd15, sdxl, …")
+    parser.add_argument("--json", action="store_true", help="the weights as JSON")
+
+
+def _profiles(flags: argparse.Namespace) -> None:
+    from imprompt.app.profiles import charts, tables
+
+    if flags.json:
+        print(json.dumps(tables(flags.base, flags.profile)))
+    else:
+        print(charts(flags.base, flags.profile))
+
+
+def _embed_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="what to embed, in this order")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the .safetensors to write")
+    parser.add_argument("--encoder", metavar="NAME", help="an image encoder: folder, or repo:folder")
+    parser.add_argument("--base", default="emoji", metavar="NAME", help="whose default adapter to embed for")
+    parser.add_argument("--adapter", metavar="NAME", help="whose encoder to use")
+    parser.add_argument("--framing", default="crop", help="crop, top, bottom, left, right, pad, squash, tile")
+
+
+def _embed(flags: argparse.Namespace) -> None:
+    from imprompt.app.embed import embed
+
+    print(
+        embed(
+            flags.pictures,
+            flags.output,
+            encoder=flags.encoder,
+            base=flags.base,
+            adapter=flags.adapter,
+            framing=flags.framing,
+        )
+    )
+
+
+def _doctor_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _doctor(flags: argparse.Namespace) -> None:
+    from imprompt.app.doctor import examine
+
+    findings = examine()
+    if flags.json:
+        print(json.dumps(findings))
+    else:
+        for name, value in findings.items():
+            print(f"{name:<14} {value}")
+    if findings["self-test"].startswith("failed"):
+        raise ModelError(f"the self-test {findings['self-test']}")
+
+
+# ---- demo, training, evaluation
+
+
+def _demo_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", default="imprompt-demo", metavar="FOLDER", help="where it goes")
+    parser.add_argument("--seed", type=int, default=7)
+
+
+def _demo(flags: argparse.Namespace) -> None:
+    from imprompt.app.demo import contact_sheet
+
+    print(contact_sheet(flags.output, seed=flags.seed))
+
+
+def _train_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="a folder of captioned pictures, or a run's .toml or .json")
+    parser.add_argument("--out", dest="output", metavar="FOLDER", help="where the run goes")
+    for flag in ("base", "kind", "steps", "batch", "lr", "seed", "init", "device"):
+        parser.add_argument(f"--{flag}", default=None)
+    parser.add_argument("--resume", action="store_true", default=None)
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field")
+
+
+def _train(flags: argparse.Namespace) -> None:
+    from imprompt.training.config import TrainConfig
+
+    names = ("output", "base", "kind", "steps", "batch", "lr", "seed", "init", "device", "resume")
+    stated = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+    for pair in flags.set:
+        name, sign, value = pair.partition("=")
+        if not sign:
+            raise UsageError(f"--set '{pair}': FIELD=VALUE is expected.")
+        try:
+            stated[name] = json.loads(value)
+        except ValueError:
+            stated[name] = value
+    source = Path(flags.source)
+    if source.suffix in (".toml", ".json") and source.is_file():
+        config = TrainConfig.read(source, **stated)
+    else:
+        if "output" not in stated:
+            raise UsageError("--out: say in which folder the run goes.")
+        config = TrainConfig.checked({"data": source, **stated})
+    from imprompt.training.loop import train
+
+    print(train(config))
+
+
+def _evaluate_flags(_: argparse.ArgumentParser) -> None:
+    """Its flags are the report's own."""
+
+
+def _evaluate(flags: argparse.Namespace) -> None:
+    from imprompt.evaluation.report import main as report
+
+    if code := report(flags.rest):
+        raise InputError(f"the evaluation ended with exit code {code}.")
+
+
+VERBS: dict[str, Verb] = {
+    "generate": Verb("draw from text, pictures, or both", _generate_flags, _drawing("generate")),
+    "edit": Verb("draw on from a picture (image to image)", _edit_flags, _drawing("edit")),
+    "inpaint": Verb("draw a masked part of a picture anew", _inpaint_flags, _drawing("inpaint")),
+    "info": Verb("show the request inside a picture", _info_flags, _info),
+    "models": Verb("list bases and adapters that have a name", _models_flags, _models),
+    "inspect": Verb("say what an adapter file is and whether it is sound", _inspect_flags, _inspect),
+    "convert": Verb("turn a pickled adapter into safetensors", _convert_flags, _convert),
+    "embed": Verb("save pictures' features, to be shown without an encoder", _embed_flags, _embed),
+    "profiles": Verb("show how each profile spreads the scale over the layers", _profiles_flags, _profiles),
+    "train": Verb("train an adapter on a folder of captioned pictures", _train_flags, _train),
+    "evaluate": Verb(
+        "measure the bundled model, or another, on held-out pictures", _evaluate_flags, _evaluate
+    ),
+    "demo": Verb("draw a contact sheet with the bundled model", _demo_flags, _demo),
+    "doctor": Verb("look at this machine and test the installation", _doctor_flags, _doctor),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

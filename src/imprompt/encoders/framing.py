@@ -1,0 +1,189 @@
+"""How a picture that is not square becomes the encoder's square: crop, letterbox, squash or tiles.
+
+Pictures in, pictures out; and for tiles the way back, from the tiles' features to one picture's. ``crop``
+leaves the picture to the encoder's own centre crop, so that the default is exactly what adapters were trained
+with. Names are ``words.FRAMINGS``.
+
+Dimensions: ``N`` pictures, ``P`` patches and class token, ``G`` patches along a side (``P = 1 + G·G``), ``W``
+and ``E`` widths of features.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from imprompt.encoders.clip import Features
+from imprompt.errors import InputError
+from imprompt.words import FRAMINGS, NOISES, canonical
+
+MEAN_COLOUR = (123, 117, 104)
+"""Of CLIP's training pictures: what an encoder normalises to 0, hence says least about a border."""
+
+_MAX_TILES = 16
+_SIDE = 224  # of CLIP's input, when the encoder does not say
+
+
+class Encoder(Protocol):
+    """What turns pictures into features, see :class:`imprompt.encoders.clip.ImageEncoder`."""
+
+    def encode(self, images: Sequence[Image.Image]) -> Features: ...
+
+
+def encode(
+    encoder: Encoder,
+    pictures: Sequence[Image.Image],
+    framing: str = "crop",
+    *,
+    detail: float = 0.5,
+) -> Features:
+    """Features of ``pictures``, each framed. ``detail`` is the tiles' share beside the whole in ``tile``.
+
+    A picture that is square (and, for tiles, not large) gives the same features in every framing but for
+    rounding. Raises :class:`UsageError` for an unknown framing, :class:`InputError` for a picture too long.
+    """
+    framing = canonical("framing", framing, FRAMINGS)
+    if framing == "crop":
+        return encoder.encode(pictures)
+    side = int(getattr(encoder, "size", _SIDE))
+    whole = encoder.encode([frame(p, "squash" if framing == "tile" else framing, side) for p in pictures])
+    if framing != "tile":
+        return whole
+    pooled, hidden = [], []
+    for n, picture in enumerate(pictures):
+        cuts, rows, columns = tiles(picture, side)
+        if len(cuts) == 1:
+            pooled.append(whole.pooled[n])
+            hidden.append(whole.hidden[n])
+            continue
+        parts = encoder.encode(cuts)
+        merged = merge_hidden(parts.hidden, rows, columns)
+        pooled.append(torch.lerp(whole.pooled[n], parts.pooled.mean(0), detail))
+        hidden.append(torch.lerp(whole.hidden[n], merged, detail))
+    return Features(torch.stack(pooled), torch.stack(hidden), whole.negative_hidden)
+
+
+def frame(
+    image: Image.Image, framing: str, side: int, border: tuple[int, int, int] = MEAN_COLOUR
+) -> Image.Image:
+    """The picture as one square: ``crop`` (centre), ``top``, ``bottom``, ``left`` and ``right`` keep that end
+    of the longer side; ``pad`` surrounds with ``border``; ``squash`` ignores the proportions.
+
+    Crops and letterboxes keep the picture's own pixels, and the encoder scales them; a squashed picture has
+    ``side`` pixels a side. A crop that names an end of the shorter side is the centre crop.
+    """
+    framing = canonical("framing", framing, FRAMINGS)
+    width, height = image.size
+    if framing == "squash":
+        return image if width == height else image.resize((side, side), Image.Resampling.BICUBIC)
+    if width == height:
+        return image
+    if framing == "pad":
+        long = max(width, height)
+        square = Image.new("RGB", (long, long), border)
+        square.paste(image, ((long - width) // 2, (long - height) // 2))
+        return square
+    short = min(width, height)
+    left = {"left": 0, "right": width - short}.get(framing, (width - short) // 2)
+    top = {"top": 0, "bottom": height - short}.get(framing, (height - short) // 2)
+    return image.crop((left, top, left + short, top + short))
+
+
+def tiles(image: Image.Image, side: int) -> tuple[list[Image.Image], int, int]:
+    """Squares that cover the picture, row by row, and how many rows and columns they are.
+
+    A tile is as long as the short side, or half of it when that still fills the encoder (``side`` pixels).
+    Tiles lie evenly and overlap where they do not fit exactly; every pixel is in one. A small square is a
+    single tile. Raises :class:`InputError` when more than 16 would be needed.
+    """
+    short = min(image.size)
+    tile = -(-short // 2) if short >= 2 * side else short
+    columns, rows = (math.ceil(length / tile) for length in image.size)
+    if rows * columns > _MAX_TILES and tile < short:
+        tile = short
+        columns, rows = (math.ceil(length / tile) for length in image.size)
+    if rows * columns > _MAX_TILES:
+        raise InputError(
+            f"a picture of {image.width}×{image.height} needs {rows * columns} tiles; {_MAX_TILES} "
+            "are the most. Crop it, or choose framing 'pad' or 'squash'."
+        )
+    cuts = []
+    for top in _spread(image.height, tile, rows):
+        for left in _spread(image.width, tile, columns):
+            cuts.append(image.crop((left, top, left + tile, top + tile)))
+    return cuts, rows, columns
+
+
+def merge_hidden(hidden: Float[Tensor, "N P W"], rows: int, columns: int) -> Float[Tensor, "P W"]:
+    """The tiles' patches as one picture's: their grids joined and averaged back to one grid, the class tokens
+    averaged (ComfyUI_IPAdapter_plus's vision enhancer). ``N`` is ``rows·columns``, row by row.
+    """
+    grid = math.isqrt(hidden.shape[1] - 1)
+    if grid * grid != hidden.shape[1] - 1 or hidden.shape[0] != rows * columns:
+        raise InputError(
+            f"hidden states of shape {tuple(hidden.shape)} are not {rows * columns} tiles, each a class "
+            "token and a square grid of patches."
+        )
+    exact = hidden.float()
+    patches = exact[:, 1:].reshape(rows, columns, grid, grid, -1)
+    joined = patches.permute(4, 0, 2, 1, 3).reshape(1, -1, rows * grid, columns * grid)
+    back = F.adaptive_avg_pool2d(joined, grid)[0].flatten(1).T
+    return torch.cat((exact[:, 0].mean(0, keepdim=True), back)).to(hidden.dtype)
+
+
+def noisy(image: Image.Image, kind: str, strength: float, seed: int = 0) -> Image.Image:
+    """The picture spoiled by noise of ``strength`` 0 to 1, always the same for one ``seed``.
+
+    ``fade``: (1−s)x + sU; ``dissolve``: a share s of the pixels replaced by U; ``gaussian``: x + sN;
+    ``shuffle``: displaced smoothly, flipped both ways, and x(1−n) + n with n = 0.75s·N, all clamped to 0–1
+    (U uniform, N normal; ComfyUI_IPAdapter_plus's formulas). No global randomness is touched.
+    """
+    kind = canonical("noise", kind, NOISES)
+    if not 0 <= strength <= 1:
+        raise InputError(f"noise: strength {strength} is expected from 0 to 1.")
+    random = torch.Generator().manual_seed(seed)
+    x = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8).float() / 255
+    x = x.reshape(image.height, image.width, 3)
+    if kind == "fade":
+        x = (1 - strength) * x + strength * torch.rand(x.shape, generator=random)
+    elif kind == "dissolve":
+        replaced = torch.rand(*x.shape[:2], 1, generator=random) < strength
+        x = torch.where(replaced, torch.rand(x.shape, generator=random), x)
+    elif kind == "gaussian":
+        x = x + strength * torch.randn(x.shape, generator=random)
+    else:
+        x = _displaced(x, 75.0, (1 - strength) * 3.5, random).flip(0, 1)
+        n = 0.75 * strength * torch.randn(x.shape, generator=random)
+        x = x * (1 - n) + n
+    pixels = (x.clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.frombytes("RGB", image.size, pixels.contiguous().numpy().tobytes())
+
+
+def _spread(length: int, tile: int, count: int) -> list[int]:
+    """Starts of ``count`` tiles that cover ``length`` evenly from end to end."""
+    return [round(i * (length - tile) / (count - 1)) if count > 1 else 0 for i in range(count)]
+
+
+def _displaced(
+    x: Float[Tensor, "h w 3"], alpha: float, sigma: float, random: torch.Generator
+) -> Float[Tensor, "h w 3"]:
+    """Elastic deformation (Simard et al. 2003): a random field, blurred by ``sigma`` and scaled by ``alpha``
+    pixels; what lies beyond the border is black."""
+    height, width = x.shape[:2]
+    field = torch.rand(1, 2, height, width, generator=random) * 2 - 1
+    if sigma > 0:
+        radius = min(int(4 * sigma), min(height, width) - 1)
+        bell = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
+        bell = (bell / bell.sum()).view(1, 1, 1, -1)
+        for kernel, pad in ((bell, (radius, radius, 0, 0)), (bell.mT, (0, 0, radius, radius))):
+            field = F.conv2d(F.pad(field, pad, mode="reflect").transpose(0, 1), kernel).transpose(0, 1)
+    shift = field[0].permute(1, 2, 0) * alpha * 2 / torch.tensor([width, height])
+    across, down = ((2 * torch.arange(n) + 1) / n - 1 for n in (width, height))
+    place = torch.stack((across.expand(height, width), down[:, None].expand(height, width)), -1)
+    moved = F.grid_sample(x.permute(2, 0, 1)[None], (place + shift)[None], align_corners=False)
+    return moved[0].permute(1, 2, 0)

@@ -1,0 +1,504 @@
+"""Request → pictures: what the command line, Python and (later) the server call.
+
+An :class:`Engine` fills in what a request leaves open, reads its pictures, shows them to the base through
+the adapter, and lets the ordinary diffusers pipeline draw. It keeps the last base and adapter, and features
+by picture content, so that the next request starts at once. Every picture is drawn alone with a generator of
+its own: number ``i`` is the first picture of seed ``seed + i``, whatever the count.
+"""
+
+import hashlib
+import platform
+import secrets
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from imprompt import words
+from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.attribution import Attribution
+from imprompt.adapter.prompt import EncodedPictures, ImagePrompt
+from imprompt.encoders.features import is_saved, joined
+from imprompt.encoders.framing import encode, noisy
+from imprompt.encoders.images import content_hash, load_image, load_mask
+from imprompt.errors import InputError, ModelError, UsageError
+from imprompt.generation.models import (
+    Base,
+    find_adapter,
+    find_base,
+    for_task,
+    load,
+    load_adapter,
+    scheduler_for,
+)
+from imprompt.generation.request import ImageRef, Request, Task, randomness
+
+_KEPT_FEATURES = 64  # pictures whose features are remembered
+_LOST = 0.15  # share of a picture that may be cropped away unsaid
+_ASPECT = 0.02  # how far a mask's proportions may be from its picture's
+
+
+@dataclass(frozen=True)
+class Result:
+    """Pictures, the complete request that draws them again, and with what and how fast they were drawn."""
+
+    images: list[Image.Image]
+    request: Request
+    """With everything filled in: seed, defaults, hashes of the pictures that were read."""
+    provenance: dict[str, str]
+    """Versions, device, number format, fingerprints of base and adapter."""
+    timings: dict[str, float]
+    """Seconds: load, encode, draw."""
+    notes: tuple[str, ...] = ()
+    """What the user should know, such as that a picture was cropped."""
+    attributions: tuple[Attribution, ...] = ()
+    """Where each image prompt acted, one a picture, when it was asked for."""
+
+
+@dataclass
+class _Shown:
+    """The pictures of one request, decoded."""
+
+    prompts: dict[str, Image.Image] = field(default_factory=dict)
+    masks: dict[str, Image.Image] = field(default_factory=dict)
+    start: Image.Image | None = None
+    region: Image.Image | None = None
+    """Where to inpaint; white is drawn anew."""
+
+
+class Engine:
+    """Draws requests one after the other; keeps one base and one adapter loaded.
+
+    Not for several threads at once. :meth:`release` gives the memory back.
+    """
+
+    def __init__(self, *, quiet: bool = True) -> None:
+        self.quiet = quiet
+        """Whether no progress bar is shown."""
+        self._pipes: dict[Task, Any] = {}
+        self._loaded: tuple[str, str, str, str] | None = None
+        self._adapter: tuple[str, IPAdapter] | None = None
+        self._features: OrderedDict[tuple[str, ...], EncodedPictures] = OrderedDict()
+
+    def run(
+        self,
+        request: Request,
+        *,
+        pictures: Mapping[str, Image.Image] | None = None,
+        explain: bool = False,
+    ) -> Result:
+        """Draw a request. Names in it are looked up in ``pictures`` first, then as files. With ``explain`` it
+        is measured where each image prompt acts (:attr:`Result.attributions`), which draws the same and takes
+        longer.
+
+        Raises :class:`InputError` for pictures that cannot be used, :class:`UsageError` and
+        :class:`ModelError` for what does not fit together, and :class:`ModelError` when a picture comes out
+        as NaN or empty, or memory does not suffice; nothing stays attached to the base then.
+        """
+        try:
+            return self._run(request, pictures or {}, explain)
+        except (MemoryError, RuntimeError) as error:
+            if not _of_memory(error):
+                raise
+            self.release()
+            raise ModelError(
+                f"memory does not suffice to draw with base '{request.base}': try a smaller --size, and on a "
+                "GPU --dtype float16 or --offload model."
+            ) from error
+
+    def release(self) -> None:
+        """Forget the base, the adapter and all features."""
+        self._pipes, self._loaded, self._adapter = {}, None, None
+        self._features.clear()
+
+    # ---- private
+
+    def _run(self, request: Request, pictures: Mapping[str, Image.Image], explain: bool) -> Result:
+        clock = [time.perf_counter()]
+        if explain and not request.images:
+            raise UsageError("explain: there is no image prompt to explain; give one in `images`.")
+        base = find_base(request.base)
+        request = complete(request, base)
+        shown, hashes = _read(request, pictures)
+        request = request.replace(hashes=hashes)
+        device = _device(request)
+        dtype = _dtype(request, device)
+        size, notes = _size(request, base, shown)
+        notes += _cropped(request, shown)
+        request = request.replace(size=size)
+        self._keep_only((base.source, str(device), str(dtype), request.offload))
+        # The adapter first: it is small, and what is wrong with it is said before gigabytes are read.
+        adapter = self._load_adapter(request)
+        pipe = self._pipe(base, request, device, dtype)
+        clock.append(time.perf_counter())
+        own = pipe.scheduler
+        attributions: list[Attribution] = []
+        try:
+            if adapter is not None:
+                adapter.attach(pipe)
+                self._show(adapter, request, shown)
+            provenance = self._provenance(base, adapter, bool(shown.prompts), device, dtype)
+            clock.append(time.perf_counter())
+            call = _call(request, size, shown)
+            images = []
+            for index in range(request.count):
+                pipe.scheduler = scheduler_for(pipe, request.scheduler)
+                if explain and adapter is not None:
+                    with adapter.watched() as recorder:
+                        images.append(self._draw(pipe, call, request, index))
+                    attributions.append(recorder.result())
+                else:
+                    images.append(self._draw(pipe, call, request, index))
+        finally:
+            pipe.scheduler = own
+            if adapter is not None:
+                adapter.clear_prompt()
+                adapter.detach()
+        if request.task == "inpaint":
+            assert shown.start is not None
+            assert shown.region is not None
+            kept = _fitted(shown.start, size)
+            region = _fitted(shown.region, size)
+            images = [Image.composite(image, kept, region) for image in images]
+        clock.append(time.perf_counter())
+        spans = [round(after - before, 3) for before, after in pairwise(clock)]
+        return Result(
+            images,
+            request,
+            provenance,
+            dict(zip(("load", "encode", "draw"), spans, strict=True)),
+            tuple(notes),
+            tuple(attributions),
+        )
+
+    def _keep_only(self, key: tuple[str, str, str, str]) -> None:
+        """Release what belongs to another base, place or number format."""
+        if self._loaded != key:
+            self.release()
+            self._loaded = key
+
+    def _pipe(self, base: Base, request: Request, device: torch.device, dtype: torch.dtype) -> Any:
+        """The pipeline of the request's task on its device; other tasks of the same base share weights."""
+        if request.task not in self._pipes:
+            if self._pipes:
+                pipe = for_task(next(iter(self._pipes.values())), base, request.task)
+            else:
+                pipe = load(base, request.task, dtype)
+            self._pipes[request.task] = _placed(pipe, request.offload, device)
+        return self._pipes[request.task]
+
+    def _load_adapter(self, request: Request) -> IPAdapter | None:
+        if not request.images:
+            return None
+        assert request.adapter is not None  # complete() found one
+        if self._adapter is None or self._adapter[0] != request.adapter:
+            self._adapter = None
+            self._adapter = (request.adapter, load_adapter(request.adapter))
+        return self._adapter[1]
+
+    def _show(self, adapter: IPAdapter, request: Request, shown: _Shown) -> None:
+        prompts = []
+        for group in request.groups:
+            first = group[0]
+            prompts.append(
+                ImagePrompt(
+                    features=self._encode(adapter, group, shown),
+                    combine=first.combine,
+                    weights=[ref.weight for ref in group],
+                    curve=first.curve,
+                    scaling=first.scaling,
+                    select=first.select,
+                    scale=request.scale if first.scale is None else first.scale,  # type: ignore[arg-type]
+                    profile=first.profile,
+                    start=first.start,
+                    end=first.end,
+                    mask=None if first.mask is None else shown.masks[first.mask],
+                    negative=self._negative(adapter, first, shown),
+                )
+            )
+        adapter.set_prompt(prompts)
+
+    def _encode(self, adapter: IPAdapter, group: Sequence[ImageRef], shown: _Shown) -> EncodedPictures:
+        """The features of one prompt's pictures; of those that are saved, without an encoder."""
+        parts: list[EncodedPictures] = []
+        for decoded, some in groupby(group, key=lambda ref: ref.path in shown.prompts):
+            if decoded:
+                parts.append(
+                    self._encode_pictures(adapter, [shown.prompts[ref.path] for ref in some], group[0])
+                )
+            else:
+                parts += [adapter.load_features(Path(ref.path).expanduser()) for ref in some]
+        return parts[0] if len(parts) == 1 else joined(parts)
+
+    def _negative(self, adapter: IPAdapter, ref: ImageRef, shown: _Shown) -> torch.Tensor | None:
+        """Features of what the unconditional half sees, where the request says so."""
+        if ref.noise is not None:
+            kind, strength = words.read_noise(ref.noise)
+            # One noise whatever the seed: pictures are prompts, and prompts are the same for every seed.
+            spoiled = noisy(shown.prompts[ref.path], kind, strength)
+            found = self._encode_pictures(adapter, [spoiled], ref)
+        elif ref.negative is not None:
+            found = self._encode(adapter, [ref.replace(path=ref.negative)], shown)
+        else:
+            return None
+        return found.hidden if adapter.projection.feature == "hidden" else found.pooled
+
+    def _encode_pictures(
+        self, adapter: IPAdapter, images: list[Image.Image], first: ImageRef
+    ) -> EncodedPictures:
+        encoder = adapter.image_encoder
+        if encoder is None:
+            raise ModelError(
+                f"adapter '{adapter.checkpoint.name}' has no image encoder: none that fits lies next to it, "
+                "nor comes with the base. Put an image_encoder folder beside the adapter's file."
+            )
+        key = (encoder.name, first.framing, *(content_hash(image) for image in images))
+        if key not in self._features:
+            self._features[key] = encode(encoder, images, first.framing)  # type: ignore[arg-type]
+            while len(self._features) > _KEPT_FEATURES:
+                self._features.popitem(last=False)
+        self._features.move_to_end(key)
+        return self._features[key]
+
+    def _draw(self, pipe: Any, call: dict[str, Any], request: Request, index: int) -> Image.Image:
+        assert request.seed is not None
+        generator = torch.Generator().manual_seed(randomness(request.seed, index, "noise"))
+        label = "drawing" if request.count == 1 else f"drawing {index + 1} of {request.count}"
+        pipe.set_progress_bar_config(disable=self.quiet, desc=label, leave=False, unit="step")
+        with warnings.catch_warnings(), torch.inference_mode():
+            warnings.filterwarnings("ignore", message=".*invalid value encountered in cast.*")
+            pixels = pipe(**call, generator=generator, output_type="np").images[0]
+        return _checked(pixels)
+
+    def _provenance(
+        self, base: Base, adapter: IPAdapter | None, encoded: bool, device: torch.device, dtype: torch.dtype
+    ) -> dict[str, str]:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        said = {part: version(part) for part in ("imprompt", "torch", "diffusers", "transformers")}
+        said |= {"device": f"{device} ({name})", "dtype": str(dtype).removeprefix("torch.")}
+        said["base"] = f"{base.name} {base.fingerprint}"
+        if adapter is not None:
+            said["adapter"] = adapter.checkpoint.name
+            # Asking for the encoder loads it, which saved features are there to avoid.
+            said["encoder"] = getattr(adapter.image_encoder, "name", "none") if encoded else "none"
+        return said
+
+
+def generate(request: Request, *, pictures: Mapping[str, Image.Image] | None = None) -> Result:
+    """Draw one request with an :class:`Engine` of its own. For several, keep one engine: it keeps the
+    models."""
+    return Engine().run(request, pictures=pictures)
+
+
+def complete(request: Request, base: Base) -> Request:
+    """The request with everything that it leaves open filled in from the base. Raises
+    :class:`UsageError`."""
+    likes = base.defaults
+    changes: dict[str, object] = {
+        "steps": likes.steps if request.steps is None else request.steps,
+        "guidance": likes.guidance if request.guidance is None else request.guidance,
+        "scheduler": likes.scheduler if request.scheduler is None else request.scheduler,
+        "seed": secrets.randbelow(2**32) if request.seed is None else request.seed,
+    }
+    if request.task != "generate" and request.strength is None:
+        changes["strength"] = 0.6 if request.task == "edit" else 1.0
+    if request.images:
+        changes["adapter"] = find_adapter(request.adapter, base)
+        if request.scale is None:
+            changes["scale"] = 0.6 if request.prompt else 1.0
+    filled = request.replace(**changes)
+    if filled.strength is not None and int(filled.steps * filled.strength) < 1:  # type: ignore[operator]
+        raise UsageError(
+            f"strength: {filled.strength:g} of {filled.steps} steps is less than one; nothing would be drawn."
+        )
+    return filled
+
+
+# ---- pictures in
+
+
+def _read(request: Request, pictures: Mapping[str, Image.Image]) -> tuple[_Shown, dict[str, str]]:
+    """All pictures decoded, and the hashes of those that are files."""
+    shown, hashes = _Shown(), {}
+    for name in request.files:
+        if name in pictures:
+            continue
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise InputError(f"there is no file '{name}'.")
+        hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        if request.hashes.get(name, hashes[name]) != hashes[name]:
+            raise InputError(
+                f"'{name}' is not the picture that the request was made with (its sha256 differs); give the "
+                "right one, or ask anew without the recorded hashes."
+            )
+
+    def source(name: str) -> Image.Image | Path:
+        return pictures[name] if name in pictures else Path(name).expanduser()
+
+    refs: tuple[ImageRef, ...] = request.images
+    names = [name for ref in refs for name in (ref.path, ref.negative) if name is not None]
+    shown.prompts = {
+        name: load_image(source(name)) for name in names if name in pictures or not is_saved(name)
+    }
+    shown.masks = {ref.mask: load_mask(source(ref.mask)) for ref in refs if ref.mask is not None}
+    for name, mask in shown.masks.items():
+        if mask.getextrema()[1] == 0:
+            raise InputError(f"mask '{name}' is black everywhere: the image prompt would act nowhere.")
+    if request.image is not None:
+        shown.start = load_image(source(request.image))
+    if request.mask is not None:
+        assert shown.start is not None
+        shown.region = load_mask(source(request.mask))
+        _check_region(shown.region, shown.start, request)
+    return shown, hashes
+
+
+def _check_region(region: Image.Image, start: Image.Image, request: Request) -> None:
+    if abs(region.width * start.height / (region.height * start.width) - 1) > _ASPECT:
+        raise InputError(
+            f"mask '{request.mask}' is {region.width}×{region.height}, picture '{request.image}' "
+            f"{start.width}×{start.height}: they must have the same proportions."
+        )
+    if region.getextrema()[1] == 0:
+        raise InputError(
+            f"mask '{request.mask}' is black everywhere: nothing would be drawn. White is drawn."
+        )
+
+
+def _size(request: Request, base: Base, shown: _Shown) -> tuple[tuple[int, int], list[str]]:
+    """Width and height to draw, and what to tell about it."""
+    side = base.defaults.size
+    start = shown.start
+    if request.size is not None:
+        size = request.size
+    elif start is None:
+        size = (side, side)
+    else:
+        stretch = (side * side / (start.width * start.height)) ** 0.5
+        size = (_multiple(start.width * stretch), _multiple(start.height * stretch))
+    notes = []
+    if start is not None and start.size != size:
+        notes.append(f"'{request.image}' is {start.width}×{start.height}, drawn at {size[0]}×{size[1]}")
+    if shown.region is not None and shown.region.getextrema()[0] == 255:
+        notes.append(f"mask '{request.mask}' is white everywhere: all is drawn anew")
+    return size, notes
+
+
+def _cropped(request: Request, shown: _Shown) -> list[str]:
+    """What to tell about pictures of which the encoder's centre crop leaves out much."""
+    notes = []
+    for ref in {ref.path: ref for ref in request.images if ref.framing == "crop"}.values():
+        if ref.path in shown.prompts:
+            short, long = sorted(shown.prompts[ref.path].size)
+            if (lost := 1 - short / long) > _LOST:
+                notes.append(
+                    f"'{ref.path}': {lost:.0%} lies outside the centre square that is seen; framing=pad, "
+                    "squash or tile shows all of it"
+                )
+    return notes
+
+
+def _multiple(side: float) -> int:
+    return max(8, round(side / 8) * 8)
+
+
+def _fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Cropped around the centre to the proportions of ``size`` and resampled; untouched if it is that
+    size."""
+    if image.size == size:
+        return image
+    scale = max(size[0] / image.width, size[1] / image.height)
+    width, height = size[0] / scale, size[1] / scale
+    left, top = (image.width - width) / 2, (image.height - height) / 2
+    return image.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + width, top + height))
+
+
+# ---- the call, and pictures out
+
+
+def _call(request: Request, size: tuple[int, int], shown: _Shown) -> dict[str, Any]:
+    """What the diffusers pipeline is called with, but for the generator."""
+    assert request.guidance is not None
+    call: dict[str, Any] = {
+        "prompt": request.prompt,
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance,
+    }
+    if request.guidance > 1:
+        call["negative_prompt"] = request.negative
+    if request.task != "edit":
+        call |= {"width": size[0], "height": size[1]}
+    if shown.start is not None:
+        call |= {"image": _fitted(shown.start, size), "strength": request.strength}
+    if shown.region is not None:
+        call["mask_image"] = _fitted(shown.region, size)
+    return call
+
+
+def _checked(pixels: np.ndarray) -> Image.Image:
+    """Pixels (height, width, 3) in [0, 1] as a picture. Raises :class:`ModelError` for NaN and black."""
+    if not np.isfinite(pixels).all():
+        raise ModelError(
+            "the picture came out as NaN, which is no picture. With float16 this is an overflow: try --dtype "
+            "float32 or bfloat16. Else the weights of base or adapter are damaged."
+        )
+    if float(pixels.max()) == 0.0:
+        raise ModelError(
+            "the picture came out black everywhere, which models draw when numbers overflow. Try --dtype "
+            "float32, or a smaller scale or guidance."
+        )
+    return Image.fromarray((pixels * 255).round().astype("uint8"))
+
+
+# ---- where it runs
+
+
+def _of_memory(error: Exception) -> bool:
+    """Whether torch or the system ran out of memory; on the CPU and on mps torch only says so in words."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or any(
+        words in said for words in ("out of memory", "can't allocate memory")
+    )
+
+
+def _device(request: Request) -> torch.device:
+    if request.device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(request.device)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"device: '{request.device}' cannot be used here ({reason}).") from error
+    return device
+
+
+def _dtype(request: Request, device: torch.device) -> torch.dtype:
+    if request.dtype != "auto":
+        chosen: torch.dtype = getattr(torch, request.dtype)
+        return chosen
+    return torch.float32 if device.type == "cpu" else torch.float16
+
+
+def _placed(pipe: Any, offload: str, device: torch.device) -> Any:
+    """The pipeline on its device, whole or part by part as it is needed."""
+    if offload == "none":
+        return pipe.to(device)
+    if device.type == "cpu":
+        raise UsageError(f"offload: '{offload}' moves parts to a GPU when needed, but the device is the CPU.")
+    (pipe.enable_model_cpu_offload if offload == "model" else pipe.enable_sequential_cpu_offload)(
+        device=device
+    )
+    return pipe

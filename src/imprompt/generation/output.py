@@ -1,0 +1,210 @@
+"""Pictures on disk with the request inside, and the request back from a picture, without torch.
+
+A file is written whole or not at all. PNG carries our record as the text chunk ``imprompt`` (JSON) and the
+line format of other tools as ``parameters``; JPEG and WebP carry both in EXIF. The record in picture ``i`` of
+several is the request that draws just that one.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from imprompt.errors import InputError, UsageError
+from imprompt.generation.request import Request
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""File name suffix → format that can be written."""
+
+_KEY = "imprompt"
+_VERSION = 1
+_EXIF_DESCRIPTION = 0x010E
+_EXIF_IFD = 0x8769
+_EXIF_COMMENT = 0x9286
+_UNICODE = b"UNICODE\0"
+
+
+class Drawn(Protocol):
+    """What is saved: see :class:`imprompt.generation.engine.Result`."""
+
+    @property
+    def images(self) -> Sequence[Image.Image]: ...
+    @property
+    def request(self) -> Request: ...
+    @property
+    def provenance(self) -> dict[str, str]: ...
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a picture of ours says about itself."""
+
+    request: Request
+    provenance: dict[str, str] = field(default_factory=dict)
+    """With what it was drawn: versions, device, fingerprints of base, adapter and encoder."""
+
+    def to_json(self) -> str:
+        """The text of the ``imprompt`` chunk."""
+        request = json.loads(self.request.to_json())
+        record = {_KEY: _VERSION, "request": request, "provenance": self.provenance}
+        return json.dumps(record, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Record":
+        """Read :meth:`to_json`. Raises :class:`UsageError` when it is no such record, or a newer kind."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise UsageError(f"its record is not valid JSON ({error}).") from error
+        if not isinstance(values, dict) or not isinstance(values.get(_KEY), int):
+            raise UsageError("its record is not one of imprompt's.")
+        if values[_KEY] > _VERSION:
+            raise UsageError(
+                f"its record has version {values[_KEY]}, known is up to {_VERSION}; use a newer imprompt."
+            )
+        provenance = values.get("provenance", {})
+        return cls(
+            Request.from_mapping(values.get("request")), {str(k): str(v) for k, v in provenance.items()}
+        )
+
+
+def save(result: Drawn, path: str | Path) -> list[Path]:
+    """Write a result's pictures and return their paths.
+
+    One picture goes to ``path``; of several, ``name.png`` becomes ``name-1.png``, ``name-2.png``, …. Files of
+    these names are replaced, once all are written. Raises :class:`UsageError` for an unknown format and
+    :class:`InputError` when the place cannot be written to.
+    """
+    target = check_target(path)
+    paths = names(target, len(result.images))
+    parts = [place.with_name(f".{place.name}.{os.getpid()}.part") for place in paths]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for index, (image, part) in enumerate(zip(result.images, parts, strict=True)):
+            record = Record(result.request.single(index), result.provenance)
+            with part.open("xb") as stream:
+                image.save(stream, FORMATS[target.suffix.lower()], **_options(image, record, target.suffix))
+        for part, place in zip(parts, paths, strict=True):
+            part.replace(place)
+    except OSError as error:
+        raise InputError(f"cannot write '{target}' ({error.strerror or error}).") from error
+    except ValueError as error:
+        raise InputError(f"cannot write '{target}' ({error}); a .png holds longer texts.") from error
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+    return paths
+
+
+def names(target: Path, count: int) -> list[Path]:
+    """The files that ``count`` pictures saved as ``target`` become."""
+    if count == 1:
+        return [target]
+    return [target.with_name(f"{target.stem}-{number}{target.suffix}") for number in range(1, count + 1)]
+
+
+def free_name(folder: Path, stem: str, count: int) -> Path:
+    """The first of ``stem.png``, ``stem-1.png``, … in ``folder`` whose pictures would replace nothing."""
+    number = 0
+    while True:
+        target = folder / (f"{stem}-{number}.png" if number else f"{stem}.png")
+        if not any(path.exists() for path in names(target, count)):
+            return target
+        number += 1
+
+
+def check_target(path: str | Path) -> Path:
+    """``path``, if pictures can be written there; said before drawing, not after. Raises as :func:`save`."""
+    target = Path(path)
+    if target.suffix.lower() not in FORMATS:
+        raise UsageError(f"cannot write '{target}': the name must end in {', '.join(FORMATS)}.")
+    if target.is_dir():
+        raise InputError(f"cannot write '{target}': it is a folder.")
+    above = next((folder for folder in target.absolute().parents if folder.exists()), Path("/"))
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"cannot write '{target}': '{above}' is no folder one may write to.")
+    return target
+
+
+def read_record(path: str | Path) -> Record:
+    """What a picture says about itself.
+
+    Raises :class:`InputError` when it cannot be read or carries no record of imprompt's.
+    """
+    place = Path(path)
+    if place.is_dir():
+        raise InputError(f"'{path}' is a folder, not a picture.")
+    if not place.is_file():
+        raise InputError(f"there is no file '{path}'.")
+    try:
+        with Image.open(place, formats=("PNG", "JPEG", "WEBP")) as image:
+            text = image.info.get(_KEY) if image.format == "PNG" else _exif_text(image)
+    except UnidentifiedImageError as error:
+        raise InputError(f"'{path}' is no PNG, JPEG or WebP picture.") from error
+    except Exception as error:  # decoders raise nearly anything on damaged data
+        raise InputError(f"'{path}' is damaged and cannot be read ({error}).") from error
+    if text is None:
+        raise InputError(
+            f"'{path}' carries no request: imprompt did not make it, or another program saved it again."
+        )
+    try:
+        return Record.from_json(text)
+    except UsageError as error:
+        raise InputError(f"'{path}': {error}") from error
+
+
+def read_request(path: str | Path) -> Request:
+    """The request that draws a saved picture again. Raises as :func:`read_record`."""
+    return read_record(path).request
+
+
+def parameters(request: Request) -> str:
+    """The request in the text format that stable-diffusion-webui made common (``parameters``)."""
+    scheduler = request.scheduler or "default"
+    fields = {
+        "Steps": request.steps,
+        "Sampler": scheduler,
+        "CFG scale": request.guidance,
+        "Seed": request.seed,
+    }
+    if request.size is not None:
+        fields["Size"] = "{}x{}".format(*request.size)
+    fields["Model"] = Path(request.base).name if "/" in request.base else request.base
+    if request.strength is not None:
+        fields["Denoising strength"] = request.strength
+    if request.images:
+        shown = "; ".join(
+            f"{Path(ref.path).name} {request.scale if ref.scale is None else ref.scale}"
+            for ref in request.images
+        )
+        fields["IP-Adapter"] = request.adapter
+        fields["IP-Adapter images"] = json.dumps(shown)
+    lines = [request.prompt]
+    if request.negative:
+        lines.append(f"Negative prompt: {request.negative}")
+    lines.append(", ".join(f"{name}: {value}" for name, value in fields.items() if value is not None))
+    return "\n".join(lines)
+
+
+def _options(image: Image.Image, record: Record, suffix: str) -> dict[str, object]:
+    if FORMATS[suffix.lower()] == "PNG":
+        info = PngInfo()
+        info.add_itxt(_KEY, record.to_json())
+        info.add_itxt("parameters", parameters(record.request))
+        return {"pnginfo": info}
+    exif = Image.Exif()
+    exif[_EXIF_DESCRIPTION] = record.to_json()  # json.dumps escapes to ASCII, as this tag demands
+    exif.get_ifd(_EXIF_IFD)[_EXIF_COMMENT] = _UNICODE + parameters(record.request).encode("utf-16-be")
+    if FORMATS[suffix.lower()] == "WEBP":
+        return {"exif": exif, "lossless": True}
+    return {"exif": exif, "quality": 95, "subsampling": 0}
+
+
+def _exif_text(image: Image.Image) -> str | None:
+    text = image.getexif().get(_EXIF_DESCRIPTION)
+    return text if isinstance(text, str) and f'"{_KEY}":' in text else None

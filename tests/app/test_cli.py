@@ -1,0 +1,223 @@
+"""The command line as a user meets it: verbs, flags, files, exit codes, one-line errors, quick answers."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tiny
+from imprompt.adapter.adapter import IPAdapter
+from imprompt.app import cli
+from imprompt.generation.output import read_request
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory) -> Path:
+    """A folder with a tiny base (``base``, with encoder and adapter), ``ref.png``, ``mask.png``."""
+    folder = tmp_path_factory.mktemp("user")
+    pipe, (encoder, processor) = tiny.tiny_sd(), tiny.tiny_encoder()
+    pipe.register_modules(image_encoder=encoder, feature_extractor=processor)  # as the bundled model has it
+    pipe.save_pretrained(folder / "base")
+    adapter = IPAdapter.from_state_dict(tiny.random_adapter_state(pipe.unet))
+    adapter.save_pretrained(folder / "base", "adapter.safetensors")
+    likes = {"steps": 2, "guidance": 3.0, "adapter": str(folder / "base" / "adapter.safetensors")}
+    (folder / "base" / "defaults.json").write_text(json.dumps(likes))
+    tiny.picture(1, (32, 32)).save(folder / "ref.png")
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (16, 0, 32, 32))
+    mask.save(folder / "mask.png")
+    return folder
+
+
+@pytest.fixture
+def say(place, tmp_path, monkeypatch, capsys):
+    """Runs a command in an empty folder with the pictures; returns exit code, stdout and stderr."""
+    for name in ("ref.png", "mask.png"):
+        shutil.copy(place / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        code = cli.main([word.replace("BASE", str(place / "base")) for word in words])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def pixels(path: str | Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_the_three_tasks_draw_into_free_names(say):
+    code, out, err = say("generate", "a cat", "--image", "ref.png", "--base", "BASE", "--seed", "1")
+    assert (code, out) == (0, "generate.png\n")
+    assert re.search(r"1 × 32×32, seed 1, 2 steps", err)
+    assert say("generate", "--image", "ref.png", "--base", "BASE", "--seed", "1")[1] == "generate-1.png\n"
+    assert say("edit", "ref.png", "a cat", "--base", "BASE", "--strength", "0.6")[1] == "edit.png\n"
+    inpaint = ("inpaint", "ref.png", "a cat", "--mask", "mask.png", "--image", "ref.png", "--base", "BASE")
+    assert say(*inpaint)[1] == "inpaint.png\n"
+    assert np.array_equal(pixels("inpaint.png")[:, :16], pixels("ref.png")[:, :16])
+
+
+def test_several_pictures_go_to_a_new_folder_with_json_on_stdout(say):
+    words = ("generate", "a", "--base", "BASE", "--count", "2", "--seed", "3", "--json", "-o", "new/")
+    code, out, err = say(*words)
+    said = json.loads(out)
+    assert (code, err) == (0, "")
+    assert said["files"] == ["new/generate-1.png", "new/generate-2.png"]
+    assert said["request"]["steps"] == 2
+    assert said["timings"].keys() == {"load", "encode", "draw"}
+    assert read_request("new/generate-2.png").seed == 4
+
+
+def test_a_picture_is_repeated_and_varied_from_its_file(say):
+    say("generate", "a cat", "--image", "ref.png,scale=0.7", "--base", "BASE", "-o", "first.png")
+    assert say("generate", "--from", "first.png", "-o", "again.png")[0] == 0
+    assert np.array_equal(pixels("first.png"), pixels("again.png"))
+    assert say("generate", "--from", "first.png", "--steps", "3", "-o", "varied.png")[0] == 0
+    first, varied = read_request("first.png"), read_request("varied.png")
+    assert varied == first.replace(steps=3)
+    assert not np.array_equal(pixels("first.png"), pixels("varied.png"))
+    code, _, err = say("edit", "--from", "first.png")
+    assert (code, "imprompt generate --from first.png" in err) == (2, True)
+
+
+def test_info_tells_what_a_picture_was_made_with(say):
+    say("generate", "a cat", "--image", "ref.png", "--base", "BASE", "--seed", "9", "-o", "cat.png")
+    code, out, _ = say("info", "cat.png")
+    assert code == 0
+    assert re.search(r"^prompt +a cat$", out, re.M)
+    assert re.search(r"^seed +9$", out, re.M)
+    assert json.loads(say("info", "cat.png", "--json")[1])["request"]["images"][0]["path"] == "ref.png"
+
+
+def test_an_adapter_is_inspected_and_a_pickled_one_converted(say, place):
+    adapter = place / "base" / "adapter.safetensors"
+    code, out, _ = say("inspect", str(adapter), "--json")
+    assert code == 0
+    assert json.loads(out)["tokens"] == 4
+    torch.save(IPAdapter.from_pretrained(adapter).state_dict(), "old.bin")
+    assert say("generate", "a", "--image", "ref.png", "--adapter", "old.bin", "--base", "BASE")[0] == 3
+    assert say("convert", "old.bin", "new.safetensors")[0] == 0
+    code, _, err = say("generate", "--image", "ref.png", "--adapter", "new.safetensors", "--base", "BASE")
+    assert code == 0, err
+
+
+def test_models_lists_names_with_their_licences(say):
+    code, out, _ = say("models")
+    assert code == 0
+    assert "sdxl-inpaint" in out
+    assert "CreativeML OpenRAIL-M" in out
+    only = json.loads(say("models", "sd15", "--json")[1])
+    assert list(only["bases"]) == ["sd15"]
+    assert {row["family"] for row in only["adapters"].values()} == {"sd15"}
+
+
+def test_the_vocabulary_is_printed_or_said_to_be_missing(say):
+    code, out, err = say("models", "emoji", "--vocabulary", "--json")
+    if code == 0:
+        assert json.loads(out).keys() >= {"concepts", "styles"}
+        words = say("models", "emoji", "--vocabulary")[1].splitlines()[0].split(": ")[1].split(", ")
+        assert words == [name.replace("-", " ") for name in json.loads(out)["concepts"]]
+    else:  # a checkout without the bundled weights
+        assert (code, "vocabulary.json is missing" in err) == (3, True)
+
+
+REFUSED = [
+    (2, "no command 'generat'; did you mean 'generate'", "generat"),
+    (2, "steps", "generate a --steps many"),
+    (2, "unrecognized arguments: --stesp", "generate a --stesp 3"),
+    (2, "prompt: give a text", "generate"),
+    (2, "scale", "generate a --image ref.png --scale nan"),
+    (2, "unknown option 'weigth'", "generate a --image ref.png,weigth=2"),
+    (2, "mask: the task 'inpaint' needs one", "inpaint ref.png a"),
+    (2, "base 'sd51' is unknown; did you mean sd15", "generate a --base sd51"),
+    (2, "must end in .png", "generate a --base BASE -o cat.gif"),
+    (2, "only the bundled model", "models sd15 --vocabulary"),
+    (3, "no base", "generate a --base ./missing/folder"),
+    (3, "opens no pickles", "generate a --base ref.png"),
+    (4, "there is no file 'gone.png'", "generate a --image gone.png --base BASE"),
+    (4, "carries no request", "info ref.png"),
+    (4, "is a folder", "info ."),
+    (4, "is no folder one may write to", "generate a --base BASE -o ref.png/x.png"),
+]
+
+
+@pytest.mark.parametrize(("code", "message", "line"), REFUSED, ids=[row[2] for row in REFUSED])
+def test_what_is_wrong_is_one_line_and_an_exit_code(say, code, message, line):
+    before = set(Path().iterdir())
+    found, out, err = say(*line.split())
+    assert (found, out) == (code, "")
+    assert err.startswith("imprompt: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert set(Path().iterdir()) == before
+
+
+def test_a_failed_drawing_leaves_the_older_picture_and_no_parts(say):
+    say("generate", "a", "--base", "BASE", "--seed", "1", "-o", "cat.png")
+    before = Path("cat.png").read_bytes()
+    Path("broken.png").write_bytes(Path("ref.png").read_bytes()[:200])
+    code, _, err = say("generate", "a", "--image", "broken.png", "--base", "BASE", "-o", "cat.png")
+    assert (code, "broken.png" in err) == (4, True)
+    assert Path("cat.png").read_bytes() == before
+    assert not list(Path().glob(".*.part"))
+
+
+def test_interruption_ends_with_130_and_no_file(say, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("imprompt.generation.engine._checked", interrupted)  # as if pressed while drawing
+    code, out, err = say("generate", "a", "--base", "BASE")
+    assert (code, out, err) == (130, "", "imprompt: interrupted\n")
+    assert not Path("generate.png").exists()
+
+
+def test_debug_shows_where_an_error_came_from(say):
+    from imprompt.errors import InputError
+
+    with pytest.raises(InputError, match=r"gone\.png"):
+        say("info", "gone.png", "--debug")
+
+
+def test_a_fault_of_ours_is_one_line_too(say, monkeypatch):
+    monkeypatch.setattr("imprompt.generation.output.read_record", lambda _: 1 / 0)
+    code, out, err = say("info", "ref.png")
+    assert (code, out) == (1, "")
+    assert re.fullmatch(r"imprompt: error: unexpected ZeroDivisionError: .*--debug.*\n", err)
+
+
+@pytest.mark.parametrize(
+    ("line", "absent"),
+    [
+        ("--help", {"torch", "diffusers", "transformers", "pydantic", "PIL"}),
+        ("generate --help", {"torch", "diffusers", "transformers"}),
+        ("generate a --steps many", {"torch", "diffusers", "transformers"}),
+        ("info cat.png", {"torch", "diffusers", "transformers"}),
+        ("models", {"torch", "diffusers", "transformers"}),
+    ],
+)
+def test_quick_commands_import_nothing_heavy(say, line, absent):
+    if "cat.png" in line:
+        say("generate", "a", "--base", "BASE", "-o", "cat.png")
+    script = (
+        "import sys; from imprompt.app.cli import main; code = main(sys.argv[1:]);"
+        f"print('HEAVY', sorted({absent!r} & set(sys.modules)), file=sys.stderr); sys.exit(code)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, *line.split()], capture_output=True, text=True)
+    assert ended.returncode == (2 if "many" in line else 0), ended.stderr
+    assert "HEAVY []" in ended.stderr
+
+
+def test_the_installed_program_answers_and_leaves_with_its_code(say):
+    program = Path(sys.executable).with_name("imprompt")
+    ended = subprocess.run([program, "generate"], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("imprompt: error: prompt: give a text")

@@ -1,0 +1,59 @@
+"""Layers told from a configuration equal those of the real UNet, and charts show the profile's numbers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from imprompt.adapter.layers import cross_attentions
+from imprompt.adapter.weighting import PROFILES, layer_weights
+from imprompt.app.cli import main
+from imprompt.app.profiles import charts, layers_from, layers_of, tables
+from imprompt.errors import UsageError
+from tiny import tiny_unet
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_layers_of_a_configuration_are_the_unets(family: str) -> None:
+    unet = tiny_unet(family)
+    assert layers_from(unet.config) == cross_attentions(unet)
+
+
+@pytest.mark.parametrize(("family", "layers", "blocks"), [("sd15", 16, 16), ("sdxl", 70, 11)])
+def test_published_families_have_their_layers(family: str, layers: int, blocks: int) -> None:
+    found = layers_of(family)
+    assert (len(found), len({layer.t for layer in found})) == (layers, blocks)
+    if family == "sd15":
+        with torch.device("meta"):
+            assert found == cross_attentions(UNet2DConditionModel(cross_attention_dim=768))
+
+
+def test_every_profile_has_a_line_and_bars_follow_its_weights() -> None:
+    lines = charts("sd15").splitlines()
+    assert {line.split()[0] for line in lines[1:] if line.split()[0] in PROFILES} == set(PROFILES)
+    linear = next(line for line in lines if line.startswith("linear"))
+    assert linear.count("█") == 16
+    style = next(line for line in lines if line.startswith("style "))
+    assert style.rstrip().endswith("│███      ".rstrip())
+
+
+def test_numbers_for_machines_are_the_profiles(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profiles", "Ease In", "--base", "sdxl", "--json"]) == 0
+    (weights,) = (row["weights"] for row in json.loads(capsys.readouterr().out).values())
+    layers = layers_of("sdxl")
+    expected = dict(zip((x.t for x in layers), layer_weights("ease-in", layers).weights, strict=True))
+    assert weights == [expected[t] for t in range(11)]
+    assert tables("sdxl", "style-transfer-precise")["style-transfer-precise"]["negated"] == [3]
+
+
+def test_a_users_folder_is_read_and_nonsense_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_unet("sd").save_config(tmp_path / "unet")
+    assert "linear" in charts(str(tmp_path))
+    assert main(["profiles", "--base", str(tmp_path / "none")]) == 3
+    assert "to read its layers from" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="did you mean"):
+        charts("sd15", "stile")

@@ -1,0 +1,138 @@
+"""Steering through whole requests: what a request says is what is drawn, and comes back from files."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from imprompt.app.cli import main
+from imprompt.app.embed import embed
+from imprompt.errors import UsageError
+from imprompt.generation import output
+from imprompt.generation.request import ImageRef, Request
+
+
+def drawn(engine, common, *images, **fields):
+    result = engine.run(Request(prompt="a cat", images=images, **common, **fields))
+    return np.asarray(result.images[0]).astype(int)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"framing": "pad"},
+        {"framing": "tile"},
+        {"curve": "fade-out"},
+        {"scaling": "k+v-penalty"},
+        {"select": "0-1"},
+        {"noise": "shuffle:0.8"},
+        {"negative": "other.png"},
+    ],
+)
+def test_every_word_changes_the_picture_and_repeats_from_its_file(engine, common, pictures, tmp_path, said):
+    if "negative" in said:
+        said = {"negative": str(pictures / said["negative"])}
+    path = str(pictures / "wide.png")
+    plain = drawn(engine, common, ImageRef(path=path), scale=1)
+    result = engine.run(Request(prompt="a cat", images=[ImageRef(path=path, **said)], scale=1, **common))
+    assert not np.array_equal(np.asarray(result.images[0]), plain)
+    (saved,) = output.save(result, tmp_path / "x.png")
+    again = engine.run(output.read_request(saved))
+    assert np.array_equal(np.asarray(again.images[0]), np.asarray(result.images[0]))
+
+
+def test_silence_in_any_word_is_no_adapter(engine, common, pictures):
+    plain = {key: value for key, value in common.items() if key != "adapter"}
+    alone = np.asarray(engine.run(Request(prompt="a cat", **plain)).images[0]).astype(int)
+    path = str(pictures / "ref.png")
+    for silent in ({"curve": "0:0"}, {"scale": 0, "scaling": "k+mean-v-penalty"}, {"start": 0.5, "end": 0.5}):
+        assert np.array_equal(drawn(engine, common, ImageRef(path=path, **silent), scale=1), alone)
+
+
+def test_pictures_are_subtracted_in_the_order_given(engine, common, pictures):
+    one, other = (ImageRef(path=str(pictures / f"{n}.png"), combine="subtract") for n in ("ref", "other"))
+    assert not np.array_equal(drawn(engine, common, one, other), drawn(engine, common, other, one))
+
+
+def test_noise_is_the_same_for_every_picture_of_a_request(engine, common, pictures):
+    images = [ImageRef(path=str(pictures / "ref.png"), noise="gaussian")]
+    second = engine.run(Request(images=images, count=2, **common)).images[1]
+    alone = engine.run(Request(images=images, **{**common, "seed": common["seed"] + 1})).images[0]
+    assert np.array_equal(np.asarray(second), np.asarray(alone))
+
+
+def test_an_embedded_picture_draws_what_the_picture_draws(engine, common, base, pictures, tmp_path):
+    saved = embed([pictures / "ref.png"], tmp_path / "ref.safetensors", encoder=str(base / "image_encoder"))
+    shown = drawn(engine, common, ImageRef(path=str(pictures / "ref.png")))
+    result = engine.run(Request(prompt="a cat", images=[saved], **common))
+    assert np.array_equal(np.asarray(result.images[0]), shown)
+    assert result.provenance["encoder"] == "none"
+    assert str(saved) in result.request.hashes
+
+
+def test_a_picture_of_which_much_is_cut_off_is_told(engine, common, pictures):
+    result = engine.run(Request(prompt="a", images=[pictures / "wide.png"], **common))
+    assert any("50% lies outside" in note for note in result.notes)
+    framed = [ImageRef(path=str(pictures / "wide.png"), framing="squash")]
+    assert not engine.run(Request(prompt="a", images=framed, **common)).notes
+
+
+def test_explaining_draws_the_same_and_says_where(engine, common, pictures):
+    half = torch.zeros(32, 32)
+    half[:, :16] = 255
+    mask = Image.fromarray(half.numpy().astype(np.uint8))
+    request = Request(
+        prompt="a cat", images=[ImageRef(path=str(pictures / "ref.png"), mask="left")], scale=1, **common
+    )
+    plain = engine.run(request, pictures={"left": mask})
+    told = engine.run(request, pictures={"left": mask}, explain=True)
+    assert np.array_equal(np.asarray(told.images[0]), np.asarray(plain.images[0]))
+    (found,) = told.attributions
+    assert len(found.steps) == 3
+    width = found.maps.shape[-1]
+    assert found.maps[0, :, : width // 2 - 1].mean() > 0
+    assert not found.maps[0, :, width // 2 + 1 :].any()
+    with pytest.raises(UsageError, match="no image prompt"):
+        engine.run(Request(prompt="a", **{k: v for k, v in common.items() if k != "adapter"}), explain=True)
+
+
+def test_the_command_line_explains(common, pictures, tmp_path, capsys):
+    words = [
+        "generate",
+        "a cat",
+        "--image",
+        f"{pictures / 'wide.png'},framing=pad,curve=0:1,1:0.5",
+        "--explain",
+    ]
+    words += [
+        "--base",
+        common["base"],
+        "--adapter",
+        common["adapter"],
+        "--steps",
+        "2",
+        "--seed",
+        "1",
+        "--json",
+    ]
+    assert main([*words, "-o", str(tmp_path / "cat.png")]) == 0
+    said = json.loads(capsys.readouterr().out)
+    names = [path.rsplit("/", 1)[-1] for path in said["files"]]
+    assert names == ["cat.png", "cat-where-1.png", "cat-when-1.png"]
+    assert said["request"]["images"][0]["curve"] == "0:1,1:0.5"
+    assert all((tmp_path / name).is_file() for name in names)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"noise": "fog"}, "noise 'fog' is unknown"),
+        ({"noise": "fade:2"}, "no number from 0 to 1"),
+        ({"noise": "fade", "negative": "b.png"}, "no negative"),
+    ],
+)
+def test_noise_without_sense_is_refused(fields, said):
+    with pytest.raises(UsageError, match=said):
+        Request(images=[ImageRef(path="a.png", **fields)])
