@@ -73,7 +73,7 @@ class Ema:
 
 @dataclass
 class Loop:
-    """Steps with a schedule by step count, resumed from ``path``; ends early, cleanly, after ``minutes``."""
+    """Steps with a schedule by step count, or by the clock (``minutes``), resumed from ``path``."""
 
     path: Path
     steps: int
@@ -84,17 +84,28 @@ class Loop:
     save_every_s: float = 120
     log: dict[str, float] = field(default_factory=dict)
     step: int = 0
+    minutes: float | None = None
 
     def __post_init__(self) -> None:
         self.base_lr = self.optimizer.param_groups[0]["lr"]
+        self.spent = 0.0
         if self.path.exists():
             state = torch.load(self.path, weights_only=True)
             self.module.load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step = state["step"]
+            self.step, self.spent = state["step"], state.get("spent", 0.0)
             if self.ema:
                 self.ema.shadow, self.ema.updates = state["ema"], state["updates"]
             print(f"resumed {self.path.name} at step {self.step}", flush=True)
+
+    def part(self) -> float:
+        """What part of the schedule is done."""
+        return self.spent / (60 * self.minutes) if self.minutes else self.step / self.steps
+
+    def factor(self) -> float:
+        if self.minutes is None:
+            return cosine(self.step, self.steps, self.warmup)
+        return min(1.0, (self.step + 1) / self.warmup) * cosine(round(1e6 * self.part()), 10**6, 0)
 
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +113,7 @@ class Loop:
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
+            "spent": self.spent,
         }
         if self.ema:
             state |= {"ema": self.ema.shadow, "updates": self.ema.updates}
@@ -111,16 +123,17 @@ class Loop:
 
     def __iter__(self) -> Iterator[int]:
         saved = started = time.monotonic()
-        first = self.step
-        while self.step < self.steps:
+        first, before = self.step, self.spent
+        while self.part() < 1:
             for group in self.optimizer.param_groups:
-                group["lr"] = self.base_lr * cosine(self.step, self.steps, self.warmup)
+                group["lr"] = self.base_lr * self.factor()
             torch.manual_seed(self.step)
             yield self.step
             self.step += 1
             if self.ema:
                 self.ema.update(self.module)
             now = time.monotonic()
+            self.spent = before + now - started
             if self.step % 100 == 0:
                 rate = (self.step - first) / (now - started)
                 numbers = " ".join(f"{k}={v:.4f}" for k, v in self.log.items())
