@@ -6,6 +6,9 @@ in each of its cached versions; or the same concept in another style, where the 
 or another concept in the same style, where the caption must say the concept. So the adapter learns to leave
 to the words what the words say. Without words the reference is always the target itself.
 
+Beside the vocabulary, whose words the base knows, it sees pictures of all everyday concepts: an adapter that
+was shown seventy concepts would read every picture as one of them. Of those only the style is said.
+
     python recipes/emoji/adapters.py linear|resampler [--steps N] [--minutes M]
 
 A run that was interrupted, or whose minutes were over, goes on when it is started again.
@@ -23,10 +26,16 @@ from imprompt.training import TrainConfig, train
 NAMES = {"linear": "ip-adapter_emoji.safetensors", "resampler": "ip-adapter-plus_emoji.safetensors"}
 
 
-def rows_of(vocabulary: str) -> str:
-    """The rows of a vocabulary, held-out ones included (for validation), as a file that training reads."""
-    path = DATA / f"{vocabulary}.jsonl"
-    text = "".join(json.dumps(row) + "\n" for row in load_rows(vocabulary, split=None))
+def rows_of(vocabulary: str, beside: str, often: int) -> str:
+    """The rows of a vocabulary, held-out ones included (for validation), ``often`` times each, and trained
+    ones of ``beside`` with their style as the only caption, as a file that training reads."""
+    known = load_rows(vocabulary, split=None)
+    words = {row["groups"]["concept"] for row in known}
+    lines = [json.dumps(row) for row in known for _ in range(often if row["split"] == "train" else 1)]
+    for row in load_rows(beside):
+        if row["groups"]["concept"] not in words:
+            lines.append(json.dumps(row | {"captions": {"style": row["captions"]["style"]}}))
+    path, text = DATA / f"{vocabulary}-{beside}.jsonl", "".join(line + "\n" for line in lines)
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
     return str(path)
@@ -37,29 +46,31 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("kind", choices=sorted(NAMES))
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--minutes", type=float, default=None, help="end after so long; start again to go on")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--views", type=int, default=8, help="cached versions of each reference")
-    parser.add_argument("--sample-every", type=int, default=500)
+    parser.add_argument("--views", type=int, default=4, help="cached versions of each reference")
+    parser.add_argument("--sample-every", type=int, default=1000)
     parser.add_argument("--vocabulary", default="small")
+    parser.add_argument("--beside", default="core", help="where pictures of other concepts are taken from")
+    parser.add_argument("--often", type=int, default=5, help="how often the vocabulary comes in an epoch")
     parser.add_argument("--name", default=None, help="folder of this run inside runs/")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     config = TrainConfig.checked({
-        "data": rows_of(args.vocabulary), "base": str(MODEL), "kind": args.kind,
+        "data": rows_of(args.vocabulary, args.beside, args.often), "base": str(MODEL), "kind": args.kind,
         "output": RUNS / (args.name or f"adapter-{args.kind}"), "cache": RUNS / "adapter-cache",
         "resume": True, "steps": args.steps, "minutes": args.minutes, "batch": args.batch,
-        "lr": args.lr, "schedule": "cosine", "warmup": min(50, args.steps // 10), "ema": 0.995,
-        "betas": (0.9, 0.98), "min_snr": 5.0, "latent": "mean",
+        "lr": args.lr, "schedule": "cosine", "warmup": min(50, args.steps // 10), "ema": 0.997,
+        "betas": (0.9, 0.98), "latent": "mean",
         "references": (("self", 0.4), ("concept", 0.2), ("style", 0.4)),
         "captions": {
             "self": ("full", "concept", "style"), "concept": ("style", "full"), "style": ("concept",),
         },
         "drop_text": 0.3, "drop_image": 0.05, "drop_both": 0.05, "views": args.views,
-        "log_every": 25, "validate_every": 250, "validation_rows": 48, "checkpoint_every": 100,
+        "log_every": 50, "validate_every": 500, "validation_rows": 48, "checkpoint_every": 100,
         "sample_every": args.sample_every, "device": "cpu",
     })  # fmt: skip
     path = train(config)

@@ -6,7 +6,12 @@ concepts are learned, which min-SNR weights would all but silence (measured: col
 Timesteps are stratified over each batch and lean to high noise; captions are dropped for classifier-free
 guidance; an average of the weights is what is kept.
 
+A quarter of each batch is of the everyday concepts outside the vocabulary. The words for them are not
+learned in the time a CPU has, but how such things are drawn is, and adapters need a base that can draw what
+they show.
+
     python recipes/emoji/unet.py
+    python recipes/emoji/unet.py --further --minutes 60   # later, from the weights that are there
 """
 
 import argparse
@@ -105,6 +110,9 @@ def main() -> None:
     parser.add_argument("--further", action="store_true", help="start from the bundled UNet's weights")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--vocabulary", default="small")
+    parser.add_argument(
+        "--beside", default="core", help="where the other quarter of each batch is taken from"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--export-only", action="store_true", help="write the newest checkpoint's average and stop"
@@ -121,19 +129,30 @@ def main() -> None:
         lr=args.lr,
         betas=(0.9, 0.98),
     )
-    loop = Loop(RUNS / "unet.pt", args.steps, unet, optimizer, Ema(unet, 0.999), warmup=150, minutes=args.minutes)
+    loop = Loop(
+        RUNS / "unet.pt", args.steps, unet, optimizer, Ema(unet, 0.999), warmup=150, minutes=args.minutes
+    )
     if not args.export_only:
-        rows = load_rows(args.vocabulary)
+        known = load_rows(args.vocabulary)
+        words = {row["groups"]["concept"] for row in known}
+        rows = known + [row for row in load_rows(args.beside) if row["groups"]["concept"] not in words]
+        near, far = range(len(known)), range(len(known), len(rows))
+        few = args.batch // 4 if far else 0
         latents = latents_of(load_pictures(rows))
         captions = Captions(rows)
         abar = DDIMScheduler(**SCHEDULE).alphas_cumprod
         order: list[int] = []
+        beside: list[int] = []
         unet.train()
         for step in loop:
             random.seed(step)
-            while len(order) < args.batch:
-                order += random.sample(range(len(rows)), len(rows))
-            picked, order = order[: args.batch], order[args.batch :]
+            while len(order) < args.batch - few:
+                order += random.sample(near, len(near))
+            while len(beside) < few:
+                beside += random.sample(far, len(far))
+            picked = order[: args.batch - few] + beside[:few]
+            random.shuffle(picked)  # timesteps are stratified over the batch
+            order, beside = order[args.batch - few :], beside[few:]
             x = latents[picked]
             noise = torch.randn_like(x)
             u = (torch.arange(args.batch) + torch.rand(args.batch)) / args.batch
