@@ -40,12 +40,12 @@ $(VENV)/bin/python:
 
 $(VENV)/.ready: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing torch, diffusers and transformers into $(VENV) (a minute or two, once)" >&2
-	@$(PIP) install -c constraints.txt -e .
+	@$(PIP) install -c constraints.txt -e '.[control]'
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@echo "installing the tools for tests into $(VENV)" >&2
-	@$(PIP) install -c constraints.txt -e '.[dev,recipe,plot]'
+	@$(PIP) install -c constraints.txt -e '.[dev,control,recipe,plot]'
 	@touch $@
 
 clean:  ## remove the environment and what was drawn
