@@ -1,6 +1,7 @@
 """The run-time type check of the tests: beartype, where its rules allow.
 
-jaxtyping decorates methods one by one, outside of which beartype knows no ``Self``; such methods stay unchecked.
+jaxtyping decorates methods one by one, outside of which beartype knows no ``Self``; such methods stay
+unchecked.
 """
 
 from collections.abc import Callable

@@ -15,7 +15,7 @@ class ImpromptError(Exception):
 
 
 class UsageError(ImpromptError, ValueError):
-    """The request itself is wrong: an unknown name, a value out of range, two options that exclude each other."""
+    """The request itself is wrong: an unknown name, a value out of range, options that exclude each other."""
 
     exit_code = 2
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from imprompt.encoders.clip import ImageEncoder
 
 import tiny
+from imprompt.encoders.clip import ImageEncoder
 from imprompt.errors import ModelError
 from imprompt.evaluation.rows import read_rows
 from imprompt.training import cache
