@@ -1,0 +1,143 @@
+"""The bundled model: plain diffusers loads it; it draws what it is told and shown, offline."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from imprompt.adapter.adapter import IPAdapter
+from imprompt.evaluation.judge import Judge
+from imprompt.evaluation.metrics import cosine
+from imprompt.evaluation.report import EMOJI, read_eval_set
+from imprompt.generation.engine import Engine
+from imprompt.generation.request import Request
+
+ADAPTERS = ("ip-adapter_emoji.safetensors", "ip-adapter-plus_emoji.safetensors")
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(EMOJI, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine()
+
+
+@pytest.fixture(scope="module")
+def shown():
+    """Held-out pictures by (concept, style)."""
+    return {
+        (picture.concept, picture.style): picture.image for picture in read_eval_set(EMOJI / "eval").pictures
+    }
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return Judge.load(EMOJI)
+
+
+def seeded():
+    return torch.Generator().manual_seed(3)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_diffusers_own_loader_draws_the_same_with_the_bundled_adapters(pipe, shown, name):
+    reference = next(iter(shown.values()))
+    call = {"num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "np"}
+    adapter = IPAdapter.from_pretrained(EMOJI / "adapters" / name)
+    adapter.attach(pipe)
+    adapter.set_prompt(reference, scale=0.7)
+    ours = pipe("an owl, noto style", generator=seeded(), **call).images
+    adapter.detach()
+    pipe.load_ip_adapter(EMOJI, subfolder="adapters", weight_name=name, image_encoder_folder=None)
+    pipe.set_ip_adapter_scale(0.7)
+    theirs = pipe("an owl, noto style", ip_adapter_image=reference, generator=seeded(), **call).images
+    pipe.unload_ip_adapter()
+    assert np.abs(ours - theirs).max() <= 1e-4
+    assert ours.std() > 0.05
+
+
+def test_words_name_the_style_that_is_drawn(engine, judge):
+    prompts = {
+        style: Request(prompt=f"a red heart, {style} style", seed=5, steps=12)
+        for style in ("fluent-mono", "fluent-3d", "streamline")
+    }
+    drawn = [engine.run(request).images[0] for request in prompts.values()]
+    assert judge.style(drawn).count("fluent-mono") == 1
+    assert sum(told == style for told, style in zip(judge.style(drawn), prompts, strict=True)) >= 2
+
+
+def test_a_picture_alone_is_a_prompt_that_is_followed(engine, judge, shown):
+    keys = [key for key in shown if key[0] in ("pizza", "bus", "star", "frog")][:4]
+    pictures = {f"{index}.png": shown[key] for index, key in enumerate(keys)}
+    drawn, other = [], []
+    for index in range(len(keys)):
+        request = Request(images=[f"{index}.png"], seed=11, steps=12)
+        drawn.append(engine.run(request, pictures=pictures).images[0])
+        wrong = Request(images=[f"{(index + 1) % len(keys)}.png"], seed=11, steps=12)
+        other.append(engine.run(wrong, pictures=pictures).images[0])
+    truth = judge.embed([shown[key] for key in keys])
+    near, far = cosine(judge.embed(drawn), truth), cosine(judge.embed(other), truth)
+    assert float((near - far).mean()) > 0.1  # nearer to its own reference than a drawing after another
+
+
+def test_every_word_of_the_vocabulary_is_a_caption_the_tokenizer_spells_in_few_pieces(pipe):
+    words = json.loads((EMOJI / "vocabulary.json").read_text())
+    assert len(words["concepts"]) >= 50
+    assert len(words["styles"]) == 8
+    for concept in words["concepts"]:
+        caption = f"a {concept.replace('-', ' ')}, fluent-mono style"
+        assert len(pipe.tokenizer(caption).input_ids) <= pipe.tokenizer.model_max_length
+
+
+def test_nothing_that_was_held_out_is_in_the_vocabulary():
+    words = set(json.loads((EMOJI / "vocabulary.json").read_text())["concepts"])
+    record = json.loads((EMOJI / "eval" / "eval.json").read_text())
+    held_out = {
+        picture["concept"] for picture in record["pictures"] if picture["split"] == "held_out_concept"
+    }
+    assert held_out
+    assert not held_out & words
+
+
+def test_everything_bundled_is_safetensors_in_half_precision_and_fits_the_budget():
+    from safetensors import safe_open
+
+    files = [path for path in EMOJI.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 90e6
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
+    for path in EMOJI.rglob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            kinds = {str(file.get_tensor(name).dtype) for name in file.keys()}  # noqa: SIM118
+        assert kinds <= {"torch.float16", "torch.int64"}, path
+
+
+def test_a_cold_process_draws_and_repeats_bit_for_bit_without_any_network(tmp_path):
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "http_proxy": "http://127.0.0.1:9",
+        "https_proxy": "http://127.0.0.1:9",
+    }
+    imprompt = [sys.executable, "-m", "imprompt.app.cli"]
+
+    def say(*words: str) -> None:
+        subprocess.run([*imprompt, *words], check=True, cwd=tmp_path, env=environment, capture_output=True)
+
+    say("generate", "a sailboat", "--steps", "4", "--seed", "1", "-o", "first.png")
+    say("generate", "an owl", "--image", "first.png", "--steps", "4", "--seed", "2", "-o", "second.png")
+    say("generate", "--from", "second.png", "-o", "third.png")
+    second, third = (np.asarray(Image.open(Path(tmp_path) / name)) for name in ("second.png", "third.png"))
+    assert second.shape == (128, 128, 3)
+    assert np.array_equal(second, third)
