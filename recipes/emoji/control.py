@@ -21,6 +21,7 @@ import torch
 from common import MODEL, RUNS, Ema, Loop, Row, load_pictures, load_rows, progress_mean
 from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -58,9 +59,11 @@ def edges_of(pictures: Tensor, seed: int = 0) -> Tensor:
 
 
 def prepared(rows: list[Row]) -> tuple[Tensor, Tensor]:
-    """Latents and edge maps of ``rows``, from the cache if it is of these rows and this autoencoder."""
-    digest = hashlib.sha256((MODEL / "vae" / "diffusion_pytorch_model.safetensors").read_bytes())
-    digest.update("\n".join(row["file_name"] for row in rows).encode())
+    """Latents and edge maps of ``rows``, from the cache if it is of these rows and this encoder."""
+    digest = hashlib.sha256("\n".join(row["file_name"] for row in rows).encode())
+    for name, weight in load_file(MODEL / "vae" / "diffusion_pytorch_model.safetensors").items():
+        if not name.startswith(("decoder", "post_quant_conv")):  # which may learn on; latents stay
+            digest.update(weight.numpy().tobytes())
     path = RUNS / "control-cache.pt"
     if path.exists():
         cached = torch.load(path, weights_only=True)
@@ -89,8 +92,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--minutes", type=float, help="end the schedule by the clock instead of --steps")
     parser.add_argument("--further", action="store_true", help="start from the bundled ControlNet's weights")
     parser.add_argument("--lr", type=float, default=1e-3)
