@@ -34,6 +34,7 @@ class Weights:
     samples: tuple[tuple[Row, ...], ...] = ()
     live: LiveTokens | None = None
     parts: tuple[Part, ...] | None = None
+    guidance: tuple[float, float | None] | None = None
     asked: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imprompt.adapter.layers import CrossLayer, cross_attentions
-from imprompt.adapter.weighting import PROFILES, canonical, layer_weights, roles
+from imprompt.adapter.weighting import PROFILES, canonical, layer_weights, read_profile, roles
 from imprompt.errors import UsageError
 from tiny import tiny_unet
 
@@ -206,3 +206,46 @@ def test_layer_sizes_round_up_as_the_unet_does() -> None:
         hook.remove()
     assert lengths == {layer.name: math.prod(layer.size(9, 13)) for layer in layers}
     assert len(set(lengths.values())) == 2
+
+
+# ---- the second part, and profiles as text
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("w", [0.3, 1.7])
+def test_the_compositions_own_weight_follows_the_published_tables(
+    family: str, w: float, request: pytest.FixtureRequest
+) -> None:
+    """Written down again from the published tables, with wc (and the boosts) as a factor of w."""
+    layers = request.getfixturevalue(family)
+    xl = family == "sdxl"
+    composition = {3: w} if xl else {4: 0.25 * w, 5: w}
+    style = {6: 1.0} if xl else {t: 1.0 for t in (0, 1, 2, 3, *range(9, 16))}
+    everywhere = dict.fromkeys(range(11 if xl else 16), 1.0)
+    expected = {
+        "style-and-composition": style | composition,
+        "strong-style-and-composition": everywhere | dict.fromkeys(composition, w),
+        "style-transfer-precise": style | composition,
+        "composition-precise": dict.fromkeys(everywhere, 0.1 * w)
+        | ({6: w, 3: 1.0} if xl else {t: w for t in style} | {4: 0.25, 5: 1.0}),
+    }
+    for name, table in expected.items():
+        weights = layer_weights(f"{name}:{w}", layers).weights
+        assert weights == pytest.approx([table.get(layer.t, 0.0) for layer in layers]), name
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("Style And Composition : 0.5", "style-and-composition:0.5"),
+        ("style-transfer-precise:1", "style-transfer-precise:1"),
+        ("1, 0.5,0", (1.0, 0.5, 0.0)),
+        ("up_blocks.1:1, default:0", {"up_blocks.1": 1.0, "default": 0.0}),
+        ("mid_block:1", {"mid_block": 1.0}),
+        ("*.attentions.0:-0.5,default:1", {"*.attentions.0": -0.5, "default": 1.0}),
+        ('{"up": {"block_0": [0, 1, 0]}, "default": 0}', {"up": {"block_0": [0, 1, 0]}, "default": 0}),
+    ],
+)
+def test_a_profile_is_read_from_text_and_reads_again_as_itself(text: str, meant: object) -> None:
+    assert read_profile(text) == meant
+    assert read_profile(read_profile(text)) == meant

@@ -5,6 +5,7 @@ takes it off again without a trace. Weights come from published files, state dic
 are saved in the published layout. It draws nothing itself and knows no pipeline class.
 """
 
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,11 +19,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from imprompt import words
-from imprompt.adapter.attention import Injection, LiveTokens, Part
+from imprompt.adapter.attention import Injection, LiveTokens
 from imprompt.adapter.attribution import Recorder
 from imprompt.adapter.checkpoint import Checkpoint, StateDict, read, write
 from imprompt.adapter.combine import combine, shares
 from imprompt.adapter.fresh import fresh_linear, fresh_resampler
+from imprompt.adapter.guidance import Part
 from imprompt.adapter.layers import UNet, cross_attentions, describe
 from imprompt.adapter.locate import EncoderPlace, locate
 from imprompt.adapter.projection import ImageProjection, build_projection
@@ -37,6 +39,7 @@ from imprompt.adapter.prompt import (
     as_prompts,
     read_mask,
 )
+from imprompt.adapter.regions import encode_text
 from imprompt.errors import AdapterMismatch, EncoderMismatch, InputError, ModelError, UsageError
 
 EncoderLike: TypeAlias = PictureEncoder | str | Path | None
@@ -59,6 +62,7 @@ class IPAdapter:
         self.samples: tuple[tuple[Row, ...], ...] = ()
         self.live: LiveTokens | None = None
         self.parts: tuple[Part, ...] | None = None
+        self.guidance: tuple[float, float | None] | None = None
         self._injection: weakref.ref[Injection] | None = None
         self._places: tuple[EncoderPlace, ...] = ()
         self._encoder: PictureEncoder | None = None
@@ -262,6 +266,23 @@ class IPAdapter:
             self.parts = None if guidance is None else tuple(guidance)
         self._invalidate()
 
+    def set_guidance(self, image: float | None, *, text: float | None = None) -> None:
+        """Guide towards the pictures with a scale of their own (``None``: as towards the text).
+
+        ``image`` is to them what the pipeline's guidance scale is to the text: 0 adds nothing of them, and at
+        the same number the picture is that of ordinary guidance. The UNet then runs on one part more, half
+        again the work, and also where the pipeline's own guidance is off. ``text`` is the text's scale where
+        no pipeline tells. Works with every pipeline whose batch is a negative and a positive part. Raises
+        :class:`UsageError` for other than finite numbers from 0.
+        """
+        for name, value in (("image", image), ("text", text)):
+            if value is not None and not (math.isfinite(value) and value >= (0 if name == "image" else 1)):
+                raise UsageError(
+                    f"guidance: {name} is {value}; a finite number from 0 (text: 1) is expected."
+                )
+        self.guidance = None if image is None else (float(image), text)
+        self._invalidate()
+
     # ---- what it shows
 
     def set_prompt(self, prompt: PromptLike, **fields: Unpack[PromptFields]) -> None:
@@ -350,7 +371,7 @@ class IPAdapter:
         self._invalidate()
 
     def _row(self, prompt: ImagePrompt) -> Row:
-        mask = read_mask(prompt.mask)
+        mask = read_mask(prompt.mask, prompt.feather)
         rule = words.canonical("combine", prompt.combine, words.COMBINES)
         zeros, stated = None, None
         if prompt.tokens is not None:
@@ -385,7 +406,13 @@ class IPAdapter:
             curve=words.read_curve(prompt.curve),
             scaling=words.canonical("scaling", prompt.scaling, words.SCALINGS),
             shares=shares(weights, sets.shape[1]) if rule == "concat" else None,
+            text=None if prompt.text is None else self._text(prompt.text),
         )
+
+    def _text(self, text: str | Tensor) -> Tensor:
+        injection = self._injected()
+        pipe = None if injection is None else injection.pipe
+        return encode_text(pipe, text, self.projection.cross_dim)
 
     def _negative(self, prompt: ImagePrompt, zeros: Tensor | None) -> Tensor | None:
         """Negative tokens ``(T, C)``: of what the user gave, else by the variant's rule; ``None`` if

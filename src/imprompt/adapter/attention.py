@@ -13,8 +13,8 @@ tokens, D head width, C token width, M samples with prompts of their own.
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -29,15 +29,14 @@ from diffusers.models.attention_processor import (
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from imprompt.adapter.guidance import WIDENED, Part, merged, widened
 from imprompt.adapter.layers import CrossLayer, UNet, cross_attentions
 from imprompt.adapter.prompt import Row
+from imprompt.adapter.regions import Regional, Regions
 from imprompt.adapter.scaling import strengthened
 from imprompt.adapter.schedule import Gate, When
 from imprompt.adapter.stacks import MaskGrids, Stack
 from imprompt.errors import AdapterMismatch, ImpromptError, UsageError
-
-Part: TypeAlias = Literal["negative", "positive"]
-"""What a stretch of the UNet's batch is: guidance runs the unconditional (negative) samples first."""
 
 # All compute the same attention, so the text beside the image may be read by one as well as by another.
 _EQUIVALENT = (
@@ -86,6 +85,7 @@ class DecoupledAttention:
         self.injection = injection
         self.layer = layer
         self.groups: tuple[Group, ...] = ()
+        self.regional: Regional | None = None
 
     def __call__(
         self,
@@ -96,7 +96,7 @@ class DecoupledAttention:
         temb: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        if not self.groups:
+        if not self.groups and self.regional is None:
             if temb is not None:  # not every processor takes it
                 kwargs["temb"] = temb
             return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
@@ -122,6 +122,8 @@ class DecoupledAttention:
         if attn.norm_k is not None:
             key = attn.norm_k(key)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        if self.regional is not None:
+            out = self.regional.read(attn, query, out)
         watch = self.injection.watch
         if watch is None:
             for group in self.groups:
@@ -155,6 +157,8 @@ class Source(Protocol):
     live: LiveTokens | None
     parts: tuple[Part, ...] | None
     """The layout of the batch, when the user stated it."""
+    guidance: tuple[float, float | None] | None
+    """Guidance for the image and the text's (``None``: the pipeline's), when the image has one of its own."""
 
     def key_value(self, index: int) -> tuple[nn.Linear, nn.Linear]:
         """``to_k_ip`` and ``to_v_ip`` of published layer ``index``."""
@@ -209,8 +213,11 @@ class Injection:
     _unet: "weakref.ref[UNet]" = field(init=False)
     _pipe: "weakref.ref[object] | None" = None
     _hook: Any = None
+    _after_hook: Any = None
     _built: Call | None = None
     _gates: list[Gate] = field(default_factory=list)
+    _merge: tuple[int, float] | None = None
+    """The number of parts a widened batch has, and the ratio to merge it with; ``None``: as it was called."""
 
     @classmethod
     def into(cls, unet: UNet, pipe: object | None) -> "Injection":
@@ -239,9 +246,16 @@ class Injection:
             # Building is Python over lists, nothing for a compiler; the UNet behind it stays one graph.
             hook = torch.compiler.disable(injection._before)
             injection._hook = unet.register_forward_pre_hook(hook, with_kwargs=True)
+            after = torch.compiler.disable(injection._after)
+            injection._after_hook = unet.register_forward_hook(after)
         injection._pipe = None if pipe is None else weakref.ref(pipe)
         injection.invalidate()
         return injection
+
+    @property
+    def pipe(self) -> object | None:
+        """The pipeline that calls the UNet, if there is one."""
+        return None if self._pipe is None else self._pipe()
 
     def serves(self, unet: UNet) -> bool:
         """Whether it is ``unet`` that this injection sits in."""
@@ -254,6 +268,7 @@ class Injection:
         if self.sources:
             return
         self._hook.remove()
+        self._after_hook.remove()
         for attention, processor in self._processors():
             attention.set_processor(processor.previous)
 
@@ -262,7 +277,7 @@ class Injection:
         self._built = None
         self._gates = []
         for _, processor in self._processors():
-            processor.groups = ()
+            processor.groups, processor.regional = (), None
 
     def _processors(self) -> list[tuple[Attention, DecoupledAttention]]:
         unet = self._unet()
@@ -273,15 +288,22 @@ class Injection:
             if isinstance(attention.processor, DecoupledAttention)
         ]
 
-    def _before(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(
+        self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The forward pre-hook: see that the groups fit this call, and open or close the windows."""
+        self._merge = None
         live = any(source.live is not None for source in self.sources)
         if not live and not any(source.samples for source in self.sources):
-            return
-        sample, timestep = (
-            args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("sample", "timestep"))
-        )
-        call = self._read(sample)
+            return None
+        call = self._read(args[0] if args else kwargs["sample"])
+        ratio = None if live else self._guidance(call)
+        if ratio is not None:
+            rows, parts = {call.batch, call.batch * call.frames}, len(call.parts)
+            args, kwargs = widened(args, rows, parts), widened(kwargs, rows, parts)
+            self._merge = parts + 1, ratio
+            call = replace(call, batch=call.batch + call.samples, parts=WIDENED[call.parts])
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         if live or call != self._built:
             self._build(call)
         if self._gates or self.watch is not None:
@@ -290,11 +312,37 @@ class Injection:
                 gate.update(timestep)
             if self.watch is not None:
                 self.watch.step(timestep, call, self.layers)
+        return None if ratio is None else (args, kwargs)
+
+    def _after(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """The forward hook: of a widened batch give back what was called for."""
+        return output if self._merge is None else merged(output, *self._merge)
+
+    def _guidance(self, call: Call) -> float | None:
+        """The image's guidance over the text's; ``None`` where both are one."""
+        stated = {source.guidance for source in self.sources if source.guidance is not None}
+        if not stated:
+            return None
+        if len(stated) > 1:
+            raise UsageError(
+                f"adapters on one UNet share their guidance; set are {', '.join(map(str, stated))}."
+            )
+        if call.parts not in WIDENED:
+            raise UsageError(
+                f"guidance for the image needs a batch of a negative and a positive part, or of the positive "
+                f"alone; this pipeline's is {', '.join(call.parts)}."
+            )
+        ((image, text),) = stated
+        if text is None and "negative" in call.parts:
+            text = getattr(self.pipe, "guidance_scale", None)
+            if text is None:
+                raise UsageError("guidance for the image: the text's cannot be read here; pass text= too.")
+        return image / (1.0 if text is None else float(text))
 
     def _read(self, sample: Tensor) -> Call:
         device = sample.device
         autocast = torch.is_autocast_enabled(device.type)
-        pipe = None if self._pipe is None else self._pipe()
+        pipe = self.pipe
         scheduler = getattr(pipe, "scheduler", None)
         call = Call(
             batch=sample.shape[0],
@@ -348,7 +396,7 @@ class Injection:
                 "it; detach() and attach() again."
             )
         processors = {layer.name: pair for layer, pair in zip(self.layers, found, strict=True)}
-        self._gates = []
+        self._gates, regions = [], Regions()
         groups: dict[str, list[Group]] = {layer.name: [] for layer in self.layers}
         heads = {name: attention.heads for name, (attention, _) in processors.items()}
         prompt = 0
@@ -366,15 +414,18 @@ class Injection:
                 torch.autocast(call.device.type, enabled=False),
             ):
                 for rows in _columns(source.samples):
-                    self._add_column(groups, source, rows, heads, call, prompt)
+                    self._add_column(groups, regions, source, rows, heads, call, prompt)
                     prompt += 1
+        with torch.inference_mode(False), torch.no_grad():
+            regional = {x.name: regions.at(x.size(call.height, call.width)) for x in self.layers}
         for name, (_, processor) in processors.items():
-            processor.groups = tuple(groups[name])
+            processor.groups, processor.regional = tuple(groups[name]), regional[name]
         self._built = call
 
     def _add_column(
         self,
         groups: dict[str, list[Group]],
+        regions: Regions,
         source: Source,
         rows: Sequence[Row | None],
         heads: Mapping[str, int],
@@ -387,7 +438,8 @@ class Injection:
                 f"prompts are set for {len(rows)} samples, but {call.samples} are drawn; "
                 "the pipeline's batch must be a multiple of the number of samples that have prompts."
             )
-        kinds = tuple(dict.fromkeys(call.parts))
+        parts: list[Part] = ["negative" if part == "text" else part for part in call.parts]
+        kinds = tuple(dict.fromkeys(parts))
         if "negative" in kinds and any(row is not None and row.negative is None for row in rows):
             raise UsageError(
                 "guidance needs the image prompt's negative tokens, which bare features of this variant "
@@ -397,12 +449,14 @@ class Injection:
         sample_of = [m for m in range(len(rows)) for _ in range(each * call.frames)]
         spread = [None if row is None else row.layer_weights(self.layers) for row in rows]
         times = [When() if row is None else row.when for row in rows for _ in range(each)]
-        gate = Gate.of(times * len(call.parts), call.schedule, call.frames, call.device, call.dtype)
+        gate = Gate.of(times * len(parts), call.schedule, call.frames, call.device, call.dtype)
         modes = ["v-only" if row is None else row.scaling for row in rows] * len(kinds)
-        masks = MaskGrids(rows, sample_of * len(call.parts), call.device, call.dtype)
+        masks = MaskGrids(rows, sample_of * len(parts), call.device, call.dtype)
         order = torch.tensor(
-            [kinds.index(part) * len(rows) + m for part in call.parts for m in sample_of], device=call.device
+            [kinds.index(part) * len(rows) + m for part in parts for m in sample_of], device=call.device
         )
+        says = [part != "negative" for part in call.parts for _ in sample_of]
+        regions.add(rows, sample_of * len(parts), says, masks)
         stacks: dict[tuple[bool, ...], Stack] = {}
         for i, layer in enumerate(self.layers):
             weights = [0.0 if s is None else s.weights[i] for s in spread]

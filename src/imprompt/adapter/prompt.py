@@ -22,7 +22,7 @@ from torch import Tensor
 from imprompt import words
 from imprompt.adapter.layers import CrossLayer
 from imprompt.adapter.schedule import When
-from imprompt.adapter.weighting import LayerWeights, Profile, canonical, layer_weights
+from imprompt.adapter.weighting import LayerWeights, Profile, layer_weights, read_profile
 from imprompt.errors import InputError, UsageError
 from imprompt.words import Curve, Points
 
@@ -62,6 +62,8 @@ class PictureEncoder(Protocol):
     def to(self, device: Any, dtype: Any) -> Any: ...
 
 
+_FINE = 256  # pixels that the shorter side of a mask has at least when it is feathered
+
 Picture: TypeAlias = str | Path | bytes | DecodedPicture
 
 
@@ -90,6 +92,11 @@ class ImagePrompt:
     mask: Picture | Tensor | None = None
     """Where it acts: a picture (white is 1) or a tensor ``(H, W)`` in [0, 1], of any size, stretched over the
     output. Soft values are kept."""
+    feather: float = 0.0
+    """Width of the mask's edge, a straight ramp centred on it, as a fraction of its shorter side, 0 to 1."""
+    text: str | Tensor | None = None
+    """What is said inside the mask in place of the pipeline's prompt: words (the pipeline the adapter is
+    attached to encodes them), or their embeddings ``(T, C)``. Scale and window are the picture's alone."""
     negative: Picture | Tensor | None = None
     """What the unconditional half sees: a picture, or features (tokens when ``tokens`` are given). ``None``
     is the variant's published rule."""
@@ -126,8 +133,16 @@ class ImagePrompt:
                 )
         if self.start > self.end:
             raise UsageError(f"start {self.start} lies after end {self.end}; start must not exceed end.")
-        if isinstance(self.profile, str):
-            canonical(self.profile)
+        _check_number("feather", self.feather)
+        if not 0 <= self.feather <= 1:
+            raise UsageError(
+                f"feather is {self.feather}; a fraction of the mask's side, 0 to 1, is expected."
+            )
+        if self.mask is None and self.feather:
+            raise UsageError("feather softens a mask's edge; give a mask.")
+        if self.mask is None and self.text is not None:
+            raise UsageError("text is said inside a mask; give a mask, or say it in the pipeline's prompt.")
+        read_profile(self.profile)
         words.read_curve(self.curve)
         words.canonical("scaling", self.scaling, words.SCALINGS)
         combine = words.canonical("combine", self.combine, words.COMBINES)
@@ -161,6 +176,8 @@ class PromptFields(TypedDict, total=False):
     start: float
     end: float
     mask: Picture | Tensor | None
+    feather: float
+    text: str | Tensor | None
     negative: Picture | Tensor | None
     combine: str
     weights: Sequence[float] | None
@@ -225,6 +242,8 @@ class Row:
     scaling: str = "v-only"
     shares: Float[Tensor, "T"] | None = None
     """Added to the tokens' logits, see :func:`imprompt.adapter.combine.shares`."""
+    text: Float[Tensor, "Tt C"] | None = None
+    """Embeddings of what is said inside the mask, see :mod:`imprompt.adapter.regions`."""
 
     def layer_weights(self, layers: Sequence[CrossLayer]) -> LayerWeights:
         """Scale times profile for each layer; exactly 0 where the prompt does not act at all."""
@@ -238,8 +257,9 @@ class Row:
         return When(self.start, self.end, self.curve)
 
 
-def read_mask(mask: Picture | Tensor | None) -> Float[Tensor, "1 1 H W"] | None:
-    """A mask as floats in [0, 1]. Raises :class:`InputError` when it is no mask or covers nothing."""
+def read_mask(mask: Picture | Tensor | None, feather: float = 0.0) -> Float[Tensor, "1 1 H W"] | None:
+    """A mask as floats in [0, 1], its edges ``feather`` (of the shorter side) wide. Raises
+    :class:`InputError` when it is no mask or covers nothing."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
@@ -262,7 +282,25 @@ def read_mask(mask: Picture | Tensor | None) -> Float[Tensor, "1 1 H W"] | None:
         raise InputError(
             "mask is 0 everywhere, so its image prompt could never act; leave the prompt out instead."
         )
-    return values.reshape(1, 1, *values.shape[-2:])
+    return feathered(values.reshape(1, 1, *values.shape[-2:]), feather)
+
+
+def feathered(mask: Float[Tensor, "1 1 h w"], width: float) -> Float[Tensor, "1 1 H W"]:
+    """The mask with each edge a straight ramp of ``width`` (of its shorter side), centred on the edge.
+
+    A box average: what lies half a width away from an edge is untouched, complementary masks stay so, and the
+    picture's own border is no edge. A mask too coarse for that comes back finer.
+    """
+    if width == 0:
+        return mask
+    finer = -(-_FINE // min(mask.shape[-2:]))
+    if finer > 1:
+        mask = mask.repeat_interleave(finer, -2).repeat_interleave(finer, -1)
+    radius = max(1, round(width * min(mask.shape[-2:]) / 2))
+    for pad in ((radius, radius, 0, 0), (0, 0, radius, radius)):
+        window = (1, 2 * radius + 1) if pad[0] else (2 * radius + 1, 1)
+        mask = F.avg_pool2d(F.pad(mask, pad, mode="replicate"), window, stride=1)
+    return mask.clamp(0, 1)
 
 
 def resize_mask(mask: Float[Tensor, "1 1 H W"], size: tuple[int, int]) -> Float[Tensor, "1 1 h w"]:

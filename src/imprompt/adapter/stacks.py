@@ -61,7 +61,7 @@ class MaskGrids:
         self, rows: Sequence[Row | None], order: list[int], device: torch.device, dtype: torch.dtype
     ) -> None:
         self._masks = [None if row is None else row.mask for row in rows]
-        self._order, self._device, self._dtype = order, device, dtype
+        self._order, self.device, self.dtype = order, device, dtype
         self._made: dict[tuple[int, int], Tensor] = {}
 
     def at(self, size: tuple[int, int]) -> Float[Tensor, "_ 1 L 1"] | None:
@@ -71,6 +71,6 @@ class MaskGrids:
         if size not in self._made:
             whole = torch.ones(1, 1, *size)
             grids = [whole if mask is None else resize_mask(mask.cpu(), size) for mask in self._masks]
-            stack = torch.cat(grids).flatten(2)[..., None].to(self._device, self._dtype)
+            stack = torch.cat(grids).flatten(2)[..., None].to(self.device, self.dtype)
             self._made[size] = stack[self._order] if len(grids) > 1 else stack
         return self._made[size]

@@ -10,6 +10,7 @@ names.
 """
 
 import difflib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,9 @@ from fnmatch import fnmatchcase
 from imprompt.adapter.layers import CrossLayer, block_counts
 from imprompt.errors import UsageError
 
-Profile = str | Sequence[float] | Mapping[str, object]
-"""A profile's name; weights in execution order, one a block or one a layer; or weights by block-name
-pattern."""
+Profile = str | Sequence[float | int] | Mapping[str, object]
+"""A profile's name (``NAME:FACTOR`` where it has a second part); weights in execution order, one a block or
+one a layer; or weights by block-name pattern. As text: ``1,0.5,0`` or ``up_blocks.1:1,default:0``."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,14 @@ _NEGATED: dict[str, Callable[[int, Roles], bool]] = {
     "style-transfer-precise": lambda t, r: t in r.composition,
     "composition-precise": lambda t, r: t not in r.composition,
 }
+_SECOND: dict[str, Callable[[int, Roles], bool]] = {
+    "style-and-composition": lambda t, r: t in r.composition,
+    "strong-style-and-composition": lambda t, r: t in r.composition,
+    "style-transfer-precise": lambda t, r: t in r.composition,
+    "composition-precise": lambda t, r: t not in r.composition,
+}
+"""The blocks whose strength ``NAME:FACTOR`` sets apart: the published weight of the composition, or boost."""
+_STAGES = ("down", "mid", "up")
 _ALIASES = {
     "normal": "linear",
     "standard": "linear",
@@ -126,16 +135,94 @@ def layer_weights(profile: Profile, layers: Sequence[CrossLayer]) -> LayerWeight
     Raises :class:`UsageError` for unknown names, a wrong length, patterns without layers and numbers not
     finite.
     """
+    profile = read_profile(profile)
     if isinstance(profile, str):
-        name = canonical(profile)
+        name, _, factor = profile.partition(":")
         where = roles(layers)
         negated = _NEGATED.get(name, lambda t, r: False)
+        apart = _SECOND.get(name, lambda t, r: False)
         return LayerWeights(
-            tuple(PROFILES[name](layer.t, layer.kind, where) for layer in layers),
+            tuple(
+                PROFILES[name](x.t, x.kind, where) * (float(factor or 1) if apart(x.t, where) else 1.0)
+                for x in layers
+            ),
             tuple(negated(layer.t, where) for layer in layers),
         )
     weights = _by_pattern(profile, layers) if isinstance(profile, Mapping) else _in_order(profile, layers)
     return LayerWeights(weights, (False,) * len(layers))
+
+
+def read_profile(profile: Profile) -> Profile:
+    """A profile in one form, whatever its spelling: a canonical name, with ``:FACTOR`` where it was said; a
+    tuple of numbers; or a mapping. Text may be any of them (a mapping as ``pattern:weight,…`` or as JSON).
+
+    Raises :class:`UsageError` for what can be told without layers: unknown names, a factor where there is no
+    second part, no numbers or not finite ones.
+    """
+    if isinstance(profile, str):
+        return _from_text(profile)
+    if isinstance(profile, Mapping):
+        _check_table(profile, "profile")
+        return profile
+    if not isinstance(profile, Sequence) or not profile:
+        raise UsageError(f"profile: {profile!r}; a name, a list of weights or a mapping is expected.")
+    return tuple(_number(weight, f"weight {i}") for i, weight in enumerate(profile))
+
+
+def _from_text(text: str) -> Profile:
+    if text.lstrip().startswith("{"):
+        try:
+            return read_profile(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise UsageError(f"profile {text!r} is no valid JSON ({error}).") from error
+    parts = [part.strip() for part in text.split(",")]
+    try:
+        if len(parts) > 1:
+            if all(":" in part for part in parts):
+                pairs = [part.rsplit(":", 1) for part in parts]
+                return read_profile({_pattern(name): float(weight) for name, weight in pairs})
+            return read_profile([float(part) for part in parts])
+        name, sign, factor = text.rpartition(":")
+        if not sign:
+            return canonical(text)
+        if _looks_like_pattern(name):
+            return read_profile({name.strip(): float(factor)})
+        name = canonical(name)
+        if name not in _SECOND:
+            raise UsageError(f"profile {name!r} has no second part; only {', '.join(_SECOND)} take a factor.")
+        return f"{name}:{_number(float(factor), 'factor'):g}"
+    except ValueError as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(
+            f"profile {text!r}: {error}. Write a name, weights as 1,0.5,0, or up_blocks.1:1,default:0."
+        ) from error
+
+
+def _pattern(name: str) -> str:
+    if not _looks_like_pattern(name):
+        raise UsageError(
+            f"profile: {name.strip()!r} names no blocks; patterns start with down, mid or up, hold a '*', "
+            "or are 'default'."
+        )
+    return name.strip()
+
+
+def _looks_like_pattern(name: str) -> bool:
+    return name.strip() == "default" or "*" in name or name.strip().startswith(_STAGES)
+
+
+def _check_table(table: Mapping[str, object], where: str) -> None:
+    if not table:
+        raise UsageError(f"{where}: no weights; write for instance {{'up_blocks.1': 1, 'default': 0}}.")
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            _check_table(value, f"{where}: {name}")
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            for i, weight in enumerate(value):
+                _number(weight, f"{name}, number {i}")
+        else:
+            _number(value, str(name))
 
 
 def canonical(name: str) -> str:

@@ -1,0 +1,182 @@
+"""Texts with a place: their formula, exactness outside, overlap, batches, words and embeddings."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.prompt import ImagePrompt, feathered, read_mask
+from imprompt.encoders.clip import ImageEncoder
+from imprompt.errors import InputError, UsageError
+from tiny import TEXT_WIDTH, picture, random_adapter_state, tiny_encoder, tiny_sd, tiny_sdxl, tiny_unet
+
+LEFT = torch.zeros(16, 16)
+LEFT[:, :8] = 1
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet2DConditionModel:
+    return tiny_unet("sd")
+
+
+@pytest.fixture(scope="module")
+def adapter(unet: UNet2DConditionModel) -> IPAdapter:
+    encoder = ImageEncoder(*tiny_encoder(), name="tiny")
+    return IPAdapter.from_state_dict(random_adapter_state(unet), image_encoder=encoder).attach(unet)
+
+
+def words(seed: int, tokens: int = 5) -> Tensor:
+    return torch.randn(tokens, TEXT_WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def first_layer(unet: UNet2DConditionModel, text: Tensor, rows: int = 1, size: int = 8) -> Tensor:
+    """What the first cross-attention gives, as (rows, height, width, channels)."""
+    seen = []
+    layer = unet.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn2")
+    hook = layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        sample = torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(1))
+        unet(sample.expand(rows, -1, -1, -1), 500.0, text.expand(rows, -1, -1))
+    finally:
+        hook.remove()
+    return seen[0].unflatten(1, (size, size))
+
+
+def test_each_place_reads_its_texts_in_the_masks_shares(
+    unet: UNet2DConditionModel, adapter: IPAdapter
+) -> None:
+    """out = Σ share · attention(text): the layer's output projection is linear, and shares add up to 1."""
+    adapter.clear_prompt()
+    prompt, one, other = (first_layer(unet, words(seed)) for seed in (1, 2, 3))
+    columns = torch.linspace(0, 1, 8)[None, :].expand(8, 8)
+    adapter.set_prompt(
+        [
+            ImagePrompt(image=picture(1), scale=0.0, mask=columns, text=words(2)),
+            ImagePrompt(image=picture(2), scale=0.0, mask=(columns * 0.5), text=words(3)),
+        ]
+    )
+    first, second = columns[None, ..., None], 0.5 * columns[None, ..., None]
+    total = (first + second).clamp_min(1)
+    expected = prompt * (1 - first - second).clamp_min(0) + one * first / total + other * second / total
+    torch.testing.assert_close(first_layer(unet, words(1)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_outside_its_mask_a_text_is_not_read_bit_for_bit(
+    unet: UNet2DConditionModel, adapter: IPAdapter
+) -> None:
+    adapter.clear_prompt()
+    plain = first_layer(unet, words(1))
+    adapter.set_prompt(picture(1), mask=LEFT, text=words(2))
+    seen = first_layer(unet, words(1))
+    assert torch.equal(seen[:, :, 4:], plain[:, :, 4:])
+    assert not torch.isclose(seen[:, :, :4], plain[:, :, :4]).all()
+
+
+@pytest.mark.parametrize("size", [8, 12, 9])
+def test_complementary_regions_are_each_alone_on_their_side(
+    unet: UNet2DConditionModel, adapter: IPAdapter, size: int
+) -> None:
+    one = ImagePrompt(image=picture(1), mask=LEFT, text=words(2))
+    other = ImagePrompt(image=picture(2), mask=1 - LEFT, text=words(3))
+    sides = []
+    for prompts in ([one], [other], [one, other]):
+        adapter.set_prompt(prompts)
+        sides.append(first_layer(unet, words(1), size=size))
+    half = size // 2
+    assert torch.equal(sides[2][:, :, :half], sides[0][:, :, :half])
+    assert torch.equal(sides[2][:, :, -half:], sides[1][:, :, -half:])
+
+
+def test_samples_of_a_batch_have_texts_of_their_own_and_of_any_length(
+    unet: UNet2DConditionModel, adapter: IPAdapter
+) -> None:
+    samples = [
+        ImagePrompt(image=picture(1), mask=LEFT, text=words(2)),
+        ImagePrompt(image=picture(2), scale=0.5),
+        ImagePrompt(image=picture(3), mask=1 - LEFT, feather=0.3, text=words(4, tokens=2)),
+        None,
+    ]
+    adapter.set_batch(samples)
+    together = first_layer(unet, words(1), rows=4)
+    for i, sample in enumerate(samples):
+        adapter.clear_prompt() if sample is None else adapter.set_prompt(sample)
+        torch.testing.assert_close(together[i], first_layer(unet, words(1))[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_words_are_encoded_as_the_pipelines_own_prompt(family: str) -> None:
+    pipe = tiny_sd() if family == "sd" else tiny_sdxl()
+    encoder = ImageEncoder(*tiny_encoder(), name="tiny")
+    adapter = IPAdapter.from_state_dict(random_adapter_state(pipe.unet), image_encoder=encoder).attach(pipe)
+
+    def draw(prompt: str) -> Tensor:
+        call = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "pt"}
+        return pipe(prompt, generator=torch.Generator().manual_seed(0), **call).images
+
+    adapter.set_prompt(picture(1), scale=0.0, mask=LEFT, text="a dog")
+    said = draw("a cat")
+    embeddings = pipe.encode_prompt(
+        "a dog", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    adapter.set_prompt(picture(1), scale=0.0, mask=LEFT, text=embeddings[0])
+    assert torch.equal(draw("a cat"), said)
+    adapter.clear_prompt()
+    plain = draw("a cat")
+    assert not torch.allclose(said, plain)
+    if family == "sd":  # SDXL has a pooled text besides, which has no place
+        everywhere = torch.ones(4, 4)
+        adapter.set_prompt(picture(1), scale=0.0, mask=everywhere, text="a dog")
+        torch.testing.assert_close(
+            draw("a cat"), adapter.clear_prompt() or draw("a dog"), rtol=1e-4, atol=1e-4
+        )
+    adapter.set_prompt(picture(1), scale=0.0, mask=LEFT, text="a cat")  # what is said anyway changes nothing
+    torch.testing.assert_close(draw("a cat"), plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"text": words(1)}, "text is said inside a mask"),
+        ({"feather": 0.1}, "give a mask"),
+        ({"mask": LEFT, "feather": 2.0}, "a fraction of the mask's side"),
+        ({"mask": LEFT, "feather": float("nan")}, "a finite number"),
+        ({"mask": LEFT, "text": "a dog"}, "attach the adapter to one before"),
+        ({"mask": LEFT, "text": torch.zeros(3, 7)}, r"shape \(3, 7\)"),
+        ({"mask": LEFT, "text": torch.full((3, TEXT_WIDTH), float("nan"))}, "finite embeddings"),
+    ],
+)
+def test_a_region_without_sense_is_refused_and_nothing_changes(
+    adapter: IPAdapter, fields: dict[str, object], said: str
+) -> None:
+    before = adapter.samples
+    with pytest.raises((UsageError, InputError), match=said):
+        adapter.set_prompt(picture(1), **fields)  # type: ignore[arg-type]
+    assert adapter.samples is before
+
+
+# ---- feathering
+
+
+@given(st.floats(0.01, 1.0), st.integers(4, 40), st.integers(4, 40))
+@settings(max_examples=25, deadline=None)
+def test_feathered_masks_stay_complementary_and_between_0_and_1(
+    width: float, rows: int, columns: int
+) -> None:
+    mask = (torch.rand(1, 1, rows, columns, generator=torch.Generator().manual_seed(rows)) > 0.5).float()
+    soft, other = feathered(mask, width), feathered(1 - mask, width)
+    assert 0 <= soft.min() <= soft.max() <= 1
+    torch.testing.assert_close(soft + other, torch.ones_like(soft), rtol=0, atol=1e-4)
+
+
+def test_an_edge_becomes_a_straight_ramp_of_the_width_said() -> None:
+    mask = torch.zeros(400, 600)
+    mask[:, 300:] = 1
+    soft = read_mask(mask, 0.25)[0, 0, 200]
+    assert not soft[:249].any()
+    assert (soft[351:] > 0.9999).all()
+    torch.testing.assert_close(soft[[275, 300, 325]], torch.tensor([0.25, 0.5, 0.75]), rtol=0, atol=0.01)
+    assert torch.equal(read_mask(torch.ones(3, 5), 0.5), torch.ones(1, 1, 258, 430))  # a border is no edge
