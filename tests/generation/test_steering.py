@@ -1,12 +1,15 @@
 """Steering through whole requests: what a request says is what is drawn, and comes back from files."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import tiny
+from imprompt.adapter.adapter import IPAdapter
 from imprompt.app.cli import main
 from imprompt.app.embed import embed
 from imprompt.errors import UsageError
@@ -136,3 +139,98 @@ def test_the_command_line_explains(common, pictures, tmp_path, capsys):
 def test_noise_without_sense_is_refused(fields, said):
     with pytest.raises(UsageError, match=said):
         Request(images=[ImageRef(path="a.png", **fields)])
+
+
+# ---- regions, guidance of its own, several adapters, weights by layer
+
+
+def test_a_region_says_its_own_text_and_comes_back_from_its_file(engine, common, pictures, tmp_path):
+    there = {"path": str(pictures / "ref.png"), "mask": str(pictures / "mask.png"), "scale": 0}
+    silent = drawn(engine, common, ImageRef(**there))
+    request = Request(prompt="a cat", images=[ImageRef(**there, text="a dog, noto", feather=0.2)], **common)
+    result = engine.run(request)
+    assert not np.array_equal(np.asarray(result.images[0]), silent)
+    (saved,) = output.save(result, tmp_path / "x.png")
+    read = output.read_request(saved)
+    assert (read.images[0].text, read.images[0].feather) == ("a dog, noto", 0.2)
+    assert np.array_equal(np.asarray(engine.run(read).images[0]), np.asarray(result.images[0]))
+
+
+def test_the_image_has_guidance_of_its_own(engine, common, pictures):
+    path = str(pictures / "ref.png")
+    ordinary = drawn(engine, common, path, guidance=4, scale=1)
+    assert np.abs(drawn(engine, common, path, guidance=4, image_guidance=4, scale=1) - ordinary).max() <= 1
+    assert not np.array_equal(drawn(engine, common, path, guidance=4, image_guidance=9, scale=1), ordinary)
+    assert np.array_equal(drawn(engine, common, path, guidance=4, scale=1), ordinary)  # and it is off again
+    with pytest.raises(UsageError, match="image_guidance: has no effect without an image prompt"):
+        Request(prompt="a", image_guidance=3)
+
+
+def test_adapters_of_one_request_add_up(engine, common, base, pictures):
+    second = base / "second"  # the encoder lies beside it
+    pipe = tiny.tiny_sd()
+    state = tiny.random_adapter_state(pipe.unet, "plus", seed=9)
+    IPAdapter.from_state_dict(state).save_pretrained(second)
+    ref, other = str(pictures / "ref.png"), str(pictures / "other.png")
+    both = drawn(engine, common, ref, ImageRef(path=other, adapter=str(second)), scale=1)
+    assert not np.array_equal(both, drawn(engine, common, ref, scale=1))
+    silent = drawn(engine, common, ref, ImageRef(path=other, adapter=str(second), scale=0), scale=1)
+    assert np.array_equal(silent, drawn(engine, common, ref, scale=1))
+    own = {name: value for name, value in common.items() if name != "adapter"}
+    result = engine.run(Request(images=[ImageRef(path=other, adapter=str(second))], **own))
+    assert result.request.adapter is None
+    assert result.provenance["adapter"] == "ip-adapter"
+    with pytest.raises(UsageError, match="each image names its own"):
+        Request(images=[ImageRef(path=other, adapter=str(second))], adapter="x")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "0.5,0,1,1",
+        "up_blocks.1:1,default:0",
+        '{"down": {"block_0": 1}, "default": 0}',
+        "composition-precise:0.5",
+    ],
+)
+def test_weights_by_layer_are_said_in_a_request_and_come_back(engine, common, pictures, tmp_path, said):
+    ref = ImageRef.parse(f"{pictures / 'ref.png'},profile={said},scale=1")
+    request = Request(images=[ref], **common)
+    assert Request.from_json(request.to_json()) == request
+    result = engine.run(request)
+    (saved,) = output.save(result, tmp_path / "x.png")
+    read = output.read_request(saved)
+    assert read.images == result.request.images
+    assert np.array_equal(np.asarray(engine.run(read).images[0]), np.asarray(result.images[0]))
+
+
+def test_weights_of_zero_in_every_layer_are_no_adapter(engine, common, pictures):
+    path = str(pictures / "ref.png")
+    none = drawn(engine, common, ImageRef(path=path, profile=(0, 0, 0, 0)), scale=1)
+    assert np.array_equal(none, drawn(engine, common, ImageRef(path=path), scale=0))
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        ("a.png,text=a dog", "text: has no effect without a mask"),
+        ("a.png,feather=0.1", "feather: has no effect without a mask"),
+        ("a.png,mask=m.png,feather=7", "feather: input should be less than or equal to 1"),
+        ("a.png,profile=1,x,0", "could not convert string to float: 'x'"),
+        ("a.png,profile=1,nan,0", "weight 1 is nan; a finite number"),
+        ("a.png,profile=side:1,default:0", "'side' names no blocks"),
+        ("a.png,profile=style:2", "'style' has no second part"),
+        ("a.png,profile=styles", "did you mean 'style'"),
+        ('a.png,profile={"up": "x"}', "up is 'x'; a finite number"),
+        ('a.png,profile={"up"', "no valid JSON"),
+    ],
+)
+def test_regions_and_weights_without_sense_are_refused_at_once(image, said):
+    with pytest.raises(UsageError, match=re.escape(said)):
+        Request(images=(ImageRef.parse(image),))
+
+
+def test_a_list_of_the_wrong_length_says_both_lengths(engine, common, pictures):
+    ref = ImageRef(path=str(pictures / "ref.png"), profile=(1, 0))
+    with pytest.raises(UsageError, match="profile has 2 weights; this UNet takes 4"):
+        engine.run(Request(images=[ref], **common))

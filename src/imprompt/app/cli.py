@@ -162,6 +162,7 @@ def _drawing_flags(parser: argparse.ArgumentParser) -> None:
     field("--negative", metavar="TEXT")
     field("--steps", metavar="N")
     field("--guidance", metavar="X")
+    field("--image-guidance", metavar="X")
     field("--scheduler", metavar="NAME")
     field("--size", metavar="WxH")
     field("--count", metavar="N")

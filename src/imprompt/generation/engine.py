@@ -86,7 +86,7 @@ class Engine:
         """Whether no progress bar is shown."""
         self._pipes: dict[Task, Any] = {}
         self._loaded: tuple[str, str, str, str] | None = None
-        self._adapter: tuple[str, IPAdapter] | None = None
+        self._adapters: dict[str, IPAdapter] = {}
         self._features: OrderedDict[tuple[str, ...], EncodedPictures] = OrderedDict()
 
     def run(
@@ -117,7 +117,7 @@ class Engine:
 
     def release(self) -> None:
         """Forget the base, the adapter and all features."""
-        self._pipes, self._loaded, self._adapter = {}, None, None
+        self._pipes, self._loaded, self._adapters = {}, None, {}
         self._features.clear()
 
     # ---- private
@@ -137,31 +137,33 @@ class Engine:
         request = request.replace(size=size)
         self._keep_only((base.source, str(device), str(dtype), request.offload))
         # The adapter first: it is small, and what is wrong with it is said before gigabytes are read.
-        adapter = self._load_adapter(request)
+        adapters = self._load_adapters(request)
         pipe = self._pipe(base, request, device, dtype)
         clock.append(time.perf_counter())
         own = pipe.scheduler
         attributions: list[Attribution] = []
         try:
-            if adapter is not None:
+            for name, adapter in adapters.items():
                 adapter.attach(pipe)
-                self._show(adapter, request, shown)
-            provenance = self._provenance(base, adapter, bool(shown.prompts), device, dtype)
+                adapter.set_guidance(request.image_guidance)
+                self._show(adapter, request, shown, name)
+            provenance = self._provenance(base, adapters, bool(shown.prompts), device, dtype)
             clock.append(time.perf_counter())
             call = _call(request, size, shown)
             images = []
             for index in range(request.count):
                 pipe.scheduler = scheduler_for(pipe, request.scheduler)
-                if explain and adapter is not None:
-                    with adapter.watched() as recorder:
+                if explain:
+                    with next(iter(adapters.values())).watched() as recorder:
                         images.append(self._draw(pipe, call, request, index))
                     attributions.append(recorder.result())
                 else:
                     images.append(self._draw(pipe, call, request, index))
         finally:
             pipe.scheduler = own
-            if adapter is not None:
+            for adapter in adapters.values():
                 adapter.clear_prompt()
+                adapter.set_guidance(None)
                 adapter.detach()
         if request.task == "inpaint":
             assert shown.start is not None
@@ -196,19 +198,21 @@ class Engine:
             self._pipes[request.task] = _placed(pipe, request.offload, device)
         return self._pipes[request.task]
 
-    def _load_adapter(self, request: Request) -> IPAdapter | None:
-        if not request.images:
-            return None
-        assert request.adapter is not None  # complete() found one
-        if self._adapter is None or self._adapter[0] != request.adapter:
-            self._adapter = None
-            self._adapter = (request.adapter, load_adapter(request.adapter))
-        return self._adapter[1]
+    def _load_adapters(self, request: Request) -> dict[str, IPAdapter]:
+        """The adapters of all images by name, in order of first use."""
+        names = dict.fromkeys(_adapter_of(ref, request) for ref in request.images)
+        self._adapters = {name: adapter for name, adapter in self._adapters.items() if name in names}
+        for name in names:
+            if name not in self._adapters:
+                self._adapters[name] = load_adapter(name)
+        return {name: self._adapters[name] for name in names}
 
-    def _show(self, adapter: IPAdapter, request: Request, shown: _Shown) -> None:
+    def _show(self, adapter: IPAdapter, request: Request, shown: _Shown, name: str) -> None:
         prompts = []
         for group in request.groups:
             first = group[0]
+            if _adapter_of(first, request) != name:
+                continue
             prompts.append(
                 ImagePrompt(
                     features=self._encode(adapter, group, shown),
@@ -222,6 +226,8 @@ class Engine:
                     start=first.start,
                     end=first.end,
                     mask=None if first.mask is None else shown.masks[first.mask],
+                    feather=first.feather,
+                    text=first.text,
                     negative=self._negative(adapter, first, shown),
                 )
             )
@@ -280,16 +286,22 @@ class Engine:
         return _checked(pixels)
 
     def _provenance(
-        self, base: Base, adapter: IPAdapter | None, encoded: bool, device: torch.device, dtype: torch.dtype
+        self,
+        base: Base,
+        adapters: Mapping[str, IPAdapter],
+        encoded: bool,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> dict[str, str]:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         said = {part: version(part) for part in ("imprompt", "torch", "diffusers", "transformers")}
         said |= {"device": f"{device} ({name})", "dtype": str(dtype).removeprefix("torch.")}
         said["base"] = f"{base.name} {base.fingerprint}"
-        if adapter is not None:
-            said["adapter"] = adapter.checkpoint.name
+        if adapters:
+            said["adapter"] = ", ".join(adapter.checkpoint.name for adapter in adapters.values())
             # Asking for the encoder loads it, which saved features are there to avoid.
-            said["encoder"] = getattr(adapter.image_encoder, "name", "none") if encoded else "none"
+            towers = [adapter.image_encoder for adapter in adapters.values()] if encoded else []
+            said["encoder"] = ", ".join({getattr(tower, "name", "none"): None for tower in towers}) or "none"
         return said
 
 
@@ -312,7 +324,12 @@ def complete(request: Request, base: Base) -> Request:
     if request.task != "generate" and request.strength is None:
         changes["strength"] = 0.6 if request.task == "edit" else 1.0
     if request.images:
-        changes["adapter"] = find_adapter(request.adapter, base)
+        if not all(ref.adapter for ref in request.images):
+            changes["adapter"] = find_adapter(request.adapter, base)
+        changes["images"] = tuple(
+            ref if ref.adapter is None else ref.replace(adapter=find_adapter(ref.adapter, base))
+            for ref in request.images
+        )
         if request.scale is None:
             changes["scale"] = 0.6 if request.prompt else 1.0
     filled = request.replace(**changes)
@@ -321,6 +338,12 @@ def complete(request: Request, base: Base) -> Request:
             f"strength: {filled.strength:g} of {filled.steps} steps is less than one; nothing would be drawn."
         )
     return filled
+
+
+def _adapter_of(ref: ImageRef, request: Request) -> str:
+    name = ref.adapter or request.adapter
+    assert name is not None  # complete() found one
+    return name
 
 
 # ---- pictures in

@@ -182,7 +182,9 @@ def parameters(request: Request) -> str:
             f"{Path(ref.path).name} {request.scale if ref.scale is None else ref.scale}"
             for ref in request.images
         )
-        fields["IP-Adapter"] = request.adapter
+        fields["IP-Adapter"] = ", ".join(
+            {ref.adapter or request.adapter or "default": None for ref in request.images}
+        )
         fields["IP-Adapter images"] = json.dumps(shown)
     lines = [request.prompt]
     if request.negative:

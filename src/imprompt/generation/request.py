@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from imprompt import words
-from imprompt.adapter.weighting import PROFILES, canonical
+from imprompt.adapter.weighting import PROFILES, read_profile
 from imprompt.errors import UsageError
 
 SCHEDULERS: dict[str, tuple[str, dict[str, object]]] = {
@@ -84,8 +84,24 @@ class ImageRef(_Strict):
         default=0.0, ge=0, le=1, description="fraction of the schedule where it begins; 0: pure noise"
     )
     end: float = Field(default=1.0, ge=0, le=1, description="where it ends (exclusive); 1: finished picture")
-    profile: str = Field(
-        default="linear", description="how the strength is spread over the layers: " + ", ".join(PROFILES)
+    feather: float = Field(
+        default=0.0, ge=0, le=1, description="width of the mask's edge as a fraction of its shorter side"
+    )
+    text: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=20_000,
+        description="what is drawn inside the mask, in place of the request's prompt",
+    )
+    profile: str | tuple[float, ...] | dict[str, Any] = Field(
+        default="linear",
+        description="how the strength is spread over the layers: "
+        + ", ".join(PROFILES)
+        + "; those with composition take a factor for it, as style-and-composition:0.5; or weights: one a "
+        "block as 1,0.5,0, by name as up_blocks.1:1,default:0, or diffusers' JSON",
+    )
+    adapter: str | None = Field(
+        default=None, min_length=1, description="whose picture it is, where not the request's adapter's"
     )
 
     weight: float = Field(
@@ -124,10 +140,17 @@ class ImageRef(_Strict):
         description=f"avoid this picture's own textures: {', '.join(words.NOISES)}, with :strength (0 to 1)",
     )
 
-    @field_validator("profile")
+    @field_validator("profile", mode="before")
     @classmethod
-    def _profile_is_known(cls, value: str) -> str:
-        return canonical(value)
+    def _profile_is_readable(cls, value: Any) -> Any:
+        return read_profile(value)
+
+    @field_validator("feather", "text")
+    @classmethod
+    def _belongs_to_a_mask(cls, value: Any, info: Any) -> Any:
+        if value and info.data.get("mask") is None:
+            raise ValueError("has no effect without a mask")
+        return value
 
     @field_validator("combine", "framing", "scaling")
     @classmethod
@@ -241,6 +264,13 @@ class Request(_Strict):
     guidance: float | None = Field(
         default=None, ge=0, le=100, description="classifier-free guidance; 1 is none; None: the base's, 7.5"
     )
+    image_guidance: float | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="guidance towards the image prompts, apart from the text's; half again the work; None: "
+        "the same for both",
+    )
     scheduler: str | None = Field(default=None, description=f"{', '.join(SCHEDULERS)}; None: the base's own")
     size: tuple[int, int] | None = Field(
         default=None,
@@ -323,11 +353,13 @@ class Request(_Strict):
                     "noise: spoils the picture itself; give no negative and no saved features beside it."
                 )
         if not self.images:
-            for name in ("scale", "adapter"):
+            for name in ("scale", "adapter", "image_guidance"):
                 if getattr(self, name) is not None:
                     found.append(f"{name}: has no effect without an image prompt; give one in `images`.")
             if not self.prompt and self.task == "generate":
                 found.append("prompt: give a text, an image prompt, or both.")
+        if self.images and self.adapter is not None and all(ref.adapter for ref in self.images):
+            found.append("adapter: has no effect, for each image names its own.")
         if self.negative and self.guidance is not None and self.guidance <= 1:
             found.append(f"negative: has no effect with guidance {self.guidance:g}; it needs more than 1.")
         return found
