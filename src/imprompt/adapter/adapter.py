@@ -23,6 +23,7 @@ from imprompt.adapter.attention import Injection, LiveTokens
 from imprompt.adapter.attribution import Recorder
 from imprompt.adapter.checkpoint import Checkpoint, StateDict, read, write
 from imprompt.adapter.combine import combine, shares
+from imprompt.adapter.frames import track_of
 from imprompt.adapter.fresh import fresh_linear, fresh_resampler
 from imprompt.adapter.guidance import Part
 from imprompt.adapter.layers import UNet, cross_attentions, describe
@@ -37,7 +38,7 @@ from imprompt.adapter.prompt import (
     PromptLike,
     Row,
     as_prompts,
-    read_mask,
+    read_masks,
 )
 from imprompt.adapter.regions import encode_text
 from imprompt.errors import AdapterMismatch, EncoderMismatch, InputError, ModelError, UsageError
@@ -371,7 +372,7 @@ class IPAdapter:
         self._invalidate()
 
     def _row(self, prompt: ImagePrompt) -> Row:
-        mask = read_mask(prompt.mask, prompt.feather)
+        mask, masks = read_masks(prompt.mask, prompt.feather)
         rule = words.canonical("combine", prompt.combine, words.COMBINES)
         zeros, stated = None, None
         if prompt.tokens is not None:
@@ -407,6 +408,13 @@ class IPAdapter:
             scaling=words.canonical("scaling", prompt.scaling, words.SCALINGS),
             shares=shares(weights, sets.shape[1]) if rule == "concat" else None,
             text=None if prompt.text is None else self._text(prompt.text),
+            track=track_of(
+                prompt.at,
+                words.read_curve(prompt.frame_curve),
+                masks,
+                pictures=len(sets),
+                plain=rule == "concat" and len(set(weights)) == 1,
+            ),
         )
 
     def _text(self, text: str | Tensor) -> Tensor:

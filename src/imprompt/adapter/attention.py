@@ -446,10 +446,19 @@ class Injection:
                 "cannot give: pass negative= (the encoder's features of an all-zero input), or a picture."
             )
         each = call.samples // len(rows)
-        sample_of = [m for m in range(len(rows)) for _ in range(each * call.frames)]
-        spread = [None if row is None else row.layer_weights(self.layers) for row in rows]
         times = [When() if row is None else row.when for row in rows for _ in range(each)]
         gate = Gate.of(times * len(parts), call.schedule, call.frames, call.device, call.dtype)
+        if any(row is not None and row.track is not None for row in rows):
+            starts = range(0, len(rows) * call.frames, call.frames)
+            sample_of = [m + f for m in starts for _ in range(each) for f in range(call.frames)]
+            rows = [
+                of_frame
+                for row in rows
+                for of_frame in ([None] * call.frames if row is None else row.over_frames(call.frames))
+            ]
+        else:
+            sample_of = [m for m in range(len(rows)) for _ in range(each * call.frames)]
+        spread = [None if row is None else row.layer_weights(self.layers) for row in rows]
         modes = ["v-only" if row is None else row.scaling for row in rows] * len(kinds)
         masks = MaskGrids(rows, sample_of * len(parts), call.device, call.dtype)
         order = torch.tensor(

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from imprompt import words
+from imprompt.adapter.frames import Track
 from imprompt.adapter.layers import CrossLayer
 from imprompt.adapter.schedule import When
 from imprompt.adapter.weighting import LayerWeights, Profile, layer_weights, read_profile
@@ -89,9 +90,9 @@ class ImagePrompt:
     """The window [start, end) of the noise schedule in which it acts: 0 is pure noise, 1 the finished
     picture. Evaluated from the timestep ``t`` as ``1 - t/T``, hence independent of scheduler, steps and
     strength."""
-    mask: Picture | Tensor | None = None
+    mask: Picture | Tensor | Sequence[Picture | Tensor] | None = None
     """Where it acts: a picture (white is 1) or a tensor ``(H, W)`` in [0, 1], of any size, stretched over the
-    output. Soft values are kept."""
+    output. Soft values are kept. In a video also one a frame: a list, or a tensor ``(F, H, W)``."""
     feather: float = 0.0
     """Width of the mask's edge, a straight ramp centred on it, as a fraction of its shorter side, 0 to 1."""
     text: str | Tensor | None = None
@@ -114,6 +115,11 @@ class ImagePrompt:
     added in every mode."""
     select: str | int | Sequence[int] | None = None
     """Which tokens of each picture are shown, as numbers from 0 or ``"0-3,8"``; ``None`` is all."""
+    at: Sequence[int] | None = None
+    """Video: the frame each picture stands at, from 0 and ascending. Between two, their tokens are
+    interpolated; ``range(F)`` shows each frame a picture of its own, ``None`` all frames the same."""
+    frame_curve: Curve = "constant"
+    """Video: a factor over the frames, said like ``curve``; 0 is the first frame, 1 the last."""
 
     def __post_init__(self) -> None:
         given = [name for name in ("image", "features", "tokens") if getattr(self, name) is not None]
@@ -157,6 +163,9 @@ class ImagePrompt:
             )
         if self.select is not None:
             words.read_selection(self.select)
+        words.read_curve(self.frame_curve)
+        if self.at is not None:
+            Track(tuple(self.at))
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
@@ -175,7 +184,7 @@ class PromptFields(TypedDict, total=False):
     profile: Profile
     start: float
     end: float
-    mask: Picture | Tensor | None
+    mask: Picture | Tensor | Sequence[Picture | Tensor] | None
     feather: float
     text: str | Tensor | None
     negative: Picture | Tensor | None
@@ -185,6 +194,8 @@ class PromptFields(TypedDict, total=False):
     curve: Curve
     scaling: str
     select: str | int | Sequence[int] | None
+    at: Sequence[int] | None
+    frame_curve: Curve
 
 
 PromptLike: TypeAlias = (
@@ -244,6 +255,8 @@ class Row:
     """Added to the tokens' logits, see :func:`imprompt.adapter.combine.shares`."""
     text: Float[Tensor, "Tt C"] | None = None
     """Embeddings of what is said inside the mask, see :mod:`imprompt.adapter.regions`."""
+    track: Track | None = None
+    """How it varies over the frames of a video."""
 
     def layer_weights(self, layers: Sequence[CrossLayer]) -> LayerWeights:
         """Scale times profile for each layer; exactly 0 where the prompt does not act at all."""
@@ -256,10 +269,35 @@ class Row:
         """Its place in time."""
         return When(self.start, self.end, self.curve)
 
+    def over_frames(self, frames: int) -> "list[Row]":
+        """The row of each frame of a clip. Raises :class:`UsageError` when the clip cannot follow the
+        track."""
+        track = self.track
+        if track is None:
+            return [self] * frames
+        track.check(frames)
+        # A negative that is the same for all pictures is repeated in the row, one length for both kinds.
+        paired = self.negative is not None and len(self.negative) == len(self.tokens)
+        return [
+            replace(
+                self,
+                tokens=track.tokens(self.tokens, frame),
+                negative=track.tokens(self.negative, frame)
+                if paired and self.negative is not None
+                else self.negative,
+                scale=self.scale * factor,
+                mask=self.mask if track.masks is None else track.masks[frame],
+                track=None,
+            )
+            for frame, factor in enumerate(track.factors(frames))
+        ]
 
-def read_mask(mask: Picture | Tensor | None, feather: float = 0.0) -> Float[Tensor, "1 1 H W"] | None:
+
+def read_mask(
+    mask: Picture | Tensor | None, feather: float = 0.0, *, empty: bool = False
+) -> Float[Tensor, "1 1 H W"] | None:
     """A mask as floats in [0, 1], its edges ``feather`` (of the shorter side) wide. Raises
-    :class:`InputError` when it is no mask or covers nothing."""
+    :class:`InputError` when it is no mask or, unless ``empty`` may be, covers nothing."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
@@ -278,7 +316,7 @@ def read_mask(mask: Picture | Tensor | None, feather: float = 0.0) -> Float[Tens
         raise InputError(f"mask has shape {tuple(mask.shape)}; one picture (H, W) is expected.")
     if not bool(torch.isfinite(values).all()) or values.min() < 0 or values.max() > 1:
         raise InputError("mask has values outside 0 to 1; give floats in [0, 1], booleans or bytes.")
-    if not values.any():
+    if not empty and not values.any():
         raise InputError(
             "mask is 0 everywhere, so its image prompt could never act; leave the prompt out instead."
         )
@@ -301,6 +339,21 @@ def feathered(mask: Float[Tensor, "1 1 h w"], width: float) -> Float[Tensor, "1 
         window = (1, 2 * radius + 1) if pad[0] else (2 * radius + 1, 1)
         mask = F.avg_pool2d(F.pad(mask, pad, mode="replicate"), window, stride=1)
     return mask.clamp(0, 1)
+
+
+def read_masks(
+    mask: Picture | Tensor | Sequence[Picture | Tensor] | None, feather: float = 0.0
+) -> tuple[Float[Tensor, "1 1 H W"] | None, tuple[Float[Tensor, "1 1 H W"], ...] | None]:
+    """One mask for all frames, or masks of single frames, of which some may be empty. Raises
+    :class:`InputError` as :func:`read_mask`."""
+    if isinstance(mask, Tensor) and mask.ndim == 3 and len(mask) > 1:
+        mask = tuple(mask)
+    if not isinstance(mask, list | tuple):
+        return read_mask(mask, feather), None  # type: ignore[arg-type]
+    masks = tuple(read for one in mask if (read := read_mask(one, feather, empty=True)) is not None)
+    if not any(bool(one.any()) for one in masks):
+        raise InputError("the masks are 0 in every frame; leave the prompt out instead.")
+    return None, masks
 
 
 def resize_mask(mask: Float[Tensor, "1 1 H W"], size: tuple[int, int]) -> Float[Tensor, "1 1 h w"]:

@@ -1,0 +1,102 @@
+"""Image prompts in time: how one prompt varies over the frames of a video.
+
+A :class:`Track` says at which frames a prompt's pictures stand, how its strength changes from frame to frame,
+and its mask in each. A row with a track becomes one ordinary row a frame (``Row.over_frames``), so that to
+the attention frames are rows of the one table of keys and values, like samples.
+
+Dimensions: K key pictures, T tokens of each, C token width, F frames.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from imprompt.adapter.schedule import evaluate
+from imprompt.errors import UsageError
+from imprompt.words import Points
+
+
+@dataclass(frozen=True, eq=False)
+class Track:
+    """How a prompt varies over frames. Raises :class:`UsageError` when ``at`` is not as it says."""
+
+    at: tuple[int, ...] | None = None
+    """The frame of each picture, from 0 and ascending. Between two, their tokens are interpolated; before the
+    first and after the last they stay. ``None``: all frames see the same."""
+    curve: Points = ((0.0, 1.0),)
+    """A factor of the strength over the clip: 0 is its first frame, 1 its last."""
+    masks: tuple[Float[Tensor, "1 1 H W"], ...] | None = None
+    """One mask a frame."""
+
+    def __post_init__(self) -> None:
+        if self.at is None:
+            return
+        whole = all(
+            isinstance(frame, int) and not isinstance(frame, bool) and frame >= 0 for frame in self.at
+        )
+        if not self.at or not whole or any(after <= before for before, after in pairwise(self.at)):
+            raise UsageError(
+                f"at: {list(self.at)}; frames are whole numbers from 0, each later than the one before it."
+            )
+
+    @property
+    def still(self) -> bool:
+        """Whether all frames are the same."""
+        return self.at is None and self.masks is None and all(factor == 1 for _, factor in self.curve)
+
+    def check(self, frames: int) -> None:
+        """Raises :class:`UsageError` when a clip of ``frames`` frames cannot follow it."""
+        if frames == 1:
+            raise UsageError(
+                "an image prompt varies over frames, but stills are drawn; attach the adapter to a video "
+                "pipeline, or leave out at, frame_curve and masks per frame."
+            )
+        if self.at is not None and self.at[-1] >= frames:
+            raise UsageError(
+                f"at: a picture stands at frame {self.at[-1]}, but the clip's frames are 0 to {frames - 1}."
+            )
+        if self.masks is not None and len(self.masks) != frames:
+            raise UsageError(
+                f"mask: {len(self.masks)} masks are given for {frames} frames; give one, or one a frame."
+            )
+
+    def factors(self, frames: int) -> list[float]:
+        """The strength's factor in each frame."""
+        places, factors = (torch.tensor([[p[i] for p in self.curve]]).expand(frames, -1) for i in (0, 1))
+        values: list[float] = evaluate(places, factors, torch.linspace(0, 1, frames)).tolist()
+        return values
+
+    def tokens(self, tokens: Float[Tensor, "KT C"], frame: int) -> Float[Tensor, "T C"]:
+        """What ``frame`` sees of the tokens of all pictures, one after the other."""
+        if self.at is None:
+            return tokens
+        keys = tokens.unflatten(0, (len(self.at), -1))
+        after = bisect_right(self.at, frame)
+        if after in (0, len(self.at)):
+            return keys[min(after, len(self.at) - 1)]
+        before = after - 1
+        part = (frame - self.at[before]) / (self.at[after] - self.at[before])
+        return torch.lerp(keys[before], keys[after], part)
+
+
+def track_of(
+    at: Sequence[int] | None,
+    curve: Points,
+    masks: tuple[Float[Tensor, "1 1 H W"], ...] | None,
+    *,
+    pictures: int,
+    plain: bool,
+) -> Track | None:
+    """The track of a prompt of ``pictures`` pictures, which are ``plain`` when they are neither combined nor
+    weighted; ``None`` when all frames see the same. Raises :class:`UsageError` for what does not fit."""
+    track = Track(None if at is None else tuple(at), curve, masks)
+    if track.at is not None and len(track.at) != pictures:
+        raise UsageError(f"at: {len(track.at)} frames are given for {pictures} pictures; give one a picture.")
+    if track.at is not None and not plain:
+        raise UsageError("at: pictures at frames of their own can be neither combined nor weighted.")
+    return None if track.still else track
