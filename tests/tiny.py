@@ -14,6 +14,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    MotionAdapter,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -56,6 +57,19 @@ def tiny_sdxl(unet_in_channels: int = 4, *, seed: int = 0) -> StableDiffusionXLP
 def tiny_unet(family: str = "sd", in_channels: int = 4, seed: int = 0) -> UNet2DConditionModel:
     """The bare UNet of :func:`tiny_sd` (``"sd"``) or :func:`tiny_sdxl` (``"sdxl"``)."""
     return copy.deepcopy(_unet(family, in_channels, seed))
+
+
+def tiny_motion(*, frames: int = 8, seed: int = 11, width: int = 32) -> MotionAdapter:
+    """A motion adapter for both tiny UNets, whose temporal layers do something; ``width`` 32 fits them."""
+    torch.manual_seed(seed)
+    return MotionAdapter(
+        block_out_channels=(width, 2 * width),
+        motion_layers_per_block=1,
+        motion_num_attention_heads=2,
+        motion_norm_num_groups=8,
+        motion_max_seq_length=frames,
+        use_motion_mid_block=True,
+    ).eval()
 
 
 def tiny_encoder(

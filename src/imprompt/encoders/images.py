@@ -23,6 +23,10 @@ Source: TypeAlias = str | Path | bytes | Image.Image
 MAX_PIXELS = 64 * 1024 * 1024
 """Default cap on width × height, as stated by the header: 192 MB once decoded to RGB."""
 
+MAX_FRAMES = 512
+"""Default cap on the frames of a clip."""
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of pictures in a folder of frames
 # Formats of still pictures, without the ones that run an interpreter (EPS, WMF) or guess from nothing (TGA).
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "QOI")
 _ORIENTATION = 0x0112
@@ -60,6 +64,43 @@ def load_mask(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     with _opened(source, max_pixels) as (image, name):
         return _flattened(_eight_bit(_upright(image), name), (0, 0, 0)).convert("L")
+
+
+def load_frames(
+    source: Source, *, max_frames: int = MAX_FRAMES, max_pixels: int = MAX_PIXELS
+) -> tuple[list[Image.Image], float | None]:
+    """All frames of an animated picture (GIF, WebP, PNG, AVIF) as :func:`load_image` gives one, and how many
+    there are a second; of a folder, its pictures in the order of their names, and no pace. A still is one
+    frame. Raises :class:`InputError` as :func:`load_image`, for more than ``max_frames`` frames, and for
+    frames of different sizes."""
+    if isinstance(source, str | Path) and Path(source).is_dir():
+        places = sorted(path for path in Path(source).iterdir() if path.suffix.lower() in _SUFFIXES)
+        if not places:
+            raise InputError(f"folder '{source}' holds no pictures ({', '.join(_SUFFIXES)}).")
+        if len(places) > max_frames:
+            raise InputError(f"'{source}' has {len(places)} frames; at most {max_frames} are read.")
+        frames = [load_image(place, max_pixels=max_pixels) for place in places]
+        if len({frame.size for frame in frames}) > 1:
+            raise InputError(f"the pictures in '{source}' have different sizes; frames of a clip have one.")
+        return frames, None
+    frames, milliseconds = [], 0.0
+    with _opened(source, max_pixels) as (image, name):
+        count = int(getattr(image, "n_frames", 1))
+        if count > max_frames:
+            raise InputError(f"{name} has {count} frames; at most {max_frames} are read.")
+        for number in range(count):
+            if count > 1:
+                image.seek(number)
+                image.load()
+                milliseconds += float(image.info.get("duration") or 100)
+            frames.append(_flattened(_srgb(_eight_bit(_upright(image), name)), (255, 255, 255)))
+    return frames, 1000 * count / milliseconds if milliseconds else None
+
+
+def frame_count(source: Source) -> int:
+    """How many frames a picture has, 1 for a still. Raises :class:`InputError` as :func:`load_image`."""
+    with _opened(source, MAX_PIXELS) as (image, _):
+        return int(getattr(image, "n_frames", 1))
 
 
 def content_hash(image: Image.Image) -> str:
