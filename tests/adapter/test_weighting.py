@@ -220,14 +220,14 @@ def test_the_compositions_own_weight_follows_the_published_tables(
     layers = request.getfixturevalue(family)
     xl = family == "sdxl"
     composition = {3: w} if xl else {4: 0.25 * w, 5: w}
-    style = {6: 1.0} if xl else {t: 1.0 for t in (0, 1, 2, 3, *range(9, 16))}
+    style = {6: 1.0} if xl else dict.fromkeys((0, 1, 2, 3, *range(9, 16)), 1.0)
     everywhere = dict.fromkeys(range(11 if xl else 16), 1.0)
     expected = {
         "style-and-composition": style | composition,
         "strong-style-and-composition": everywhere | dict.fromkeys(composition, w),
         "style-transfer-precise": style | composition,
         "composition-precise": dict.fromkeys(everywhere, 0.1 * w)
-        | ({6: w, 3: 1.0} if xl else {t: w for t in style} | {4: 0.25, 5: 1.0}),
+        | ({6: w, 3: 1.0} if xl else dict.fromkeys(style, w) | {4: 0.25, 5: 1.0}),
     }
     for name, table in expected.items():
         weights = layer_weights(f"{name}:{w}", layers).weights

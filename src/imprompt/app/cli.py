@@ -171,7 +171,17 @@ def _drawing_flags(parser: argparse.ArgumentParser) -> None:
     field("--dtype")
     field("--offload")
     parser.add_argument(
-        "--from", dest="again", metavar="PICTURE", help="repeat that picture's request; other flags change it"
+        "--sweep",
+        action="append",
+        metavar="FIELD=VALUE,…",
+        help="draw with each of these values, and all combinations when given several times; also as one "
+        "page. A field of the request, or of its images (profile, image2.scale)",
+    )
+    parser.add_argument(
+        "--from",
+        dest="again",
+        metavar="PICTURE",
+        help="repeat that picture's request, or that of a .json; other flags change it",
     )
     parser.add_argument(
         "-o", "--output", metavar="PATH", help=".png, .jpg or .webp, or a folder; default: a free name here"
@@ -217,6 +227,9 @@ def _draw(task: str, flags: argparse.Namespace) -> None:
     from imprompt.generation import output
 
     request = _request(task, flags)
+    if flags.sweep:
+        _sweep(task, flags, request)
+        return
     target = _target(flags.output, task, request)
     output.check_target(target)
 
@@ -239,6 +252,63 @@ def _draw(task: str, flags: argparse.Namespace) -> None:
         _summary(result)
 
 
+def _sweep(task: str, flags: argparse.Namespace, request: "Request") -> None:
+    from imprompt.generation.sweep import read_axis, spread
+
+    if flags.explain:
+        raise UsageError("--explain: explains a single request; leave --sweep out.")
+    count = len(spread(request, [read_axis(text) for text in flags.sweep]).requests)
+    target = _target(flags.output, task, request.replace(count=min(count, 100)))
+
+    from imprompt.app.sweep import sweep
+    from imprompt.generation.engine import Engine
+
+    engine = Engine(quiet=flags.quiet or not sys.stderr.isatty())
+    results, paths = sweep(request, flags.sweep, target, engine=engine)
+    for note in dict.fromkeys(note for result in results for note in result.notes):
+        print(f"imprompt: {note}", file=sys.stderr)
+    if flags.json:
+        said = [_said(result, [path]) for result, path in zip(results, paths, strict=False)]
+        print(json.dumps({"pictures": said, "grid": str(paths[-1])}))
+    else:
+        print("\n".join(map(str, paths)))
+
+
+def _tune_flags(parser: argparse.ArgumentParser) -> None:
+    _generate_flags(parser)
+    parser.add_argument(
+        "--prefer", type=float, default=0.5, metavar="X", help="0: all for the text, 1: for the picture; 0.5"
+    )
+
+
+def _tune(flags: argparse.Namespace) -> None:
+    request = _request("generate", flags)
+    if flags.explain:
+        raise UsageError("--explain: explains a single request; repeat the chosen one with it.")
+    if flags.count is None:
+        request = request.replace(count=2)
+
+    from imprompt.app.tune import AXES, tune
+    from imprompt.generation.engine import Engine
+
+    tuned = tune(
+        request,
+        flags.output or "tune",
+        axes=flags.sweep or AXES,
+        prefer=flags.prefer,
+        engine=Engine(quiet=flags.quiet or not sys.stderr.isatty()),
+        say=lambda line: print(f"imprompt: {line}", file=sys.stderr),
+    )
+    files = [str(path) for path in tuned.paths]
+    if flags.json:
+        fidelity = {"text": tuned.fidelity.text, "picture": tuned.fidelity.picture}
+        print(json.dumps({"files": files, "chosen": tuned.label, "measure": tuned.measure, **fidelity}))
+        return
+    print("\n".join(files))
+    said = f"{tuned.fidelity.text:.2f} of the text, {tuned.fidelity.picture:.2f} of the picture"
+    print(f"imprompt: {tuned.label}: {said}, by the {tuned.measure}", file=sys.stderr)
+
+
 def _request(task: str, flags: argparse.Namespace) -> "Request":
     from imprompt.generation.output import read_request
     from imprompt.generation.request import ImageRef, Request
@@ -254,7 +324,13 @@ def _request(task: str, flags: argparse.Namespace) -> "Request":
         stated["images"] = tuple(ImageRef.parse(text) for text in flags.images)
     if flags.again is None:
         return Request.from_mapping({"task": task, **stated})
-    before = read_request(flags.again)
+    if flags.again.endswith(".json"):
+        try:
+            before = Request.from_json(Path(flags.again).read_bytes())
+        except OSError as error:
+            raise InputError(f"cannot read '{flags.again}' ({error.strerror or error}).") from error
+    else:
+        before = read_request(flags.again)
     if before.task != task:
         raise UsageError(
             f"'{flags.again}' was made with 'imprompt {before.task}': repeat it with 'imprompt {before.task} "
@@ -520,6 +596,7 @@ VERBS: dict[str, Verb] = {
     "generate": Verb("draw from text, pictures, or both", _generate_flags, _drawing("generate")),
     "edit": Verb("draw on from a picture (image to image)", _edit_flags, _drawing("edit")),
     "inpaint": Verb("draw a masked part of a picture anew", _inpaint_flags, _drawing("inpaint")),
+    "tune": Verb("find the settings that give most of a text and a picture", _tune_flags, _tune),
     "info": Verb("show the request inside a picture", _info_flags, _info),
     "models": Verb("list bases and adapters that have a name", _models_flags, _models),
     "inspect": Verb("say what an adapter file is and whether it is sound", _inspect_flags, _inspect),

@@ -36,13 +36,15 @@ def embed(
     decoded = [load_image(picture) for picture in pictures]
     if encoder is not None and adapter is not None:
         raise UsageError("--encoder and --adapter both say which encoder to use; give one.")
-    tower = _encoder(encoder, base, adapter)
+    tower = encoder_of(encoder, base, adapter)
     features = encode(tower, decoded, framing)
     hashes = tuple(content_hash(picture) for picture in decoded)
     return save(Saved(features, tower.name, fingerprint(tower.model), hashes, framing), output)
 
 
-def _encoder(encoder: str | None, base: str, adapter: str | None) -> "ImageEncoder":
+def encoder_of(encoder: str | None, base: str, adapter: str | None) -> "ImageEncoder":
+    """The image encoder that a name means, else that of the adapter, else of the base. Raises as
+    :func:`embed`."""
     from imprompt.encoders.clip import ImageEncoder
     from imprompt.generation.models import find_adapter, find_base, load_adapter
 

@@ -1,0 +1,42 @@
+"""``--sweep``: every combination drawn and saved, each with its own request inside, and all on one page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from imprompt.evaluation.charts import grid
+from imprompt.generation import output
+from imprompt.generation.engine import Engine, Result
+from imprompt.generation.request import Request
+from imprompt.generation.sweep import Sweep, read_axis, spread
+
+
+def sweep(
+    request: Request, axes: Sequence[str], target: Path, *, engine: Engine
+) -> tuple[list[Result], list[Path]]:
+    """Draw ``request`` for all combinations of ``axes`` (as ``FIELD=VALUE,…``); returns the results and the
+    files: ``NAME-1.png``, ``NAME-2.png``, …, and last the page ``NAME-grid.png``.
+
+    All requests are checked before the first is drawn, and nothing is written before the last is.
+    """
+    asked = spread(request, [read_axis(text) for text in axes])
+    page = output.check_target(target).with_name(f"{target.stem}-grid.png")
+    output.check_target(page)
+    results = [engine.run(one) for one in asked.requests]
+    paths: list[Path] = []
+    for result, place in zip(results, output.names(target, len(results)), strict=True):
+        paths += output.save(result, place)
+    sheet(asked, [result.images[0] for result in results]).save(page)
+    return results, [*paths, page]
+
+
+def sheet(asked: Sweep, images: Sequence[Image.Image]) -> Image.Image:
+    """The first axis runs to the right, all others downwards; what they share is said above."""
+    columns = len(asked.axes[0].values)
+    rows = [" · ".join(labels[1:]) for labels in asked.labels[::columns]]
+    first = asked.requests[0]
+    swept = {axis.field for axis in asked.axes}
+    said = [f"“{first.prompt}”"] if first.prompt and "prompt" not in swept else []
+    said += [] if "seed" in swept else [f"seed {first.seed}"]
+    return grid(images, asked.axes[0].labels, rows, title=", ".join(said))

@@ -1,0 +1,107 @@
+"""Sweeps: fields that take several values, and their product as requests. Text in, requests out, no torch.
+
+``scale=0.2,0.5,1`` sweeps a field of the request; a field that only images have (``profile``, ``end``, …), or
+``image.scale``, is set on every image, ``image2.scale`` on the second. Values that hold commas are separated
+by ``|``. Several pictures of one request are a last axis, their seeds.
+"""
+
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from imprompt.errors import UsageError
+from imprompt.generation.request import ImageRef, Request
+
+MOST = 256
+"""Pictures one sweep may draw."""
+_FIXED = ("task", "images", "count", "hashes")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One swept field and its values, as they were said."""
+
+    field: str
+    values: tuple[str, ...]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Each value with the field's name."""
+        return tuple(f"{self.field} {value}" for value in self.values)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The requests of a sweep, each for one picture; the first axis turns fastest."""
+
+    axes: tuple[Axis, ...]
+    requests: tuple[Request, ...]
+
+    @property
+    def labels(self) -> tuple[tuple[str, ...], ...]:
+        """What is said of each request: one label an axis."""
+        turned = product(*(axis.labels for axis in reversed(self.axes)))
+        return tuple(labels[::-1] for labels in turned)
+
+
+def read_axis(text: str) -> Axis:
+    """An axis as it is said: ``FIELD=VALUE,VALUE,…``. Raises :class:`UsageError`."""
+    field, sign, said = (part.strip() for part in text.partition("="))
+    values = tuple(value.strip() for value in re.split(r"\|" if "|" in said else ",", said))
+    if not sign or not re.fullmatch(r"(image\d*\.)?[a-z_-]+", field) or "" in values:
+        raise UsageError(f"--sweep '{text}': write FIELD=VALUE,VALUE,… (values with commas: FIELD=A|B).")
+    if len(set(values)) != len(values):
+        raise UsageError(f"--sweep '{text}': a value is there twice.")
+    return Axis(field.replace("-", "_"), values)
+
+
+def spread(request: Request, axes: Sequence[Axis]) -> Sweep:
+    """All combinations of the axes' values in ``request``, checked before any is drawn; a request without a
+    seed gets one that they share.
+
+    Raises :class:`UsageError` for unknown fields, one field twice, values that a field cannot have, more than
+    :data:`MOST` pictures, and axes without effect.
+    """
+    fields = [axis.field for axis in axes]
+    if len(set(fields)) != len(fields):
+        raise UsageError(f"--sweep: a field is swept twice ({', '.join(fields)}).")
+    if request.seed is None and "seed" not in fields:
+        request = request.replace(seed=secrets.randbelow(2**32))
+    if request.count > 1:
+        if "seed" in fields:
+            raise UsageError("--sweep seed=…: its pictures have the seeds said there; leave --count out.")
+        assert request.seed is not None
+        axes = (*axes, Axis("seed", tuple(str(request.seed + i) for i in range(request.count))))
+    made: list[Request] = []
+    for values in product(*(axis.values for axis in reversed(axes))):
+        if len(made) == MOST:
+            raise UsageError(f"--sweep: {MOST} pictures are the most; fewer values, or several sweeps.")
+        one = request.replace(count=1)
+        for axis, value in zip(axes, reversed(values), strict=True):
+            one = _with(one, axis.field, value)
+        made.append(one)
+    return Sweep(tuple(axes), tuple(made))
+
+
+def _with(request: Request, field: str, value: str) -> Request:
+    place, _, name = field.rpartition(".")
+    whole = name in Request.model_fields and name not in _FIXED
+    if not place and whole:
+        if name == "scale" and request.images and all(ref.scale is not None for ref in request.images):
+            raise UsageError("--sweep scale: every image has its own; sweep image.scale.")
+        return request.replace(**{name: value})
+    if name not in ImageRef.model_fields:
+        known = [name for name in (*Request.model_fields, *ImageRef.model_fields) if name not in _FIXED]
+        raise UsageError(f"--sweep: no field '{field}'; known are {', '.join(dict.fromkeys(known))}.")
+    if not request.images:
+        raise UsageError(f"--sweep {field}: is an image prompt's; there is none.")
+    number = place.removeprefix("image")
+    if number and not 1 <= int(number) <= len(request.images):
+        raise UsageError(f"--sweep {field}: there are {len(request.images)} images, from image1.")
+    images = tuple(
+        ref.replace(**{name: value}) if not number or int(number) == i else ref
+        for i, ref in enumerate(request.images, 1)
+    )
+    return request.replace(images=images)
