@@ -73,6 +73,8 @@ def test_pictures_alike_but_for_their_weight_are_one_prompt() -> None:
         ("a.png,weight=0", "add up to 0"),
         ("a.png,weight=0.5", "no effect on a picture without others"),
         ("a.safetensors,framing=pad", "no effect on saved features"),
+        ("a.safetensors,sharpen=0.5", "sharpen: has no effect on saved features"),
+        ("a.png,sharpen=2", "less than or equal to 1"),
         ("a.png,curve=1:0,0:1", "ascending"),
         ("a.png,combine=sum", "combine 'sum' is unknown"),
         ("a.png,select=x", "no token or range"),

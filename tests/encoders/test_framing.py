@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from imprompt.encoders.clip import ImageEncoder
-from imprompt.encoders.framing import MEAN_COLOUR, encode, frame, merge_hidden, noisy, tiles
+from imprompt.encoders.framing import MEAN_COLOUR, encode, frame, merge_hidden, noisy, sharpened, tiles
 from imprompt.errors import InputError, UsageError
 from imprompt.words import FRAMINGS, NOISES
 from tiny import picture, tiny_encoder
@@ -143,3 +143,40 @@ def test_noise_follows_its_formula() -> None:
 def test_a_strength_beyond_one_is_refused() -> None:
     with pytest.raises(InputError, match="from 0 to 1"):
         noisy(picture(), "fade", 1.5)
+
+
+# ---- sharpening
+
+
+def test_sharpening_is_its_published_formula() -> None:
+    image = picture(3)
+    x = np.asarray(image, np.float64) / 255
+    amount = 0.7
+    wide = np.pad(x, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    expected = np.empty_like(x)
+    for row in range(x.shape[0]):
+        for column in range(x.shape[1]):
+            e = wide[row + 1, column + 1]
+            beside = [
+                wide[row, column + 1],
+                wide[row + 2, column + 1],
+                wide[row + 1, column],
+                wide[row + 1, column + 2],
+            ]
+            least, most = np.min([e, *beside], 0), np.max([e, *beside], 0)
+            w = -amount / 5 * np.sqrt(np.clip(np.minimum(least, 1 - most) / np.maximum(most, 1e-6), 0, 1))
+            expected[row, column] = (e + w * sum(beside)) / (1 + 4 * w)
+    seen = np.asarray(sharpened(image, amount, image.width), np.float64) / 255
+    np.testing.assert_allclose(seen, np.clip(expected, 0, 1), atol=0.51 / 255)
+
+
+def test_sharpening_leaves_flat_surfaces_and_nothing_is_the_default(encoder: ImageEncoder) -> None:
+    flat = Image.new("RGB", (32, 32), (10, 128, 250))
+    assert sharpened(flat, 1.0, 32).tobytes() == flat.tobytes()
+    assert sharpened(picture(1), 0.0, 32).tobytes() == picture(1).tobytes()
+    pictures = [picture(1, (60, 40))]
+    plain, sharp = encode(encoder, pictures), encode(encoder, pictures, sharpen=0.8)
+    assert torch.equal(encode(encoder, pictures, sharpen=0.0).pooled, plain.pooled)
+    assert not torch.allclose(sharp.pooled, plain.pooled)
+    with pytest.raises(InputError, match=r"sharpen: 1.5"):
+        encode(encoder, pictures, sharpen=1.5)

@@ -27,6 +27,7 @@ def drawn(engine, common, *images, **fields):
     [
         {"framing": "pad"},
         {"framing": "tile"},
+        {"sharpen": 0.9},
         {"curve": "fade-out"},
         {"scaling": "k+v-penalty"},
         {"select": "0-1"},

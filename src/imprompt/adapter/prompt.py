@@ -107,6 +107,8 @@ class ImagePrompt:
     """One number a picture, by default all 1: its share of attention in ``concat``, else its factor."""
     framing: str = "crop"
     """How pictures that are not square become the encoder's square, see :mod:`imprompt.encoders.framing`."""
+    sharpen: float = 0.0
+    """How much pictures are sharpened at the encoder's size, 0 to 1."""
     curve: Curve = "constant"
     """A factor over the schedule, beside the window: a name of ``words.CURVES`` or points (fraction,
     factor)."""
@@ -157,6 +159,9 @@ class ImagePrompt:
         elif words.canonical("framing", self.framing, words.FRAMINGS) != "crop":
             raise UsageError(f"framing {self.framing!r} is for pictures; features and tokens have none.")
         words.canonical("framing", self.framing, words.FRAMINGS)
+        _check_number("sharpen", self.sharpen)
+        if not 0 <= self.sharpen <= 1 or (self.sharpen and self.image is None):
+            raise UsageError(f"sharpen is {self.sharpen}; from 0 to 1 is expected, and only for pictures.")
         if self.tokens is not None and combine != "concat":
             raise UsageError(
                 f"combine {self.combine!r} acts on features; tokens are joined. Give features or images."
@@ -191,6 +196,7 @@ class PromptFields(TypedDict, total=False):
     combine: str
     weights: Sequence[float] | None
     framing: str
+    sharpen: float
     curve: Curve
     scaling: str
     select: str | int | Sequence[int] | None

@@ -499,6 +499,9 @@ def _embed_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", default="emoji", metavar="NAME", help="whose default adapter to embed for")
     parser.add_argument("--adapter", metavar="NAME", help="whose encoder to use")
     parser.add_argument("--framing", default="crop", help="crop, top, bottom, left, right, pad, squash, tile")
+    parser.add_argument(
+        "--sharpen", type=float, default=0.0, metavar="X", help="0 to 1, at the encoder's size"
+    )
 
 
 def _embed(flags: argparse.Namespace) -> None:
@@ -512,6 +515,7 @@ def _embed(flags: argparse.Namespace) -> None:
             base=flags.base,
             adapter=flags.adapter,
             framing=flags.framing,
+            sharpen=flags.sharpen,
         )
     )
 

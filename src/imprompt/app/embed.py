@@ -18,6 +18,7 @@ def embed(
     base: str = "emoji",
     adapter: str | None = None,
     framing: str = "crop",
+    sharpen: float = 0.0,
 ) -> Path:
     """Encode ``pictures`` and write their features; returns the file's path.
 
@@ -37,7 +38,7 @@ def embed(
     if encoder is not None and adapter is not None:
         raise UsageError("--encoder and --adapter both say which encoder to use; give one.")
     tower = encoder_of(encoder, base, adapter)
-    features = encode(tower, decoded, framing)
+    features = encode(tower, decoded, framing, sharpen=sharpen)
     hashes = tuple(content_hash(picture) for picture in decoded)
     return save(Saved(features, tower.name, fingerprint(tower.model), hashes, framing), output)
 

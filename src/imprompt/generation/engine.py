@@ -267,9 +267,9 @@ class Engine:
                 f"adapter '{adapter.checkpoint.name}' has no image encoder: none that fits lies next to it, "
                 "nor comes with the base. Put an image_encoder folder beside the adapter's file."
             )
-        key = (encoder.name, first.framing, *(content_hash(image) for image in images))
+        key = (encoder.name, first.framing, f"{first.sharpen}", *(content_hash(image) for image in images))
         if key not in self._features:
-            self._features[key] = encode(encoder, images, first.framing)  # type: ignore[arg-type]
+            self._features[key] = encode(encoder, images, first.framing, sharpen=first.sharpen)  # type: ignore[arg-type]
             while len(self._features) > _KEPT_FEATURES:
                 self._features.popitem(last=False)
         self._features.move_to_end(key)

@@ -120,6 +120,9 @@ class ImageRef(_Strict):
         description="how a picture that is not square becomes the encoder's square: "
         + ", ".join(words.FRAMINGS),
     )
+    sharpen: float = Field(
+        default=0.0, ge=0, le=1, description="how much the picture is sharpened at the encoder's size"
+    )
     curve: str = Field(
         default="constant",
         description=f"a factor over the schedule: {', '.join(words.CURVES)}, or points as 0:1,0.5:0.2,1:0 "
@@ -346,8 +349,10 @@ class Request(_Strict):
                 words.read_weights(group[0].combine, len(group), [ref.weight for ref in group])
             except UsageError as error:
                 found.append(f"images: {error}")
-            if group[0].framing != "crop" and any(_is_saved(ref.path) for ref in group):
-                found.append("framing: has no effect on saved features; embed the picture framed so.")
+            saved = any(_is_saved(ref.path) for ref in group)
+            for name in ("framing", "sharpen"):
+                if saved and getattr(group[0], name) != ImageRef.model_fields[name].default:
+                    found.append(f"{name}: has no effect on saved features; say it when embedding.")
             if group[0].noise is not None and (group[0].negative or _is_saved(group[0].path)):
                 found.append(
                     "noise: spoils the picture itself; give no negative and no saved features beside it."
