@@ -156,6 +156,17 @@ def _drawing_flags(parser: argparse.ArgumentParser) -> None:
         metavar="PATH[,scale=…,mask=…,…]",
         help="a picture that prompts the model; may be given several times. Options: " + _image_options(),
     )
+    parser.add_argument(
+        "--control",
+        dest="controls",
+        action="append",
+        metavar="KIND:PATH[,scale=…,…]",
+        help="a picture whose structure is followed; may be given several times. Options: "
+        + _control_options(),
+    )
+    parser.add_argument(
+        "--save-control", action="store_true", help="also write the map that each control followed"
+    )
     field("--scale", metavar="X")
     field("--adapter", metavar="NAME")
     field("--base", metavar="NAME")
@@ -200,6 +211,13 @@ def _image_options() -> str:
     return "; ".join(said).replace("%", "%%")
 
 
+def _control_options() -> str:
+    from imprompt.generation.request import ControlRef
+
+    said = [f"{name}: {field.description}" for name, field in ControlRef.model_fields.items()]
+    return "; ".join(said).replace("%", "%%")
+
+
 def _generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", help="what to draw; may be left out with --image")
     _drawing_flags(parser)
@@ -227,6 +245,8 @@ def _draw(task: str, flags: argparse.Namespace) -> None:
     from imprompt.generation import output
 
     request = _request(task, flags)
+    if flags.save_control and not request.controls:
+        raise UsageError("--save-control: there is no control to save; give one with --control.")
     if flags.sweep:
         _sweep(task, flags, request)
         return
@@ -242,6 +262,8 @@ def _draw(task: str, flags: argparse.Namespace) -> None:
 
         for found, image, path in zip(result.attributions, result.images, tuple(paths), strict=True):
             paths = [*paths, *explain(found, image, path)]
+    if flags.save_control:
+        paths = [*paths, *output.save_maps(result.maps, result.request, target)]
     for note in result.notes:
         print(f"imprompt: {note}", file=sys.stderr)
     if flags.json:
@@ -257,6 +279,8 @@ def _sweep(task: str, flags: argparse.Namespace, request: "Request") -> None:
 
     if flags.explain:
         raise UsageError("--explain: explains a single request; leave --sweep out.")
+    if flags.save_control:
+        raise UsageError("--save-control: goes with a single request; leave --sweep out.")
     count = len(spread(request, [read_axis(text) for text in flags.sweep]).requests)
     target = _target(flags.output, task, request.replace(count=min(count, 100)))
 
@@ -285,6 +309,8 @@ def _tune(flags: argparse.Namespace) -> None:
     request = _request("generate", flags)
     if flags.explain:
         raise UsageError("--explain: explains a single request; repeat the chosen one with it.")
+    if flags.save_control:
+        raise UsageError("--save-control: goes with a single request; repeat the chosen one with it.")
     if flags.count is None:
         request = request.replace(count=2)
 
@@ -311,7 +337,7 @@ def _tune(flags: argparse.Namespace) -> None:
 
 def _request(task: str, flags: argparse.Namespace) -> "Request":
     from imprompt.generation.output import read_request
-    from imprompt.generation.request import ImageRef, Request
+    from imprompt.generation.request import ControlRef, ImageRef, Request
 
     stated: dict[str, object] = {
         name: value
@@ -322,6 +348,8 @@ def _request(task: str, flags: argparse.Namespace) -> "Request":
         stated["image"] = flags.picture
     if flags.images is not None:
         stated["images"] = tuple(ImageRef.parse(text) for text in flags.images)
+    if flags.controls is not None:
+        stated["controls"] = tuple(ControlRef.parse(text) for text in flags.controls)
     if flags.again is None:
         return Request.from_mapping({"task": task, **stated})
     if flags.again.endswith(".json"):
@@ -336,7 +364,7 @@ def _request(task: str, flags: argparse.Namespace) -> "Request":
             f"'{flags.again}' was made with 'imprompt {before.task}': repeat it with 'imprompt {before.task} "
             f"--from {flags.again}'."
         )
-    if stated.keys() & {"images", "image", "mask"}:
+    if stated.keys() & {"images", "controls", "image", "mask"}:
         stated["hashes"] = {}
     return before.replace(**stated)
 
@@ -401,7 +429,7 @@ def _models_flags(parser: argparse.ArgumentParser) -> None:
 def _models(flags: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from imprompt.generation.catalogue import ADAPTERS, BASES, DEFAULT_ADAPTERS, named
+    from imprompt.generation.catalogue import ADAPTERS, BASES, CONTROLS, DEFAULT_ADAPTERS, named
 
     if flags.vocabulary:
         if flags.name not in (None, "emoji"):
@@ -410,9 +438,14 @@ def _models(flags: argparse.Namespace) -> None:
             )
         _vocabulary(as_json=flags.json)
         return
-    bases, adapters = dict(BASES), dict(ADAPTERS)
+    bases, adapters, controls = dict(BASES), dict(ADAPTERS), dict(CONTROLS)
     if flags.name is not None:
-        named({**BASES, **ADAPTERS}, flags.name, "model", "no name for the whole list")
+        named({**BASES, **ADAPTERS, **CONTROLS}, flags.name, "model", "no name for the whole list")
+        controls = {
+            name: net
+            for name, net in CONTROLS.items()
+            if name == flags.name or (flags.name in BASES and net.family == BASES[flags.name].family)
+        }
         bases = {name: row for name, row in BASES.items() if name == flags.name}
         adapters = {
             name: row
@@ -423,6 +456,7 @@ def _models(flags: argparse.Namespace) -> None:
         tables = {
             "bases": {name: asdict(base) for name, base in bases.items()},
             "adapters": {name: asdict(row) for name, row in adapters.items()},
+            "controls": {name: asdict(net) for name, net in controls.items()},
         }
         print(json.dumps(tables))
         return
@@ -430,10 +464,16 @@ def _models(flags: argparse.Namespace) -> None:
         print("bases (--base)")
     for name, base in bases.items():
         print(f"  {name:<15} {base.size:>5} px  {base.note}; {base.licence}; {base.repo}")
-    print("adapters (--adapter; * is the default of its base)")
+    if adapters:
+        print("adapters (--adapter; * is the default of its base)")
     for name, row in adapters.items():
         star = "*" if DEFAULT_ADAPTERS[row.family] == name else " "
         print(f"{star} {name:<15} {row.family:<6} {row.note}; {row.megabytes} MB; {row.licence}; {row.repo}")
+    if controls:
+        print("controls (--control KIND:PATH,model=NAME; without model, the base's default for the kind)")
+    for name, net in controls.items():
+        kinds = ", ".join(net.modes) + (f" ({net.note})" if net.note else "")
+        print(f"  {name:<17} {net.family:<6} {kinds}; {net.megabytes} MB; {net.licence}; {net.repo}")
 
 
 def _vocabulary(*, as_json: bool) -> None:

@@ -7,7 +7,7 @@ Nothing here is downloaded or loaded, and nothing heavy is imported.
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from imprompt.errors import UsageError
 
@@ -45,6 +45,24 @@ class AdapterRow:
     megabytes: int
     note: str
     sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class ControlRow:
+    """A published ControlNet or T2I-Adapter."""
+
+    repo: str
+    family: Family
+    licence: str
+    megabytes: int
+    """Of the smallest file that is read: fp16 where the repository has it."""
+    modes: Mapping[str, int | None]
+    """Kinds of control it takes → their number in a union model, else ``None``."""
+    half: bool = False
+    """Whether the repository also holds fp16 files."""
+    revision: str | None = None
+    """Branch with safetensors, where the main one has pickles only."""
+    note: str = ""
 
 
 BASES: dict[str, BaseRow] = {
@@ -131,6 +149,66 @@ ADAPTERS: dict[str, AdapterRow] = {
 DEFAULT_ADAPTERS: dict[Family, str] = {"emoji": "emoji-plus", "sd15": "sd15", "sdxl": "sdxl-vit-h"}
 """Without ``--adapter``. For SD1.5 and SDXL the four-token ones: they leave room for the text, and ViT-H is
 the smaller encoder that both share."""
+
+
+def _v11(name: str, kind: str, **extra: Any) -> ControlRow:
+    repo = f"lllyasviel/control_{name}"
+    return ControlRow(repo, "sd15", "OpenRAIL", 723, {kind: None}, **{"half": True, **extra})
+
+
+def _xinsir(name: str, kind: str) -> ControlRow:
+    return ControlRow(f"xinsir/controlnet-{name}-sdxl-1.0", "sdxl", "Apache-2.0", 2502, {kind: None})
+
+
+def _t2i(name: str, kind: str) -> ControlRow:
+    repo = f"TencentARC/t2i-adapter-{name}-sdxl-1.0"
+    return ControlRow(repo, "sdxl", "Apache-2.0", 158, {kind: None}, half=True, note="T2I-Adapter")
+
+
+CONTROLS: dict[str, ControlRow] = {
+    "emoji-canny": ControlRow(BUNDLED, "emoji", "Apache-2.0", 7, {"canny": None}, note="comes with imprompt"),
+    "sd15-canny": _v11("v11p_sd15_canny", "canny"),
+    "sd15-canny-v1.0": ControlRow(
+        "lllyasviel/sd-controlnet-canny", "sd15", "OpenRAIL", 1450, {"canny": None}, note="the first one"
+    ),
+    "sd15-depth": _v11("v11f1p_sd15_depth", "depth"),
+    "sd15-pose": _v11("v11p_sd15_openpose", "pose"),
+    "sd15-lineart": _v11("v11p_sd15_lineart", "lineart"),
+    "sd15-scribble": _v11("v11p_sd15_scribble", "scribble"),
+    "sd15-seg": _v11("v11p_sd15_seg", "seg"),
+    "sd15-tile": _v11("v11f1e_sd15_tile", "tile", half=False, revision="refs/pr/4"),
+    "sdxl-canny": ControlRow(
+        "diffusers/controlnet-canny-sdxl-1.0", "sdxl", "OpenRAIL++", 5000, {"canny": None}
+    ),
+    "sdxl-depth": ControlRow(
+        "diffusers/controlnet-depth-sdxl-1.0", "sdxl", "OpenRAIL++", 2500, {"depth": None}, half=True
+    ),
+    "sdxl-pose": _xinsir("openpose", "pose"),
+    "sdxl-scribble": _xinsir("scribble", "scribble"),
+    "sdxl-tile": _xinsir("tile", "tile"),
+    "sdxl-union": ControlRow(
+        "xinsir/controlnet-union-sdxl-1.0", "sdxl", "Apache-2.0", 2512,
+        {"pose": 0, "depth": 1, "scribble": 2, "canny": 3, "lineart": 3, "seg": 5}, note="union of kinds",
+    ),
+    "sdxl-t2i-canny": _t2i("canny", "canny"),
+    "sdxl-t2i-lineart": _t2i("lineart", "lineart"),
+    "sdxl-t2i-sketch": _t2i("sketch", "scribble"),
+    "sdxl-t2i-depth": _t2i("depth-midas", "depth"),
+    "sdxl-t2i-pose": _t2i("openpose", "pose"),
+}  # fmt: skip
+
+UNION_MODES = CONTROLS["sdxl-union"].modes
+"""Numbers of the kinds in union models that are not listed here."""
+
+DEFAULT_CONTROLS: dict[Family, dict[str, str]] = {
+    "emoji": {"canny": "emoji-canny"},
+    "sd15": {
+        kind: f"sd15-{kind}" for kind in ("canny", "depth", "pose", "lineart", "scribble", "seg", "tile")
+    },
+    "sdxl": {kind: f"sdxl-{kind}" for kind in ("canny", "depth", "pose", "scribble", "tile")}
+    | {"lineart": "sdxl-union", "seg": "sdxl-union"},
+}
+"""Without ``model=``: family → kind → alias."""
 
 _Row = TypeVar("_Row")
 

@@ -31,6 +31,16 @@ from imprompt.encoders.features import is_saved, joined
 from imprompt.encoders.framing import encode, noisy
 from imprompt.encoders.images import content_hash, load_image, load_mask
 from imprompt.errors import InputError, ModelError, UsageError
+from imprompt.generation.annotate import annotate
+from imprompt.generation.control import (
+    Control,
+    check_fits,
+    control_call,
+    controlled,
+    find_controls,
+    load_net,
+    named_controls,
+)
 from imprompt.generation.models import (
     Base,
     find_adapter,
@@ -40,7 +50,7 @@ from imprompt.generation.models import (
     load_adapter,
     scheduler_for,
 )
-from imprompt.generation.request import ImageRef, Request, Task, randomness
+from imprompt.generation.request import ImageRef, Request, randomness
 
 _KEPT_FEATURES = 64  # pictures whose features are remembered
 _LOST = 0.15  # share of a picture that may be cropped away unsaid
@@ -62,6 +72,8 @@ class Result:
     """What the user should know, such as that a picture was cropped."""
     attributions: tuple[Attribution, ...] = ()
     """Where each image prompt acted, one a picture, when it was asked for."""
+    maps: tuple[Image.Image, ...] = ()
+    """What each of the request's controls followed, of the drawn size."""
 
 
 @dataclass
@@ -70,6 +82,7 @@ class _Shown:
 
     prompts: dict[str, Image.Image] = field(default_factory=dict)
     masks: dict[str, Image.Image] = field(default_factory=dict)
+    controls: dict[str, Image.Image] = field(default_factory=dict)
     start: Image.Image | None = None
     region: Image.Image | None = None
     """Where to inpaint; white is drawn anew."""
@@ -84,7 +97,8 @@ class Engine:
     def __init__(self, *, quiet: bool = True) -> None:
         self.quiet = quiet
         """Whether no progress bar is shown."""
-        self._pipes: dict[Task, Any] = {}
+        self._pipes: dict[str, Any] = {}
+        self._nets: dict[str, Any] = {}
         self._loaded: tuple[str, str, str, str] | None = None
         self._adapters: dict[str, IPAdapter] = {}
         self._features: OrderedDict[tuple[str, ...], EncodedPictures] = OrderedDict()
@@ -117,7 +131,7 @@ class Engine:
 
     def release(self) -> None:
         """Forget the base, the adapter and all features."""
-        self._pipes, self._loaded, self._adapters = {}, None, {}
+        self._pipes, self._nets, self._loaded, self._adapters = {}, {}, None, {}
         self._features.clear()
 
     # ---- private
@@ -128,6 +142,7 @@ class Engine:
             raise UsageError("explain: there is no image prompt to explain; give one in `images`.")
         base = find_base(request.base)
         request = complete(request, base)
+        controls = find_controls(request, base)
         shown, hashes = _read(request, pictures)
         request = request.replace(hashes=hashes)
         device = _device(request)
@@ -135,10 +150,13 @@ class Engine:
         size, notes = _size(request, base, shown)
         notes += _cropped(request, shown)
         request = request.replace(size=size)
+        maps = tuple(annotate(ref.kind, _fitted(shown.controls[ref.path], size)) for ref in request.controls)
         self._keep_only((base.source, str(device), str(dtype), request.offload))
         # The adapter first: it is small, and what is wrong with it is said before gigabytes are read.
         adapters = self._load_adapters(request)
         pipe = self._pipe(base, request, device, dtype)
+        if controls:
+            pipe = self._controlled(pipe, base, controls, request, device, dtype)
         clock.append(time.perf_counter())
         own = pipe.scheduler
         attributions: list[Attribution] = []
@@ -148,8 +166,12 @@ class Engine:
                 adapter.set_guidance(request.image_guidance)
                 self._show(adapter, request, shown, name)
             provenance = self._provenance(base, adapters, bool(shown.prompts), device, dtype)
+            if controls:
+                provenance["controls"] = ", ".join(f"{net.name} {net.fingerprint}" for net in controls)
             clock.append(time.perf_counter())
             call = _call(request, size, shown)
+            if controls:
+                call |= control_call(controls, maps, request)
             images = []
             for index in range(request.count):
                 pipe.scheduler = scheduler_for(pipe, request.scheduler)
@@ -180,6 +202,7 @@ class Engine:
             dict(zip(("load", "encode", "draw"), spans, strict=True)),
             tuple(notes),
             tuple(attributions),
+            maps,
         )
 
     def _keep_only(self, key: tuple[str, str, str, str]) -> None:
@@ -197,6 +220,25 @@ class Engine:
                 pipe = load(base, request.task, dtype)
             self._pipes[request.task] = _placed(pipe, request.offload, device)
         return self._pipes[request.task]
+
+    def _controlled(
+        self, pipe: Any, base: Base, controls: Sequence[Control], request: Request, device: torch.device,
+        dtype: torch.dtype,
+    ) -> Any:  # fmt: skip
+        """The pipeline of the request's task with its controls; of the last ones the weights are kept."""
+        for control in controls:
+            check_fits(control, pipe.unet.config, base)
+        sources = [control.source for control in controls]
+        key = " ".join([request.task, *sources])
+        if key not in self._pipes:
+            self._pipes = {name: pipe for name, pipe in self._pipes.items() if " " not in name}
+            self._nets = {source: net for source, net in self._nets.items() if source in sources}
+            for control in controls:
+                if control.source not in self._nets:
+                    self._nets[control.source] = load_net(control, dtype)
+            made = controlled(pipe, request.task, controls, self._nets)
+            self._pipes[key] = _placed(made, request.offload, device)
+        return self._pipes[key]
 
     def _load_adapters(self, request: Request) -> dict[str, IPAdapter]:
         """The adapters of all images by name, in order of first use."""
@@ -323,6 +365,8 @@ def complete(request: Request, base: Base) -> Request:
     }
     if request.task != "generate" and request.strength is None:
         changes["strength"] = 0.6 if request.task == "edit" else 1.0
+    if request.controls:
+        changes["controls"] = named_controls(request.controls, base)
     if request.images:
         if not all(ref.adapter for ref in request.images):
             changes["adapter"] = find_adapter(request.adapter, base)
@@ -377,6 +421,7 @@ def _read(request: Request, pictures: Mapping[str, Image.Image]) -> tuple[_Shown
     for name, mask in shown.masks.items():
         if mask.getextrema()[1] == 0:
             raise InputError(f"mask '{name}' is black everywhere: the image prompt would act nowhere.")
+    shown.controls = {ref.path: load_image(source(ref.path)) for ref in request.controls}
     if request.image is not None:
         shown.start = load_image(source(request.image))
     if request.mask is not None:
@@ -412,6 +457,12 @@ def _size(request: Request, base: Base, shown: _Shown) -> tuple[tuple[int, int],
     notes = []
     if start is not None and start.size != size:
         notes.append(f"'{request.image}' is {start.width}×{start.height}, drawn at {size[0]}×{size[1]}")
+    for name, image in shown.controls.items():
+        if abs(image.width * size[1] / (image.height * size[0]) - 1) > _ASPECT:
+            notes.append(
+                f"control '{name}' is {image.width}×{image.height}: cropped around the centre to the "
+                f"proportions of {size[0]}×{size[1]}"
+            )
     if shown.region is not None and shown.region.getextrema()[0] == 255:
         notes.append(f"mask '{request.mask}' is white everywhere: all is drawn anew")
     return size, notes

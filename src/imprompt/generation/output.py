@@ -101,6 +101,24 @@ def save(result: Drawn, path: str | Path) -> list[Path]:
     return paths
 
 
+def save_maps(maps: Sequence[Image.Image], request: Request, target: str | Path) -> list[Path]:
+    """Write what the request's controls followed beside ``target``, as ``NAME-control-1-canny.png``, …; each
+    can be given back as ``none:PATH,model=NAME``. Raises :class:`InputError`."""
+    paths = []
+    for number, (ref, image) in enumerate(zip(request.controls, maps, strict=True), 1):
+        path = Path(target).with_name(f"{Path(target).stem}-control-{number}-{ref.kind}.png")
+        part = path.with_name(f".{path.name}.part")
+        try:
+            image.save(part, "PNG")
+            part.replace(path)
+        except OSError as error:
+            raise InputError(f"cannot write '{path}' ({error.strerror or error}).") from error
+        finally:
+            part.unlink(missing_ok=True)
+        paths.append(path)
+    return paths
+
+
 def names(target: Path, count: int) -> list[Path]:
     """The files that ``count`` pictures saved as ``target`` become."""
     if count == 1:

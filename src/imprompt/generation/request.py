@@ -35,6 +35,18 @@ SCHEDULERS: dict[str, tuple[str, dict[str, object]]] = {
 }
 """Name → diffusers' class and what is set besides the base's own scheduler configuration."""
 
+CONTROLS: dict[str, str] = {
+    "canny": "edges of any picture",
+    "depth": "how near each place of a photograph is",
+    "pose": "the limbs of people, as OpenPose draws them",
+    "lineart": "a line drawing, dark on light or light on dark",
+    "scribble": "a rough drawing of a few strokes",
+    "tile": "the picture itself, to be drawn anew in detail",
+    "seg": "what each place of a photograph is, in ADE20K's colours",
+    "none": "a finished map of the kind that the model wants",
+}
+"""Kind of control → what is taken from the picture."""
+
 MAX_SIDE = 4096
 """Largest width or height of a drawn picture, in pixels."""
 
@@ -195,16 +207,7 @@ class ImageRef(_Strict):
         Raises :class:`UsageError` naming the option that is unknown, doubled or no number.
         """
         path, *options = re.split(r",(?=\s*[A-Za-z_]+=)", text)
-        values: dict[str, Any] = {}
-        for option in options:
-            key, _, value = option.strip().partition("=")
-            if key not in _IMAGE_OPTIONS:
-                raise UsageError(
-                    f"--image '{text}': unknown option '{key}'; known are {', '.join(_IMAGE_OPTIONS)}."
-                )
-            if key in values:
-                raise UsageError(f"--image '{text}': '{key}' is given twice.")
-            values[key] = value
+        values = _options(f"--image '{text}'", options, _IMAGE_OPTIONS)
         try:
             # Not model_validate, in which a UsageError, being a ValueError, would be wrapped once more.
             return cls(path=path, **values)
@@ -213,6 +216,78 @@ class ImageRef(_Strict):
 
 
 _IMAGE_OPTIONS = tuple(name for name in ImageRef.model_fields if name != "path")
+
+
+class ControlRef(_Strict):
+    """A picture whose structure the drawing follows, by a ControlNet or T2I-Adapter."""
+
+    kind: str = Field(
+        description="what is taken from it: "
+        + "; ".join(f"{name}: {what}" for name, what in CONTROLS.items())
+    )
+    path: _Path = Field(
+        description="the picture's file (or its name among `pictures`); cropped to the output's proportions"
+    )
+    scale: float = Field(
+        default=1.0, ge=0, le=10, description="how strictly it is followed; 0 not, 1 as trained"
+    )
+    start: float = Field(
+        default=0.0, ge=0, lt=1, description="fraction of the schedule where it begins; 0: pure noise"
+    )
+    end: float = Field(default=1.0, gt=0, le=1, description="where it ends; 1: finished picture")
+    model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="alias, folder or hub id of the ControlNet or T2I-Adapter; NAME:KIND says of a `none` "
+        "map what it is to a union model; None: the base's default for the kind",
+    )
+
+    @field_validator("kind")
+    @classmethod
+    def _kind_is_known(cls, value: str) -> str:
+        return words.canonical("kind", value, CONTROLS)
+
+    @field_validator("end")
+    @classmethod
+    def _ends_after_start(cls, end: float, info: Any) -> float:
+        if end <= info.data.get("start", 0.0):
+            raise ValueError(f"{end} does not lie after start ({info.data['start']})")
+        return end
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``KIND:PATH[,scale=…][,start=…][,end=…][,model=…]``; the path may hold commas and colons.
+
+        Raises :class:`UsageError` naming the kind or option that is unknown, doubled or no number.
+        """
+        kind, colon, rest = text.partition(":")
+        if not colon or not rest:
+            raise UsageError(
+                f"--control '{text}': KIND:PATH is expected, such as canny:{text or 'edges.png'}; kinds are "
+                f"{', '.join(CONTROLS)}."
+            )
+        path, *options = re.split(r",(?=\s*[A-Za-z_]+=)", rest)
+        values = _options(f"--control '{text}'", options, _CONTROL_OPTIONS)
+        try:
+            return cls(kind=kind, path=path, **values)
+        except UsageError as error:
+            raise UsageError(f"--control '{text}': {error}") from error
+
+
+_CONTROL_OPTIONS = tuple(name for name in ControlRef.model_fields if name not in ("kind", "path"))
+
+
+def _options(where: str, options: list[str], known: tuple[str, ...]) -> dict[str, Any]:
+    """``key=value`` options of a flag, each once. Raises :class:`UsageError`."""
+    values: dict[str, Any] = {}
+    for option in options:
+        key, _, value = option.strip().partition("=")
+        if key not in known:
+            raise UsageError(f"{where}: unknown option '{key}'; known are {', '.join(known)}.")
+        if key in values:
+            raise UsageError(f"{where}: '{key}' is given twice.")
+        values[key] = value
+    return values
 
 
 def _as_image(value: object) -> object:
@@ -236,6 +311,9 @@ class Request(_Strict):
     negative: str = Field(default="", max_length=20_000, description="what to avoid; needs guidance above 1")
     images: tuple[Annotated[ImageRef, BeforeValidator(_as_image)], ...] = Field(
         default=(), max_length=64, description="image prompts, at most 64"
+    )
+    controls: tuple[ControlRef, ...] = Field(
+        default=(), max_length=8, description="pictures whose structure is followed, at most 8"
     )
     base: str = Field(
         default="emoji",
@@ -361,7 +439,7 @@ class Request(_Strict):
             for name in ("scale", "adapter", "image_guidance"):
                 if getattr(self, name) is not None:
                     found.append(f"{name}: has no effect without an image prompt; give one in `images`.")
-            if not self.prompt and self.task == "generate":
+            if not self.prompt and not self.controls and self.task == "generate":
                 found.append("prompt: give a text, an image prompt, or both.")
         if self.images and self.adapter is not None and all(ref.adapter for ref in self.images):
             found.append("adapter: has no effect, for each image names its own.")
@@ -376,6 +454,7 @@ class Request(_Strict):
             self.image,
             self.mask,
             *(name for ref in self.images for name in (ref.path, ref.mask, ref.negative)),
+            *(control.path for control in self.controls),
         ]
         return tuple(dict.fromkeys(name for name in named if name is not None))
 

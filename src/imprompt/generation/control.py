@@ -1,0 +1,361 @@
+"""Controls of a request → ControlNets or T2I-Adapters around a base's pipeline, and what to call it with.
+
+``find_controls`` says what a request's controls stand for, and refuses what does not fit the base, before
+any weight is read; ``load_net`` reads one; ``controlled`` makes diffusers' pipeline of the same base with
+them; ``control_call`` gives its arguments. Image prompts are attached to the UNet alone: a ControlNet sees
+the text's tokens only, as in its training. Finding edges and the like in a picture is ``annotate``'s.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from imprompt.errors import ModelError, UsageError
+from imprompt.generation.catalogue import (
+    BUNDLED,
+    CONTROLS,
+    DEFAULT_CONTROLS,
+    UNION_MODES,
+    ControlRow,
+    named,
+)
+from imprompt.generation.models import EMOJI, Base
+from imprompt.generation.request import ControlRef, Request, Task
+
+Net = Literal["controlnet", "union", "t2i"]
+
+_CLASSES: dict[str, Net] = {
+    "ControlNetModel": "controlnet",
+    "ControlNetUnionModel": "union",
+    "T2IAdapter": "t2i",
+}
+_PIPELINES: dict[tuple[Net, bool], dict[Task, str]] = {  # (kind of net, whether XL) → task → diffusers' class
+    ("controlnet", False): {
+        "generate": "StableDiffusionControlNetPipeline",
+        "edit": "StableDiffusionControlNetImg2ImgPipeline",
+        "inpaint": "StableDiffusionControlNetInpaintPipeline",
+    },
+    ("controlnet", True): {
+        "generate": "StableDiffusionXLControlNetPipeline",
+        "edit": "StableDiffusionXLControlNetImg2ImgPipeline",
+        "inpaint": "StableDiffusionXLControlNetInpaintPipeline",
+    },
+    ("union", True): {
+        "generate": "StableDiffusionXLControlNetUnionPipeline",
+        "edit": "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+        "inpaint": "StableDiffusionXLControlNetUnionInpaintPipeline",
+    },
+    ("t2i", False): {"generate": "StableDiffusionAdapterPipeline"},
+    ("t2i", True): {"generate": "StableDiffusionXLAdapterPipeline"},
+}
+_SAID: dict[Net, str] = {"controlnet": "a ControlNet", "union": "a ControlNet-Union", "t2i": "a T2I-Adapter"}
+_WIDTHS = {256: "emoji", 768: "SD 1.5", 1024: "SD 2", 2048: "SDXL"}  # of cross-attention
+
+
+@dataclass(frozen=True)
+class Control:
+    """One control of a request, found: which model, of what kind, and its configuration."""
+
+    ref: ControlRef
+    """With its model's name filled in."""
+    net: Net
+    source: str
+    """Folder or hub repository."""
+    config: Mapping[str, Any]
+    """The model's ``config.json``."""
+    mode: int | None = None
+    """Number of its kind in a union model."""
+    row: ControlRow | None = None
+
+    @property
+    def name(self) -> str:
+        """The model as it was asked for."""
+        assert self.ref.model is not None
+        return self.ref.model
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hex digits of a folder's weights (name, size, first megabyte), or of a repository's name."""
+        digest = hashlib.sha256(self.source.encode())
+        if (folder := Path(self.source)).is_dir():
+            digest = hashlib.sha256()
+            for file in sorted(folder.glob("*.safetensors")):
+                digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+                with file.open("rb") as stream:
+                    digest.update(stream.read(1 << 20))
+        return digest.hexdigest()[:12]
+
+
+def named_controls(refs: Sequence[ControlRef], base: Base) -> tuple[ControlRef, ...]:
+    """The controls with the base's default models filled in. Raises :class:`UsageError` if it has none."""
+    return tuple(ref if ref.model is not None else ref.replace(model=_default(ref, base)) for ref in refs)
+
+
+def find_controls(request: Request, base: Base) -> tuple[Control, ...]:
+    """What the request's controls stand for; only configurations are read.
+
+    Raises :class:`UsageError` for an unknown alias, a kind that the model does not take, models that cannot
+    be used together, for this task or with what is asked of them; :class:`ModelError` for a folder or
+    repository that is no ControlNet, or is one of another base.
+    """
+    found = tuple(_find(ref, base) for ref in named_controls(request.controls, base))
+    if not found:
+        return ()
+    first = found[0]
+    for other in found[1:]:
+        if other.net != first.net or (first.net == "union" and other.source != first.source):
+            raise UsageError(
+                f"controls: '{first.name}' is {_SAID[first.net]}, '{other.name}' {_SAID[other.net]}; several "
+                "controls must all be ControlNets, all T2I-Adapters, or all of one ControlNet-Union."
+            )
+    _check_task(found, request)
+    for control in found:
+        if base.path is not None and (base.path / "unet" / "config.json").is_file():
+            check_fits(control, json.loads((base.path / "unet" / "config.json").read_text("utf-8")), base)
+    windows(found, request)
+    return found
+
+
+def check_fits(control: Control, unet: Mapping[str, Any], base: Base) -> None:
+    """Raise :class:`ModelError`, naming both, when a control was made for another kind of UNet than the
+    base's (``unet``: its configuration)."""
+    xl = unet.get("addition_embed_type") == "text_time"
+    ours = list(unet["block_out_channels"])
+    said = f"control '{control.name}' is {_SAID[control.net]}"
+    if control.net == "t2i":
+        channels = list(control.config.get("channels", [0]))
+        if str(control.config.get("adapter_type")).endswith("_xl") != xl or channels[0] != ours[0]:
+            raise ModelError(
+                f"{said} for {'other' if channels[0] != ours[0] else 'SD 1.5' if xl else 'SDXL'} bases; base "
+                f"'{base.name}' is {'an SDXL' if xl else 'no SDXL'} model of {ours[0]} channels, not "
+                f"{channels[0]}. See imprompt models."
+            )
+        return
+    width, theirs = (control.config.get(name) for name in ("cross_attention_dim", "block_out_channels"))
+    if width != unet["cross_attention_dim"] or list(theirs or ()) != ours:
+        other = "" if width != unet["cross_attention_dim"] else " with other channels"
+        raise ModelError(
+            f"{said} for {_family(width)} bases{other}; base '{base.name}' is of the family "
+            f"{_family(unet['cross_attention_dim'])}. See imprompt models."
+        )
+
+
+def load_net(control: Control, dtype: Any) -> Any:
+    """The control's model on the CPU, from safetensors only. Raises :class:`ModelError`."""
+    import diffusers
+
+    from imprompt.generation.models import _hush
+
+    name = next(name for name, net in _CLASSES.items() if net == control.net)
+    options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True}
+    if control.row is not None:
+        options["revision"] = control.row.revision
+        if control.row.half and str(dtype) == "torch.float16":
+            options["variant"] = "fp16"
+    _hush()
+    try:
+        return getattr(diffusers, name).from_pretrained(control.source, **options).eval()
+    except Exception as error:  # loaders raise nearly anything on damaged or absent files
+        raise ModelError(_why_not(control.name, control.source, control.row, error)) from error
+
+
+def controlled(pipe: Any, task: Task, controls: Sequence[Control], nets: Mapping[str, Any]) -> Any:
+    """diffusers' pipeline of ``task`` around the parts of ``pipe`` and the controls' ``nets`` (by source)."""
+    import inspect
+
+    import diffusers
+
+    first = controls[0]
+    xl = "StableDiffusionXL" in type(pipe).__name__
+    kind = getattr(diffusers, _PIPELINES[first.net, xl][task])
+    taken = inspect.signature(kind.__init__).parameters
+    parts = {name: part for name, part in pipe.components.items() if name in taken}
+    switches = {"safety_checker": None, "requires_safety_checker": False, "add_watermarker": False}
+    parts |= {name: value for name, value in switches.items() if name in taken}
+    made = [nets[control.source] for control in controls]
+    one = len(made) == 1 or first.net == "union"
+    result = kind(**parts, **{"adapter" if first.net == "t2i" else "controlnet": made[0] if one else made})
+    for name in {"image_encoder", "feature_extractor"} & (pipe.components.keys() - taken.keys()):
+        setattr(result, name, getattr(pipe, name))  # no part of T2I-Adapter pipelines, but image prompts look
+    result.set_progress_bar_config(disable=True)
+    return result
+
+
+def control_call(
+    controls: Sequence[Control], maps: Sequence[Image.Image], request: Request
+) -> dict[str, Any]:
+    """The pipeline's arguments that say the controls; ``maps`` are of the output's size, one each."""
+    first = controls[0]
+    starts, ends = zip(*windows(controls, request), strict=True)
+    several = len(controls) > 1 or first.net == "union"
+
+    def each(values: Sequence[Any]) -> Any:
+        return list(values) if several else values[0]
+
+    scales = each([control.ref.scale for control in controls])
+    if first.net == "t2i":
+        call = {"image": each(maps), "adapter_conditioning_scale": scales}
+        if "_xl" in str(first.config.get("adapter_type")):
+            call["adapter_conditioning_factor"] = ends[0]
+        return call
+    image = "image" if request.task == "generate" and first.net == "controlnet" else "control_image"
+    call = {
+        image: each(maps),
+        "controlnet_conditioning_scale": scales,
+        "control_guidance_start": each(starts),
+        "control_guidance_end": each(ends),
+    }
+    if first.net == "union":
+        call["control_mode"] = [control.mode for control in controls]
+    return call
+
+
+def windows(controls: Sequence[Control], request: Request) -> list[tuple[float, float]]:
+    """Each control's start and end as fractions of the steps that are really drawn.
+
+    A request counts from pure noise, as for image prompts; with ``strength`` s drawing begins at 1 - s of the
+    schedule. Raises :class:`UsageError` for a window that ends before drawing begins.
+    """
+    strength = 1.0 if request.strength is None else request.strength
+    found = []
+    for control in controls:
+        ref = control.ref
+        start, end = ((at - (1 - strength)) / strength for at in (ref.start, ref.end))
+        if end <= 1e-6:
+            raise UsageError(
+                f"control '{ref.path}': end {ref.end:g} lies before drawing begins, which with strength "
+                f"{strength:g} is at {1 - strength:g} of the schedule; it would have no effect."
+            )
+        found.append((max(0.0, start), 1.0 if ref.end == 1 else end))
+    return found
+
+
+# ---- private
+
+
+def _default(ref: ControlRef, base: Base) -> str:
+    if ref.kind == "none":
+        raise UsageError(
+            f"control '{ref.path}': a finished map needs the model that it is for; say model=NAME (imprompt "
+            "models lists them)."
+        )
+    kinds = DEFAULT_CONTROLS[base.family] if base.family else {}
+    if ref.kind not in kinds:
+        there = f"known for it: {', '.join(kinds)}" if kinds else "none is known for it"
+        raise UsageError(
+            f"control '{ref.path}': base '{base.name}' has no default model for {ref.kind} ({there}); name "
+            "one that was made for it by model=NAME."
+        )
+    return kinds[ref.kind]
+
+
+def _find(ref: ControlRef, base: Base) -> Control:
+    assert ref.model is not None  # named_controls() gave one
+    name, _, kind = ref.model.partition(":")
+    if kind and ref.kind != "none":
+        raise UsageError(
+            f"control '{ref.path}': model '{ref.model}' says {kind} of a map; that is for none:{ref.path}."
+        )
+    row = _row(name)
+    if row is not None and base.family is not None and row.family != base.family:
+        raise ModelError(
+            f"control '{name}' is for {row.family} bases; base '{base.name}' is of the family {base.family}. "
+            "See imprompt models."
+        )
+    source = _source(name, row)
+    config = _config_of(name, source, row)
+    net = _CLASSES.get(str(config.get("_class_name")))
+    if net is None:
+        raise ModelError(
+            f"control '{name}' is a {config.get('_class_name', 'model without a class name')}; ControlNets, "
+            "ControlNet-Unions and T2I-Adapters of diffusers are followed."
+        )
+    modes = row.modes if row is not None else UNION_MODES if net == "union" else {}
+    kind = kind or ref.kind
+    if kind == "none" and net == "union":
+        raise UsageError(
+            f"control '{ref.path}': '{name}' is a ControlNet-Union and must be told what the map is: "
+            f"model={name}:{next(iter(modes))}, or another of {', '.join(modes)}."
+        )
+    if kind != "none" and modes and kind not in modes:
+        raise UsageError(f"control '{ref.path}': '{name}' takes {', '.join(modes)}, not {kind}.")
+    return Control(ref, net, source, config, modes.get(kind), row)
+
+
+def _source(name: str, row: ControlRow | None) -> str:
+    if row is not None:
+        return str(EMOJI / "controlnet-canny") if row.repo == BUNDLED else row.repo
+    path = Path(name).expanduser()
+    return str(path) if path.exists() else name
+
+
+def _row(name: str) -> ControlRow | None:
+    if name in CONTROLS:
+        return CONTROLS[name]
+    if name.count("/") == 0 and not Path(name).expanduser().exists():
+        named(CONTROLS, name, "control", "a folder or a hub id (owner/name)")
+    return None
+
+
+def _config_of(name: str, source: str, row: ControlRow | None) -> Mapping[str, Any]:
+    """``config.json`` of a folder or repository. Raises :class:`ModelError`."""
+    try:
+        if Path(source).is_dir() or (row is not None and row.repo == BUNDLED):
+            place = Path(source) / "config.json"
+        elif Path(source).is_file():
+            raise ModelError(
+                f"control '{name}' is a file; a folder of diffusers' layout or a hub id is expected."
+            )
+        else:
+            from huggingface_hub import hf_hub_download
+
+            place = Path(
+                hf_hub_download(source, "config.json", revision=row.revision if row is not None else None)
+            )
+        read = json.loads(place.read_text(encoding="utf-8"))
+    except ModelError:
+        raise
+    except Exception as error:  # the hub's client raises nearly anything
+        raise ModelError(_why_not(name, source, row, error)) from error
+    return read if isinstance(read, dict) else {}
+
+
+def _check_task(controls: Sequence[Control], request: Request) -> None:
+    """Refuse what diffusers' T2I-Adapters cannot: other tasks, a start, an end where there is no switch."""
+    if controls[0].net != "t2i":
+        return
+    if request.task != "generate":
+        raise UsageError(
+            f"control '{controls[0].name}' is a T2I-Adapter, which diffusers takes for generate only, not "
+            f"for {request.task}; use a ControlNet."
+        )
+    xl = "_xl" in str(controls[0].config.get("adapter_type"))
+    ends = {control.ref.end for control in controls}
+    if any(control.ref.start > 0 for control in controls) or (not xl and ends != {1.0}) or len(ends) > 1:
+        raise UsageError(
+            f"control '{controls[0].name}' is a T2I-Adapter, which acts from the first step"
+            + (" to one end for all" if xl else " to the last")
+            + "; start and end need a ControlNet."
+        )
+
+
+def _family(width: object) -> str:
+    return f"{_WIDTHS.get(width, 'another kind')} (cross-attention width {width})"  # type: ignore[call-overload]
+
+
+def _why_not(name: str, source: str, row: ControlRow | None, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if row is not None and row.repo == BUNDLED:
+        return f"the bundled control '{name}' is missing or damaged ({reason}); install imprompt again."
+    if Path(source).exists():
+        return f"control '{name}' cannot be loaded: {reason}"
+    what = f"{source}: {row.megabytes} MB, licence {row.licence}" if row is not None else "a hub repository"
+    return (
+        f"control '{name}' ({what}) cannot be had from the hub or its cache: {reason} Look at the network "
+        "and HF_HUB_OFFLINE, or give a local folder."
+    )
