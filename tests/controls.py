@@ -20,8 +20,8 @@ def tiny_controlnet(family: str = "sd", seed: int = 11) -> ControlNetModel:
 def tiny_union(seed: int = 13) -> ControlNetUnionModel:
     """A ControlNet-Union for :func:`tiny.tiny_sdxl`'s UNet, of six kinds."""
     shared = (
-        "block_out_channels", "layers_per_block", "norm_num_groups", "cross_attention_dim", "attention_head_dim",
-        "transformer_layers_per_block", "use_linear_projection", "addition_embed_type",
+        "block_out_channels", "layers_per_block", "norm_num_groups", "cross_attention_dim",
+        "attention_head_dim", "transformer_layers_per_block", "use_linear_projection", "addition_embed_type",
         "addition_time_embed_dim", "projection_class_embeddings_input_dim", "down_block_types",
     )  # fmt: skip
     unet = tiny_unet("sdxl")

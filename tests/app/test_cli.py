@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import tiny
+from controls import saved, tiny_controlnet
 from imprompt.adapter.adapter import IPAdapter
 from imprompt.app import cli
 from imprompt.generation.output import read_request
@@ -221,3 +222,25 @@ def test_the_installed_program_answers_and_leaves_with_its_code(say):
     ended = subprocess.run([program, "generate"], capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.startswith("imprompt: error: prompt: give a text")
+
+
+def test_a_control_is_followed_saved_and_repeated(say, place):
+    net = saved(tiny_controlnet(), place / "net")
+    words = ("generate", "a", "--base", "BASE", "--seed", "1", "-o", "out.png")
+    code, out, err = say(*words, "--control", f"canny:ref.png,scale=0.8,model={net}", "--save-control")
+    assert (code, out) == (0, "out.png\nout-control-1-canny.png\n"), err
+    assert read_request("out.png").controls[0].scale == 0.8
+    assert say("generate", "--from", "out.png", "-o", "again.png")[0] == 0
+    assert np.array_equal(pixels("out.png"), pixels("again.png"))
+    code, _, err = say(*words, "--save-control")
+    assert (code, "no control to save" in err) == (2, True)
+    code, _, err = say(*words, "--control", "canny=ref.png")
+    assert (code, "KIND:PATH is expected" in err) == (2, True)
+
+
+def test_models_lists_controls_with_kinds_and_licences(say):
+    out = say("models")[1]
+    assert re.search(r"sd15-depth +sd15 +depth; 723 MB; OpenRAIL; lllyasviel/control_v11f1p_sd15_depth", out)
+    only = json.loads(say("models", "sdxl-union", "--json")[1])
+    assert (only["bases"], only["adapters"], list(only["controls"])) == ({}, {}, ["sdxl-union"])
+    assert only["controls"]["sdxl-union"]["modes"]["depth"] == 1

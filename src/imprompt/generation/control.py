@@ -267,6 +267,8 @@ def _find(ref: ControlRef, base: Base) -> Control:
             f"control '{name}' is for {row.family} bases; base '{base.name}' is of the family {base.family}. "
             "See imprompt models."
         )
+    if row is not None:
+        _check_kind(ref, kind or ref.kind, name, row.modes)
     source = _source(name, row)
     config = _config_of(name, source, row)
     net = _CLASSES.get(str(config.get("_class_name")))
@@ -276,15 +278,19 @@ def _find(ref: ControlRef, base: Base) -> Control:
             "ControlNet-Unions and T2I-Adapters of diffusers are followed."
         )
     modes = row.modes if row is not None else UNION_MODES if net == "union" else {}
-    kind = kind or ref.kind
-    if kind == "none" and net == "union":
+    _check_kind(ref, kind or ref.kind, name, modes)
+    return Control(ref, net, source, config, modes.get(kind or ref.kind), row)
+
+
+def _check_kind(ref: ControlRef, kind: str, name: str, modes: Mapping[str, int | None]) -> None:
+    """``modes``: what the model takes, where that is known; with numbers, those of a union."""
+    if kind == "none" and any(mode is not None for mode in modes.values()):
         raise UsageError(
             f"control '{ref.path}': '{name}' is a ControlNet-Union and must be told what the map is: "
             f"model={name}:{next(iter(modes))}, or another of {', '.join(modes)}."
         )
     if kind != "none" and modes and kind not in modes:
         raise UsageError(f"control '{ref.path}': '{name}' takes {', '.join(modes)}, not {kind}.")
-    return Control(ref, net, source, config, modes.get(kind), row)
 
 
 def _source(name: str, row: ControlRow | None) -> str:
