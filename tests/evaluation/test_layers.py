@@ -7,9 +7,10 @@ import pytest
 
 import tiny
 from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.weighting import Roles
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.evaluation.judge import Judge, JudgeNetwork
-from imprompt.evaluation.layers import MEASURES, Bench, _share, ablate, chart, roles_from
+from imprompt.evaluation.layers import MEASURES, Bench, _share, ablate, as_code, chart, roles_from
 from imprompt.evaluation.report import EvalSet, Shown
 
 
@@ -34,7 +35,8 @@ def test_every_block_is_measured_alone_and_left_out(bench: Bench) -> None:
     assert [row["t"] for row in found["blocks"]] == [0, 1, 2, 3]
     assert len(lines) == 5
     for row in found["blocks"]:
-        assert set(row["share"]) == set(MEASURES)
+        assert set(row["share"]) == {"style", "leak", "layout"}
+        assert set(MEASURES) < set(row["only"])
         assert all(math.isfinite(value) for value in row["share"].values())
     assert found["none"] != found["all"]
     assert json.dumps(found)
@@ -71,4 +73,8 @@ def test_roles_follow_from_shares() -> None:
         "style": [1, 2],
         "instant_style": [1],
         "layout": [0, 3],
+        "precise": {3: 0.1},
     }
+    code = as_code(roles_from(rows))
+    made = eval(code, {"Roles": Roles, "frozenset": frozenset})
+    assert (made.count, made.composition, made.style) == (4, {0: 1.0}, {1, 2})

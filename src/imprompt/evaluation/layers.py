@@ -39,6 +39,10 @@ from imprompt.evaluation.report import EMOJI, EvalSet, Shown, read_eval_set
 PROFILES = ("linear", "style", "style-transfer", "composition", "weak-input")
 SCALES = (0.4, 0.7, 1.0)
 MEASURES = ("style", "concept", "leak", "layout")
+"""Shares of the drawings: the reference's style, the text's concept among the judge's first five, the
+reference's concept among them; and the mean correlation of the layout."""
+_FINE = {"style": "style_p", "leak": "leak_p", "layout": "layout"}
+"""What a block's share is computed from: probabilities, which few pictures tell apart better than hits."""
 
 
 @dataclass(frozen=True)
@@ -72,21 +76,26 @@ class Bench:
         return cls(pipe, adapter, judge, pairs, **settings)
 
     def measure(self, profile: str | Sequence[float], scale: float) -> dict[str, float]:
-        """Means over the pairs of :data:`MEASURES`, drawn with this profile and scale; the same seeds for
-        every setting."""
+        """Means over the pairs of :data:`MEASURES`, and of the judge's probabilities ``style_p`` and
+        ``leak_p``, drawn with this profile and scale; the same seeds for every setting."""
         images = self.draw(profile, scale)
         references = [reference for reference, _ in self.pairs]
         real = [reference.image for reference in references if reference.image is not None]
         scores = self.judge.concept_scores(images)
-        styles = self.judge.style(images)
-        style = torch.tensor([float(a == b.style) for a, b in zip(styles, references, strict=True)])
+        wanted_styles = torch.tensor([self.judge.styles.index(one.style) for one in references])
+        of_styles = self.judge.style_scores(images)
+        style = of_styles.argmax(1) == wanted_styles
+        chance = of_styles.softmax(1).gather(1, wanted_styles[:, None])
+        kinds = torch.tensor([self.judge.concepts.index(one.concept) for one in references])
+        leaked = scores.softmax(1).gather(1, kinds[:, None])
         concept, leak = (
             topk_hits(scores, torch.tensor([self.judge.concepts.index(one.concept) for one in wanted]), 5)
             for wanted in ([prompt for _, prompt in self.pairs], references)
         )
         layout = cosine(_grey(images), _grey(real))
-        values = (style, concept.double(), leak.double(), layout)
-        return {name: float(v.mean()) for name, v in zip(MEASURES, values, strict=True)}
+        values = (style, concept, leak, layout, chance, leaked)
+        names = (*MEASURES, "style_p", "leak_p")
+        return {name: float(v.double().mean()) for name, v in zip(names, values, strict=True)}
 
     def draw(self, profile: str | Sequence[float], scale: float) -> list[Image.Image]:
         """One picture a pair."""
@@ -164,7 +173,10 @@ def ablate(bench: Bench, say: Callable[[str], None] = print) -> dict[str, Any]:
     for t, name in blocks:
         only = bench.measure([float(i == t) for i in range(count)], 1.0)
         without = bench.measure([float(i != t) for i in range(count)], 1.0)
-        shares = {key: _share(nothing[key], everything[key], only[key], without[key]) for key in MEASURES}
+        shares = {
+            name: _share(nothing[key], everything[key], only[key], without[key])
+            for name, key in _FINE.items()
+        }
         say(f"{t} {name:<26} only {_row(only)}; without {_row(without)}")
         rows.append({"t": t, "block": name, "only": only, "without": without, "share": shares})
     return {"none": nothing, "all": everything, "blocks": rows}
@@ -189,7 +201,15 @@ def roles_from(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "style": style,
         "instant_style": [best],
         "layout": rest or [worst],
+        "precise": {t: 0.1 for t in lead if t not in style and t != worst},
     }
+
+
+def as_code(roles: Mapping[str, Any]) -> str:
+    """The roles as the row that goes into ``adapter.weighting``."""
+    sets = {name: f"frozenset({set(roles[name])})" for name in ("style", "instant_style", "layout")}
+    rest = {name: repr(roles[name]) for name in ("count", "composition", "precise")}
+    return f"Roles({', '.join(f'{name}={value}' for name, value in {**rest, **sets}.items())})"
 
 
 def tabulate(bench: Bench, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
@@ -288,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out / "masks.png"
     )
     print(f"masks: {json.dumps(found['masks'])}")
-    print(f"roles: {json.dumps(found['roles'])}")
+    print(f"row for adapter.weighting: {as_code(found['roles'])}")
     return 0
 
 
