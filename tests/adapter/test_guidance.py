@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    StableDiffusionAdapterPipeline,
+    StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionXLImg2ImgPipeline,
@@ -12,6 +14,7 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
+from controls import tiny_controlnet, tiny_t2i
 from imprompt.adapter.adapter import IPAdapter
 from imprompt.adapter.prompt import ImagePrompt
 from imprompt.encoders.clip import ImageEncoder
@@ -36,6 +39,14 @@ PIPELINES = {
     "inpaint with nine channels": (
         lambda: StableDiffusionInpaintPipeline.from_pipe(tiny_sd(9)),
         {"image": picture(5), "mask_image": MASK, "width": 32, "height": 32},
+    ),
+    "controlnet": (
+        lambda: StableDiffusionControlNetPipeline.from_pipe(tiny_sd(), controlnet=tiny_controlnet()),
+        {"image": picture(5), "controlnet_conditioning_scale": 0.8},
+    ),
+    "t2i-adapter": (
+        lambda: StableDiffusionAdapterPipeline.from_pipe(tiny_sd(), adapter=tiny_t2i()),
+        {"image": picture(5), "adapter_conditioning_scale": 0.8},
     ),
     "sdxl": (tiny_sdxl, {}),
     "sdxl edit": (
