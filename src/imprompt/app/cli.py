@@ -20,7 +20,7 @@ from imprompt.errors import ImpromptError, InputError, ModelError, UsageError
 
 if TYPE_CHECKING:
     from imprompt.generation.engine import Result
-    from imprompt.generation.request import Request
+    from imprompt.generation.request import ControlRef, ImageRef, Request
 
 INTERRUPTED = 130
 _HURRIED = ("generate", "edit", "inpaint")
@@ -142,7 +142,10 @@ def _overview() -> str:
 
 
 def _drawing_flags(parser: argparse.ArgumentParser) -> None:
-    from imprompt.generation.request import Request
+    from imprompt.generation.request import ControlRef, ImageRef, Request
+
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps the epilog's lines
+    parser.epilog = "\n\n".join([_options_of("--image", ImageRef), _options_of("--control", ControlRef)])
 
     def field(flag: str, **options: object) -> None:
         name = flag.lstrip("-").replace("-", "_")
@@ -154,15 +157,14 @@ def _drawing_flags(parser: argparse.ArgumentParser) -> None:
         dest="images",
         action="append",
         metavar="PATH[,scale=…,mask=…,…]",
-        help="a picture that prompts the model; may be given several times. Options: " + _image_options(),
+        help="a picture that prompts the model; may be given several times (options below)",
     )
     parser.add_argument(
         "--control",
         dest="controls",
         action="append",
         metavar="KIND:PATH[,scale=…,…]",
-        help="a picture whose structure is followed; may be given several times. Options: "
-        + _control_options(),
+        help="a picture whose structure is followed; may be given several times (options below)",
     )
     parser.add_argument(
         "--save-control", action="store_true", help="also write the map that each control followed"
@@ -204,18 +206,21 @@ def _drawing_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
 
 
-def _image_options() -> str:
-    from imprompt.generation.request import ImageRef
+def _options_of(flag: str, record: type["ImageRef | ControlRef"]) -> str:
+    """The options that one repeatable flag takes, a paragraph each, as ``--help`` ends with."""
+    import textwrap
 
-    said = [f"{name}: {field.description}" for name, field in ImageRef.model_fields.items() if name != "path"]
-    return "; ".join(said).replace("%", "%%")
-
-
-def _control_options() -> str:
-    from imprompt.generation.request import ControlRef
-
-    said = [f"{name}: {field.description}" for name, field in ControlRef.model_fields.items()]
-    return "; ".join(said).replace("%", "%%")
+    lines = [f"options of {flag}:"]
+    for name, field in record.model_fields.items():
+        if name != "path":
+            lines += textwrap.wrap(
+                f"{name:<10}{field.description}",
+                98,
+                initial_indent="  ",
+                subsequent_indent=" " * 12,
+                break_on_hyphens=False,
+            )
+    return "\n".join(lines)
 
 
 def _generate_flags(parser: argparse.ArgumentParser) -> None:
