@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from imprompt.generation.request import ControlRef, ImageRef, Request
 
 INTERRUPTED = 130
-_HURRIED = ("generate", "edit", "inpaint")
+_HURRIED = ("generate", "edit", "inpaint", "animate")
 """Commands of which a second is saved by leaving at once: see :func:`_leave`."""
 _YOUNG_OBJECTS = 100_000
 
@@ -197,7 +197,11 @@ def _drawing_flags(parser: argparse.ArgumentParser) -> None:
         help="repeat that picture's request, or that of a .json; other flags change it",
     )
     parser.add_argument(
-        "-o", "--output", metavar="PATH", help=".png, .jpg or .webp, or a folder; default: a free name here"
+        "-o",
+        "--output",
+        metavar="PATH",
+        help=".png, .jpg or .webp, or a folder; animate: .gif, .webp, .mp4 (needs ffmpeg), or a new folder "
+        "of frames; default: a free name here",
     )
     parser.add_argument(
         "--explain", action="store_true", help="also draw where, in which layers and when each image acted"
@@ -242,6 +246,19 @@ def _inpaint_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mask", metavar="PATH", help="white is drawn anew, black is kept")
 
 
+def _animate_flags(parser: argparse.ArgumentParser) -> None:
+    from imprompt.generation.request import Request
+
+    parser.add_argument("prompt", nargs="?", help="what to draw; may be left out with --image or --video")
+    for name in ("frames", "fps", "motion", "video", "strength", "context", "shared_noise"):
+        about = (Request.model_fields[name].description or "").replace("%", "%%").removeprefix("animate: ")
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(
+            flag, dest=name, default=None, metavar="PATH" if name == "video" else "X", help=about
+        )
+    _drawing_flags(parser)
+
+
 def _drawing(task: str) -> Callable[[argparse.Namespace], None]:
     return lambda flags: _draw(task, flags)
 
@@ -256,7 +273,7 @@ def _draw(task: str, flags: argparse.Namespace) -> None:
         _sweep(task, flags, request)
         return
     target = _target(flags.output, task, request)
-    output.check_target(target)
+    output.check_target(target, request.task)
 
     from imprompt.generation.engine import Engine
 
@@ -369,7 +386,7 @@ def _request(task: str, flags: argparse.Namespace) -> "Request":
             f"'{flags.again}' was made with 'imprompt {before.task}': repeat it with 'imprompt {before.task} "
             f"--from {flags.again}'."
         )
-    if stated.keys() & {"images", "controls", "image", "mask"}:
+    if stated.keys() & {"images", "controls", "image", "mask", "video"}:
         stated["hashes"] = {}
     return before.replace(**stated)
 
@@ -377,10 +394,11 @@ def _request(task: str, flags: argparse.Namespace) -> "Request":
 def _target(given: str | None, task: str, request: "Request") -> Path:
     from imprompt.generation.output import free_name
 
+    suffix = ".gif" if task == "animate" else ".png"
     if given is None:
-        return free_name(Path(), task, request.count)
+        return free_name(Path(), task, request.count, suffix)
     if given.endswith(("/", "\\")) or Path(given).is_dir():
-        return free_name(Path(given), task, request.count)
+        return free_name(Path(given), task, request.count, suffix)
     return Path(given)
 
 
@@ -434,7 +452,15 @@ def _models_flags(parser: argparse.ArgumentParser) -> None:
 def _models(flags: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from imprompt.generation.catalogue import ADAPTERS, BASES, CONTROLS, DEFAULT_ADAPTERS, named
+    from imprompt.generation.catalogue import (
+        ADAPTERS,
+        BASES,
+        CONTROLS,
+        DEFAULT_ADAPTERS,
+        DEFAULT_MOTIONS,
+        MOTIONS,
+        named,
+    )
 
     if flags.vocabulary:
         if flags.name not in (None, "emoji"):
@@ -443,9 +469,9 @@ def _models(flags: argparse.Namespace) -> None:
             )
         _vocabulary(as_json=flags.json)
         return
-    bases, adapters, controls = dict(BASES), dict(ADAPTERS), dict(CONTROLS)
+    bases, adapters, motions, controls = dict(BASES), dict(ADAPTERS), dict(MOTIONS), dict(CONTROLS)
     if flags.name is not None:
-        named({**BASES, **ADAPTERS, **CONTROLS}, flags.name, "model", "no name for the whole list")
+        named({**BASES, **ADAPTERS, **MOTIONS, **CONTROLS}, flags.name, "model", "no name for the whole list")
         controls = {
             name: net
             for name, net in CONTROLS.items()
@@ -457,11 +483,17 @@ def _models(flags: argparse.Namespace) -> None:
             for name, row in ADAPTERS.items()
             if name == flags.name or (flags.name in BASES and row.family == BASES[flags.name].family)
         }
+        motions = {
+            name: motion
+            for name, motion in MOTIONS.items()
+            if name == flags.name or (flags.name in BASES and motion.family == BASES[flags.name].family)
+        }
     if flags.json:
         tables = {
             "bases": {name: asdict(base) for name, base in bases.items()},
             "adapters": {name: asdict(row) for name, row in adapters.items()},
             "controls": {name: asdict(net) for name, net in controls.items()},
+            "motions": {name: asdict(motion) for name, motion in motions.items()},
         }
         print(json.dumps(tables))
         return
@@ -479,6 +511,12 @@ def _models(flags: argparse.Namespace) -> None:
     for name, net in controls.items():
         kinds = ", ".join(net.modes) + (f" ({net.note})" if net.note else "")
         print(f"  {name:<17} {net.family:<6} {kinds}; {net.megabytes} MB; {net.licence}; {net.repo}")
+    if motions:
+        print("motion adapters (--motion; * is the default of its base)")
+    for name, motion in motions.items():
+        star = "*" if DEFAULT_MOTIONS[motion.family] == name else " "
+        about = f"{motion.note}; {motion.megabytes} MB; {motion.licence}; {motion.repo}"
+        print(f"{star} {name:<15} {motion.family:<6} {about}")
 
 
 def _vocabulary(*, as_json: bool) -> None:
@@ -646,8 +684,11 @@ VERBS: dict[str, Verb] = {
     "edit": Verb("draw on from a picture (image to image)", _edit_flags, _drawing("edit")),
     "inpaint": Verb("draw a masked part of a picture anew", _inpaint_flags, _drawing("inpaint")),
     "tune": Verb("find the settings that give most of a text and a picture", _tune_flags, _tune),
+    "animate": Verb(
+        "draw a moving picture from text, pictures, or a video", _animate_flags, _drawing("animate")
+    ),
     "info": Verb("show the request inside a picture", _info_flags, _info),
-    "models": Verb("list bases and adapters that have a name", _models_flags, _models),
+    "models": Verb("list bases, adapters and motion adapters that have a name", _models_flags, _models),
     "inspect": Verb("say what an adapter file is and whether it is sound", _inspect_flags, _inspect),
     "convert": Verb("turn a pickled adapter into safetensors", _convert_flags, _convert),
     "embed": Verb("save pictures' features, to be shown without an encoder", _embed_flags, _embed),

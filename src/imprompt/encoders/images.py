@@ -29,6 +29,7 @@ MAX_FRAMES = 512
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of pictures in a folder of frames
 # Formats of still pictures, without the ones that run an interpreter (EPS, WMF) or guess from nothing (TGA).
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "QOI")
+_MOVING = ("GIF", "WEBP", "PNG", "AVIF")  # of those, the ones that can be animated
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -98,9 +99,16 @@ def load_frames(
 
 
 def frame_count(source: Source) -> int:
-    """How many frames a picture has, 1 for a still. Raises :class:`InputError` as :func:`load_image`."""
-    with _opened(source, MAX_PIXELS) as (image, _):
-        return int(getattr(image, "n_frames", 1))
+    """How many frames a picture has, 1 for a still and for what :func:`load_image` would refuse."""
+    if isinstance(source, Image.Image):
+        return int(getattr(source, "n_frames", 1))
+    try:
+        with Image.open(
+            io.BytesIO(source) if isinstance(source, bytes) else source, formats=_MOVING
+        ) as image:
+            return int(getattr(image, "n_frames", 1))
+    except Exception:  # not of these formats, or damaged: said where it is decoded
+        return 1
 
 
 def content_hash(image: Image.Image) -> str:

@@ -210,6 +210,44 @@ DEFAULT_CONTROLS: dict[Family, dict[str, str]] = {
 }
 """Without ``model=``: family → kind → alias."""
 
+
+@dataclass(frozen=True)
+class MotionRow:
+    """A published motion adapter: the temporal layers that AnimateDiff puts between a UNet's own."""
+
+    repo: str
+    family: Family
+    licence: str
+    megabytes: int
+    """Of the file that is read, fp16 where there is one."""
+    note: str
+    scheduler: str | None = None
+    """What it is drawn with when a request leaves it open; ``None``: the base's."""
+    half: bool = False
+
+
+_UNSTATED = "not stated (AnimateDiff's own weights: Apache-2.0)"
+MOTIONS: dict[str, MotionRow] = {
+    "emoji-motion": MotionRow(BUNDLED, "emoji", "Apache-2.0", 7, "loops of 16 frames"),
+    "animatediff": MotionRow(
+        "guoyww/animatediff-motion-adapter-v1-5-2", "sd15", _UNSTATED, 910, "AnimateDiff v2, 16 to 32 frames",
+        "ddim-linear", half=True,
+    ),
+    "animatediff-v3": MotionRow(
+        "guoyww/animatediff-motion-adapter-v1-5-3", "sd15", _UNSTATED, 837, "AnimateDiff v3, 16 frames",
+        "ddim-linear", half=True,
+    ),
+    "animatediff-sdxl": MotionRow(
+        "guoyww/animatediff-motion-adapter-sdxl-beta", "sdxl", _UNSTATED, 950, "AnimateDiff for SDXL, a beta",
+        "ddim-linear",
+    ),
+}  # fmt: skip
+
+DEFAULT_MOTIONS: dict[Family, str] = {
+    "emoji": "emoji-motion", "sd15": "animatediff", "sdxl": "animatediff-sdxl",
+}  # fmt: skip
+"""Without ``--motion``."""
+
 _Row = TypeVar("_Row")
 
 

@@ -29,8 +29,9 @@ from imprompt.adapter.attribution import Attribution
 from imprompt.adapter.prompt import EncodedPictures, ImagePrompt
 from imprompt.encoders.features import is_saved, joined
 from imprompt.encoders.framing import encode, noisy
-from imprompt.encoders.images import content_hash, load_image, load_mask
+from imprompt.encoders.images import content_hash, frame_count, load_image, load_mask
 from imprompt.errors import InputError, ModelError, UsageError
+from imprompt.generation import video
 from imprompt.generation.annotate import annotate
 from imprompt.generation.control import (
     Control,
@@ -86,6 +87,13 @@ class _Shown:
     start: Image.Image | None = None
     region: Image.Image | None = None
     """Where to inpaint; white is drawn anew."""
+    films: dict[str, list[Image.Image]] = field(default_factory=dict)
+    """What has frames: pictures and masks per frame."""
+    film: list[Image.Image] | None = None
+    """The video to start from, and its frames a second."""
+    fps: float | None = None
+    still: list[str] = field(default_factory=list)
+    """Animated pictures of which the first frame was taken."""
 
 
 class Engine:
@@ -102,6 +110,8 @@ class Engine:
         self._loaded: tuple[str, str, str, str] | None = None
         self._adapters: dict[str, IPAdapter] = {}
         self._features: OrderedDict[tuple[str, ...], EncodedPictures] = OrderedDict()
+        self._moving: tuple[str, Any] | None = None
+        """The last motion adapter's name and its pipeline."""
 
     def run(
         self,
@@ -132,6 +142,7 @@ class Engine:
     def release(self) -> None:
         """Forget the base, the adapter and all features."""
         self._pipes, self._nets, self._loaded, self._adapters = {}, {}, None, {}
+        self._moving = None
         self._features.clear()
 
     # ---- private
@@ -140,11 +151,17 @@ class Engine:
         clock = [time.perf_counter()]
         if explain and not request.images:
             raise UsageError("explain: there is no image prompt to explain; give one in `images`.")
+        if explain and request.task == "animate":
+            raise UsageError("explain: it is for stills; draw one with generate.")
         base = find_base(request.base)
         request = complete(request, base)
         controls = find_controls(request, base)
         shown, hashes = _read(request, pictures)
         request = request.replace(hashes=hashes)
+        if shown.film is not None:
+            shown.film, fps = video.fitted(shown.film, shown.fps, request)
+            request = request.replace(frames=len(shown.film), fps=fps)
+        video.check_counts(request, shown.films)
         device = _device(request)
         dtype = _dtype(request, device)
         size, notes = _size(request, base, shown)
@@ -157,6 +174,8 @@ class Engine:
         pipe = self._pipe(base, request, device, dtype)
         if controls:
             pipe = self._controlled(pipe, base, controls, request, device, dtype)
+        if request.task == "animate":
+            request = request.replace(context=video.window(pipe, request))
         clock.append(time.perf_counter())
         own = pipe.scheduler
         attributions: list[Attribution] = []
@@ -166,19 +185,24 @@ class Engine:
                 adapter.set_guidance(request.image_guidance)
                 self._show(adapter, request, shown, name)
             provenance = self._provenance(base, adapters, bool(shown.prompts), device, dtype)
+            if request.task == "animate":
+                motion = video.find_motion(request.motion, base)
+                provenance["motion"] = f"{motion.name} {motion.fingerprint}"
             if controls:
                 provenance["controls"] = ", ".join(f"{net.name} {net.fingerprint}" for net in controls)
             clock.append(time.perf_counter())
             call = _call(request, size, shown)
             if controls:
                 call |= control_call(controls, maps, request)
-            images = []
+            images: list[Image.Image] = []
             for index in range(request.count):
                 pipe.scheduler = scheduler_for(pipe, request.scheduler)
                 if explain:
                     with next(iter(adapters.values())).watched() as recorder:
                         images.append(self._draw(pipe, call, request, index))
                     attributions.append(recorder.result())
+                elif request.task == "animate":
+                    images += self._draw_clip(pipe, call, request, shown, index)
                 else:
                     images.append(self._draw(pipe, call, request, index))
         finally:
@@ -213,6 +237,8 @@ class Engine:
 
     def _pipe(self, base: Base, request: Request, device: torch.device, dtype: torch.dtype) -> Any:
         """The pipeline of the request's task on its device; other tasks of the same base share weights."""
+        if request.task == "animate":
+            return self._moving_pipe(base, request, device, dtype)
         if request.task not in self._pipes:
             if self._pipes:
                 pipe = for_task(next(iter(self._pipes.values())), base, request.task)
@@ -240,6 +266,21 @@ class Engine:
             self._pipes[key] = _placed(made, request.offload, device)
         return self._pipes[key]
 
+    def _moving_pipe(self, base: Base, request: Request, device: torch.device, dtype: torch.dtype) -> Any:
+        motion = video.find_motion(request.motion, base)
+        if self._moving is None or self._moving[0] != motion.name:
+            self._moving = None
+            if self._pipes:
+                still = for_task(next(iter(self._pipes.values())), base, "generate")
+            else:
+                still = load(base, "generate", dtype)
+            pipe = _placed(video.moving(still, motion, base, dtype), request.offload, device)
+            self._moving = (motion.name, pipe)
+        pipe = self._moving[1]
+        return (
+            pipe if request.video is None else _placed(video.from_video(pipe, base), request.offload, device)
+        )
+
     def _load_adapters(self, request: Request) -> dict[str, IPAdapter]:
         """The adapters of all images by name, in order of first use."""
         names = dict.fromkeys(_adapter_of(ref, request) for ref in request.images)
@@ -259,7 +300,7 @@ class Engine:
                 ImagePrompt(
                     features=self._encode(adapter, group, shown),
                     combine=first.combine,
-                    weights=[ref.weight for ref in group],
+                    weights=None if first.at == "each" else [ref.weight for ref in group],
                     curve=first.curve,
                     scaling=first.scaling,
                     select=first.select,
@@ -267,7 +308,11 @@ class Engine:
                     profile=first.profile,
                     start=first.start,
                     end=first.end,
-                    mask=None if first.mask is None else shown.masks[first.mask],
+                    mask=None
+                    if first.mask is None
+                    else shown.films.get(first.mask, shown.masks.get(first.mask)),
+                    at=self._places(group, request),
+                    frame_curve=first.frame_curve,
                     feather=first.feather,
                     text=first.text,
                     negative=self._negative(adapter, first, shown),
@@ -275,8 +320,19 @@ class Engine:
             )
         adapter.set_prompt(prompts)
 
+    @staticmethod
+    def _places(group: Sequence[ImageRef], request: Request) -> Sequence[int] | None:
+        """The frames of one prompt's pictures."""
+        if group[0].at == "each":
+            assert request.frames is not None
+            return range(request.frames)
+        at = [ref.at for ref in group if isinstance(ref.at, int)]
+        return at or None
+
     def _encode(self, adapter: IPAdapter, group: Sequence[ImageRef], shown: _Shown) -> EncodedPictures:
         """The features of one prompt's pictures; of those that are saved, without an encoder."""
+        if group[0].at == "each":
+            return self._encode_pictures(adapter, shown.films[group[0].path], group[0])
         parts: list[EncodedPictures] = []
         for decoded, some in groupby(group, key=lambda ref: ref.path in shown.prompts):
             if decoded:
@@ -327,6 +383,17 @@ class Engine:
             pixels = pipe(**call, generator=generator, output_type="np").images[0]
         return _checked(pixels)
 
+    def _draw_clip(
+        self, pipe: Any, call: dict[str, Any], request: Request, shown: _Shown, index: int
+    ) -> list[Image.Image]:
+        assert request.seed is not None
+        assert request.size is not None
+        generator = torch.Generator().manual_seed(randomness(request.seed, index, "noise"))
+        label = "drawing" if request.count == 1 else f"drawing {index + 1} of {request.count}"
+        pipe.set_progress_bar_config(disable=self.quiet, desc=label, leave=False, unit="step")
+        film = None if shown.film is None else [_fitted(frame, request.size) for frame in shown.film]
+        return [_checked(frame) for frame in video.draw(pipe, call, request, film, generator)]
+
     def _provenance(
         self,
         base: Base,
@@ -363,7 +430,9 @@ def complete(request: Request, base: Base) -> Request:
         "scheduler": likes.scheduler if request.scheduler is None else request.scheduler,
         "seed": secrets.randbelow(2**32) if request.seed is None else request.seed,
     }
-    if request.task != "generate" and request.strength is None:
+    if request.task == "animate":
+        changes |= video.completed(request, base)
+    elif request.task != "generate" and request.strength is None:
         changes["strength"] = 0.6 if request.task == "edit" else 1.0
     if request.controls:
         changes["controls"] = named_controls(request.controls, base)
@@ -396,13 +465,16 @@ def _adapter_of(ref: ImageRef, request: Request) -> str:
 def _read(request: Request, pictures: Mapping[str, Image.Image]) -> tuple[_Shown, dict[str, str]]:
     """All pictures decoded, and the hashes of those that are files."""
     shown, hashes = _Shown(), {}
+    moving = {request.video, *(ref.path for ref in request.images if ref.at == "each")}
+    if request.task == "animate":
+        moving |= {ref.mask for ref in request.images}
     for name in request.files:
         if name in pictures:
             continue
         path = Path(name).expanduser()
-        if not path.is_file():
+        if not path.is_file() and not (name in moving and path.is_dir()):
             raise InputError(f"there is no file '{name}'.")
-        hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        hashes[name] = _hash(path)
         if request.hashes.get(name, hashes[name]) != hashes[name]:
             raise InputError(
                 f"'{name}' is not the picture that the request was made with (its sha256 differs); give the "
@@ -415,9 +487,24 @@ def _read(request: Request, pictures: Mapping[str, Image.Image]) -> tuple[_Shown
     refs: tuple[ImageRef, ...] = request.images
     names = [name for ref in refs for name in (ref.path, ref.negative) if name is not None]
     shown.prompts = {
-        name: load_image(source(name)) for name in names if name in pictures or not is_saved(name)
+        name: load_image(source(name))
+        for name in names
+        if name not in moving and (name in pictures or not is_saved(name))
     }
-    shown.masks = {ref.mask: load_mask(source(ref.mask)) for ref in refs if ref.mask is not None}
+    shown.still = [name for name in shown.prompts if frame_count(source(name)) > 1]
+    for name in dict.fromkeys(ref.path for ref in refs if ref.at == "each"):
+        shown.films[name], _ = video.read_film(source(name), name)
+    if request.video is not None:
+        shown.film, shown.fps = video.read_film(source(request.video), request.video)
+    for mask_name in {ref.mask for ref in refs if ref.mask is not None and request.task == "animate"}:
+        if Path(mask_name).is_dir() or frame_count(source(mask_name)) > 1:
+            frames, _ = video.read_film(source(mask_name), mask_name)
+            shown.films[mask_name] = [frame.convert("L") for frame in frames]
+    shown.masks = {
+        ref.mask: load_mask(source(ref.mask))
+        for ref in refs
+        if ref.mask is not None and ref.mask not in shown.films
+    }
     for name, mask in shown.masks.items():
         if mask.getextrema()[1] == 0:
             raise InputError(f"mask '{name}' is black everywhere: the image prompt would act nowhere.")
@@ -429,6 +516,14 @@ def _read(request: Request, pictures: Mapping[str, Image.Image]) -> tuple[_Shown
         shown.region = load_mask(source(request.mask))
         _check_region(shown.region, shown.start, request)
     return shown, hashes
+
+
+def _hash(path: Path) -> str:
+    """sha256 of a file, or of the files of a folder in the order of their names."""
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(inside for inside in path.iterdir() if inside.is_file()):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _check_region(region: Image.Image, start: Image.Image, request: Request) -> None:
@@ -446,7 +541,7 @@ def _check_region(region: Image.Image, start: Image.Image, request: Request) -> 
 def _size(request: Request, base: Base, shown: _Shown) -> tuple[tuple[int, int], list[str]]:
     """Width and height to draw, and what to tell about it."""
     side = base.defaults.size
-    start = shown.start
+    start = shown.start if shown.film is None else shown.film[0]
     if request.size is not None:
         size = request.size
     elif start is None:
@@ -456,7 +551,10 @@ def _size(request: Request, base: Base, shown: _Shown) -> tuple[tuple[int, int],
         size = (_multiple(start.width * stretch), _multiple(start.height * stretch))
     notes = []
     if start is not None and start.size != size:
-        notes.append(f"'{request.image}' is {start.width}×{start.height}, drawn at {size[0]}×{size[1]}")
+        notes.append(
+            f"'{request.image or request.video}' is {start.width}×{start.height}, "
+            f"drawn at {size[0]}×{size[1]}"
+        )
     for name, image in shown.controls.items():
         if abs(image.width * size[1] / (image.height * size[0]) - 1) > _ASPECT:
             notes.append(
@@ -470,7 +568,7 @@ def _size(request: Request, base: Base, shown: _Shown) -> tuple[tuple[int, int],
 
 def _cropped(request: Request, shown: _Shown) -> list[str]:
     """What to tell about pictures of which the encoder's centre crop leaves out much."""
-    notes = []
+    notes = [f"'{name}' is animated; its first frame is shown" for name in shown.still]
     for ref in {ref.path: ref for ref in request.images if ref.framing == "crop"}.values():
         if ref.path in shown.prompts:
             short, long = sorted(shown.prompts[ref.path].size)

@@ -1,4 +1,4 @@
-"""Pictures on disk with the request inside, and the request back from a picture, without torch.
+"""Pictures and clips on disk with the request inside, and the request back from them, without torch.
 
 A file is written whole or not at all. PNG carries our record as the text chunk ``imprompt`` (JSON) and the
 line format of other tools as ``parameters``; JPEG and WebP carry both in EXIF. The record in picture ``i`` of
@@ -7,6 +7,7 @@ several is the request that draws just that one.
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Protocol
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from imprompt.encoders.video import find_ffmpeg
 from imprompt.errors import InputError, UsageError
-from imprompt.generation.request import Request
+from imprompt.generation.clips import SUFFIXES, check_pace, read_text, write_clip
+from imprompt.generation.request import Request, Task
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 """File name suffix → format that can be written."""
@@ -80,6 +83,8 @@ def save(result: Drawn, path: str | Path) -> list[Path]:
     these names are replaced, once all are written. Raises :class:`UsageError` for an unknown format and
     :class:`InputError` when the place cannot be written to.
     """
+    if result.request.task == "animate":
+        return _save_clips(result, check_target(path, "animate"))
     target = check_target(path)
     paths = names(target, len(result.images))
     parts = [place.with_name(f".{place.name}.{os.getpid()}.part") for place in paths]
@@ -119,6 +124,33 @@ def save_maps(maps: Sequence[Image.Image], request: Request, target: str | Path)
     return paths
 
 
+def _save_clips(result: Drawn, target: Path) -> list[Path]:
+    """:func:`save` of clips: a file each, or a folder of frames each."""
+    request, suffix = result.request, target.suffix.lower()
+    assert request.frames is not None
+    assert request.fps is not None
+    check_pace(suffix, request.fps)
+    starts = range(0, len(result.images), request.frames)
+    paths = names(target, len(starts))
+    parts = [place.with_name(f".{place.name}.{os.getpid()}.part") for place in paths]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for index, (start, part) in enumerate(zip(starts, parts, strict=True)):
+            frames = result.images[start : start + request.frames]
+            record = Record(request.single(index), result.provenance)
+            write_clip(frames, part, suffix, request.fps, record.to_json())
+        for part, place in zip(parts, paths, strict=True):
+            part.replace(place)
+    except OSError as error:
+        raise InputError(f"cannot write '{target}' ({error.strerror or error}).") from error
+    finally:
+        for part in parts:
+            if part.is_dir():
+                shutil.rmtree(part)
+            part.unlink(missing_ok=True)
+    return paths
+
+
 def names(target: Path, count: int) -> list[Path]:
     """The files that ``count`` pictures saved as ``target`` become."""
     if count == 1:
@@ -126,21 +158,27 @@ def names(target: Path, count: int) -> list[Path]:
     return [target.with_name(f"{target.stem}-{number}{target.suffix}") for number in range(1, count + 1)]
 
 
-def free_name(folder: Path, stem: str, count: int) -> Path:
+def free_name(folder: Path, stem: str, count: int, suffix: str = ".png") -> Path:
     """The first of ``stem.png``, ``stem-1.png``, … in ``folder`` whose pictures would replace nothing."""
     number = 0
     while True:
-        target = folder / (f"{stem}-{number}.png" if number else f"{stem}.png")
+        target = folder / (f"{stem}-{number}{suffix}" if number else f"{stem}{suffix}")
         if not any(path.exists() for path in names(target, count)):
             return target
         number += 1
 
 
-def check_target(path: str | Path) -> Path:
-    """``path``, if pictures can be written there; said before drawing, not after. Raises as :func:`save`."""
+def check_target(path: str | Path, task: Task = "generate") -> Path:
+    """``path``, if pictures can be written there; said before drawing, not after. Raises as :func:`save`,
+    and :class:`ModelError` when a video file is asked for and there is no encoder."""
     target = Path(path)
-    if target.suffix.lower() not in FORMATS:
-        raise UsageError(f"cannot write '{target}': the name must end in {', '.join(FORMATS)}.")
+    known = SUFFIXES if task == "animate" else tuple(FORMATS)
+    if target.suffix.lower() not in known:
+        listed = ", ".join(suffix for suffix in known if suffix)
+        folder = ", or have no ending for a folder of frames" if "" in known else ""
+        raise UsageError(f"cannot write '{target}': the name must end in {listed}{folder}.")
+    if target.suffix.lower() == ".mp4":
+        find_ffmpeg()
     if target.is_dir():
         raise InputError(f"cannot write '{target}': it is a folder.")
     above = next((folder for folder in target.absolute().parents if folder.exists()), Path("/"))
@@ -155,17 +193,24 @@ def read_record(path: str | Path) -> Record:
     Raises :class:`InputError` when it cannot be read or carries no record of imprompt's.
     """
     place = Path(path)
-    if place.is_dir():
-        raise InputError(f"'{path}' is a folder, not a picture.")
-    if not place.is_file():
+    if not place.exists():
         raise InputError(f"there is no file '{path}'.")
     try:
+        text = read_text(place, _KEY)
+        if text is not None:
+            return _record(path, text or None)
         with Image.open(place, formats=("PNG", "JPEG", "WEBP")) as image:
             text = image.info.get(_KEY) if image.format == "PNG" else _exif_text(image)
+    except InputError:
+        raise
     except UnidentifiedImageError as error:
-        raise InputError(f"'{path}' is no PNG, JPEG or WebP picture.") from error
+        raise InputError(f"'{path}' is no PNG, JPEG or WebP picture, and no GIF or MP4.") from error
     except Exception as error:  # decoders raise nearly anything on damaged data
         raise InputError(f"'{path}' is damaged and cannot be read ({error}).") from error
+    return _record(path, text)
+
+
+def _record(path: str | Path, text: str | None) -> Record:
     if text is None:
         raise InputError(
             f"'{path}' carries no request: imprompt did not make it, or another program saved it again."

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
@@ -32,6 +33,10 @@ SCHEDULERS: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "unipc": ("UniPCMultistepScheduler", {"use_karras_sigmas": False}),
     "lcm": ("LCMScheduler", {}),
+    "ddim-linear": (
+        "DDIMScheduler",
+        {"clip_sample": False, "timestep_spacing": "linspace", "beta_schedule": "linear", "steps_offset": 1},
+    ),
 }
 """Name → diffusers' class and what is set besides the base's own scheduler configuration."""
 
@@ -50,7 +55,7 @@ CONTROLS: dict[str, str] = {
 MAX_SIDE = 4096
 """Largest width or height of a drawn picture, in pixels."""
 
-Task = Literal["generate", "edit", "inpaint"]
+Task = Literal["generate", "edit", "inpaint", "animate"]
 
 
 class _Strict(BaseModel):
@@ -147,6 +152,17 @@ class ImageRef(_Strict):
         default=None, description="which tokens of the picture are shown, such as 0-3,8; None: all"
     )
 
+    at: Annotated[int, Field(ge=0)] | Literal["each"] | None = Field(
+        default=None,
+        description="animate: the frame this picture stands at, from 0; between the pictures of one prompt "
+        "their tokens are interpolated. each: path is an animated picture or a folder, with one picture a "
+        "frame",
+    )
+    frame_curve: str = Field(
+        default="constant",
+        description="animate: a factor over the frames, said like curve; 0 is the first frame, 1 the last",
+    )
+
     negative: _Path | None = Field(
         default=None, description="picture of what to avoid; None: what the adapter learned as no picture"
     )
@@ -173,7 +189,7 @@ class ImageRef(_Strict):
         known = {"combine": words.COMBINES, "framing": words.FRAMINGS, "scaling": words.SCALINGS}
         return words.canonical(info.field_name, value, known[info.field_name])
 
-    @field_validator("curve")
+    @field_validator("curve", "frame_curve")
     @classmethod
     def _curve_is_known(cls, value: str) -> str:
         words.read_curve(value)
@@ -299,14 +315,15 @@ class Request(_Strict):
     """Everything that decides a picture. Two requests that are equal draw equal pictures on one machine.
 
     ``generate`` draws from text, pictures or both; ``edit`` starts from ``image``; ``inpaint`` repaints
-    ``image`` where ``mask`` is white. Consecutive ``images`` that are steered alike (the same in all but path
-    and weight) are several views of one prompt and share one softmax, as in diffusers, or are combined as
-    they say; differently steered ones are prompts of their own, whose contributions add up.
+    ``image`` where ``mask`` is white; ``animate`` draws a clip, or redraws ``video``. Consecutive ``images``
+    that are steered alike (the same in all but path, weight and ``at``) are several views of one prompt and
+    share one softmax, as in diffusers, or are combined as they say; differently steered ones are prompts of
+    their own, whose contributions add up.
     Raises :class:`UsageError` (one line, naming the field) for values out of range, unknown fields, and
     fields that would have no effect.
     """
 
-    task: Task = Field(default="generate", description="generate, edit or inpaint")
+    task: Task = Field(default="generate", description="generate, edit, inpaint or animate")
     prompt: str = Field(default="", max_length=20_000, description="what to draw; may be empty with images")
     negative: str = Field(default="", max_length=20_000, description="what to avoid; needs guidance above 1")
     images: tuple[Annotated[ImageRef, BeforeValidator(_as_image)], ...] = Field(
@@ -363,6 +380,39 @@ class Request(_Strict):
     seed: int | None = Field(
         default=None, ge=0, le=2**53 - 1, description="start of the randomness; None: chosen and recorded"
     )
+    frames: int | None = Field(
+        default=None,
+        ge=2,
+        le=512,
+        description="animate: how many frames; None: those of the video, else the motion adapter's, 16. More "
+        "than the motion adapter saw are drawn in sliding windows (FreeNoise)",
+    )
+    fps: float | None = Field(
+        default=None, gt=0, le=60, description="animate: frames a second; None: the video's, else 8"
+    )
+    motion: str | None = Field(
+        default=None,
+        min_length=1,
+        description="animate: the motion adapter: alias, folder or hub id; None: the base's default",
+    )
+    video: _Path | None = Field(
+        default=None,
+        description="animate: the video to start from: an animated picture, a folder of frames, or a video "
+        "file (needs ffmpeg)",
+    )
+    context: int | None = Field(
+        default=None,
+        ge=4,
+        le=64,
+        description="animate: frames of one window; None: as many as the motion adapter saw",
+    )
+    shared_noise: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="animate: part of the first noise's variance that all frames share, which calms the "
+        "clip; None: what the motion adapter was trained with, else 0",
+    )
     device: str = Field(
         default="auto",
         pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$",
@@ -413,7 +463,7 @@ class Request(_Strict):
     def _contradictions(self) -> list[str]:
         """Fields that are missing for the task, or given but without effect."""
         found = []
-        needed = {"generate": (), "edit": ("image",), "inpaint": ("image", "mask")}[self.task]
+        needed = {"edit": ("image",), "inpaint": ("image", "mask")}.get(self.task, ())
         for name in ("image", "mask"):
             if name in needed and getattr(self, name) is None:
                 found.append(f"{name}: the task {self.task!r} needs one.")
@@ -422,6 +472,7 @@ class Request(_Strict):
                 found.append(f"{name}: has no effect in the task {self.task!r}; it belongs to {tasks}.")
         if self.task == "generate" and self.strength is not None:
             found.append("strength: has no effect in the task 'generate'; an image prompt's is `scale`.")
+        found += self._contradictions_in_time()
         for group in self.groups:
             try:
                 words.read_weights(group[0].combine, len(group), [ref.weight for ref in group])
@@ -439,12 +490,51 @@ class Request(_Strict):
             for name in ("scale", "adapter", "image_guidance"):
                 if getattr(self, name) is not None:
                     found.append(f"{name}: has no effect without an image prompt; give one in `images`.")
-            if not self.prompt and not self.controls and self.task == "generate":
+            drawn_from_nothing = self.task == "generate" or (self.task == "animate" and self.video is None)
+            if not self.prompt and not self.controls and drawn_from_nothing:
                 found.append("prompt: give a text, an image prompt, or both.")
         if self.images and self.adapter is not None and all(ref.adapter for ref in self.images):
             found.append("adapter: has no effect, for each image names its own.")
         if self.negative and self.guidance is not None and self.guidance <= 1:
             found.append(f"negative: has no effect with guidance {self.guidance:g}; it needs more than 1.")
+        return found
+
+    def _contradictions_in_time(self) -> list[str]:
+        """The same of what only a video has."""
+        found = []
+        if self.task != "animate":
+            found += [
+                f"{name}: has no effect in the task {self.task!r}; it belongs to animate."
+                for name in ("frames", "fps", "motion", "video", "context", "shared_noise")
+                if getattr(self, name) is not None
+            ]
+            if any(ref.at is not None or ref.frame_curve != "constant" for ref in self.images):
+                found.append(
+                    f"images: at and frame_curve have no effect in the task {self.task!r}; they belong to "
+                    "animate."
+                )
+            return found
+        if self.controls:
+            found.append("controls: are for stills; the task 'animate' takes none yet.")
+        if self.strength is not None and self.video is None:
+            found.append(
+                "strength: has no effect without a video to start from; an image prompt's is `scale`."
+            )
+        for group in self.groups:
+            at = [ref.at for ref in group]
+            if at == ["each"] or all(frame is None for frame in at):
+                continue
+            if not all(isinstance(frame, int) for frame in at):
+                found.append(
+                    "images: of the pictures of one prompt either all stand at a frame (at=0, at=8, …), or "
+                    "none; at=each stands alone."
+                )
+            elif any(b <= a for a, b in pairwise(at)):  # type: ignore[operator]
+                found.append(f"images: at={at} must ascend, a frame holds one picture of a prompt.")
+            elif self.frames is not None and at[-1] >= self.frames:  # type: ignore[operator]
+                found.append(
+                    f"images: at={at[-1]} lies behind the last of {self.frames} frames, counted from 0."
+                )
         return found
 
     @property
@@ -453,6 +543,7 @@ class Request(_Strict):
         named = [
             self.image,
             self.mask,
+            self.video,
             *(name for ref in self.images for name in (ref.path, ref.mask, ref.negative)),
             *(control.path for control in self.controls),
         ]
@@ -516,7 +607,7 @@ def randomness(seed: int, index: int, purpose: str) -> int:
 
 
 def _steering(ref: ImageRef) -> ImageRef:
-    return ref.replace(path="x", weight=1.0)
+    return ref.replace(path="x", weight=1.0, at=None)
 
 
 def _is_saved(path: str) -> bool:

@@ -1,0 +1,269 @@
+"""Clips drawn on tiny real models: what the task animate does, from pictures to files and back."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tiny
+from imprompt.errors import AdapterMismatch, InputError, ModelError, UsageError
+from imprompt.generation import output
+from imprompt.generation.engine import Engine, generate
+from imprompt.generation.request import ImageRef, Request
+
+FRAMES = 4
+
+
+@pytest.fixture(scope="module")
+def motion(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("motion")
+    tiny.tiny_motion().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    """A GIF of six frames, twelve a second."""
+    path = tmp_path_factory.mktemp("film") / "film.gif"
+    frames = [tiny.picture(20 + i, (40, 40)) for i in range(6)]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[80, 90, 80, 80, 90, 80], loop=0)
+    return path
+
+
+@pytest.fixture(scope="module")
+def asked(base, motion):
+    def ask(**fields):
+        adapter = {"adapter": str(base / "adapters")} if "images" in fields else {}
+        common = {
+            "prompt": "a cat",
+            "base": str(base),
+            "motion": motion,
+            "frames": FRAMES,
+            "steps": 2,
+            "seed": 5,
+        }
+        return Request(**{"task": "animate", **common, **adapter, **fields})
+
+    return ask
+
+
+def pixels(images):
+    return np.stack([np.asarray(image).astype(int) for image in images])
+
+
+def test_a_clip_is_repeated_from_its_file_and_clip_number_i_is_the_first_of_seed_plus_i(
+    engine, asked, pictures, tmp_path
+):
+    result = engine.run(asked(images=[pictures / "ref.png"], count=2))
+    assert len(result.images) == 2 * FRAMES
+    assert (result.request.frames, result.request.fps, result.request.shared_noise) == (FRAMES, 8, 0)
+    first, second = output.save(result, tmp_path / "cat.webp")
+    again = engine.run(output.read_request(second))
+    assert np.array_equal(pixels(again.images), pixels(result.images[FRAMES:]))
+    assert output.read_request(first).seed == 5
+
+
+def test_frames_differ_and_stills_are_drawn_as_before_a_clip(engine, asked, common, pictures):
+    still = Request(prompt="a cat", images=[pictures / "ref.png"], **common)
+    before = pixels(engine.run(still).images)
+    clip = pixels(engine.run(asked(images=[pictures / "ref.png"])).images)
+    assert all(np.abs(a - b).max() > 2 for a, b in pairwise(clip))
+    assert np.array_equal(pixels(engine.run(still).images), before)
+
+
+def test_more_shared_noise_brings_frames_closer_and_all_of_it_makes_them_alike(engine, asked):
+    def spread(part):
+        clip = pixels(engine.run(asked(shared_noise=part)).images)
+        return np.abs(clip - clip.mean(0)).mean()
+
+    none, half, most = spread(0), spread(0.5), spread(0.95)
+    assert none > half > most
+
+
+def test_key_pictures_stand_at_their_frames(engine, asked, pictures):
+    names = [str(pictures / "ref.png"), str(pictures / "other.png")]
+    keys = [ImageRef(path=name, at=at, scale=1) for name, at in zip(names, (0, FRAMES - 1), strict=True)]
+    result = engine.run(asked(images=keys))
+    assert len(result.request.groups) == 1
+    one = engine.run(asked(images=[ImageRef(path=names[0], scale=1)]))
+    assert not np.array_equal(pixels(result.images)[-1], pixels(one.images)[-1])
+
+
+def test_a_folder_and_an_animated_picture_show_one_picture_a_frame(engine, asked, film, tmp_path):
+    with Image.open(film) as moving:
+        for number in range(FRAMES):
+            moving.seek(number)
+            moving.convert("RGB").save(tmp_path / f"{number}.png")
+    by_folder = engine.run(asked(images=[ImageRef(path=str(tmp_path), at="each")]))
+    keys = [ImageRef(path=str(tmp_path / f"{i}.png"), at=i) for i in range(FRAMES)]
+    by_keys = engine.run(asked(images=keys))
+    assert np.array_equal(pixels(by_folder.images), pixels(by_keys.images))
+    six = engine.run(asked(images=[ImageRef(path=str(film), at="each")], frames=6))
+    assert len(six.images) == 6
+
+
+def test_a_mask_may_move(engine, asked, pictures, tmp_path):
+    for number in range(FRAMES):
+        mask = Image.new("L", (16, 16))
+        mask.paste(255, (4 * number, 0, 4 * number + 4, 16))
+        mask.save(tmp_path / f"{number}.png")
+    ref = ImageRef(path=str(pictures / "ref.png"), mask=str(tmp_path), scale=1)
+    moving = engine.run(asked(images=[ref]))
+    still = engine.run(asked(images=[ref.replace(mask=str(tmp_path / "0.png"))]))
+    assert not np.array_equal(pixels(moving.images)[-1], pixels(still.images)[-1])
+
+
+def test_a_video_is_redrawn_at_its_pace_or_at_the_asked_one(engine, asked, film):
+    own = engine.run(asked(video=film, frames=None, strength=0.5))
+    assert (own.request.frames, own.request.fps, own.images[0].size) == (6, 12, (32, 32))
+    slow = engine.run(asked(video=film, frames=None, fps=6, strength=0.5))
+    assert slow.request.frames == 3
+    shared = engine.run(asked(video=film, frames=4, shared_noise=0.5, strength=0.5))
+    assert len(shared.images) == 4
+
+
+def test_a_long_clip_is_drawn_in_windows_and_leaves_the_pipeline_as_it_was(engine, asked):
+    short = pixels(engine.run(asked()).images)
+    long = engine.run(asked(frames=11))
+    assert len(long.images) == 11
+    assert long.request.context == 8
+    assert np.array_equal(pixels(engine.run(asked()).images), short)
+
+
+def test_an_animated_picture_as_a_still_is_its_first_frame_with_a_note(engine, asked, film, common):
+    result = engine.run(Request(prompt="a", images=[film], **common))
+    assert any("animated" in note and "first frame" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".mp4", ""])
+def test_every_format_keeps_frames_pace_and_request(engine, asked, tmp_path, suffix):
+    if suffix == ".mp4":
+        pytest.importorskip("imageio_ffmpeg")
+    from imprompt.generation.video import read_film
+
+    result = engine.run(asked(fps=7))
+    (path,) = output.save(result, tmp_path / f"clip{suffix}")
+    assert output.read_request(path) == result.request.single(0)
+    frames, fps = read_film(path, "clip")
+    assert len(frames) == FRAMES
+    assert fps is None if suffix == "" else abs(fps - 7) < 0.2
+    worst = {"": 0, ".webp": 0, ".gif": 12, ".mp4": 30}[suffix]
+    assert np.abs(pixels(frames) - pixels(result.images)).mean() <= worst
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_gif_lasts_as_long_as_it_should(engine, asked, tmp_path):
+    result = engine.run(asked(fps=7, frames=7))
+    (path,) = output.save(result, tmp_path / "clip.gif")
+    with Image.open(path) as image:
+        total = 0
+        for number in range(image.n_frames):
+            image.seek(number)
+            total += image.info["duration"]
+    assert total == 1000
+
+
+def test_a_video_that_fails_half_way_is_never_seen(engine, asked, tmp_path, monkeypatch):
+    result = engine.run(asked())
+
+    def broken(frames, path, fps, comment):
+        path.write_bytes(b"half")
+        raise InputError("ffmpeg died.")
+
+    monkeypatch.setattr("imprompt.encoders.video.write_video", broken)
+    monkeypatch.setattr("imprompt.generation.output.find_ffmpeg", lambda: "ffmpeg")
+    with pytest.raises(InputError, match="died"):
+        output.save(result, tmp_path / "clip.mp4")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_an_encoder_mp4_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    monkeypatch.setitem(__import__("sys").modules, "imageio_ffmpeg", None)
+    with pytest.raises(ModelError, match=r"ffmpeg.*imprompt\[video\].*\.gif"):
+        output.check_target(tmp_path / "clip.mp4", "animate")
+
+
+def test_a_motion_adapter_of_another_base_is_refused_and_nothing_changes(asked, tmp_path):
+    tiny.tiny_motion(width=64).save_pretrained(tmp_path)
+    engine = Engine()
+    with pytest.raises(AdapterMismatch, match=r"widths \(64, 128\).*\(32, 64\)"):
+        engine.run(asked(motion=str(tmp_path)))
+    engine.run(asked())
+
+
+REFUSED = [
+    (InputError, "is a still", {"video": "ref.png"}),
+    (InputError, "is a still", {"images": [{"path": "ref.png", "at": "each"}]}),
+    (InputError, "6 pictures, the clip has 4 frames", {"images": [{"path": "<film>", "at": "each"}]}),
+    (InputError, "6 masks, the clip has 4", {"images": [{"path": "ref.png", "mask": "<film>"}]}),
+    (InputError, "6 frames at 12 a second, not 9", {"video": "<film>", "frames": 9}),
+    (UsageError, "tells 8 frames apart, not 16", {"frames": 20, "context": 16}),
+    (ModelError, "no motion adapter at", {"motion": "no/such/folder"}),
+    (UsageError, "did you mean animatediff", {"motion": "animatedif"}),
+    (UsageError, "no default motion adapter", {"motion": None}),
+]
+
+
+@pytest.mark.parametrize(("kind", "message", "fields"), REFUSED)
+def test_what_cannot_move_is_said_in_one_line(engine, asked, pictures, film, kind, message, fields):
+    def place(value):
+        if value == "<film>":
+            return str(film)
+        if isinstance(value, dict):
+            return {name: place(each) for name, each in value.items()}
+        if isinstance(value, list):
+            return [place(each) for each in value]
+        return str(pictures / value) if value == "ref.png" else value
+
+    with pytest.raises(kind, match=message) as said:
+        engine.run(asked(**{name: place(value) for name, value in fields.items()}))
+    assert "\n" not in str(said.value)
+
+
+CONTRADICTIONS = [
+    ({"task": "generate", "frames": 8}, "frames: has no effect in the task 'generate'"),
+    ({"task": "generate", "images": [{"path": "a", "at": 3}]}, "at and frame_curve"),
+    ({"task": "animate", "strength": 0.5}, "strength: has no effect without a video"),
+    ({"task": "animate", "images": [{"path": "a", "at": 3}, {"path": "b"}]}, "either all stand at a frame"),
+    ({"task": "animate", "images": [{"path": "a", "at": 3}, {"path": "b", "at": 3}]}, "must ascend"),
+    ({"task": "animate", "frames": 4, "images": [{"path": "a", "at": 4}]}, "behind the last of 4"),
+    ({"task": "animate", "image": "a"}, "image: has no effect in the task 'animate'"),
+    ({"task": "animate", "images": [{"path": "a", "at": "all"}]}, "at"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), CONTRADICTIONS)
+def test_a_request_says_what_would_have_no_effect(fields, message):
+    with pytest.raises(UsageError, match=message):
+        Request(prompt="a", **fields)
+
+
+def test_the_seeds_set_up_is_a_scheduler_by_name(base):
+    from diffusers import DDIMScheduler
+
+    from imprompt.generation.models import scheduler_for
+
+    made = scheduler_for(tiny.tiny_sd(), "ddim-linear")
+    assert isinstance(made, DDIMScheduler)
+    said = {
+        name: made.config[name]
+        for name in ("clip_sample", "timestep_spacing", "beta_schedule", "steps_offset")
+    }
+    assert said == {
+        "clip_sample": False, "timestep_spacing": "linspace", "beta_schedule": "linear", "steps_offset": 1,
+    }  # fmt: skip
+
+
+def test_sdxl_moves_and_says_what_it_cannot(tmp_path, motion, pictures, film):
+    pipe = tiny.tiny_sdxl()
+    pipe.save_pretrained(tmp_path / "xl")
+    asked = Request(
+        task="animate", prompt="a cat", base=str(tmp_path / "xl"), motion=motion, frames=4, steps=2
+    )
+    assert len(generate(asked).images) == 4
+    with pytest.raises(UsageError, match="no sliding windows"):
+        generate(asked.replace(frames=9))
+    with pytest.raises(UsageError, match="cannot start from a video"):
+        generate(asked.replace(video=str(film)))
