@@ -56,6 +56,7 @@ FLOORS_AND_AIMS: dict[str, tuple[float, float]] = {
     "image_only_concept_top5": (0.50, 0.85),
     "image_only_style": (0.80, 0.97),
     "style_from_image_concept_from_text": (0.35, 0.75),
+    "control_style_kept": (0.90, 1.0),
     "bundle_mb": (90, 60),
 }
 """Project's figures to reach: name to (floor, aim). For sizes less is better."""
@@ -283,6 +284,18 @@ def evaluate(
             figures += run.similarity(name, adapter)
         finally:
             adapter.detach()
+    if (base / "controlnet-canny").is_dir():
+        from imprompt.evaluation.control import control_figures  # which reads this module
+
+        last = list(adapters.items())[-1:]
+        named = next(((name, IPAdapter.from_pretrained(path)) for name, path in last), None)
+        shown = EvalSet(tuple(run.references), eval_set.prompts)
+        found, drawn = control_figures(
+            pipe, base / "controlnet-canny", judge, shown, named,
+            n=min(n, 24), steps=steps, guidance=guidance, batch=batch, seed=seed,
+        )  # fmt: skip
+        figures += found
+        run.drawn |= drawn
     size = sum(file.stat().st_size for file in base.rglob("*") if file.is_file()) / 1e6
     figures.append(
         Figure("bundle_mb", Interval(size, math.nan, math.nan, 1), note="everything in the base's folder")
