@@ -267,3 +267,30 @@ def test_sdxl_moves_and_says_what_it_cannot(tmp_path, motion, pictures, film):
         generate(asked.replace(frames=9))
     with pytest.raises(UsageError, match="cannot start from a video"):
         generate(asked.replace(video=str(film)))
+
+
+def test_a_sweep_of_clips_writes_a_file_each_and_a_page(engine, asked, tmp_path):
+    from imprompt.app.sweep import sweep
+
+    results, paths = sweep(asked(prompt="a"), ["seed=1,2"], tmp_path / "s.gif", engine=engine)
+    assert [path.name for path in paths] == ["s-1.gif", "s-2.gif", "s-grid.png"]
+    assert [result.request.seed for result in results] == [1, 2]
+    assert output.read_request(paths[1]).seed == 2
+
+
+def test_in_a_clip_too_the_image_has_guidance_of_its_own(engine, asked, pictures):
+    def drawn(**fields):
+        images = [{"path": pictures / "ref.png", "scale": 1}]
+        return pixels(engine.run(asked(images=images, guidance=4, **fields)).images)
+
+    ordinary = drawn()
+    assert np.abs(drawn(image_guidance=4) - ordinary).max() <= 1
+    assert np.abs(drawn(image_guidance=12) - ordinary).max() > 2
+
+
+def test_in_a_clip_too_a_region_says_its_own_text(engine, asked, pictures):
+    def drawn(**fields):
+        where = {"path": pictures / "ref.png", "scale": 0, "mask": pictures / "mask.png", **fields}
+        return pixels(engine.run(asked(images=[where])).images)
+
+    assert np.abs(drawn(text="a dog") - drawn()).max() > 2

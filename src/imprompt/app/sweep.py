@@ -21,13 +21,15 @@ def sweep(
     All requests are checked before the first is drawn, and nothing is written before the last is.
     """
     asked = spread(request, [read_axis(text) for text in axes])
-    page = output.check_target(target).with_name(f"{target.stem}-grid.png")
+    page = output.check_target(target, request.task).with_name(f"{target.stem}-grid.png")
     output.check_target(page)
     results = [engine.run(one) for one in asked.requests]
     paths: list[Path] = []
     for result, place in zip(results, output.names(target, len(results)), strict=True):
         paths += output.save(result, place)
-    sheet(asked, [result.images[0] for result in results]).save(page)
+    # Of a clip the page shows the frame in the middle.
+    middle = (request.frames or 1) // 2 if request.task == "animate" else 0
+    sheet(asked, [result.images[min(middle, len(result.images) - 1)] for result in results]).save(page)
     return results, [*paths, page]
 
 
