@@ -45,6 +45,25 @@ def build(unet: UNet2DConditionModel) -> ControlNetModel:
     return light.float()
 
 
+@torch.no_grad()
+def wake(net: ControlNetModel, condition: Tensor) -> None:
+    """Scale the condition's own convolutions so that edges come through them from the first step on.
+
+    As they start, seven of them in a row with SiLUs let a thin white line fade to nothing, and the last is
+    zero besides; then the outputs, zero too, have nothing to learn from. Here each gives unit variance on
+    true edges, and the last half the deviation of the noisy latents' own features, to which it is added; the
+    ControlNet as a whole still adds nothing.
+    """
+    embedding = net.controlnet_cond_embedding
+    torch.nn.init.kaiming_normal_(embedding.conv_out.weight)
+    x = condition
+    for conv in (embedding.conv_in, *embedding.blocks, embedding.conv_out):
+        conv.bias.zero_()
+        conv.weight.div_(conv(x).std())
+        x = F.silu(conv(x))
+    embedding.conv_out.weight.mul_(0.5 * net.conv_in(torch.randn(len(x), 4, 16, 16)).std())
+
+
 def edges_of(pictures: Tensor, seed: int = 0) -> Tensor:
     """Edge maps (N, VIEWS, 128, 128) as uint8, 0 or 1; the first view by the product's own thresholds."""
     chance = random.Random(seed)
@@ -124,6 +143,8 @@ def main() -> None:
         probes = random.Random(0).sample(unseen, PROBES)
         latents, maps = prepared(rows + probes)
         captions = Captions(rows + probes)
+        if loop.step == 0 and not args.further:
+            wake(net, condition_of(maps[:64, 0]))
         abar = DDIMScheduler(**SCHEDULE).alphas_cumprod
 
         def loss_of(x: Tensor, t: Tensor, hidden: Tensor, condition: Tensor | None) -> Tensor:
