@@ -45,7 +45,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@echo "installing the tools for tests into $(VENV)" >&2
-	@$(PIP) install -c constraints.txt -e '.[dev,control,recipe,plot]'
+	@$(PIP) install -c constraints.txt -e '.[dev,control,recipe,plot,face,lora]'
 	@touch $@
 
 clean:  ## remove the environment and what was drawn

@@ -157,6 +157,17 @@ def read_noise(noise: str) -> tuple[str, float]:
     return canonical("noise", kind, NOISES), strength
 
 
+def read_face(face: str | int) -> int:
+    """Which face of a picture is meant, counted from 0 with the largest first: ``largest`` or a number.
+
+    Raises :class:`UsageError` for anything else.
+    """
+    text = str(face).strip().lower()
+    if isinstance(face, bool) or not (text == "largest" or re.fullmatch(r"\d{1,3}", text)):
+        raise UsageError(f"face {face!r}; 'largest' is expected, or a number from 0 (the largest first).")
+    return 0 if text == "largest" else int(text)
+
+
 def read_selection(selection: str | int | Sequence[int], tokens: int | None = None) -> tuple[int, ...]:
     """Which of a picture's ``tokens`` tokens are kept: numbers from 0, or text such as ``0-3,8``.
 

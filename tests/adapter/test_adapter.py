@@ -3,7 +3,6 @@
 import gc
 import math
 import weakref
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +14,6 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from imprompt.adapter.adapter import IPAdapter
-from imprompt.adapter.checkpoint import read
 from imprompt.adapter.layers import cross_attentions
 from imprompt.adapter.prompt import ImagePrompt
 from imprompt.errors import (
@@ -26,7 +24,6 @@ from imprompt.errors import (
     ModelError,
     UsageError,
 )
-from layouts import face, lora
 from tiny import (
     HIDDEN,
     PICTURE,
@@ -138,19 +135,6 @@ def test_an_adapter_of_another_base_is_refused_naming_both(adapter: IPAdapter) -
     assert pipe.unet.attn_processors == found
     assert not pipe.unet._forward_pre_hooks
     assert not adapter.attached
-
-
-def test_a_lora_is_never_dropped_in_silence(pipe: StableDiffusionPipeline) -> None:
-    state = random_adapter_state(pipe.unet)
-    widths = [layer.width for layer in cross_attentions(pipe.unet)]
-    for part, shapes in (("image_proj", face(32)), ("ip_adapter", lora(widths, 32, 2))):
-        kept = state["ip_adapter"] if part == "ip_adapter" else {}
-        state[part] = kept | {key: torch.randn(shape) for key, shape in shapes.items()}
-    checkpoint = read(state, name="a-face")
-    with pytest.raises(ModelError, match="'a-face' brings a LoRA"):
-        IPAdapter(checkpoint).attach(pipe)
-    assert not pipe.unet._forward_pre_hooks
-    assert IPAdapter(replace(checkpoint, lora={})).attach(pipe).attached
 
 
 def test_what_has_no_unet_is_refused(adapter: IPAdapter) -> None:

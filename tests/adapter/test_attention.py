@@ -35,6 +35,7 @@ class Weights:
     live: LiveTokens | None = None
     parts: tuple[Part, ...] | None = None
     guidance: tuple[float, float | None] | None = None
+    lora: None = None
     asked: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:

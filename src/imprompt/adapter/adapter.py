@@ -7,7 +7,7 @@ are saved in the published layout. It draws nothing itself and knows no pipeline
 
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
@@ -23,14 +23,18 @@ from imprompt.adapter.attention import Injection, LiveTokens
 from imprompt.adapter.attribution import Recorder
 from imprompt.adapter.checkpoint import Checkpoint, StateDict, read, write
 from imprompt.adapter.combine import combine, shares
+from imprompt.adapter.facial import FaceInput, FaceReaderLike, refuse_face_fields
 from imprompt.adapter.frames import track_of
 from imprompt.adapter.fresh import fresh_linear, fresh_resampler
 from imprompt.adapter.guidance import Part
 from imprompt.adapter.layers import UNet, cross_attentions, describe
 from imprompt.adapter.locate import EncoderPlace, locate
+from imprompt.adapter.lora import PARTS, FaceLora, LowRank
 from imprompt.adapter.projection import ImageProjection, build_projection
 from imprompt.adapter.prompt import (
+    EncodedFaces,
     EncodedPictures,
+    FaceReader,
     ImagePrompt,
     Picture,
     PictureEncoder,
@@ -41,9 +45,10 @@ from imprompt.adapter.prompt import (
     read_masks,
 )
 from imprompt.adapter.regions import encode_text
-from imprompt.errors import AdapterMismatch, EncoderMismatch, InputError, ModelError, UsageError
+from imprompt.errors import AdapterMismatch, EncoderMismatch, InputError, UsageError
 
 EncoderLike: TypeAlias = PictureEncoder | str | Path | None
+_HALVES = ("down", "up")
 
 
 class IPAdapter:
@@ -53,13 +58,21 @@ class IPAdapter:
     published names; ``checkpoint`` says what they are (its tensors live in ``module``).
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, image_encoder: EncoderLike = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        image_encoder: EncoderLike = None,
+        face_embedder: FaceReaderLike = None,
+    ) -> None:
         self.projection: ImageProjection = build_projection(checkpoint)
         self._layers = {n: _KeyValue.of(checkpoint.state["ip_adapter"], n) for n in checkpoint.layers}
         numbered = nn.ModuleDict({str(n): layer for n, layer in self._layers.items()})
+        self.lora: FaceLora | None = _face_lora(checkpoint.lora, numbered)
+        """A FaceID file's additions to the UNet's own attention, with their ``scale``; else ``None``."""
         self.module = nn.ModuleDict({"image_proj": self.projection, "ip_adapter": numbered})
         self.module.requires_grad_(False).eval()
-        self.checkpoint = replace(checkpoint, state={"image_proj": {}, "ip_adapter": {}})
+        self.checkpoint = replace(checkpoint, state={"image_proj": {}, "ip_adapter": {}}, lora={})
         self.samples: tuple[tuple[Row, ...], ...] = ()
         self.live: LiveTokens | None = None
         self.parts: tuple[Part, ...] | None = None
@@ -68,6 +81,9 @@ class IPAdapter:
         self._places: tuple[EncoderPlace, ...] = ()
         self._encoder: PictureEncoder | None = None
         self._borrowed: PictureEncoder | None = None
+        self._face = None if checkpoint.variant.embedding is None else FaceInput(checkpoint)
+        if face_embedder is not None:
+            self.face_embedder = face_embedder
         if isinstance(image_encoder, str | Path):
             self._places = (EncoderPlace.named(image_encoder),)
             self._check_widths(*self._places[0].widths(), str(image_encoder))
@@ -85,19 +101,23 @@ class IPAdapter:
         subfolder: str | None = None,
         weight_name: str | None = None,
         image_encoder: EncoderLike = None,
+        face_embedder: FaceReaderLike = None,
+        variant: str | None = None,
         torch_dtype: torch.dtype | None = None,
     ) -> "IPAdapter":
         """An adapter from a local file, a local folder or a hub repository (``owner/name``).
 
         Without ``weight_name`` a folder must hold exactly one ``.safetensors``. Of a ``.bin`` its
         ``.safetensors`` twin is read. The image encoder that fits is looked for next to the file when a
-        picture is first shown, or is ``image_encoder``: an encoder, a folder, or ``repo:subfolder``. The hub
-        is asked only for these files and not at all under ``HF_HUB_OFFLINE``. ``torch_dtype`` ``None`` keeps
-        the stored number format. Raises :class:`ModelError` for what is missing or damaged,
-        :class:`EncoderMismatch` for a wrong encoder.
+        picture is first shown, or is ``image_encoder``: an encoder, a folder, or ``repo:subfolder``. A face
+        adapter's ``face_embedder`` is one of :mod:`imprompt.encoders.face`, or a folder of its models. The
+        hub is asked only for these files and not at all under ``HF_HUB_OFFLINE``. ``variant`` says what the
+        file is where its weights leave that open. ``torch_dtype`` ``None`` keeps the stored number format.
+        Raises :class:`ModelError` for what is missing or damaged, :class:`EncoderMismatch` for a wrong
+        encoder.
         """
         path, places = locate(str(repo_or_folder_or_file), subfolder, weight_name)
-        adapter = cls(read(path), image_encoder=image_encoder)
+        adapter = cls(read(path, variant=variant), image_encoder=image_encoder, face_embedder=face_embedder)
         if image_encoder is None:
             adapter._places = places
         return adapter if torch_dtype is None else adapter.to(dtype=torch_dtype)
@@ -112,7 +132,8 @@ class IPAdapter:
             part: {name: tensor.detach().clone() for name, tensor in tensors.items()}
             for part, tensors in checkpoint.state.items()
         }
-        return cls(replace(checkpoint, state=copies), image_encoder=image_encoder)
+        lora = {name: tensor.detach().clone() for name, tensor in checkpoint.lora.items()}
+        return cls(replace(checkpoint, state=copies, lora=lora), image_encoder=image_encoder)
 
     @classmethod
     def new(
@@ -217,9 +238,9 @@ class IPAdapter:
         Attach to the pipeline that will be called: its guidance flag says which rows of the batch are
         negative. Attaching again, to another pipeline around the same UNet, changes that. For a bare UNet see
         :meth:`batch`. All is checked first: :class:`AdapterMismatch` (naming both sides),
-        :class:`EncoderMismatch`, :class:`ModelError` (a LoRA that would be left out) or :class:`UsageError`
-        leave everything as it was. Weights of a lower precision than the UNet's are raised to it and moved to
-        its device, unless they are being trained.
+        :class:`EncoderMismatch` or :class:`UsageError` leave everything as it was. A FaceID file's LoRA acts
+        while a face is shown (:attr:`lora`); the user's own LoRAs stay as they are. Weights of a lower
+        precision than the UNet's are raised to it and moved to its device, unless they are being trained.
         """
         unet = getattr(target, "unet", target)
         if not isinstance(unet, nn.Module) or not isinstance(unet, UNet):
@@ -236,6 +257,8 @@ class IPAdapter:
         injection = Injection.into(unet, None if unet is target else target)
         if not any(source is self for source in injection.sources):
             injection.sources.append(self)
+        if self.lora is not None:
+            self.lora.into(unet, injection.layers)
         self._injection = weakref.ref(injection)
         self._borrowed = borrowed
         if not any(parameter.requires_grad for parameter in self.parameters()):
@@ -252,6 +275,8 @@ class IPAdapter:
         injection = self._injected()
         self._injection = None
         self._borrowed = None
+        if self.lora is not None:
+            self.lora.remove()
         if injection is not None:
             injection.remove(self)
 
@@ -374,6 +399,10 @@ class IPAdapter:
 
     def _row(self, prompt: ImagePrompt) -> Row:
         mask, masks = read_masks(prompt.mask, prompt.feather)
+        if self._face is None:
+            refuse_face_fields(prompt, self.checkpoint.name)
+        else:
+            self._face.check_fields(prompt)
         rule = words.canonical("combine", prompt.combine, words.COMBINES)
         zeros, stated = None, None
         if prompt.tokens is not None:
@@ -384,9 +413,14 @@ class IPAdapter:
                 stated = self._tokens_given(prompt.negative).flatten(0, 1)
         else:
             shown = prompt.features if prompt.features is not None else prompt.pictures
-            features, zeros = self._features(shown, prompt.framing, prompt.sharpen)
+            features, patches, zeros = self._features(shown, prompt)
             weights = words.read_weights(rule, len(features), prompt.weights)
-            sets = self.projection(combine(features, rule, weights))
+            features = combine(features, rule, weights)
+            if rule != "concat" and self._face is not None:
+                features = self._face.normed(features)  # as each face's own embedding was
+            sets = self._project(
+                features, None if patches is None else combine(patches, rule, weights), prompt
+            )
         negative = self._negative(prompt, zeros) if stated is None else stated
         if prompt.select is not None:
             chosen = list(words.read_selection(prompt.select, sets.shape[1]))
@@ -423,63 +457,146 @@ class IPAdapter:
         pipe = None if injection is None else injection.pipe
         return encode_text(pipe, text, self.projection.cross_dim)
 
+    def _project(self, features: Tensor, patches: Tensor | None, prompt: ImagePrompt) -> Tensor:
+        """Tokens of the features, with the prompt's ``s_scale``."""
+        if prompt.s_scale is None:
+            return self.projection(features, patches)
+        usual, self.projection.s_scale = self.projection.s_scale, prompt.s_scale
+        try:
+            return self.projection(features, patches)
+        finally:
+            self.projection.s_scale = usual
+
     def _negative(self, prompt: ImagePrompt, zeros: Tensor | None) -> Tensor | None:
         """Negative tokens ``(T, C)``: of what the user gave, else by the variant's rule; ``None`` if
         unknown."""
         negative = prompt.negative
         if negative is not None:
-            features, _ = self._features(
-                negative if isinstance(negative, Tensor) else (negative,), prompt.framing
-            )
-            return self.projection(features).flatten(0, 1)
-        if zeros is None and self.projection.variant.negative != "zero_features":
+            if isinstance(negative, Tensor | EncodedFaces):
+                shown: Tensor | EncodedPictures | EncodedFaces = negative
+            else:
+                shown = self.encode([negative], prompt.framing, face=prompt.face)
+            features, patches, _ = self._features(shown, prompt, negative=True)
+            return self._project(features, patches, prompt).flatten(0, 1)
+        if self.projection.variant.negative == "zero_features":
+            return self.projection.negative()[0]
+        if zeros is None:
             return None
-        return self.projection.negative(zeros)[0]
+        nobody = zeros.new_zeros(1, self.projection.feature_width)
+        faced = self.projection.feature == "face+hidden"
+        return self._project(nobody if faced else zeros, zeros if faced else None, prompt)[0]
 
     def _features(
-        self, shown: Tensor | EncodedPictures | Sequence[Picture], framing: str, sharpen: float = 0.0
-    ) -> tuple[Tensor, Tensor | None]:
-        """Features in the projection's place and format, and those of a zero picture where they are known."""
-        kind, zeros = self.projection.feature, None
+        self,
+        shown: Tensor | EncodedPictures | EncodedFaces | Sequence[Picture],
+        prompt: ImagePrompt,
+        *,
+        negative: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Features, a face crop's patches and those of a zero picture, as far as the projection reads them,
+        in its place and number format."""
+        patches: Tensor | None = None
+        zeros: Tensor | None = None
         if isinstance(shown, Sequence):
-            shown = self._encode(shown, framing, sharpen)
+            shown = self.encode(
+                shown, prompt.framing, sharpen=0.0 if negative else prompt.sharpen, face=prompt.face
+            )
         if isinstance(shown, Tensor):
-            features = shown[None] if shown.ndim == (2 if kind == "hidden" else 1) else shown
-        elif kind == "hidden":
-            features, zeros = shown.hidden, shown.negative_hidden.to(self.device, self.dtype)
+            features = shown[None] if shown.ndim == (2 if self._reads_hidden else 1) else shown
+            if self._face is not None and not negative:
+                self._face.check_length(features)
+        elif self._face is not None:
+            if not isinstance(shown, EncodedFaces):
+                raise EncoderMismatch(
+                    f"adapter '{self.checkpoint.name}' reads a face's embedding, and was given features of "
+                    "whole pictures. Give a photo, or what 'imprompt embed' made with this adapter."
+                )
+            features, patches, zeros = self._face.features(shown)
+        elif isinstance(shown, EncodedFaces):
+            raise EncoderMismatch(
+                f"adapter '{self.checkpoint.name}' needs {self._needs()}, and was given face embeddings."
+            )
+        elif self._reads_hidden:
+            features, zeros = shown.hidden, shown.negative_hidden
         else:
             features = shown.pooled
-        if not bool(torch.isfinite(features).all()):
-            raise InputError("image features contain NaN or infinite values.")
-        return features.detach().to(self.device, self.dtype), zeros
+        for each in (features, patches, zeros):
+            if each is not None and not bool(torch.isfinite(each).all()):
+                raise InputError("image features contain NaN or infinite values.")
+        return self._placed(features), _maybe(self._placed, patches), _maybe(self._placed, zeros)
+
+    def _placed(self, features: Tensor) -> Tensor:
+        return features.detach().to(self.device, self.dtype)
+
+    @property
+    def _reads_hidden(self) -> bool:
+        return self.projection.feature == "hidden"
+
+    def encode(
+        self,
+        pictures: Sequence[Picture],
+        framing: str = "crop",
+        *,
+        sharpen: float = 0.0,
+        face: str | int = "largest",
+    ) -> EncodedPictures | EncodedFaces:
+        """What this adapter reads in ``pictures``: their features, or the face in each of them.
+
+        Raises :class:`EncoderMismatch` without the encoder or face model for it, :class:`InputError` for
+        pictures that cannot be read, or have no such face.
+        """
+        if self._face is None:
+            return self._encode(pictures, framing, sharpen)
+        look = self._encoder_needed if self.projection.patch_width is not None else None
+        return self._face.encode(pictures, face, look)
+
+    @property
+    def face_embedder(self) -> FaceReader | None:
+        """What finds and embeds faces in pictures: the given one, else the pack this adapter was trained
+        with, where InsightFace keeps it on this machine. Set it to an embedder of
+        :mod:`imprompt.encoders.face`, or to a folder of its models."""
+        return None if self._face is None else self._face.reader
+
+    @face_embedder.setter
+    def face_embedder(self, reader: FaceReaderLike) -> None:
+        if self._face is None:
+            raise UsageError(
+                f"adapter '{self.checkpoint.name}' reads whole pictures ({self._needs()}), not faces; leave "
+                "the face model out."
+            )
+        self._face.reader = reader
+
+    def _encoder_needed(self) -> PictureEncoder:
+        if (encoder := self.image_encoder) is None:
+            raise EncoderMismatch(
+                f"adapter '{self.checkpoint.name}' needs an image encoder with {self._needs()} and has none: "
+                "pass image_encoder= (an encoder, a folder, or repo:subfolder), or features for a picture."
+            )
+        return encoder
 
     def _encode(self, pictures: Sequence[Picture], framing: str, sharpen: float) -> EncodedPictures:
         from imprompt.encoders import features as saved
         from imprompt.encoders.framing import encode
         from imprompt.encoders.images import load_image
 
-        parts = []
+        parts: list[EncodedPictures] = []
         for stored, some in groupby(pictures, saved.is_saved):
             if stored:
-                parts += [self.load_features(str(path)) for path in some]
+                parts += [self.load_features(str(path)) for path in some]  # type: ignore[misc]
                 continue
-            encoder = self.image_encoder
-            if encoder is None:
-                raise EncoderMismatch(
-                    f"adapter '{self.checkpoint.name}' needs an image encoder with {self._needs()} and has "
-                    "none: pass image_encoder= (an encoder, a folder, or repo:subfolder), or features for a "
-                    "picture."
-                )
+            encoder = self._encoder_needed()
             # A PIL image is known here by its shape only, and an encoder by its protocol.
             decoded = [load_image(picture) for picture in some]  # type: ignore[arg-type]
             parts.append(encode(encoder, decoded, framing, sharpen=sharpen))  # type: ignore[arg-type]
         return parts[0] if len(parts) == 1 else saved.joined(parts)
 
-    def load_features(self, path: str | Path) -> EncodedPictures:
+    def load_features(self, path: str | Path) -> EncodedPictures | EncodedFaces:
         """Features that ``imprompt embed`` saved. Raises :class:`EncoderMismatch` when another kind of
         encoder made them, :class:`InputError` when the file is none of those."""
         from imprompt.encoders.features import load
 
+        if self._face is not None:
+            return self._face.encode([path], "largest", None)
         found = load(path)
         pooled, hidden = found.features.pooled.shape[-1], found.features.hidden.shape[-1]
         if not self._fits(pooled, hidden):
@@ -504,12 +621,6 @@ class IPAdapter:
         )
 
     def _check_fits(self, unet: UNet, name: str) -> None:
-        if self.checkpoint.lora:
-            raise ModelError(
-                f"adapter '{self.checkpoint.name}' brings a LoRA for the UNet's own attention, which is not "
-                "applied here yet, and without it faces come out weak. Attach its checkpoint with lora={}, "
-                "and load the LoRA file published beside it with pipe.load_lora_weights."
-            )
         layers = cross_attentions(unet)
         mine = {n: tuple(layer.to_k_ip.weight.shape) for n, layer in self._layers.items()}
         theirs = {layer.index: (layer.width, layer.cross_dim) for layer in layers}
@@ -522,6 +633,8 @@ class IPAdapter:
                 f"{describe(len(theirs), layers[0].cross_dim if layers else 0)}{detail}. "
                 "Use an adapter trained for this base."
             )
+        if self.lora is not None:
+            self.lora.check(unet, layers, self.checkpoint.name)
         for row in (row for sample in self.samples for row in sample):
             row.layer_weights(layers)
 
@@ -553,13 +666,22 @@ class IPAdapter:
         return None
 
     def _needs(self) -> str:
+        if self.projection.patch_width is not None:
+            return f"hidden features of width {self.projection.patch_width}"
         return f"{self.projection.feature} features of width {self.projection.feature_width}"
 
     def _fits(self, pooled: int, hidden: int) -> bool:
+        if self.projection.patch_width is not None:
+            return self.projection.patch_width == hidden
         width = {"pooled": pooled, "hidden": hidden}.get(self.projection.feature)
         return self.projection.feature_width == width
 
     def _check_widths(self, pooled: int, hidden: int, name: str) -> None:
+        if self.projection.feature == "face":
+            raise EncoderMismatch(
+                f"adapter '{self.checkpoint.name}' reads face embeddings alone and no image encoder's "
+                f"features; leave out '{name}'."
+            )
         if not self._fits(pooled, hidden):
             raise EncoderMismatch(
                 f"adapter '{self.checkpoint.name}' needs {self._needs()}, image encoder '{name}' gives "
@@ -573,6 +695,27 @@ class IPAdapter:
         injection = self._injected()
         if injection is not None:
             injection.invalidate()
+
+
+def _maybe(function: Callable[[Tensor], Tensor], value: Tensor | None) -> Tensor | None:
+    return None if value is None else function(value)
+
+
+def _face_lora(weights: dict[str, Tensor], numbered: nn.ModuleDict) -> FaceLora | None:
+    """The additions of a checkpoint, put among ``numbered`` under their published names."""
+    if not weights:
+        return None
+    layers: dict[int, dict[str, LowRank]] = {}
+    for number in sorted({int(key.partition(".")[0]) for key in weights}):
+        if str(number) not in numbered:
+            numbered[str(number)] = nn.Module()
+        layers[number] = {
+            part: LowRank(*(_linear(weights[f"{number}.to_{part}_lora.{half}.weight"]) for half in _HALVES))
+            for part in PARTS
+        }
+        for part, low in layers[number].items():
+            numbered[str(number)].add_module(f"to_{part}_lora", low)
+    return FaceLora(layers)
 
 
 class _KeyValue(nn.Module):

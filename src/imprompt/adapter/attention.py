@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from imprompt.adapter.guidance import WIDENED, Part, merged, widened
 from imprompt.adapter.layers import CrossLayer, UNet, cross_attentions
+from imprompt.adapter.lora import FaceLora
 from imprompt.adapter.prompt import Row
 from imprompt.adapter.regions import Regional, Regions
 from imprompt.adapter.scaling import strengthened
@@ -159,6 +160,8 @@ class Source(Protocol):
     """The layout of the batch, when the user stated it."""
     guidance: tuple[float, float | None] | None
     """Guidance for the image and the text's (``None``: the pipeline's), when the image has one of its own."""
+    lora: FaceLora | None
+    """What it adds to the UNet's own attention while it shows something."""
 
     def key_value(self, index: int) -> tuple[nn.Linear, nn.Linear]:
         """``to_k_ip`` and ``to_v_ip`` of published layer ``index``."""
@@ -276,6 +279,9 @@ class Injection:
         """Forget the groups: something they were made from has changed."""
         self._built = None
         self._gates = []
+        for source in self.sources:
+            if source.lora is not None:
+                source.lora.rest()
         for _, processor in self._processors():
             processor.groups, processor.regional = (), None
 
@@ -401,6 +407,8 @@ class Injection:
         heads = {name: attention.heads for name, (attention, _) in processors.items()}
         prompt = 0
         for source in self.sources:
+            if source.lora is not None:
+                source.lora.show(None if source.live is not None else source.samples, call)
             if source.live is not None:
                 for layer in self.layers:
                     groups[layer.name].append(

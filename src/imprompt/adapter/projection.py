@@ -29,6 +29,8 @@ class ImageProjection(nn.Module):
 
     patch_width: int | None = None
     """Width of the second input of FaceID-Plus, the face crop's hidden states; else ``None``."""
+    s_scale: float = 1.0
+    """FaceID-PlusV2's weight of the face crop's look beside the identity; no effect on other kinds."""
 
     def __init__(self, variant: Variant, tokens: int, cross_dim: int, feature_width: int) -> None:
         super().__init__()
@@ -205,8 +207,6 @@ class FaceResamplerProjection(ImageProjection):
     ) -> None:
         super().__init__(variant, tokens, cross_dim, feature_width)
         self.patch_width = patch_width
-        self.s_scale = 1.0
-        """PlusV2's weight of the face crop's appearance beside the identity; no effect on Plus."""
         self.proj = nn.Sequential(
             nn.Linear(feature_width, inner), nn.GELU(), nn.Linear(inner, tokens * widths.width)
         )

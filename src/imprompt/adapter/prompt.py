@@ -50,6 +50,32 @@ class EncodedPictures(Protocol):
 
 
 @runtime_checkable
+class EncodedFaces(Protocol):
+    """Faces made ready for an adapter that reads them, see ``imprompt.encoders.face.Faces``."""
+
+    @property
+    def embedding(self) -> Tensor: ...
+    @property
+    def space(self) -> str: ...
+    @property
+    def patches(self) -> Tensor | None: ...
+    @property
+    def negative_patches(self) -> Tensor | None: ...
+
+
+@runtime_checkable
+class FaceReader(Protocol):
+    """What finds and embeds faces, see ``imprompt.encoders.face.FaceEmbedder``."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def space(self) -> str: ...
+    def find(self, image: Any) -> Any: ...
+    def embed(self, image: Any, face: Any) -> Any: ...
+
+
+@runtime_checkable
 class PictureEncoder(Protocol):
     """What makes features of pictures, see ``imprompt.encoders.clip.ImageEncoder``."""
 
@@ -77,8 +103,9 @@ class ImagePrompt:
 
     image: Picture | Sequence[Picture] | None = None
     """A path, PIL image or encoded file; or several, whose tokens then share one softmax."""
-    features: Tensor | EncodedPictures | None = None
-    """The encoder's output: pooled ``(N, E)`` or ``(E,)``, or hidden states ``(N, P, W)`` or ``(P, W)``."""
+    features: Tensor | EncodedPictures | EncodedFaces | None = None
+    """The encoder's output: pooled ``(N, E)`` or ``(E,)``, or hidden states ``(N, P, W)`` or ``(P, W)``; for
+    face adapters an embedding ``(N, E)`` or ``(E,)``, of length 1 where the adapter reads normalised ones."""
     tokens: Tensor | None = None
     """The projection's output ``(N, T, C)`` or ``(T, C)``."""
     scale: float = 1.0
@@ -98,7 +125,7 @@ class ImagePrompt:
     text: str | Tensor | None = None
     """What is said inside the mask in place of the pipeline's prompt: words (the pipeline the adapter is
     attached to encodes them), or their embeddings ``(T, C)``. Scale and window are the picture's alone."""
-    negative: Picture | Tensor | None = None
+    negative: Picture | Tensor | EncodedFaces | None = None
     """What the unconditional half sees: a picture, or features (tokens when ``tokens`` are given). ``None``
     is the variant's published rule."""
     combine: str = "concat"
@@ -122,6 +149,10 @@ class ImagePrompt:
     interpolated; ``range(F)`` shows each frame a picture of its own, ``None`` all frames the same."""
     frame_curve: Curve = "constant"
     """Video: a factor over the frames, said like ``curve``; 0 is the first frame, 1 the last."""
+    face: str | int = "largest"
+    """Which face of a picture a face adapter reads: ``"largest"``, or a number from 0, the largest first."""
+    s_scale: float | None = None
+    """FaceID-PlusV2: weight of the face crop's look beside the identity; ``None`` is 1, as trained."""
 
     def __post_init__(self) -> None:
         given = [name for name in ("image", "features", "tokens") if getattr(self, name) is not None]
@@ -171,6 +202,10 @@ class ImagePrompt:
         words.read_curve(self.frame_curve)
         if self.at is not None:
             Track(tuple(self.at))
+        if words.read_face(self.face) and isinstance(self.features, Tensor):
+            raise UsageError(f"face {self.face!r} is for pictures; these features are of one face each.")
+        if self.s_scale is not None:
+            _check_number("s_scale", self.s_scale)
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
@@ -192,7 +227,7 @@ class PromptFields(TypedDict, total=False):
     mask: Picture | Tensor | Sequence[Picture | Tensor] | None
     feather: float
     text: str | Tensor | None
-    negative: Picture | Tensor | None
+    negative: Picture | Tensor | EncodedFaces | None
     combine: str
     weights: Sequence[float] | None
     framing: str
@@ -202,6 +237,8 @@ class PromptFields(TypedDict, total=False):
     select: str | int | Sequence[int] | None
     at: Sequence[int] | None
     frame_curve: Curve
+    face: str | int
+    s_scale: float | None
 
 
 PromptLike: TypeAlias = (
@@ -209,6 +246,7 @@ PromptLike: TypeAlias = (
     | Picture
     | Tensor
     | EncodedPictures
+    | EncodedFaces
     | Sequence[ImagePrompt]
     | Sequence[Picture]
     | Sequence[Tensor]
@@ -233,7 +271,7 @@ def as_prompts(value: PromptLike, fields: PromptFields) -> tuple[ImagePrompt, ..
         return (ImagePrompt(image=tuple(value), **fields),)
     if isinstance(value, ImagePrompt):
         return (replace(value, **fields),)
-    if isinstance(value, Tensor | EncodedPictures):
+    if isinstance(value, Tensor | EncodedPictures | EncodedFaces):
         return (ImagePrompt(features=value, **fields),)
     if isinstance(value, str | Path | bytes | DecodedPicture):
         return (ImagePrompt(image=value, **fields),)
@@ -267,8 +305,13 @@ class Row:
     def layer_weights(self, layers: Sequence[CrossLayer]) -> LayerWeights:
         """Scale times profile for each layer; exactly 0 where the prompt does not act at all."""
         spread = layer_weights(self.profile, layers)
-        scale = 0.0 if self.when.never else self.scale
+        scale = self.scale if self.acts else 0.0
         return LayerWeights(tuple(scale * weight for weight in spread.weights), spread.negated)
+
+    @property
+    def acts(self) -> bool:
+        """Whether it does anything at any time."""
+        return self.scale != 0.0 and not self.when.never
 
     @property
     def when(self) -> When:

@@ -172,6 +172,7 @@ def _drawing_flags(parser: argparse.ArgumentParser) -> None:
     field("--scale", metavar="X")
     field("--adapter", metavar="NAME")
     field("--base", metavar="NAME")
+    field("--face-model", metavar="FOLDER")
     field("--negative", metavar="TEXT")
     field("--steps", metavar="N")
     field("--guidance", metavar="X")
@@ -585,6 +586,10 @@ def _embed_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sharpen", type=float, default=0.0, metavar="X", help="0 to 1, at the encoder's size"
     )
+    parser.add_argument("--face-model", metavar="FOLDER", help="a face adapter's detector and recogniser")
+    parser.add_argument(
+        "--face", default="largest", help="a face adapter's face: largest, or a number from 0"
+    )
 
 
 def _embed(flags: argparse.Namespace) -> None:
@@ -599,6 +604,8 @@ def _embed(flags: argparse.Namespace) -> None:
             adapter=flags.adapter,
             framing=flags.framing,
             sharpen=flags.sharpen,
+            face_model=flags.face_model,
+            face=flags.face,
         )
     )
 

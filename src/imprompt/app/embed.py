@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 from imprompt.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
+    from imprompt.adapter.adapter import IPAdapter
     from imprompt.encoders.clip import ImageEncoder
+    from imprompt.generation.models import Base
 
 
 def embed(
@@ -19,17 +21,22 @@ def embed(
     adapter: str | None = None,
     framing: str = "crop",
     sharpen: float = 0.0,
+    face_model: str | None = None,
+    face: str = "largest",
 ) -> Path:
-    """Encode ``pictures`` and write their features; returns the file's path.
+    """Encode ``pictures`` and write their features, or for a face adapter their faces; returns the path.
 
     The encoder is ``encoder`` (a folder, or ``repo:folder``), else the one of ``adapter``, else that of the
     base's default adapter. Raises :class:`UsageError`, :class:`InputError` and :class:`ModelError`; the file
     appears whole or not at all.
     """
     from imprompt import words
+    from imprompt.encoders import face as faces
+    from imprompt.encoders.clip import ImageEncoder
     from imprompt.encoders.features import Saved, fingerprint, save
     from imprompt.encoders.framing import encode
     from imprompt.encoders.images import content_hash, load_image
+    from imprompt.generation.models import find_adapter, find_base, load_adapter
 
     framing = words.canonical("framing", framing, words.FRAMINGS)
     if Path(output).suffix.lower() != ".safetensors":
@@ -37,7 +44,21 @@ def embed(
     decoded = [load_image(picture) for picture in pictures]
     if encoder is not None and adapter is not None:
         raise UsageError("--encoder and --adapter both say which encoder to use; give one.")
-    tower = encoder_of(encoder, base, adapter)
+    if encoder is None:
+        found = find_base(base)
+        loaded = load_adapter(find_adapter(adapter, found))
+        if loaded.projection.variant.embedding is not None:
+            if face_model is not None:
+                loaded.face_embedder = face_model
+            if loaded.projection.patch_width is not None:
+                _beside(loaded, found)
+            shown = loaded.encode(decoded, framing, face=face)
+            return faces.save(shown, output, [content_hash(picture) for picture in decoded])  # type: ignore[arg-type]
+        tower = _beside(loaded, found)
+    else:
+        tower = ImageEncoder.from_pretrained(encoder)
+    if face_model is not None or face != "largest":
+        raise UsageError("--face-model, --face: have no effect without a face adapter; name one (--adapter).")
     features = encode(tower, decoded, framing, sharpen=sharpen)
     hashes = tuple(content_hash(picture) for picture in decoded)
     return save(Saved(features, tower.name, fingerprint(tower.model), hashes, framing), output)
@@ -52,14 +73,20 @@ def encoder_of(encoder: str | None, base: str, adapter: str | None) -> "ImageEnc
     if encoder is not None:
         return ImageEncoder.from_pretrained(encoder)
     found = find_base(base)
-    loaded = load_adapter(find_adapter(adapter, found))
+    return _beside(load_adapter(find_adapter(adapter, found)), found)
+
+
+def _beside(loaded: "IPAdapter", base: "Base") -> "ImageEncoder":
+    """The adapter's own image encoder, or the one that comes with its base."""
+    from imprompt.encoders.clip import ImageEncoder
+
     if isinstance(loaded.image_encoder, ImageEncoder):
         return loaded.image_encoder
-    if found.path is not None and (found.path / "image_encoder").is_dir():
-        tower = ImageEncoder.from_pretrained(found.path, subfolder="image_encoder")
+    if base.path is not None and (base.path / "image_encoder").is_dir():
+        tower = ImageEncoder.from_pretrained(base.path, subfolder="image_encoder")
         loaded.image_encoder = tower  # refuses other widths
         return tower
     raise ModelError(
-        f"adapter '{loaded.checkpoint.name}' has no image encoder beside it, nor has base '{base}'; name one "
-        "with --encoder."
+        f"adapter '{loaded.checkpoint.name}' has no image encoder beside it, nor has base '{base.name}'; "
+        "name one with --encoder."
     )

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,11 +44,6 @@ def is_saved(picture: object) -> bool:
 
 def save(saved: Saved, path: str | Path) -> Path:
     """Write features; the file appears whole or not at all. Raises :class:`InputError`."""
-    from safetensors.torch import save as packed
-
-    path = Path(path)
-    if not is_saved(path):
-        raise InputError(f"'{path}': features are written as .safetensors.")
     header = {
         "format": _FORMAT,
         "encoder": saved.encoder,
@@ -56,8 +51,17 @@ def save(saved: Saved, path: str | Path) -> Path:
         "pictures": json.dumps(saved.pictures),
         "framing": saved.framing,
     }
-    tensors = {name: getattr(saved.features, name).detach().cpu().contiguous() for name in _PARTS}
-    data = packed(tensors, header)
+    return write_file(path, {name: getattr(saved.features, name) for name in _PARTS}, header)
+
+
+def write_file(path: str | Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> Path:
+    """A ``.safetensors`` of ``tensors``, whole or not at all. Raises :class:`InputError`."""
+    from safetensors.torch import save as packed
+
+    path = Path(path)
+    if not is_saved(path):
+        raise InputError(f"'{path}': features are written as .safetensors.")
+    data = packed({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, header)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
@@ -72,6 +76,25 @@ def save(saved: Saved, path: str | Path) -> Path:
 
 def load(path: str | Path) -> Saved:
     """Read what :func:`save` wrote. Raises :class:`InputError` for anything else, damaged files and NaN."""
+    tensors, header = read_file(path)
+    if header.get("format") != _FORMAT or set(tensors) != set(_PARTS):
+        kind = "faces" if "faces" in header.get("format", "") else "no picture's features"
+        raise InputError(
+            f"'{path}' holds {kind}; features of pictures are expected, as 'imprompt embed' makes them with "
+            "this adapter."
+        )
+    _check(tensors, Path(path))
+    return Saved(
+        Features(**tensors),
+        header.get("encoder", "unknown"),
+        header.get("fingerprint", ""),
+        tuple(json.loads(header.get("pictures", "[]"))),
+        header.get("framing", "crop"),
+    )
+
+
+def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, header) of a ``.safetensors`` file. Raises :class:`InputError`."""
     from safetensors import SafetensorError, safe_open
 
     path = Path(path).expanduser()
@@ -83,18 +106,7 @@ def load(path: str | Path) -> Saved:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
     except (SafetensorError, OSError) as error:
         raise InputError(f"'{path}' is no safetensors file, or damaged ({error}).") from error
-    if header.get("format") != _FORMAT or set(tensors) != set(_PARTS):
-        raise InputError(
-            f"'{path}' holds no picture's features; 'imprompt embed' makes such files of pictures."
-        )
-    _check(tensors, path)
-    return Saved(
-        Features(**tensors),
-        header.get("encoder", "unknown"),
-        header.get("fingerprint", ""),
-        tuple(json.loads(header.get("pictures", "[]"))),
-        header.get("framing", "crop"),
-    )
+    return tensors, header
 
 
 def joined(parts: Sequence["Parts"]) -> Features:

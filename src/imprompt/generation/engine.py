@@ -26,7 +26,8 @@ from PIL import Image
 from imprompt import words
 from imprompt.adapter.adapter import IPAdapter
 from imprompt.adapter.attribution import Attribution
-from imprompt.adapter.prompt import EncodedPictures, ImagePrompt
+from imprompt.adapter.prompt import EncodedFaces, EncodedPictures, ImagePrompt
+from imprompt.encoders import face as faces
 from imprompt.encoders.features import is_saved, joined
 from imprompt.encoders.framing import encode, noisy
 from imprompt.encoders.images import content_hash, frame_count, load_image, load_mask
@@ -109,9 +110,10 @@ class Engine:
         self._nets: dict[str, Any] = {}
         self._loaded: tuple[str, str, str, str] | None = None
         self._adapters: dict[str, IPAdapter] = {}
-        self._features: OrderedDict[tuple[str, ...], EncodedPictures] = OrderedDict()
         self._moving: tuple[str, Any] | None = None
         """The last motion adapter's name and its pipeline."""
+        self._face_model: str | None = None
+        self._features: OrderedDict[tuple[str, ...], EncodedPictures | EncodedFaces] = OrderedDict()
 
     def run(
         self,
@@ -184,6 +186,9 @@ class Engine:
                 adapter.attach(pipe)
                 adapter.set_guidance(request.image_guidance)
                 self._show(adapter, request, shown, name)
+                if shown.prompts and (reader := adapter.face_embedder) is not None:
+                    note = faces.licence_note(reader.space)
+                    notes += [note] if note else []
             provenance = self._provenance(base, adapters, bool(shown.prompts), device, dtype)
             if request.task == "animate":
                 motion = video.find_motion(request.motion, base)
@@ -285,9 +290,14 @@ class Engine:
         """The adapters of all images by name, in order of first use."""
         names = dict.fromkeys(_adapter_of(ref, request) for ref in request.images)
         self._adapters = {name: adapter for name, adapter in self._adapters.items() if name in names}
+        if request.face_model != self._face_model:
+            self._adapters = {name: each for name, each in self._adapters.items() if not _reads_faces(each)}
+            self._face_model = request.face_model
         for name in names:
             if name not in self._adapters:
-                self._adapters[name] = load_adapter(name)
+                self._adapters[name] = _with_faces(load_adapter(name), request.face_model)
+        if request.face_model is not None and not any(map(_reads_faces, self._adapters.values())):
+            raise UsageError("face_model: has no effect on adapters that read whole pictures; leave it out.")
         return {name: self._adapters[name] for name in names}
 
     def _show(self, adapter: IPAdapter, request: Request, shown: _Shown, name: str) -> None:
@@ -304,6 +314,8 @@ class Engine:
                     curve=first.curve,
                     scaling=first.scaling,
                     select=first.select,
+                    face=first.face,
+                    s_scale=first.s_scale,
                     scale=request.scale if first.scale is None else first.scale,  # type: ignore[arg-type]
                     profile=first.profile,
                     start=first.start,
@@ -329,11 +341,13 @@ class Engine:
         at = [ref.at for ref in group if isinstance(ref.at, int)]
         return at or None
 
-    def _encode(self, adapter: IPAdapter, group: Sequence[ImageRef], shown: _Shown) -> EncodedPictures:
+    def _encode(
+        self, adapter: IPAdapter, group: Sequence[ImageRef], shown: _Shown
+    ) -> EncodedPictures | EncodedFaces:
         """The features of one prompt's pictures; of those that are saved, without an encoder."""
         if group[0].at == "each":
             return self._encode_pictures(adapter, shown.films[group[0].path], group[0])
-        parts: list[EncodedPictures] = []
+        parts: list[Any] = []
         for decoded, some in groupby(group, key=lambda ref: ref.path in shown.prompts):
             if decoded:
                 parts.append(
@@ -341,9 +355,13 @@ class Engine:
                 )
             else:
                 parts += [adapter.load_features(Path(ref.path).expanduser()) for ref in some]
-        return parts[0] if len(parts) == 1 else joined(parts)
+        if len(parts) == 1:
+            return parts[0]
+        return faces.joined(parts) if isinstance(parts[0], EncodedFaces) else joined(parts)
 
-    def _negative(self, adapter: IPAdapter, ref: ImageRef, shown: _Shown) -> torch.Tensor | None:
+    def _negative(
+        self, adapter: IPAdapter, ref: ImageRef, shown: _Shown
+    ) -> torch.Tensor | EncodedFaces | None:
         """Features of what the unconditional half sees, where the request says so."""
         if ref.noise is not None:
             kind, strength = words.read_noise(ref.noise)
@@ -354,11 +372,18 @@ class Engine:
             found = self._encode(adapter, [ref.replace(path=ref.negative)], shown)
         else:
             return None
+        if isinstance(found, EncodedFaces):
+            return found
         return found.hidden if adapter.projection.feature == "hidden" else found.pooled
 
     def _encode_pictures(
         self, adapter: IPAdapter, images: list[Image.Image], first: ImageRef
-    ) -> EncodedPictures:
+    ) -> EncodedPictures | EncodedFaces:
+        if _reads_faces(adapter):
+            key = (adapter.checkpoint.name, str(self._face_model), first.face, *map(content_hash, images))
+            if key not in self._features:
+                self._features[key] = adapter.encode(images, first.framing, face=first.face)
+            return self._kept(key)
         encoder = adapter.image_encoder
         if encoder is None:
             raise ModelError(
@@ -368,9 +393,13 @@ class Engine:
         key = (encoder.name, first.framing, f"{first.sharpen}", *(content_hash(image) for image in images))
         if key not in self._features:
             self._features[key] = encode(encoder, images, first.framing, sharpen=first.sharpen)  # type: ignore[arg-type]
-            while len(self._features) > _KEPT_FEATURES:
-                self._features.popitem(last=False)
+        return self._kept(key)
+
+    def _kept(self, key: tuple[str, ...]) -> EncodedPictures | EncodedFaces:
+        """Remembered features, as the latest used; the oldest are forgotten."""
         self._features.move_to_end(key)
+        while len(self._features) > _KEPT_FEATURES:
+            self._features.popitem(last=False)
         return self._features[key]
 
     def _draw(self, pipe: Any, call: dict[str, Any], request: Request, index: int) -> Image.Image:
@@ -412,6 +441,22 @@ class Engine:
             towers = [adapter.image_encoder for adapter in adapters.values()] if encoded else []
             said["encoder"] = ", ".join({getattr(tower, "name", "none"): None for tower in towers}) or "none"
         return said
+
+
+def _reads_faces(adapter: IPAdapter) -> bool:
+    return adapter.projection.variant.embedding is not None
+
+
+def _with_faces(adapter: IPAdapter, face_model: str | None) -> IPAdapter:
+    """The adapter with the face model it reads photos with: the named one, or its own where that is here."""
+    if _reads_faces(adapter):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the face models")  # said in the result's notes
+            if face_model is not None:
+                adapter.face_embedder = face_model
+            else:
+                _ = adapter.face_embedder  # looks where InsightFace keeps them; saved faces need none
+    return adapter
 
 
 def generate(request: Request, *, pictures: Mapping[str, Image.Image] | None = None) -> Result:

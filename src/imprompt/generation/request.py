@@ -151,6 +151,13 @@ class ImageRef(_Strict):
     select: str | None = Field(
         default=None, description="which tokens of the picture are shown, such as 0-3,8; None: all"
     )
+    face: str = Field(
+        default="largest",
+        description="face adapters: which face of the picture, largest or a number from 0 (the largest)",
+    )
+    s_scale: float | None = Field(
+        default=None, ge=0, le=10, description="FaceID-PlusV2: how much of the face's look is kept; None: 1"
+    )
 
     at: Annotated[int, Field(ge=0)] | Literal["each"] | None = Field(
         default=None,
@@ -207,6 +214,12 @@ class ImageRef(_Strict):
     def _selection_is_readable(cls, value: str | None) -> str | None:
         if value is not None:
             words.read_selection(value)
+        return value
+
+    @field_validator("face")
+    @classmethod
+    def _face_is_known(cls, value: str) -> str:
+        words.read_face(value)
         return value
 
     @field_validator("end")
@@ -339,6 +352,11 @@ class Request(_Strict):
     )
     adapter: str | None = Field(
         default=None, min_length=1, description="alias, file, folder or hub file; None: the base's default"
+    )
+    face_model: _Path | None = Field(
+        default=None,
+        description="face adapters: folder of a face detector and recogniser (.onnx); None: the adapter's "
+        "own InsightFace pack where InsightFace keeps it",
     )
     image: _Path | None = Field(default=None, description="edit, inpaint: the picture to start from")
     mask: _Path | None = Field(
@@ -482,12 +500,14 @@ class Request(_Strict):
             for name in ("framing", "sharpen"):
                 if saved and getattr(group[0], name) != ImageRef.model_fields[name].default:
                     found.append(f"{name}: has no effect on saved features; say it when embedding.")
+            if saved and words.read_face(group[0].face):
+                found.append("face: has no effect on saved faces; say it when embedding.")
             if group[0].noise is not None and (group[0].negative or _is_saved(group[0].path)):
                 found.append(
                     "noise: spoils the picture itself; give no negative and no saved features beside it."
                 )
         if not self.images:
-            for name in ("scale", "adapter", "image_guidance"):
+            for name in ("scale", "adapter", "face_model", "image_guidance"):
                 if getattr(self, name) is not None:
                     found.append(f"{name}: has no effect without an image prompt; give one in `images`.")
             drawn_from_nothing = self.task == "generate" or (self.task == "animate" and self.video is None)
