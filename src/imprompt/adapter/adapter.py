@@ -28,7 +28,7 @@ from imprompt.adapter.frames import track_of
 from imprompt.adapter.fresh import fresh_linear, fresh_resampler
 from imprompt.adapter.guidance import Part
 from imprompt.adapter.layers import UNet, cross_attentions, describe
-from imprompt.adapter.locate import EncoderPlace, locate
+from imprompt.adapter.locate import PUBLISHED_ENCODERS, EncoderPlace, locate
 from imprompt.adapter.lora import PARTS, FaceLora, LowRank
 from imprompt.adapter.projection import ImageProjection, build_projection
 from imprompt.adapter.prompt import (
@@ -374,8 +374,8 @@ class IPAdapter:
     @property
     def image_encoder(self) -> PictureEncoder | None:
         """The encoder pictures go through: the given one, else the pipeline's if it fits, else the one found
-        next to the weights (loaded now)."""
-        if self._encoder is None and self._borrowed is None and self._places:
+        next to the weights or in the hub's cache (loaded now; adapters on one UNet share it)."""
+        if self._encoder is None and self._borrowed is None and self.projection.feature != "face":
             self._encoder = self._load_encoder()
         return self._encoder or self._borrowed
 
@@ -651,8 +651,11 @@ class IPAdapter:
     def _load_encoder(self) -> PictureEncoder | None:
         from imprompt.encoders.clip import ImageEncoder
 
-        for place in self._places:
+        shared = tuple(place for place in PUBLISHED_ENCODERS if place.cached)
+        for place in (*self._places, *shared):
             if self._fits(*place.widths()):
+                if (loaded := self._loaded_beside(str(place))) is not None:
+                    return loaded
                 dtype = self.dtype if self.device.type != "cpu" else torch.float32
                 return ImageEncoder.from_pretrained(
                     place.source, subfolder=place.subfolder, torch_dtype=dtype, device=self.device
@@ -664,6 +667,14 @@ class IPAdapter:
                 f"there are only others (pooled, hidden width): {found}. Pass image_encoder=."
             )
         return None
+
+    def _loaded_beside(self, name: str) -> PictureEncoder | None:
+        """The encoder of that name, where another adapter on the UNet has it already."""
+        injection = self._injected()
+        others = (
+            [] if injection is None else [each for each in injection.sources if isinstance(each, IPAdapter)]
+        )
+        return next((each._encoder for each in others if getattr(each._encoder, "name", "") == name), None)
 
     def _needs(self) -> str:
         if self.projection.patch_width is not None:

@@ -115,10 +115,9 @@ class FaceInput:
 
     def check_fields(self, prompt: ImagePrompt) -> None:
         """Refuse what has no effect on a face."""
-        if prompt.framing != "crop":
+        if prompt.framing != "crop" or prompt.sharpen:
             raise UsageError(
-                f"framing {prompt.framing!r} has no effect on adapter '{self._name}', which reads the face "
-                "alone."
+                f"framing and sharpen have no effect on adapter '{self._name}', which reads the face alone."
             )
         if prompt.s_scale is not None and not self._variant.shortcut:
             raise UsageError(

@@ -35,6 +35,17 @@ class EncoderPlace:
             )
         return place
 
+    @property
+    def cached(self) -> bool:
+        """Whether it is a repository whose encoder is in the hub's cache already; the hub is not asked."""
+        from huggingface_hub import try_to_load_from_cache
+
+        inside = f"{self.subfolder}/" if self.subfolder else ""
+        return any(
+            isinstance(try_to_load_from_cache(self.source, f"{inside}{weights}"), str)
+            for weights in ("model.safetensors", "pytorch_model.bin")
+        )
+
     def widths(self) -> tuple[int, int]:
         """(pooled, hidden) width from its configuration alone; zeros when there is none."""
         path = Path(self.source, self.subfolder or "", "config.json")
@@ -51,6 +62,14 @@ class EncoderPlace:
 
     def __str__(self) -> str:
         return self.source + (f":{self.subfolder}" if self.subfolder else "")
+
+
+PUBLISHED_ENCODERS = (
+    EncoderPlace("h94/IP-Adapter", "models/image_encoder"),
+    EncoderPlace("h94/IP-Adapter", "sdxl_models/image_encoder"),
+    EncoderPlace("Kwai-Kolors/Kolors-IP-Adapter-Plus", "image_encoder"),
+)
+"""ViT-H/14, ViT-bigG/14 and ViT-L/14 at 336, which many published adapters share."""
 
 
 def locate(

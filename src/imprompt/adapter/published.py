@@ -175,7 +175,7 @@ FOREIGN = (
      "a training script's checkpoint: 'imprompt convert' takes the adapter out of it"),
     (r"adapter_modules\.", "Kolors' FaceID-Plus, whose tokens go through the text's own projection"),
     (r"lora_|.*\.lora(_[AB]|_up|_down|_linear_layer)?\.|(unet|text_encoder)\..*_lora\.|.*(hada|lokr)_w\d",
-     "a LoRA"),
+     "a LoRA (a FaceID adapter brings its own inside: load that adapter; --lora takes one for the base)"),
     (r"control_model\.|(controlnet_)?(down|mid)_blocks?_(controlnet|zero)|controlnet_|input_hint_block|zero_convs",
      "a ControlNet"),
     (r"(adapter\.)?body\.\d", "a T2I-Adapter"),

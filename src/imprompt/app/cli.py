@@ -173,6 +173,20 @@ def _drawing_flags(parser: argparse.ArgumentParser) -> None:
     field("--adapter", metavar="NAME")
     field("--base", metavar="NAME")
     field("--face-model", metavar="FOLDER")
+    parser.add_argument(
+        "--lora",
+        dest="loras",
+        action="append",
+        metavar="PATH[,weight=…]",
+        help="a LoRA for the base: .safetensors, folder or hub id; may be given several times",
+    )
+    parser.add_argument(
+        "--embedding",
+        dest="embeddings",
+        action="append",
+        metavar="PATH[,token=…]",
+        help="a word of textual inversion (.safetensors); may be given several times",
+    )
     field("--negative", metavar="TEXT")
     field("--steps", metavar="N")
     field("--guidance", metavar="X")
@@ -360,7 +374,7 @@ def _tune(flags: argparse.Namespace) -> None:
 
 def _request(task: str, flags: argparse.Namespace) -> "Request":
     from imprompt.generation.output import read_request
-    from imprompt.generation.request import ControlRef, ImageRef, Request
+    from imprompt.generation.request import ControlRef, EmbeddingRef, ImageRef, LoraRef, Request
 
     stated: dict[str, object] = {
         name: value
@@ -373,6 +387,10 @@ def _request(task: str, flags: argparse.Namespace) -> "Request":
         stated["images"] = tuple(ImageRef.parse(text) for text in flags.images)
     if flags.controls is not None:
         stated["controls"] = tuple(ControlRef.parse(text) for text in flags.controls)
+    if getattr(flags, "loras", None) is not None:
+        stated["loras"] = tuple(LoraRef.parse(text) for text in flags.loras)
+    if getattr(flags, "embeddings", None) is not None:
+        stated["embeddings"] = tuple(EmbeddingRef.parse(text) for text in flags.embeddings)
     if flags.again is None:
         return Request.from_mapping({"task": task, **stated})
     if flags.again.endswith(".json"):
@@ -460,6 +478,7 @@ def _models(flags: argparse.Namespace) -> None:
         DEFAULT_ADAPTERS,
         DEFAULT_MOTIONS,
         MOTIONS,
+        cached,
         named,
     )
 
@@ -489,24 +508,33 @@ def _models(flags: argparse.Namespace) -> None:
             for name, motion in MOTIONS.items()
             if name == flags.name or (flags.name in BASES and motion.family == BASES[flags.name].family)
         }
+    here = {name: cached(base.repo, "model_index.json") for name, base in bases.items()}
+    here |= {f"adapter {name}": cached(row.repo, row.file) for name, row in adapters.items()}
     if flags.json:
         tables = {
-            "bases": {name: asdict(base) for name, base in bases.items()},
-            "adapters": {name: asdict(row) for name, row in adapters.items()},
             "controls": {name: asdict(net) for name, net in controls.items()},
             "motions": {name: asdict(motion) for name, motion in motions.items()},
+            "bases": {name: asdict(base) | {"cached": here[name]} for name, base in bases.items()},
+            "adapters": {
+                name: asdict(row) | {"cached": here[f"adapter {name}"]} for name, row in adapters.items()
+            },
         }
         print(json.dumps(tables))
         return
     if bases:
-        print("bases (--base)")
+        print("bases (--base; + is on this machine)")
     for name, base in bases.items():
-        print(f"  {name:<15} {base.size:>5} px  {base.note}; {base.licence}; {base.repo}")
+        mark = "+" if here[name] else " "
+        print(f" {mark} {name:<27} {base.size:>5} px  {base.note}; {base.licence}; {base.repo}")
     if adapters:
-        print("adapters (--adapter; * is the default of its base)")
+        print("adapters (--adapter; * is the default of its base, + is on this machine)")
     for name, row in adapters.items():
-        star = "*" if DEFAULT_ADAPTERS[row.family] == name else " "
-        print(f"{star} {name:<15} {row.family:<6} {row.note}; {row.megabytes} MB; {row.licence}; {row.repo}")
+        star = "*" if DEFAULT_ADAPTERS.get(row.family) == name else " "
+        mark = "+" if here[f"adapter {name}"] else " "
+        face = f"; faces by {row.face_pack}" if row.face_pack else ""
+        form = "; a pickle: imprompt convert first" if row.pickled else ""
+        said = f"{row.note}; {row.megabytes} MB; {row.licence}; {row.repo}{face}{form}"
+        print(f"{star}{mark} {name:<27} {row.family:<6} {said}")
     if controls:
         print("controls (--control KIND:PATH,model=NAME; without model, the base's default for the kind)")
     for name, net in controls.items():
@@ -544,21 +572,35 @@ def _inspect_flags(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(flags: argparse.Namespace) -> None:
     from imprompt.adapter.checkpoint import inspect
+    from imprompt.generation.catalogue import fitting
 
     found = inspect(flags.file, variant=flags.variant)
-    print(json.dumps(found.to_dict()) if flags.json else found)
+    fits = fitting(found.base)
+    if flags.json:
+        print(json.dumps(found.to_dict() | {"fits": fits}))
+    else:
+        print(found)
+        print(f"{'fits':<14}{', '.join(fits) or 'no base with a name'}")
 
 
 def _convert_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="a .bin, .ckpt or .pt adapter, or a training checkpoint")
+    parser.add_argument(
+        "source", help="a .bin, .ckpt or .pt adapter, a training checkpoint, or a name of imprompt models"
+    )
     parser.add_argument("target", help="the .safetensors file to write")
     parser.add_argument("--variant", help="what it is, where its weights leave that open")
 
 
 def _convert(flags: argparse.Namespace) -> None:
     from imprompt.adapter.checkpoint import convert
+    from imprompt.generation.catalogue import ADAPTERS
 
-    print(convert(flags.source, flags.target, variant=flags.variant))
+    source = flags.source
+    if source in ADAPTERS and not Path(source).exists():
+        from imprompt.generation.models import adapter_file
+
+        source = adapter_file(source)
+    print(convert(source, flags.target, variant=flags.variant))
 
 
 def _profiles_flags(parser: argparse.ArgumentParser) -> None:

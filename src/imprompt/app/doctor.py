@@ -3,41 +3,71 @@
 import hashlib
 import os
 import platform
+import re
+import shutil
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from imprompt.errors import ImpromptError
 
 _PACKAGES = ("imprompt", "torch", "diffusers", "transformers", "safetensors", "huggingface-hub", "pillow")
-_EXTRAS = ("peft", "matplotlib", "resvg-py")
+_EXTRAS = {
+    "onnxruntime": "face: photos for face adapters",
+    "peft": "lora: LoRAs for a base",
+    "opencv-python-headless": "control: annotators",
+    "imageio-ffmpeg": "video: MP4 in and out",
+    "matplotlib": "plot: charts",
+    "resvg-py": "recipe: making the bundled model again",
+    "torchao": "quantised UNets",
+    "bitsandbytes": "quantised UNets",
+    "gguf": "quantised UNets",
+}
+"""Package → the extra it belongs to and what it is for."""
+
+_ABSENT = "absent"
+_GIB = 2**30
+_NEEDS = {"sd15": 4, "sdxl": 12}
+"""GiB of GPU memory in float16 with adapter and image encoder: the published files' sizes and some room."""
 
 
 def examine() -> dict[str, str]:
     """Findings by name, in plain words; ``self-test`` starts with ``failed`` when drawing does not work."""
+    found = look()
+    found["self-test"] = _self_test()
+    found["advice"] = "; ".join(advice(found))
+    return found
+
+
+def look() -> dict[str, str]:
+    """What there is on this machine, without drawing anything."""
     import torch
 
     found = {"python": platform.python_version()}
     found["packages"] = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
-    found["extras"] = ", ".join(f"{name} {_version(name)}" for name in _EXTRAS)
+    found["extras"] = ", ".join(f"{name} {known}" for name in _EXTRAS if (known := _version(name)) != _ABSENT)
+    found["not installed"] = ", ".join(
+        f"{name} ({what})" for name, what in _EXTRAS.items() if _version(name) == _ABSENT
+    )
     found["processor"] = (
         f"{platform.machine()}, {os.cpu_count()} threads, torch uses {torch.get_num_threads()}"
     )
     found["memory"] = _memory()
     found["gpu"] = _gpu()
     found["bundled"] = _bundled()
-    found["hub"] = "offline (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else "asked when needed"
+    found["hub"] = _hub()
     found["cache"] = _cache()
-    found["self-test"] = _self_test()
-    found["advice"] = _advice(found)
-    return found
+    found["here"] = _here()
+    found["face models"] = _face_models()
+    return {name: value for name, value in found.items() if value}
 
 
 def _version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
-        return "absent"
+        return _ABSENT
 
 
 def _memory() -> str:
@@ -77,12 +107,37 @@ def _gpu() -> str:
     return "Apple (mps)" if torch.backends.mps.is_available() else "none"
 
 
+def _hub() -> str:
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    return "offline (HF_HUB_OFFLINE)" if HF_HUB_OFFLINE else "asked when needed"
+
+
 def _cache() -> str:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    folders = Path(HF_HUB_CACHE).glob("models--*")  # empty when there is no cache
-    names = sorted(folder.name.removeprefix("models--").replace("--", "/") for folder in folders)
-    return f"{HF_HUB_CACHE}: {', '.join(names) or 'no models'}"
+    place = Path(HF_HUB_CACHE)
+    count = len(list(place.glob("models--*")))  # none when there is no cache
+    around = next((each for each in (place, *place.parents) if each.exists()), None)
+    room = f", {shutil.disk_usage(around).free / _GIB:.0f} GiB free on its disk" if around else ""
+    return f"{place}: {count} models{room}"
+
+
+def _here() -> str:
+    """Names of the catalogue that need no download."""
+    from imprompt.generation.catalogue import ADAPTERS, BASES, cached
+
+    bases = [name for name, row in BASES.items() if cached(row.repo, "model_index.json")]
+    adapters = [name for name, row in ADAPTERS.items() if cached(row.repo, row.file)]
+    return f"bases {', '.join(bases)}; adapters {', '.join(adapters)}"
+
+
+def _face_models() -> str:
+    """InsightFace's packs that are where InsightFace keeps them."""
+    from imprompt.encoders.face import home
+
+    packs = sorted({path.parent.name for path in home().glob("*/*.onnx")})
+    return f"{', '.join(packs)} in {home()} (non-commercial)" if packs else f"none in {home()}"
 
 
 def _self_test() -> str:
@@ -102,11 +157,23 @@ def _self_test() -> str:
     return f"drew with text and with a picture in {time.monotonic() - started:.1f} s"
 
 
-def _advice(found: dict[str, str]) -> str:
-    if found["self-test"].startswith("failed"):
-        return "install again with the versions of constraints.txt"
+def advice(found: Mapping[str, str]) -> list[str]:
+    """What to do, by what was found; never empty."""
+    said = []
+    if found.get("self-test", "").startswith("failed"):
+        said.append("install again with the versions of constraints.txt")
+    if found["bundled"].startswith("INCOMPLETE"):
+        said.append("the bundled model is incomplete: install imprompt again")
+    memory = re.search(r"of (\d+) GiB free", found["gpu"])
     if found["gpu"] == "none":
-        return (
+        said.append(
             "no GPU: the bundled model is quick, SD1.5 takes minutes a picture, SDXL is not for this machine"
         )
-    return "all is well; --offload model helps where GPU memory is short"
+    elif memory is not None:
+        room = float(memory[1])
+        tight = [name for name, needed in _NEEDS.items() if needed > room]
+        if tight:
+            said.append(f"{', '.join(tight)}: use --offload model, GPU memory is short")
+    if found["hub"].startswith("offline"):
+        said.append("offline: only what is listed under 'here' and local files can be used")
+    return said or ["all is well"]

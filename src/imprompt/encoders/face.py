@@ -339,10 +339,15 @@ def installed(packs: Sequence[str]) -> OnnxFaces | None:
     """The first of InsightFace's packs that is where InsightFace keeps them (``$INSIGHTFACE_HOME/models`` or
     ``~/.insightface/models``); ``None`` when none is."""
     for pack in packs:
-        place = _home() / pack
+        place = home() / pack
         if any(place.glob("*.onnx")):
             return OnnxFaces.from_folder(place)
     return None
+
+
+def home() -> Path:
+    """Where InsightFace keeps its packs on this machine."""
+    return Path(os.environ.get("INSIGHTFACE_HOME", "~/.insightface")).expanduser() / "models"
 
 
 def licence_note(space: str) -> str | None:
@@ -356,7 +361,7 @@ def how_to_get(packs: Sequence[str]) -> str:
     """What to do when there is no face model, in words."""
     pack = packs[0] if packs else "buffalo_l"
     return (
-        f"put InsightFace's pack {pack} (.onnx files; non-commercial weights) into {_home() / pack}, or name "
+        f"put InsightFace's pack {pack} (.onnx files; non-commercial weights) into {home() / pack}, or name "
         "another folder of it (face_embedder=, --face-model)."
     )
 
@@ -392,10 +397,6 @@ def load(path: str | Path) -> Faces:
 
 
 # ---- private
-
-
-def _home() -> Path:
-    return Path(os.environ.get("INSIGHTFACE_HOME", "~/.insightface")).expanduser() / "models"
 
 
 def _place(folder: str) -> Path:

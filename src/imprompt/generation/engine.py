@@ -43,6 +43,7 @@ from imprompt.generation.control import (
     load_net,
     named_controls,
 )
+from imprompt.generation.extras import add_embeddings, add_loras
 from imprompt.generation.models import (
     Base,
     find_adapter,
@@ -108,7 +109,7 @@ class Engine:
         """Whether no progress bar is shown."""
         self._pipes: dict[str, Any] = {}
         self._nets: dict[str, Any] = {}
-        self._loaded: tuple[str, str, str, str] | None = None
+        self._loaded: tuple[str, ...] | None = None
         self._adapters: dict[str, IPAdapter] = {}
         self._moving: tuple[str, Any] | None = None
         """The last motion adapter's name and its pipeline."""
@@ -170,7 +171,8 @@ class Engine:
         notes += _cropped(request, shown)
         request = request.replace(size=size)
         maps = tuple(annotate(ref.kind, _fitted(shown.controls[ref.path], size)) for ref in request.controls)
-        self._keep_only((base.source, str(device), str(dtype), request.offload))
+        extras = (repr(request.loras), repr(request.embeddings))
+        self._keep_only((base.source, str(device), str(dtype), request.offload, *extras))
         # The adapter first: it is small, and what is wrong with it is said before gigabytes are read.
         adapters = self._load_adapters(request)
         pipe = self._pipe(base, request, device, dtype)
@@ -234,8 +236,8 @@ class Engine:
             maps,
         )
 
-    def _keep_only(self, key: tuple[str, str, str, str]) -> None:
-        """Release what belongs to another base, place or number format."""
+    def _keep_only(self, key: tuple[str, ...]) -> None:
+        """Release what belongs to another base, place, number format or set of LoRAs."""
         if self._loaded != key:
             self.release()
             self._loaded = key
@@ -249,6 +251,8 @@ class Engine:
                 pipe = for_task(next(iter(self._pipes.values())), base, request.task)
             else:
                 pipe = load(base, request.task, dtype)
+                add_loras(pipe, request.loras)
+                add_embeddings(pipe, request.embeddings)
             self._pipes[request.task] = _placed(pipe, request.offload, device)
         return self._pipes[request.task]
 

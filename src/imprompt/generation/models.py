@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.files import digest
 from imprompt.errors import ModelError, UsageError
 from imprompt.generation.catalogue import ADAPTERS, BASES, BUNDLED, DEFAULT_ADAPTERS, BaseRow, Family, named
 from imprompt.generation.request import SCHEDULERS, Task
@@ -36,11 +37,15 @@ _PIPELINES: dict[str, dict[Task, str]] = {
         "edit": "StableDiffusionXLImg2ImgPipeline",
         "inpaint": "StableDiffusionXLInpaintPipeline",
     },
+    "Kolors": {"generate": "KolorsPipeline", "edit": "KolorsImg2ImgPipeline"},
 }
 _NOT_NEEDED: dict[str, dict[str, Any]] = {
     "StableDiffusion": {"safety_checker": None, "requires_safety_checker": False},
     "StableDiffusionXL": {"add_watermarker": False},
+    "Kolors": {},
 }
+_KINDS: dict[Family, str] = {"sdxl": "StableDiffusionXL", "kolors": "Kolors"}
+_KOLORS_TEXT = 4096  # width of Kolors' text before its UNet's own projection; the rest is SDXL's
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,9 @@ class Defaults:
 _OF_FAMILY: dict[Family, Defaults] = {
     "emoji": Defaults(steps=20, guidance=3.0, size=128, adapter=DEFAULT_ADAPTERS["emoji"]),
     "sd15": Defaults(size=512, adapter=DEFAULT_ADAPTERS["sd15"]),
+    "sd21": Defaults(size=768),
     "sdxl": Defaults(guidance=5.0, size=1024, adapter=DEFAULT_ADAPTERS["sdxl"]),
+    "kolors": Defaults(guidance=5.0, size=1024, adapter="kolors-plus"),
 }
 
 
@@ -86,10 +93,11 @@ class Base:
             return self.row.family
         if self.path is None:
             return None
-        width = _single_file_shape(self.path, _SINGLE_WIDTH, 1) or _config(self.path / "unet").get(
-            "cross_attention_dim"
-        )
-        families: dict[object, Family] = {256: "emoji", 768: "sd15", 2048: "sdxl"}
+        unet = _config(self.path / "unet")
+        if unet.get("encoder_hid_dim") == _KOLORS_TEXT:
+            return "kolors"
+        width = _single_file_shape(self.path, _SINGLE_WIDTH, 1) or unet.get("cross_attention_dim")
+        families: dict[object, Family] = {256: "emoji", 768: "sd15", 1024: "sd21", 2048: "sdxl"}
         return families.get(width)
 
     @cached_property
@@ -169,7 +177,7 @@ def load(base: Base, task: Task, dtype: Any) -> Any:
         import diffusers
 
         _hush()
-        pipeline = getattr(diffusers, _PIPELINES[kind][task])
+        pipeline = getattr(diffusers, _class_for(kind, task, base))
         if base.path is not None and base.path.is_file():
             del options["use_safetensors"]
             pipe = pipeline.from_single_file(base.source, **options)
@@ -189,7 +197,7 @@ def for_task(pipe: Any, base: Base, task: Task) -> Any:
 
     _check_channels(pipe.unet.config.in_channels, base, task)
     kind = _pipeline_kind(base)
-    made = getattr(diffusers, _PIPELINES[kind][task])(
+    made = getattr(diffusers, _class_for(kind, task, base))(
         **{name: part for name, part in pipe.components.items() if name != "safety_checker"},
         **_NOT_NEEDED[kind],
     )
@@ -234,7 +242,10 @@ def load_adapter(name: str) -> IPAdapter:
             _check_bundled(EMOJI / row.file)
             return IPAdapter.from_pretrained(EMOJI / row.file)
         folder, _, file = row.file.rpartition("/")
-        return IPAdapter.from_pretrained(row.repo, subfolder=folder, weight_name=file)
+        encoder = row.encoder if ":" in row.encoder else None
+        return IPAdapter.from_pretrained(
+            row.repo, subfolder=folder or None, weight_name=file, image_encoder=encoder
+        )
     if Path(name).expanduser().exists():
         return IPAdapter.from_pretrained(Path(name).expanduser())
     owner, _, rest = name.partition("/")
@@ -247,7 +258,37 @@ def load_adapter(name: str) -> IPAdapter:
     return IPAdapter.from_pretrained(f"{owner}/{repo}", subfolder=folder or None, weight_name=file)
 
 
+def adapter_file(name: str) -> Path:
+    """The published file of an alias, from the hub or its cache, its SHA-256 compared with the catalogue's.
+
+    Raises :class:`UsageError` for an unknown name, :class:`ModelError` for what cannot be had or differs.
+    """
+    from huggingface_hub import hf_hub_download
+
+    row = named(ADAPTERS, name, "adapter", "a file")
+    try:
+        path = EMOJI / row.file if row.repo == BUNDLED else Path(hf_hub_download(row.repo, row.file))
+    except Exception as error:  # the hub's client raises nearly anything
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"adapter '{name}' ({row.repo}, {row.file}) cannot be had: {reason}") from error
+    if row.sha256 is not None and (found := digest(path)) != row.sha256:
+        raise ModelError(
+            f"'{path}' is not the published {row.file} of {row.repo}: its sha256 is {found}, {row.sha256} "
+            "was expected. Get it again."
+        )
+    return path
+
+
 # ---- private
+
+
+def _class_for(kind: str, task: Task, base: Base) -> str:
+    if task not in _PIPELINES[kind]:
+        raise UsageError(
+            f"base '{base.name}' is a {kind} model, which can {' and '.join(_PIPELINES[kind])}, not {task}."
+        )
+    return _PIPELINES[kind][task]
+
 
 _SINGLE_FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 _SINGLE_WIDTH = "model.diffusion_model.input_blocks.{}.1.transformer_blocks.0.attn2.to_k.weight"
@@ -255,7 +296,7 @@ _SINGLE_WIDTH = "model.diffusion_model.input_blocks.{}.1.transformer_blocks.0.at
 
 def _pipeline_kind(base: Base) -> str:
     if base.row is not None:
-        return "StableDiffusionXL" if base.row.family == "sdxl" else "StableDiffusion"
+        return _KINDS.get(base.row.family, "StableDiffusion")
     if base.path is not None and base.path.is_file():
         width = base.family
         if width is None:
@@ -263,7 +304,7 @@ def _pipeline_kind(base: Base) -> str:
                 f"'{base.name}' is no Stable Diffusion checkpoint of the 1.5 or XL family: its UNet's keys "
                 "are not there. An adapter goes to --adapter, not to --base."
             )
-        return "StableDiffusionXL" if width == "sdxl" else "StableDiffusion"
+        return _KINDS.get(width, "StableDiffusion")
     index = _config(base.path, "model_index.json") if base.path else _hub_index(base)
     class_name = str(index.get("_class_name", ""))
     for kind, tasks in _PIPELINES.items():

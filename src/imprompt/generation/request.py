@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
@@ -319,6 +319,48 @@ def _options(where: str, options: list[str], known: tuple[str, ...]) -> dict[str
     return values
 
 
+class LoraRef(_Strict):
+    """A LoRA for the base, and how much of it."""
+
+    path: _Path = Field(description="its .safetensors, folder, or owner/name[/file.safetensors] of the hub")
+    weight: float = Field(default=1.0, ge=-10, le=10, description="its strength; 1 is as trained")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``PATH[,weight=…]``. Raises :class:`UsageError`."""
+        return _parsed(cls, text, "--lora")
+
+
+class EmbeddingRef(_Strict):
+    """A word learnt by textual inversion."""
+
+    path: _Path = Field(description="its .safetensors, or owner/name/file.safetensors of the hub")
+    token: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=100,
+        description="how it is written in prompts; None: its own name",
+    )
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``PATH[,token=…]``. Raises :class:`UsageError`."""
+        return _parsed(cls, text, "--embedding")
+
+
+_Ref = TypeVar("_Ref", bound=_Strict)
+
+
+def _parsed(kind: type[_Ref], text: str, flag: str) -> _Ref:
+    path, *options = re.split(r",(?=\s*[A-Za-z_]+=)", text)
+    known = tuple(name for name in kind.model_fields if name != "path")
+    values = _options(f"{flag} '{text}'", options, known)
+    try:
+        return kind(path=path, **values)
+    except UsageError as error:
+        raise UsageError(f"{flag} '{text}': {error}") from error
+
+
 def _as_image(value: object) -> object:
     """A path as the short form of an :class:`ImageRef`."""
     return {"path": str(value)} if isinstance(value, str) or hasattr(value, "__fspath__") else value
@@ -352,6 +394,12 @@ class Request(_Strict):
     )
     adapter: str | None = Field(
         default=None, min_length=1, description="alias, file, folder or hub file; None: the base's default"
+    )
+    loras: tuple[Annotated[LoraRef, BeforeValidator(_as_image)], ...] = Field(
+        default=(), max_length=16, description="LoRAs for the base, all active"
+    )
+    embeddings: tuple[Annotated[EmbeddingRef, BeforeValidator(_as_image)], ...] = Field(
+        default=(), max_length=16, description="words of textual inversion the prompts may use"
     )
     face_model: _Path | None = Field(
         default=None,
