@@ -83,3 +83,18 @@ def test_pictures_alike_but_for_their_weight_are_one_prompt() -> None:
 def test_steering_without_sense_is_refused_before_anything_is_loaded(image: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         Request(images=(ImageRef.parse(image),))
+
+
+def test_a_face_saved_by_comfyui_becomes_saved_faces(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from imprompt.encoders.face import load as load_faces
+
+    torch.save(torch.ones(1, 1, 512), tmp_path / "me.ipadpt")
+    torch.save(torch.ones(1, 257, 1280), tmp_path / "picture.ipadpt")
+    target = tmp_path / "me.safetensors"
+    assert main(["convert", str(tmp_path / "me.ipadpt"), str(target)]) == 0
+    assert torch.equal(load_faces(target).embedding, torch.ones(1, 512))
+    assert main(["convert", str(tmp_path / "picture.ipadpt"), str(tmp_path / "no.safetensors")]) == 3
+    assert "[1, 257, 1280]" in capsys.readouterr().err
+    assert not (tmp_path / "no.safetensors").exists()

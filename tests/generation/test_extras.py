@@ -115,9 +115,9 @@ def test_flags_are_read_and_come_back_and_wrong_ones_are_said(
     assert main([*words, "--lora", f"{place / 'a.safetensors'},weight=0.3", "-o", target]) == 0
     capsys.readouterr()
     for flag, text, said in (
-        ("--lora", "a.safetensors,scale=1", "weight is known"),
+        ("--lora", "a.safetensors,scale=1", "known are weight"),
         ("--lora", "a.safetensors,weight=x", "weight"),
-        ("--embedding", "a.safetensors,weight=1", "token is known"),
+        ("--embedding", "a.safetensors,weight=1", "known are token"),
     ):
         assert main([*words, flag, text]) == 2
         assert said in capsys.readouterr().err

@@ -97,8 +97,20 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def load_pickle(path: Path) -> dict[str, Tensor]:
     """Tensors of a pickled ``.bin``, ``.pt`` or ``.ckpt``, flat, with dots between nested keys.
 
-    Only data is unpickled (``weights_only``), never code. Raises :class:`ModelError` for what needs more than
-    that, is damaged, or holds anything but tensors.
+    Raises :class:`ModelError` as :func:`unpickle` does, and for what holds anything but tensors.
+    """
+    content = unpickle(path)
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise ModelError(f"'{path}' holds a {type(content).__name__}; a table of tensors was expected.")
+    return flatten(content, f"'{path}'")
+
+
+def unpickle(path: Path) -> object:
+    """What torch pickled into a file: only data (``weights_only``), never code.
+
+    Raises :class:`ModelError` for what needs more than that, and what is damaged.
     """
     _size(path)
     with path.open("rb") as file:
@@ -106,7 +118,7 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
     if not start.startswith((b"PK", b"\x80")):
         raise ModelError(f"'{path}' is no pickle of torch; convert reads .bin, .pt and .ckpt files.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"'{path}' holds more than tensors, or is damaged; nothing in it was run. Get the adapter "
@@ -114,11 +126,6 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
         ) from error
     except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"'{path}' is damaged or truncated: {_line(error)} Get it again.") from error
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    if not isinstance(content, Mapping):
-        raise ModelError(f"'{path}' holds a {type(content).__name__}; a table of tensors was expected.")
-    return flatten(content, f"'{path}'")
 
 
 def flatten(nested: Mapping[str, object], what: str) -> dict[str, Tensor]:

@@ -585,7 +585,9 @@ def _inspect(flags: argparse.Namespace) -> None:
 
 def _convert_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", help="a .bin, .ckpt or .pt adapter, a training checkpoint, or a name of imprompt models"
+        "source",
+        help="a .bin, .ckpt or .pt adapter, a training checkpoint, a face's .ipadpt, or a name of imprompt "
+        "models",
     )
     parser.add_argument("target", help="the .safetensors file to write")
     parser.add_argument("--variant", help="what it is, where its weights leave that open")
@@ -596,6 +598,11 @@ def _convert(flags: argparse.Namespace) -> None:
     from imprompt.generation.catalogue import ADAPTERS
 
     source = flags.source
+    if source.lower().endswith(".ipadpt"):
+        from imprompt.app.embed import from_ipadpt
+
+        print(from_ipadpt(source, flags.target))
+        return
     if source in ADAPTERS and not Path(source).exists():
         from imprompt.generation.models import adapter_file
 

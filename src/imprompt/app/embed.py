@@ -90,3 +90,24 @@ def _beside(loaded: "IPAdapter", base: "Base") -> "ImageEncoder":
         f"adapter '{loaded.checkpoint.name}' has no image encoder beside it, nor has base '{base.name}'; "
         "name one with --encoder."
     )
+
+
+def from_ipadpt(source: str | Path, target: str | Path) -> Path:
+    """Face embeddings that ComfyUI saved (``.ipadpt``, a pickle; read as data) as saved faces; the path.
+
+    The file does not say which face model made them. Raises :class:`ModelError` for what is damaged or no
+    face embedding: features of pictures lack parts that are needed here.
+    """
+    import torch
+
+    from imprompt.adapter.files import unpickle
+    from imprompt.encoders.face import Faces, save
+
+    content = unpickle(Path(source))
+    if not isinstance(content, torch.Tensor) or content.shape[-1:] != (512,):
+        what = list(content.shape) if isinstance(content, torch.Tensor) else type(content).__name__
+        raise ModelError(
+            f"'{source}' holds no face embeddings of width 512 ({what}); embed the picture itself with "
+            "imprompt embed, or give the tensor in Python as features=."
+        )
+    return save(Faces(content.reshape(-1, 512).float(), "unknown"), target)

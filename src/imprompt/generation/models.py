@@ -242,6 +242,12 @@ def load_adapter(name: str) -> IPAdapter:
             _check_bundled(EMOJI / row.file)
             return IPAdapter.from_pretrained(EMOJI / row.file)
         folder, _, file = row.file.rpartition("/")
+        if row.pickled:
+            raise ModelError(
+                f"adapter '{name}' is a pickle where it is published ({row.repo}, {row.file}), and drawing "
+                f"opens none. Once: imprompt convert {name} {Path(file).stem}.safetensors, then --adapter "
+                "that file."
+            )
         encoder = row.encoder if ":" in row.encoder else None
         return IPAdapter.from_pretrained(
             row.repo, subfolder=folder or None, weight_name=file, image_encoder=encoder
