@@ -138,7 +138,7 @@ REFUSED = [
     (2, "scale", "generate a --image ref.png --scale nan"),
     (2, "unknown option 'weigth'", "generate a --image ref.png,weigth=2"),
     (2, "mask: the task 'inpaint' needs one", "inpaint ref.png a"),
-    (2, "base 'sd51' is unknown; did you mean sd15", "generate a --base sd51"),
+    (2, "base 'sd51' is unknown; did you mean sd", "generate a --base sd51"),
     (2, "must end in .png", "generate a --base BASE -o cat.gif"),
     (2, "only the bundled model", "models sd15 --vocabulary"),
     (3, "no base", "generate a --base ./missing/folder"),
