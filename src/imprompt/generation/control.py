@@ -244,7 +244,7 @@ def _default(ref: ControlRef, base: Base) -> str:
             f"control '{ref.path}': a finished map needs the model that it is for; say model=NAME (imprompt "
             "models lists them)."
         )
-    kinds = DEFAULT_CONTROLS[base.family] if base.family else {}
+    kinds = DEFAULT_CONTROLS.get(base.family, {}) if base.family else {}
     if ref.kind not in kinds:
         there = f"known for it: {', '.join(kinds)}" if kinds else "none is known for it"
         raise UsageError(
