@@ -229,6 +229,16 @@ def export(adapter: MotionAdapter) -> None:
     )
 
 
+def write_real(clips: list[Row]) -> None:
+    """The held-out real clips, for the evaluation: ``eval/clips/<concept>.webp``."""
+    folder = MODEL / "eval" / "clips"
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in clips:
+        frames = frames_of(DATA / row["file_name"])
+        more = {"save_all": True, "append_images": frames[1:], "duration": 125, "loop": 0}
+        frames[0].save(folder / f"{row['groups']['concept']}.webp", quality=90, method=6, **more)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -252,7 +262,9 @@ def main() -> None:
     print(f"{sum(p.numel() for p in adapter.parameters()) / 1e6:.1f} M parameters", flush=True)
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     if not args.export_only:
-        real = [row for row in write_clips(args.packages) if row["split"] == "train"]
+        animated = write_clips(args.packages)
+        real = [row for row in animated if row["split"] == "train"]
+        write_real([row for row in animated if row["split"] != "train"])
         rows, latents = clips(real, load_rows("small"), args.variants)
     if args.data_only:
         return

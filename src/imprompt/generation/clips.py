@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from imprompt.errors import InputError, UsageError
+from imprompt.errors import UsageError
 
 SUFFIXES = (".gif", ".webp", ".mp4", "")
 """Endings of clips; none is a folder of numbered PNG."""
@@ -45,12 +45,12 @@ def check_pace(suffix: str, fps: float) -> None:
 def read_text(path: Path, key: str) -> str | None:
     """The record that a GIF, an MP4 or a folder of frames carries, ``None`` for other files and without one.
 
-    ``key`` is the first name in it. Raises :class:`InputError` when the file cannot be read.
+    ``key`` is the first name in it.
     """
     if path.is_dir():
         first = min((file for file in path.glob("*.png")), default=None)
         if first is None:
-            raise InputError(f"folder '{path}' holds no frames (.png).")
+            return None
         with Image.open(first, formats=("PNG",)) as image:
             return image.info.get(key)
     with path.open("rb") as stream:

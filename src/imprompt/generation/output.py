@@ -199,6 +199,10 @@ def read_record(path: str | Path) -> Record:
         text = read_text(place, _KEY)
         if text is not None:
             return _record(path, text or None)
+        if place.is_dir():
+            raise InputError(
+                f"'{path}' is a folder, and no clip of imprompt's: its pictures carry no request."
+            )
         with Image.open(place, formats=("PNG", "JPEG", "WEBP")) as image:
             text = image.info.get(_KEY) if image.format == "PNG" else _exif_text(image)
     except InputError:
