@@ -182,17 +182,12 @@ class JudgeNetwork(nn.Module):
         pooled = functional.adaptive_avg_pool2d(self.stages(self.stem(pixels)), 2).flatten(1)
         embedding = functional.normalize(self.embedding(pooled), dim=1)
         alike = embedding @ functional.normalize(self.concept, dim=1).T
-        return embedding, alike * self.temperature.exp().clamp(max=64), self.style_of(pixels)
-
-    def style_of(self, pixels: Tensor) -> Tensor:
-        """Style logits ``B S`` of pixels ``B 3 64 64`` in ``[-1, 1]``."""
         statistics = [self.palette(pixels[..., ::2, ::2]).mean((2, 3))]
         seen = pixels
         for stage in self.texture:
             seen = stage(seen)
             statistics += [seen.mean((2, 3)), seen.amax((2, 3))]
-        logits: Tensor = self.style(torch.cat(statistics, 1))
-        return logits
+        return embedding, alike * self.temperature.exp().clamp(max=64), self.style(torch.cat(statistics, 1))
 
 
 def _convolution(width_in: int, width: int, *, stride: int, kernel: int = 3) -> nn.Sequential:
@@ -249,13 +244,9 @@ def train_judge(
     seed: int = 0,
     seconds: float | None = None,
     check: bool = False,
-    beside: Sequence[Row] = (),
     log: Callable[[str], None] = print,
 ) -> tuple[Judge, list[Rejected]]:
     """Train a judge on all rows, whatever their split, and measure it.
-
-    ``beside`` are pictures of other concepts, from which the eye for styles alone learns on afterwards, a
-    third of the epochs (or seconds) long: a style is known the better, the more pictures of it were seen.
 
     Every row needs the groups ``concept`` and ``style``. ``vae`` (an ``AutoencoderKL``) adds each picture as
     that autoencoder gives it back, from exact and from noisy latents. ``seconds`` bounds the training: the
@@ -268,16 +259,6 @@ def train_judge(
     usable, pixels, rejected = _load(rows, vae, seed)
     everything = list(range(len(usable)))
     judge = _fit(usable, pixels, everything, epochs, batch, lr, seed, seconds, log)
-    if beside:
-        others, more, unusable = _load(beside, vae, seed)
-        rejected += unusable
-        both = [*usable, *others]
-        shorter = None if seconds is None else seconds / 3
-        _learn_styles(
-            judge, both, torch.cat([pixels, more], 1), math.ceil(epochs / 3), batch, lr, seed, shorter, log
-        )
-        generator = torch.Generator().manual_seed(seed + 1)
-        judge.ceiling = _measure(judge, usable, pixels, set(everything), generator)
     trained = [index for index in everything if usable[index].trainable]
     if check and len(trained) < len(everything):
         log("the same without held-out pictures, to be measured on them")
@@ -348,45 +329,6 @@ def _fit(
     judge = Judge(network, concepts, styles)
     judge.ceiling = _measure(judge, usable, pixels, set(training), generator)
     return judge
-
-
-def _learn_styles(
-    judge: Judge, rows: Sequence[Row], pixels: Tensor, epochs: int, batch: int, lr: float, seed: int,
-    seconds: float | None, log: Callable[[str], None],
-) -> None:  # fmt: skip
-    """Train the eye for styles on, and nothing else; pictures ``V N 3 64 64`` of known styles."""
-    network, started = judge.network, time.monotonic()
-    known = [index for index, row in enumerate(rows) if row.groups["style"] in judge.styles]
-    style_of = torch.tensor([judge.styles.index(rows[index].groups["style"]) for index in known])
-    own = pixels[:, known]
-    eye = [*network.palette.parameters(), *network.texture.parameters(), *network.style.parameters()]
-    optimizer = torch.optim.AdamW(eye, lr=lr, weight_decay=5e-2)
-    generator = torch.Generator().manual_seed(seed)
-    per_epoch = math.ceil(len(known) / batch)
-    for part in (network.palette, network.texture, network.style):
-        part.train()
-    done, epoch = 0.0, 0
-    while done < 1:
-        right = 0.0
-        for number, picked in enumerate(_batches(torch.randperm(len(known), generator=generator), batch)):
-            done = (epoch * per_epoch + number + 1) / (epochs * per_epoch)
-            if seconds is not None:
-                done = max(done, (time.monotonic() - started) / seconds)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-            version = torch.randint(len(own), (len(picked),), generator=generator)
-            images, kept = augment_for_judge(own[version, picked], generator)
-            logits = network.style_of(images * 2 - 1)
-            per_row = functional.cross_entropy(logits, style_of[picked], reduction="none")
-            optimizer.zero_grad(set_to_none=True)
-            ((per_row * kept).sum() / kept.sum().clamp(min=1)).backward()
-            optimizer.step()
-            right += float((logits.argmax(1) == style_of[picked]).float().sum())
-            if done >= 1:
-                break
-        epoch += 1
-        log(f"judge styles {epoch}/{epochs} {time.monotonic() - started:.0f}s right {right / len(known):.3f}")
-    network.eval()
 
 
 def _load(rows: Sequence[Row], vae: Any, seed: int) -> tuple[list[Row], Tensor, list[Rejected]]:
@@ -541,7 +483,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--check", action="store_true",
         help="then train another, half as long, without held-out pictures and measure it on them",
     )  # fmt: skip
-    parser.add_argument("--beside", help="learn styles from pictures of other concepts with this tag, too")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -551,11 +492,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.concepts is not None:
             wanted = set(options.concepts.read_text(encoding="utf-8").split())
             rows = [row for row in rows if row.groups.get("concept") in wanted]
-        beside: list[Row] = []
-        if options.beside is not None:
-            concepts = {row.groups.get("concept") for row in rows}
-            beside, _ = read_rows(options.data, only=options.beside)
-            beside = [row for row in beside if row.groups.get("concept") not in concepts]
         vae = None if options.vae is None else _load_vae(options.vae)
         judge, unusable = train_judge(
             rows,
@@ -566,7 +502,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seed=options.seed,
             seconds=None if options.minutes is None else options.minutes * 60,
             check=options.check,
-            beside=beside,
             log=lambda line: print(line, file=sys.stderr, flush=True),
         )
     except ImpromptError as error:
