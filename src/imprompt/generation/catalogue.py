@@ -295,6 +295,8 @@ DEFAULT_CONTROLS: dict[Family, dict[str, str]] = {
     },
     "sdxl": {kind: f"sdxl-{kind}" for kind in ("canny", "depth", "pose", "scribble", "tile")}
     | {"lineart": "sdxl-union", "seg": "sdxl-union"},
+    "sd21": {},
+    "kolors": {},
 }
 """Without ``model=``: family → kind → alias."""
 

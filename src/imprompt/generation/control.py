@@ -103,9 +103,13 @@ def find_controls(request: Request, base: Base) -> tuple[Control, ...]:
     be used together, for this task or with what is asked of them; :class:`ModelError` for a folder or
     repository that is no ControlNet, or is one of another base.
     """
-    found = tuple(_find(ref, base) for ref in named_controls(request.controls, base))
-    if not found:
+    if not request.controls:
         return ()
+    if base.family == "kolors":
+        raise ModelError(
+            f"controls: base '{base.name}' is a Kolors model; diffusers has no pipeline with controls."
+        )
+    found = tuple(_find(ref, base) for ref in named_controls(request.controls, base))
     first = found[0]
     for other in found[1:]:
         if other.net != first.net or (first.net == "union" and other.source != first.source):
