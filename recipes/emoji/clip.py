@@ -10,8 +10,13 @@ A second stage then trains the image tower alone, on the pictures of *every* con
 text tower (Zhai et al. 2022, LiT) and two auxiliary classifiers that are thrown away (concept, style), with
 half of the patches left out (Li et al. 2023, FLIP). It lets adapters read pictures no training saw.
 
+A third stage, after the UNet's, makes sure that what the base can be told is what can be read off a picture:
+the image tower, with a linear layer that is thrown away, learns to say the states of the picture's caption as
+the UNet's keys and values see them. Its embedding is what adapters then start from (``adapters.py``).
+
     python recipes/emoji/clip.py
     python recipes/emoji/clip.py --vision-only
+    python recipes/emoji/clip.py --captions --minutes 9
 """
 
 import argparse
@@ -141,8 +146,13 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--vocabulary", default="small")
     parser.add_argument("--vision-only", action="store_true", help="the second stage")
+    parser.add_argument("--captions", action="store_true", help="the third stage")
+    parser.add_argument("--minutes", type=float, default=9, help="of the third stage")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.captions:
+        train_captions(args.minutes, args.batch or 48, args.lr)
+        return
     if args.vision_only:
         train_vision(args.steps or 2600, args.batch or 64, args.lr)
         return
@@ -266,6 +276,55 @@ def train_vision(steps: int, batch_size: int, lr: float) -> None:
         hit = eye.style(embeds).argmax(1) == style_of[picked]
         progress_mean(loop.log, "concept", by_concept.item())
         progress_mean(loop.log, "style", by_style.item())
+        progress_mean(loop.log, "style_right", float(hit.float().mean()))
+    assert loop.ema
+    loop.ema.copy_to(eye)
+    eye.vision.eval().half().save_pretrained(MODEL / "image_encoder")
+
+
+def train_captions(minutes: float, batch_size: int, lr: float) -> None:
+    """The third stage: two thirds of each batch are of the vocabulary."""
+    from adapters import few, seen_by
+    from diffusers import UNet2DConditionModel
+    from unet import Captions
+
+    near = load_rows("small")
+    words = {row["groups"]["concept"] for row in near}
+    rows = near + [row for row in load_rows("core") if row["groups"]["concept"] not in words]
+    pictures, captions = load_pictures(rows), Captions(rows)
+    said = [row["captions"]["full"][0] for row in rows]
+    states = few(captions[said], torch.tensor([captions.ends[text] for text in said]))
+    seen = seen_by(UNet2DConditionModel.from_pretrained(MODEL / "unet").float())
+    spread = ((states - states.mean(0)) @ seen).square().mean()
+    concepts, styles = (sorted({row["groups"][kind] for row in rows}) for kind in ("concept", "style"))
+    concept_of = torch.tensor([concepts.index(row["groups"]["concept"]) for row in rows])
+    style_of = torch.tensor([styles.index(row["groups"]["style"]) for row in rows])
+    vision = CLIPVisionModelWithProjection.from_pretrained(MODEL / "image_encoder").float()
+    eye = Eye(vision, len(concepts), len(styles))
+    eye.said = nn.Sequential(nn.Linear(256, 4 * 256), nn.Unflatten(1, (4, 256)), nn.LayerNorm(256))
+    optimizer = torch.optim.AdamW(eye.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
+    loop = Loop(RUNS / "clip-captions.pt", 0, eye, optimizer, Ema(eye, 0.995), warmup=50, minutes=minutes)
+    half = torch.cpu._is_avx512_bf16_supported()
+    few_far = batch_size // 3
+    for step in loop:
+        random.seed(step)
+        picked = random.sample(range(len(near)), batch_size - few_far)
+        picked += random.sample(range(len(near), len(rows)), few_far)
+        images = normalise(augment(pictures[picked]))
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            embeds = eye(images, 0.6 if loop.part() < 0.7 else 1.0)
+            by_concept = F.cross_entropy(eye.concept(embeds), concept_of[picked], label_smoothing=0.05)
+            by_style = F.cross_entropy(eye.style(embeds), style_of[picked])
+            told = eye.said(embeds)
+        left = ((told.float() - states[picked]) @ seen).square().mean() / spread
+        loss = 0.5 * by_concept + by_style + 2 * left
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(eye.parameters(), 1.0)
+        optimizer.step()
+        hit = eye.style(embeds.float()).argmax(1) == style_of[picked]
+        progress_mean(loop.log, "concept", by_concept.item())
+        progress_mean(loop.log, "left", left.item())
         progress_mean(loop.log, "style_right", float(hit.float().mean()))
     assert loop.ema
     loop.ema.copy_to(eye)

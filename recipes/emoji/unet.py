@@ -42,14 +42,15 @@ def build() -> UNet2DConditionModel:
 
 
 class Captions:
-    """The frozen text encoder's hidden states (16×256) of every caption, computed once."""
+    """The frozen text encoder's hidden states (16×256) of every caption, computed once; ``ends`` says where
+    each caption's words end."""
 
     def __init__(self, rows: list[Row]) -> None:
         tokenizer = CLIPTokenizer.from_pretrained(MODEL / "tokenizer")
         encoder = CLIPTextModel.from_pretrained(MODEL / "text_encoder").float().eval()
         texts = sorted({text for row in rows for kind in row["captions"].values() for text in kind} | {""})
         self.index = {text: i for i, text in enumerate(texts)}
-        hidden = []
+        hidden, self.ends = [], {}
         with torch.no_grad():
             for i in range(0, len(texts), 64):
                 ids = tokenizer(
@@ -60,6 +61,8 @@ class Captions:
                     return_tensors="pt",
                 ).input_ids
                 hidden.append(encoder(ids).last_hidden_state)
+                first = (ids == tokenizer.eos_token_id).int().argmax(1).tolist()
+                self.ends.update(zip(texts[i : i + 64], first, strict=True))
         self.hidden = torch.cat(hidden)
 
     def __getitem__(self, texts: list[str]) -> Tensor:

@@ -1,9 +1,11 @@
 """The contact sheet of ``imprompt demo``: what image prompts do, at a glance, drawn with the bundled model.
 
-Three bands (generate, edit, inpaint), each row one reference picture that no training saw. Every cell is
-drawn by the same engine as the command line, and the references are written beside the sheet to play with.
+A band a task (generate, edit, inpaint; structure and style; a clip), each row one reference picture that no
+training saw. Every cell is drawn by the same engine as the command line, and the references are written
+beside the sheet to play with.
 """
 
+import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,8 +14,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from imprompt.evaluation.report import EMOJI, EvalSet, read_eval_set
+from imprompt.generation import output
 from imprompt.generation.engine import Engine
-from imprompt.generation.request import ImageRef, Request
+from imprompt.generation.request import ControlRef, ImageRef, Request
 
 CELL, GAP, MARGIN, HEAD = 128, 8, 24, 44
 _INK, _PALE, _LINE = (24, 24, 27), (113, 113, 122), (228, 228, 231)
@@ -67,6 +70,22 @@ def contact_sheet(folder: str | Path, *, seed: int = 7, say: Callable[[str], Non
             [_inpaint(draw, third, first), _inpaint(draw, first, second)],
         ),
     ]
+    if importlib.util.find_spec("cv2") is not None and (EMOJI / "controlnet-canny").is_dir():
+        bands.append(
+            (
+                "structure",
+                "Edges of one picture, the style of another, and the words say what it is.",
+                [_structure(draw, shape, references) for shape in references[:2]],
+            )
+        )
+    if (EMOJI / "motion").is_dir():
+        bands.append(
+            (
+                "animate",
+                "A picture prompts a clip: some of its 16 frames; beside this sheet they move.",
+                [_clip(draw, reference, folder) for reference in references[1:3]],
+            )
+        )
     path = folder / "contact-sheet.png"
     _compose(bands).save(path)
     return path
@@ -135,6 +154,30 @@ def _inpaint(draw: _Artist, start: Path, reference: Path) -> _Row:
         for seed in (draw.seed + 1, draw.seed + 2)
     ]
     return [_given("picture", start), _given("mask", place), _given("reference", reference), None, *drawn]
+
+
+def _structure(draw: _Artist, shape: Path, references: Sequence[Path]) -> _Row:
+    cells: list[_Cell | None] = [_given("edges of", shape), None]
+    for style in [other for other in references if other != shape][:3]:
+        asked = {
+            "images": (ImageRef(path=str(style), profile="style"),),
+            "controls": (ControlRef(kind="canny", path=str(shape)),),
+        }
+        cells += [_given("style of", style)]
+        cells += [draw(f"“{prompt}”", prompt=prompt, **asked, scale=1.0) for prompt in PROMPTS]
+        cells += [None]
+    return cells[:-1]
+
+
+def _clip(draw: _Artist, reference: Path, folder: Path) -> _Row:
+    request = Request.from_mapping(
+        {"task": "animate", "images": (str(reference),), "seed": draw.seed, "steps": STEPS}
+    )
+    result = draw.engine.run(request)
+    draw.say(f"a clip, {time.monotonic() - draw.started:.0f} s")
+    output.save(result, folder / f"{reference.stem}.gif")
+    frames = [_Cell(f"frame {number}", result.images[number]) for number in range(0, len(result.images), 2)]
+    return [_given("reference", reference), None, *frames]
 
 
 def _compose(bands: Sequence[tuple[str, str, Sequence[_Row]]]) -> Image.Image:
