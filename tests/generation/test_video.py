@@ -7,10 +7,11 @@ import pytest
 from PIL import Image
 
 import tiny
+from controls import saved, tiny_controlnet, tiny_union
 from imprompt.errors import AdapterMismatch, InputError, ModelError, UsageError
 from imprompt.generation import output
 from imprompt.generation.engine import Engine, generate
-from imprompt.generation.request import ImageRef, Request
+from imprompt.generation.request import ControlRef, ImageRef, Request
 
 FRAMES = 4
 
@@ -121,6 +122,72 @@ def test_a_video_is_redrawn_at_its_pace_or_at_the_asked_one(engine, asked, film)
     assert slow.request.frames == 3
     shared = engine.run(asked(video=film, frames=4, shared_noise=0.5, strength=0.5))
     assert len(shared.images) == 4
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory):
+    return saved(tiny_controlnet(), tmp_path_factory.mktemp("net"))
+
+
+def test_a_clip_follows_a_picture_or_one_a_frame_and_is_repeated_from_its_file(
+    engine, asked, pictures, net, tmp_path
+):
+    one = ControlRef(kind="none", path=pictures / "ref.png", model=net)
+    alone = pixels(engine.run(asked()).images)
+    followed = engine.run(asked(controls=[one]))
+    silent = engine.run(asked(controls=[one.replace(scale=0)]))
+    assert np.abs(pixels(followed.images) - alone).max() > 2
+    assert np.array_equal(pixels(silent.images), alone)
+    assert np.array_equal(pixels(engine.run(asked()).images), alone)
+
+    (tmp_path / "same").mkdir()
+    (tmp_path / "other").mkdir()
+    for number in range(FRAMES):
+        with Image.open(pictures / "ref.png") as image:
+            image.save(tmp_path / "same" / f"{number}.png")
+        tiny.picture(20 + number, (40, 40)).save(tmp_path / "other" / f"{number}.png")
+    same = engine.run(asked(controls=[one.replace(path=str(tmp_path / "same"))]))
+    assert np.array_equal(pixels(same.images), pixels(followed.images))
+    moving = one.replace(path=str(tmp_path / "other"))
+    prompted = engine.run(asked(controls=[moving], images=[pictures / "ref.png"]))
+    assert [frame.size for frame in prompted.maps[0]] == [(32, 32)] * FRAMES
+    assert prompted.provenance["controls"].startswith(net)
+    (path,) = output.save(prompted, tmp_path / "clip.webp")
+    again = output.read_request(path)
+    assert again.controls == (moving,)
+    assert np.array_equal(pixels(engine.run(again).images), pixels(prompted.images))
+    (maps,) = output.save_maps(prompted.maps, prompted.request, path)
+    assert (maps.name, len(list(maps.iterdir()))) == ("clip-control-1-none", FRAMES)
+    mapped = engine.run(again.replace(controls=[one.replace(path=str(maps))], hashes={}))
+    assert np.array_equal(pixels(mapped.images), pixels(prompted.images))
+
+
+def test_a_video_is_redrawn_along_itself(engine, asked, film, net):
+    ref = ControlRef(kind="none", path=film, model=net)
+    redrawn = asked(video=film, frames=3, strength=0.5)
+    followed = engine.run(redrawn.replace(controls=[ref]))
+    assert len(followed.images) == len(followed.maps[0]) == 3
+    assert np.abs(pixels(followed.images) - pixels(engine.run(redrawn).images)).max() > 2
+    shared = engine.run(redrawn.replace(controls=[ref], shared_noise=0.5))
+    assert len(shared.images) == 3
+
+
+def test_a_long_clip_follows_its_control_in_windows(engine, asked, pictures, net):
+    ref = ControlRef(kind="none", path=pictures / "ref.png", model=net)
+    assert len(engine.run(asked(frames=11, controls=[ref])).images) == 11
+
+
+def test_controls_that_no_clip_can_follow_are_said_in_one_line(engine, asked, pictures, film, net, tmp_path):
+    ref = ControlRef(kind="none", path=film, model=net)
+    with pytest.raises(InputError, match="6 control pictures, the clip has 4 frames"):
+        engine.run(asked(controls=[ref]))
+    union = saved(tiny_union(), tmp_path / "union")
+    with pytest.raises(UsageError, match="ControlNet-Union, which diffusers takes for stills"):
+        engine.run(asked(controls=[ref.replace(model=f"{union}:canny")]))
+    tiny.tiny_sdxl().save_pretrained(tmp_path / "xl")
+    asked_xl = asked(base=str(tmp_path / "xl"), controls=[ref.replace(path=str(pictures / "ref.png"))])
+    with pytest.raises(UsageError, match="SDXL model, whose clips diffusers draws without controls"):
+        engine.run(asked_xl)
 
 
 def test_a_long_clip_is_drawn_in_windows_and_leaves_the_pipeline_as_it_was(engine, asked):

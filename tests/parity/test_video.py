@@ -1,18 +1,26 @@
 """Our clips equal diffusers' own IP-Adapter path on the same weights: text to video, video to video, and what
 diffusers does by hand for one picture a frame."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AnimateDiffControlNetPipeline,
     AnimateDiffPipeline,
     AnimateDiffSDXLPipeline,
+    AnimateDiffVideoToVideoControlNetPipeline,
     AnimateDiffVideoToVideoPipeline,
     UNetMotionModel,
 )
 
+from controls import saved, tiny_controlnet
 from imprompt.adapter.adapter import IPAdapter
 from imprompt.adapter.prompt import ImagePrompt
+from imprompt.generation.control import control_call, controlled, find_controls, load_net
+from imprompt.generation.models import Base
+from imprompt.generation.request import ControlRef, Request
 from tiny import picture, random_adapter_state, tiny_encoder, tiny_motion, tiny_sd, tiny_sdxl
 
 FRAMES = 3
@@ -68,9 +76,63 @@ def test_a_clip_is_what_diffusers_draws(family: str, start: str, kind: str, guid
     )
 
 
+@pytest.mark.parametrize(("start", "nets"), [("text", 1), ("text", 2), ("video", 1), ("video", 2)])
+def test_a_clip_with_controls_is_what_diffusers_draws(start: str, nets: int, tmp_path: Path) -> None:
+    """Ours through ``controlled`` and ``control_call``; one control's picture moves, the other's stands."""
+    pipe = pipeline("sd", start)
+    moving, still = [picture(70 + i) for i in range(FRAMES)], picture(7)
+    models = [saved(tiny_controlnet(seed=11 + i), tmp_path / str(i)) for i in range(nets)]
+    refs = [
+        ControlRef(kind="none", path=f"map {model}", model=model, scale=scale)
+        for model, scale in zip(models, (0.8, 0.5), strict=False)
+    ]
+    redrawn = {"video": "film", "strength": 0.7} if start == "video" else {}
+    request = Request(task="animate", prompt="a cat", frames=FRAMES, controls=refs, **redrawn)
+    found = find_controls(request, Base("tiny", "tiny"))
+    loaded = {control.source: load_net(control, torch.float32) for control in found}
+    ours = controlled(pipe, "animate", found, loaded)
+    call = control_call(found, [tuple(moving), still][:nets], request)
+    state = random_adapter_state(pipe.unet)
+    adapter = IPAdapter.from_state_dict(state).attach(ours)
+    without = draw(ours, 5.0, **call)
+    assert np.abs(without - draw(pipe, 5.0)).max() > 1e-3, "the controls would have no effect"
+
+    seen: list[torch.Tensor] = []
+    hooks = [
+        net.register_forward_hook(
+            lambda _, __, given, out: seen.append(
+                torch.cat([given["encoder_hidden_states"].ravel(), out[0][0].ravel()])
+            ),
+            with_kwargs=True,
+        )
+        for net in loaded.values()
+    ]
+    draw(ours, 5.0, **call)
+    first, seen[:] = seen[:nets], []
+    adapter.set_prompt(picture(1), scale=0.6)
+    drawn = draw(ours, 5.0, **call)
+    assert all(map(torch.equal, first, seen[:nets])), "the picture reached a ControlNet"
+    for hook in hooks:
+        hook.remove()
+    adapter.detach()
+
+    kind = {"text": AnimateDiffControlNetPipeline, "video": AnimateDiffVideoToVideoControlNetPipeline}[start]
+    made = [loaded[model] for model in models]
+    theirs = kind(**pipe.components, controlnet=made[0] if nets == 1 else made)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.load_ip_adapter(state, subfolder=None, weight_name=None, image_encoder_folder=None)
+    theirs.set_ip_adapter_scale(0.6)
+    maps = [moving, [still] * FRAMES]
+    expected = draw(
+        theirs, 5.0, ip_adapter_image=picture(1), conditioning_frames=maps[0] if nets == 1 else maps,
+        controlnet_conditioning_scale=0.8 if nets == 1 else [0.8, 0.5],
+    )  # fmt: skip
+    assert np.abs(drawn - expected).max() <= 1e-4
+    assert np.abs(drawn - without).max() > 1e-3, "nor would the picture"
+
+
 def test_our_engine_draws_what_diffusers_pipeline_draws(tmp_path) -> None:
     from imprompt.generation.engine import generate
-    from imprompt.generation.request import Request
 
     tiny_sd().save_pretrained(tmp_path / "base")
     tiny_motion().save_pretrained(tmp_path / "motion")

@@ -29,6 +29,9 @@ from imprompt.generation.request import ControlRef, Request, Task
 
 Net = Literal["controlnet", "union", "t2i"]
 
+Map = Image.Image | tuple[Image.Image, ...]
+"""What a control follows, of the drawn size; in a clip where it moves, one a frame."""
+
 _CLASSES: dict[str, Net] = {
     "ControlNetModel": "controlnet",
     "ControlNetUnionModel": "union",
@@ -39,6 +42,7 @@ _PIPELINES: dict[tuple[Net, bool], dict[Task, str]] = {  # (kind of net, whether
         "generate": "StableDiffusionControlNetPipeline",
         "edit": "StableDiffusionControlNetImg2ImgPipeline",
         "inpaint": "StableDiffusionControlNetInpaintPipeline",
+        "animate": "AnimateDiffControlNetPipeline",
     },
     ("controlnet", True): {
         "generate": "StableDiffusionXLControlNetPipeline",
@@ -120,15 +124,21 @@ def find_controls(request: Request, base: Base) -> tuple[Control, ...]:
     _check_task(found, request)
     for control in found:
         if base.path is not None and (base.path / "unet" / "config.json").is_file():
-            check_fits(control, json.loads((base.path / "unet" / "config.json").read_text("utf-8")), base)
+            unet = json.loads((base.path / "unet" / "config.json").read_text("utf-8"))
+            check_fits(control, unet, base, request.task)
     windows(found, request)
     return found
 
 
-def check_fits(control: Control, unet: Mapping[str, Any], base: Base) -> None:
+def check_fits(control: Control, unet: Mapping[str, Any], base: Base, task: Task) -> None:
     """Raise :class:`ModelError`, naming both, when a control was made for another kind of UNet than the
-    base's (``unet``: its configuration)."""
+    base's (``unet``: its configuration); :class:`UsageError` where diffusers has no pipeline for ``task``."""
     xl = unet.get("addition_embed_type") == "text_time"
+    if xl and task == "animate":
+        raise UsageError(
+            f"controls: base '{base.name}' is an SDXL model, whose clips diffusers draws without controls; "
+            "SD 1.5 models and emoji take them."
+        )
     ours = list(unet["block_out_channels"])
     said = f"control '{control.name}' is {_SAID[control.net]}"
     if control.net == "t2i":
@@ -169,14 +179,20 @@ def load_net(control: Control, dtype: Any) -> Any:
 
 
 def controlled(pipe: Any, task: Task, controls: Sequence[Control], nets: Mapping[str, Any]) -> Any:
-    """diffusers' pipeline of ``task`` around the parts of ``pipe`` and the controls' ``nets`` (by source)."""
+    """diffusers' pipeline of ``task`` around the parts of ``pipe`` and the controls' ``nets`` (by source).
+
+    A clip that starts from a video is told by ``pipe``.
+    """
     import inspect
 
     import diffusers
 
     first = controls[0]
     xl = "StableDiffusionXL" in type(pipe).__name__
-    kind = getattr(diffusers, _PIPELINES[first.net, xl][task])
+    name = _PIPELINES[first.net, xl][task]
+    if "VideoToVideo" in type(pipe).__name__:
+        name = "AnimateDiffVideoToVideoControlNetPipeline"
+    kind = getattr(diffusers, name)
     taken = inspect.signature(kind.__init__).parameters
     parts = {name: part for name, part in pipe.components.items() if name in taken}
     switches = {"safety_checker": None, "requires_safety_checker": False, "add_watermarker": False}
@@ -190,10 +206,9 @@ def controlled(pipe: Any, task: Task, controls: Sequence[Control], nets: Mapping
     return result
 
 
-def control_call(
-    controls: Sequence[Control], maps: Sequence[Image.Image], request: Request
-) -> dict[str, Any]:
-    """The pipeline's arguments that say the controls; ``maps`` are of the output's size, one each."""
+def control_call(controls: Sequence[Control], maps: Sequence[Map], request: Request) -> dict[str, Any]:
+    """The pipeline's arguments that say the controls; ``maps`` are of the output's size, one each, or for a
+    clip one a frame."""
     first = controls[0]
     starts, ends = zip(*windows(controls, request), strict=True)
     several = len(controls) > 1 or first.net == "union"
@@ -208,8 +223,13 @@ def control_call(
             call["adapter_conditioning_factor"] = ends[0]
         return call
     image = "image" if request.task == "generate" and first.net == "controlnet" else "control_image"
+    shown: list[Any] = list(maps)
+    if request.task == "animate":
+        assert request.frames is not None
+        image = "conditioning_frames"
+        shown = [list(one) if isinstance(one, tuple) else [one] * request.frames for one in maps]
     call = {
-        image: each(maps),
+        image: each(shown),
         "controlnet_conditioning_scale": scales,
         "control_guidance_start": each(starts),
         "control_guidance_end": each(ends),
@@ -337,6 +357,11 @@ def _config_of(name: str, source: str, row: ControlRow | None) -> Mapping[str, A
 
 def _check_task(controls: Sequence[Control], request: Request) -> None:
     """Refuse what diffusers' T2I-Adapters cannot: other tasks, a start, an end where there is no switch."""
+    if request.task == "animate" and controls[0].net == "union":
+        raise UsageError(
+            f"control '{controls[0].name}' is a ControlNet-Union, which diffusers takes for stills only; use "
+            "a ControlNet."
+        )
     if controls[0].net != "t2i":
         return
     if request.task != "generate":

@@ -36,6 +36,7 @@ from imprompt.generation import video
 from imprompt.generation.annotate import annotate
 from imprompt.generation.control import (
     Control,
+    Map,
     check_fits,
     control_call,
     controlled,
@@ -75,8 +76,8 @@ class Result:
     """What the user should know, such as that a picture was cropped."""
     attributions: tuple[Attribution, ...] = ()
     """Where each image prompt acted, one a picture, when it was asked for."""
-    maps: tuple[Image.Image, ...] = ()
-    """What each of the request's controls followed, of the drawn size."""
+    maps: tuple[Map, ...] = ()
+    """What each of the request's controls followed, of the drawn size; one a frame where it moved."""
 
 
 @dataclass
@@ -85,7 +86,8 @@ class _Shown:
 
     prompts: dict[str, Image.Image] = field(default_factory=dict)
     masks: dict[str, Image.Image] = field(default_factory=dict)
-    controls: dict[str, Image.Image] = field(default_factory=dict)
+    controls: dict[str, list[Image.Image]] = field(default_factory=dict)
+    """One picture, or as many as the clip has frames."""
     start: Image.Image | None = None
     region: Image.Image | None = None
     """Where to inpaint; white is drawn anew."""
@@ -164,13 +166,15 @@ class Engine:
         if shown.film is not None:
             shown.film, fps = video.fitted(shown.film, shown.fps, request)
             request = request.replace(frames=len(shown.film), fps=fps)
-        video.check_counts(request, shown.films)
+            if request.video in shown.controls:  # followed where it is redrawn
+                shown.controls[request.video] = shown.film
+        video.check_counts(request, shown.films, shown.controls)
         device = _device(request)
         dtype = _dtype(request, device)
         size, notes = _size(request, base, shown)
         notes += _cropped(request, shown)
         request = request.replace(size=size)
-        maps = tuple(annotate(ref.kind, _fitted(shown.controls[ref.path], size)) for ref in request.controls)
+        maps = tuple(_map(ref.kind, shown.controls[ref.path], size) for ref in request.controls)
         extras = (repr(request.loras), repr(request.embeddings))
         self._keep_only((base.source, str(device), str(dtype), request.offload, *extras))
         # The adapter first: it is small, and what is wrong with it is said before gigabytes are read.
@@ -262,7 +266,7 @@ class Engine:
     ) -> Any:  # fmt: skip
         """The pipeline of the request's task with its controls; of the last ones the weights are kept."""
         for control in controls:
-            check_fits(control, pipe.unet.config, base)
+            check_fits(control, pipe.unet.config, base, request.task)
         sources = [control.source for control in controls]
         key = " ".join([request.task, *sources])
         if key not in self._pipes:
@@ -271,8 +275,10 @@ class Engine:
             for control in controls:
                 if control.source not in self._nets:
                     self._nets[control.source] = load_net(control, dtype)
-            made = controlled(pipe, request.task, controls, self._nets)
-            self._pipes[key] = _placed(made, request.offload, device)
+            made = _placed(controlled(pipe, request.task, controls, self._nets), request.offload, device)
+            if request.task == "animate":  # a shell around the moving UNet, which `_moving` keeps
+                return made
+            self._pipes[key] = made
         return self._pipes[key]
 
     def _moving_pipe(self, base: Base, request: Request, device: torch.device, dtype: torch.dtype) -> Any:
@@ -516,7 +522,7 @@ def _read(request: Request, pictures: Mapping[str, Image.Image]) -> tuple[_Shown
     shown, hashes = _Shown(), {}
     moving = {request.video, *(ref.path for ref in request.images if ref.at == "each")}
     if request.task == "animate":
-        moving |= {ref.mask for ref in request.images}
+        moving |= {ref.mask for ref in request.images} | {ref.path for ref in request.controls}
     for name in request.files:
         if name in pictures:
             continue
@@ -540,7 +546,8 @@ def _read(request: Request, pictures: Mapping[str, Image.Image]) -> tuple[_Shown
         for name in names
         if name not in moving and (name in pictures or not is_saved(name))
     }
-    shown.still = [name for name in shown.prompts if frame_count(source(name)) > 1]
+    stills = [*shown.prompts, *(ref.path for ref in request.controls if request.task != "animate")]
+    shown.still = [name for name in dict.fromkeys(stills) if frame_count(source(name)) > 1]
     for name in dict.fromkeys(ref.path for ref in refs if ref.at == "each"):
         shown.films[name], _ = video.read_film(source(name), name)
     if request.video is not None:
@@ -557,7 +564,9 @@ def _read(request: Request, pictures: Mapping[str, Image.Image]) -> tuple[_Shown
     for name, mask in shown.masks.items():
         if mask.getextrema()[1] == 0:
             raise InputError(f"mask '{name}' is black everywhere: the image prompt would act nowhere.")
-    shown.controls = {ref.path: load_image(source(ref.path)) for ref in request.controls}
+    for name in dict.fromkeys(ref.path for ref in request.controls):
+        film = request.task == "animate" and video.moves(source(name))
+        shown.controls[name] = video.read_film(source(name), name)[0] if film else [load_image(source(name))]
     if request.image is not None:
         shown.start = load_image(source(request.image))
     if request.mask is not None:
@@ -604,7 +613,7 @@ def _size(request: Request, base: Base, shown: _Shown) -> tuple[tuple[int, int],
             f"'{request.image or request.video}' is {start.width}×{start.height}, "
             f"drawn at {size[0]}×{size[1]}"
         )
-    for name, image in shown.controls.items():
+    for name, (image, *_) in shown.controls.items():
         if abs(image.width * size[1] / (image.height * size[0]) - 1) > _ASPECT:
             notes.append(
                 f"control '{name}' is {image.width}×{image.height}: cropped around the centre to the "
@@ -627,6 +636,12 @@ def _cropped(request: Request, shown: _Shown) -> list[str]:
                     "squash or tile shows all of it"
                 )
     return notes
+
+
+def _map(kind: str, pictures: Sequence[Image.Image], size: tuple[int, int]) -> Map:
+    """What a control follows, found in the picture or in each frame."""
+    found = tuple(annotate(kind, _fitted(picture, size)) for picture in pictures)
+    return found[0] if len(found) == 1 else found
 
 
 def _multiple(side: float) -> int:

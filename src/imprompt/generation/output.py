@@ -106,19 +106,30 @@ def save(result: Drawn, path: str | Path) -> list[Path]:
     return paths
 
 
-def save_maps(maps: Sequence[Image.Image], request: Request, target: str | Path) -> list[Path]:
-    """Write what the request's controls followed beside ``target``, as ``NAME-control-1-canny.png``, …; each
-    can be given back as ``none:PATH,model=NAME``. Raises :class:`InputError`."""
+def save_maps(
+    maps: Sequence[Image.Image | Sequence[Image.Image]], request: Request, target: str | Path
+) -> list[Path]:
+    """Write what the request's controls followed beside ``target``, as ``NAME-control-1-canny.png``, …, or a
+    folder of frames without the ending where it moves; each can be given back as ``none:PATH,model=NAME``.
+    Raises :class:`InputError`."""
     paths = []
-    for number, (ref, image) in enumerate(zip(request.controls, maps, strict=True), 1):
-        path = Path(target).with_name(f"{Path(target).stem}-control-{number}-{ref.kind}.png")
+    for number, (ref, shown) in enumerate(zip(request.controls, maps, strict=True), 1):
+        path = Path(target).with_name(f"{Path(target).stem}-control-{number}-{ref.kind}")
+        path = path.with_name(f"{path.name}.png") if isinstance(shown, Image.Image) else path
         part = path.with_name(f".{path.name}.part")
         try:
-            image.save(part, "PNG")
+            if isinstance(shown, Image.Image):
+                shown.save(part, "PNG")
+            else:
+                part.mkdir()
+                for frame, image in enumerate(shown, 1):
+                    image.save(part / f"{frame:04}.png")
             part.replace(path)
         except OSError as error:
             raise InputError(f"cannot write '{path}' ({error.strerror or error}).") from error
         finally:
+            if part.is_dir():
+                shutil.rmtree(part)
             part.unlink(missing_ok=True)
         paths.append(path)
     return paths

@@ -255,7 +255,8 @@ class ControlRef(_Strict):
         + "; ".join(f"{name}: {what}" for name, what in CONTROLS.items())
     )
     path: _Path = Field(
-        description="the picture's file (or its name among `pictures`); cropped to the output's proportions"
+        description="the picture's file (or its name among `pictures`); cropped to the output's proportions. "
+        "animate: a picture for all frames, or an animated picture, a folder or a video with one a frame"
     )
     scale: float = Field(
         default=1.0, ge=0, le=10, description="how strictly it is followed; 0 not, 1 as trained"
@@ -582,8 +583,6 @@ class Request(_Strict):
                     "animate."
                 )
             return found
-        if self.controls:
-            found.append("controls: are for stills; the task 'animate' takes none yet.")
         if self.strength is not None and self.video is None:
             found.append(
                 "strength: has no effect without a video to start from; an image prompt's is `scale`."

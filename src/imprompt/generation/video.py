@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from imprompt.encoders.images import load_frames
+from imprompt.encoders.images import frame_count, load_frames
 from imprompt.encoders.video import SUFFIXES, read_video
 from imprompt.errors import AdapterMismatch, InputError, ModelError, UsageError
 from imprompt.generation.catalogue import BUNDLED, DEFAULT_MOTIONS, MOTIONS, MotionRow, named
@@ -133,6 +133,15 @@ def read_film(source: Any, name: str) -> tuple[list[Image.Image], float | None]:
     return frames, fps
 
 
+def moves(source: Any) -> bool:
+    """Whether :func:`read_film` would find frames: no still, nor what only looks like a picture."""
+    if isinstance(source, list | tuple):
+        return True
+    if isinstance(source, Path) and (source.is_dir() or source.suffix.lower() in SUFFIXES):
+        return True
+    return frame_count(source) > 1
+
+
 def fitted(
     film: Sequence[Image.Image], own: float | None, request: Request
 ) -> tuple[list[Image.Image], float]:
@@ -152,18 +161,25 @@ def fitted(
     return shown[:wanted], fps
 
 
-def check_counts(request: Request, films: Mapping[str, Sequence[Image.Image]]) -> None:
-    """Raises :class:`InputError` when pictures or masks per frame are not as many as the frames."""
+def check_counts(
+    request: Request,
+    films: Mapping[str, Sequence[Image.Image]],
+    controls: Mapping[str, Sequence[Image.Image]],
+) -> None:
+    """Raises :class:`InputError` when pictures, masks or control pictures per frame (``controls``; one is for
+    all) are not as many as the frames."""
+    if request.task != "animate":
+        return
+    for name, frames in controls.items():
+        if len(frames) not in (1, request.frames):
+            raise InputError(_uneven(name, len(frames), "control pictures", request))
     for ref in request.images:
         counted = {ref.path: "pictures"} if ref.at == "each" else {}
         if ref.mask is not None and ref.mask in films:
             counted[ref.mask] = "masks"
         for name, what in counted.items():
             if len(films[name]) != request.frames:
-                raise InputError(
-                    f"'{name}' holds {len(films[name])} {what}, the clip has {request.frames} frames; give "
-                    f"one a frame, or --frames {len(films[name])}."
-                )
+                raise InputError(_uneven(name, len(films[name]), what, request))
         if isinstance(ref.at, int) and request.frames is not None and ref.at >= request.frames:
             raise UsageError(f"images: at={ref.at} lies behind the last of {request.frames} frames, from 0.")
 
@@ -271,6 +287,13 @@ def draw(
 
 
 # ---- private
+
+
+def _uneven(name: str, count: int, what: str, request: Request) -> str:
+    return (
+        f"'{name}' holds {count} {what}, the clip has {request.frames} frames; give one a frame, or --frames "
+        f"{count}."
+    )
 
 
 def _load(motion: Motion, dtype: torch.dtype) -> Any:
