@@ -1,5 +1,7 @@
 """The figures of motion tell stills, motion and flicker apart."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image
@@ -8,6 +10,7 @@ import tiny
 from imprompt.errors import InputError
 from imprompt.evaluation.judge import Judge, JudgeNetwork
 from imprompt.evaluation.motion import frame_change, frame_consistency, read_clips
+from imprompt.evaluation.report import EvalSet, Shown, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +27,8 @@ def shifted(pixels: int) -> Image.Image:
 
 STILL = [shifted(0)] * 4
 MOVING = [shifted(3 * i) for i in range(4)]
+MOTION = {"frame_consistency", "frame_change", "frame_concept"}
+KINDS = ("full", "concept", "style")
 FLICKER = [tiny.picture(i, (128, 128)) for i in range(4)]
 
 
@@ -45,3 +50,21 @@ def test_without_real_clips_it_says_so(tmp_path):
         read_clips(tmp_path)
     MOVING[0].save(tmp_path / "a.webp", save_all=True, append_images=MOVING[1:], lossless=True)
     assert len(read_clips(tmp_path)[0]) == 4
+
+
+def test_the_report_has_the_figures_of_motion_where_the_base_can_move(judge, tmp_path):
+    tiny.tiny_sd().save_pretrained(tmp_path)
+    shown = tuple(
+        Shown(concept, "flat", "held_out_concept", dict.fromkeys(KINDS, (f"a {concept}",)), picture)
+        for concept, picture in (("cat", tiny.picture(1)), ("dog", tiny.picture(2)))
+    )
+    tiny.tiny_motion().save_pretrained(tmp_path / "motion")
+    (tmp_path / "motion" / "imprompt.json").write_text(json.dumps({"frames": 2}))
+    (tmp_path / "eval" / "clips").mkdir(parents=True)
+    MOVING[0].save(tmp_path / "eval/clips/a.webp", save_all=True, append_images=MOVING[1:], lossless=True)
+    settings = {"judge": judge, "adapters": {}, "n": 1, "steps": 1, "quiet": True}
+    report = evaluate(tmp_path, eval_set=EvalSet(shown, shown), **settings)
+    found = {figure.name: figure for figure in report.figures}
+    assert found.keys() >= MOTION
+    assert "real clips" in found["frame_change"].note
+    assert len(report.drawn["clip 1"]) == 2

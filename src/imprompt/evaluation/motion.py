@@ -61,6 +61,7 @@ def evaluate_motion(
     steps: int = 20,
     guidance: float = 5.0,
     seed: int = 0,
+    device: str = "auto",
     engine: Engine | None = None,
 ) -> Report:
     """Draw ``n`` clips of trained captions, and ``alone`` frames of each without the motion adapter.
@@ -81,6 +82,7 @@ def evaluate_motion(
     clips, stills = [], []
     for number, prompt in enumerate(prompts):
         words: dict[str, Any] = {"prompt": prompt.caption("full"), "seed": seed + 1000 * number, **common}
+        words["device"] = device
         clips.append(engine.run(Request(task="animate", motion=motion, **words)).images)
         stills.append(engine.run(Request(count=alone, **words)).images)
     figures = [

@@ -296,6 +296,15 @@ def evaluate(
         )  # fmt: skip
         figures += found
         run.drawn |= drawn
+    if (base / "motion").is_dir() and (base / "eval" / "clips").is_dir():
+        from imprompt.evaluation.motion import evaluate_motion  # which reads this module
+
+        moving = evaluate_motion(
+            base, motion=None if base == EMOJI else str(base / "motion"), eval_set=eval_set, judge=judge,
+            n=min(n, 6), steps=steps, guidance=guidance, seed=seed, device=device,
+        )  # fmt: skip
+        figures += moving.figures
+        run.drawn |= moving.drawn
     size = sum(file.stat().st_size for file in base.rglob("*") if file.is_file()) / 1e6
     figures.append(
         Figure("bundle_mb", Interval(size, math.nan, math.nan, 1), note="everything in the base's folder")
