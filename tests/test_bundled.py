@@ -21,7 +21,7 @@ from imprompt.generation.request import Request
 ADAPTERS = ("ip-adapter_emoji.safetensors", "ip-adapter-plus_emoji.safetensors")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture  # a new one each time: diffusers' own unloading takes the image encoder with it
 def pipe():
     from diffusers import StableDiffusionPipeline
 
