@@ -22,8 +22,8 @@ CELL, GAP, MARGIN, HEAD = 128, 8, 24, 44
 _INK, _PALE, _LINE = (24, 24, 27), (113, 113, 122), (228, 228, 231)
 
 REFERENCES = (
-    ("bus", "twemoji"), ("frog", "streamline"), ("star", "fluent-mono"), ("pizza", "noto-v1"),
-    ("taco", "fluent-3d"),
+    ("bus", "twemoji"), ("star", "fluent-mono"), ("red-heart", "noto"), ("rainbow", "twemoji"),
+    ("frog", "streamline"),
 )  # fmt: skip
 """(concept, style) of held-out pictures, a row each."""
 PROMPTS = ("an owl", "a house")
