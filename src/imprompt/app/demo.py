@@ -82,8 +82,8 @@ def contact_sheet(folder: str | Path, *, seed: int = 7, say: Callable[[str], Non
         bands.append(
             (
                 "animate",
-                "A picture prompts a clip: some of its 16 frames; beside this sheet they move.",
-                [_clip(draw, reference, folder) for reference in references[1:3]],
+                "A picture and a word prompt a clip; beside this sheet its 16 frames move.",
+                [_clip(draw, *pair, folder) for pair in zip(PROMPTS, references[1:3], strict=False)],
             )
         )
     path = folder / "contact-sheet.png"
@@ -160,23 +160,25 @@ def _structure(draw: _Artist, shape: Path, references: Sequence[Path]) -> _Row:
     cells: list[_Cell | None] = [_given("edges of", shape), None]
     for style in [other for other in references if other != shape][:3]:
         asked = {
-            "images": (ImageRef(path=str(style), profile="style"),),
+            "images": (str(style),),
             "controls": (ControlRef(kind="canny", path=str(shape)),),
         }
         cells += [_given("style of", style)]
-        cells += [draw(f"“{prompt}”", prompt=prompt, **asked, scale=1.0) for prompt in PROMPTS]
+        cells += [draw(f"“{prompt}”", prompt=prompt, **asked, scale=0.8) for prompt in PROMPTS]
         cells += [None]
     return cells[:-1]
 
 
-def _clip(draw: _Artist, reference: Path, folder: Path) -> _Row:
+def _clip(draw: _Artist, prompt: str, reference: Path, folder: Path) -> _Row:
     request = Request.from_mapping(
-        {"task": "animate", "images": (str(reference),), "seed": draw.seed, "steps": STEPS}
+        {"task": "animate", "prompt": prompt, "images": (str(reference),), "seed": draw.seed, "steps": STEPS}
     )
     result = draw.engine.run(request)
     draw.say(f"a clip, {time.monotonic() - draw.started:.0f} s")
     output.save(result, folder / f"{reference.stem}.gif")
-    frames = [_Cell(f"frame {number}", result.images[number]) for number in range(0, len(result.images), 2)]
+    frames = [
+        _Cell(f"“{prompt}”, {number}", result.images[number]) for number in range(0, len(result.images), 2)
+    ]
     return [_given("reference", reference), None, *frames]
 
 
