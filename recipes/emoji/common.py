@@ -144,6 +144,14 @@ class Loop:
         self.save()
 
 
+def save_half(module: Any, folder: Path) -> None:
+    """Write a diffusers model in half precision, without the place it was once loaded from."""
+    module.half().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("_name_or_path", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
 def progress_mean(log: dict[str, float], name: str, value: float) -> None:
     """Keep a running mean of a noisy number, so that a log line says something."""
     log[name] = value if name not in log else 0.98 * log[name] + 0.02 * value

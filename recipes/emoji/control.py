@@ -18,7 +18,7 @@ import random
 
 import numpy as np
 import torch
-from common import MODEL, RUNS, Ema, Loop, Row, load_pictures, load_rows, progress_mean
+from common import MODEL, RUNS, Ema, Loop, Row, load_pictures, load_rows, progress_mean, save_half
 from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -195,7 +195,7 @@ def main() -> None:
     loop.ema.copy_to(net)
     if not args.export_only:
         print(f"the edges take away {gain():.0%} of the held-out loss", flush=True)
-    net.half().save_pretrained(OUT)
+    save_half(net, OUT)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import json
 import random
 
 import torch
-from common import MODEL, RUNS, Ema, Loop, Row, load_pictures, load_rows, progress_mean
+from common import MODEL, RUNS, Ema, Loop, Row, load_pictures, load_rows, progress_mean, save_half
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
@@ -174,7 +174,7 @@ def main() -> None:
             progress_mean(loop.log, "loss", loss.item())
     assert loop.ema
     loop.ema.copy_to(unet)
-    unet.half().save_pretrained(MODEL / "unet")
+    save_half(unet, MODEL / "unet")
     write_pipeline()
     words = sorted({row["groups"]["concept"] for row in load_rows("small")})  # trained ones only
     styles = sorted({row["groups"]["style"] for row in load_rows("small", None)})

@@ -16,7 +16,7 @@ import argparse
 import random
 
 import torch
-from common import MODEL, RUNS, Ema, Loop, load_pictures, load_rows, progress_mean
+from common import MODEL, RUNS, Ema, Loop, load_pictures, load_rows, progress_mean, save_half
 from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
@@ -111,7 +111,7 @@ def main() -> None:
         vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
     print(f"held-out PSNR {psnr(vae, held_out):.2f} dB on {len(held_out)} pictures")
     print(f"standard deviation of the latents {latents.std():.3f}")
-    vae.half().save_pretrained(MODEL / "vae")
+    save_half(vae, MODEL / "vae")
 
 
 if __name__ == "__main__":
