@@ -1,5 +1,6 @@
 # The two commands of the README, and what maintainers use. Each sets up what it needs in .venv, once.
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
@@ -13,8 +14,8 @@ help:  ## say what there is
 demo: $(VENV)/.ready  ## draw the contact sheet with the bundled model (outputs/demo)
 	@$(BIN)/imprompt demo -o outputs/demo
 
-test: $(VENV)/.ready-dev  ## run all tests
-	@$(BIN)/python -m pytest
+test: $(VENV)/.ready-dev  ## run all tests, JOBS of them at a time
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(VENV)/.ready-dev  ## style, types, and who may import whom
 	@$(BIN)/ruff check src tests recipes benchmarks

@@ -18,7 +18,7 @@ import random
 
 import numpy as np
 import torch
-from common import MODEL, RUNS, Ema, Loop, Row, load_pictures, load_rows, progress_mean, save_half
+from common import MODEL, RUNS, Ema, Loop, Row, adamw, load_pictures, load_rows, progress_mean, save_half
 from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -127,13 +127,7 @@ def main() -> None:
     net = ControlNetModel.from_pretrained(OUT).float() if args.further else build(unet)
     half = torch.cpu._is_avx512_bf16_supported()
     print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters", flush=True)
-    decay = [p for p in net.parameters() if p.ndim > 1]
-    rest = [p for p in net.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}],
-        lr=args.lr,
-        betas=(0.9, 0.98),
-    )
+    optimizer = adamw(net.parameters(), args.lr)
     loop = Loop(
         RUNS / "control.pt", args.steps, net, optimizer, Ema(net, 0.995), warmup=100, minutes=args.minutes
     )

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import DATA, HERE, MODEL, RUNS, Ema, Loop, Row, load_rows, progress_mean
+from common import DATA, HERE, MODEL, RUNS, Ema, Loop, Row, load_rows, progress_mean, save_half
 from data import SIZE, bare, fetch, hashed, members, on_white
 from diffusers import AutoencoderKL, DDIMScheduler, MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
@@ -224,7 +224,7 @@ class Positions:
 
 
 def export(adapter: MotionAdapter) -> None:
-    adapter.half().save_pretrained(MODEL / "motion")
+    save_half(adapter, MODEL / "motion")
     (MODEL / "motion" / "imprompt.json").write_text(
         json.dumps({"shared_noise": SHARED, "frames": FRAMES, "fps": 8}) + "\n"
     )

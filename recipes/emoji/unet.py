@@ -19,7 +19,7 @@ import json
 import random
 
 import torch
-from common import MODEL, RUNS, Ema, Loop, Row, load_pictures, load_rows, progress_mean, save_half
+from common import MODEL, RUNS, Ema, Loop, Row, adamw, load_pictures, load_rows, progress_mean, save_half
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
@@ -125,13 +125,7 @@ def main() -> None:
     unet = UNet2DConditionModel.from_pretrained(MODEL / "unet").float() if args.further else build()
     half = torch.cpu._is_avx512_bf16_supported()
     print(f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters", flush=True)
-    decay = [p for p in unet.parameters() if p.ndim > 1]
-    rest = [p for p in unet.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}],
-        lr=args.lr,
-        betas=(0.9, 0.98),
-    )
+    optimizer = adamw(unet.parameters(), args.lr)
     loop = Loop(
         RUNS / "unet.pt", args.steps, unet, optimizer, Ema(unet, 0.999), warmup=150, minutes=args.minutes
     )
