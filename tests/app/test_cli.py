@@ -244,3 +244,16 @@ def test_models_lists_controls_with_kinds_and_licences(say):
     only = json.loads(say("models", "sdxl-union", "--json")[1])
     assert (only["bases"], only["adapters"], list(only["controls"])) == ({}, {}, ["sdxl-union"])
     assert only["controls"]["sdxl-union"]["modes"]["depth"] == 1
+
+
+def test_frames_asked_for_again_replace_the_earlier_ones_and_a_users_folder_gets_a_file(say, tmp_path):
+    tiny.tiny_motion().save_pretrained(tmp_path / "motion")
+    words = ("animate", "a", "--base", "BASE", "--motion", "motion", "--frames", "2", "-q", "-o")
+    for seed in ("1", "2"):
+        code, out, _ = say(*words, "walk", "--seed", seed)
+        assert (code, out) == (0, "walk\n")
+        assert read_request("walk").seed == int(seed)
+    Path("mine").mkdir()
+    shutil.copy("ref.png", "mine/0001.png")
+    assert say(*words, "mine")[:2] == (0, "mine/animate.gif\n")
+    assert np.array_equal(pixels("mine/0001.png"), pixels("ref.png"))

@@ -1,5 +1,6 @@
 """Clips drawn on tiny real models: what the task animate does, from pictures to files and back."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -243,6 +244,65 @@ def test_a_video_that_fails_half_way_is_never_seen(engine, asked, tmp_path, monk
     with pytest.raises(InputError, match="died"):
         output.save(result, tmp_path / "clip.mp4")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_our_frames_is_replaced_whole_as_a_file_is(engine, asked, net, film, tmp_path):
+    moving = ControlRef(kind="none", path=film, model=net)
+    first = engine.run(asked(frames=6, controls=[moving]))
+    (path,) = output.save(first, tmp_path / "clip")
+    (maps,) = output.save_maps(first.maps, first.request, path)
+    shorter = first.request.replace(frames=4, seed=6)
+    second = replace(first, images=first.images[:4], request=shorter, maps=(first.maps[0][:4],))
+    assert output.save(second, path) == [path]
+    assert output.save_maps(second.maps, shorter, path) == [maps]
+    for folder in (path, maps):
+        assert sorted(file.name for file in folder.iterdir()) == [f"{i:04}.png" for i in (1, 2, 3, 4)]
+    assert output.read_request(path).seed == 6
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, maps.name}
+
+
+@pytest.mark.parametrize("inside", [[], ["notes.txt"], ["0001.png"], ["0001.png", "notes.txt"]])
+def test_a_folder_of_anything_else_is_never_replaced(engine, asked, net, film, tmp_path, inside):
+    result = engine.run(asked(frames=6, controls=[ControlRef(kind="none", path=film, model=net)]))
+    folders = tmp_path / "clip", tmp_path / "clip-control-1-none"
+    for folder in folders:
+        folder.mkdir()
+        for name in inside:
+            (folder / name).touch() if name == "notes.txt" else tiny.picture(1).save(folder / name)
+    for refused in (
+        lambda: output.check_target(folders[0], "animate"),
+        lambda: output.check_maps(result.request, folders[0]),
+        lambda: output.save(result, folders[0]),
+        lambda: output.save_maps(result.maps, result.request, folders[0]),
+    ):
+        with pytest.raises(InputError, match=r"folder of other things.*Give another name"):
+            refused()
+    assert all(sorted(file.name for file in folder.iterdir()) == inside for folder in folders)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_frames_that_fail_half_way_leave_the_old_ones(engine, asked, tmp_path, monkeypatch):
+    result = engine.run(asked())
+    (path,) = output.save(result, tmp_path / "clip")
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    saving, count = Image.Image.save, iter(range(9))
+
+    def full(self, *args, **options):
+        if next(count) == 2:
+            raise OSError(28, "No space left on device")
+        saving(self, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(InputError, match="No space left"):
+        output.save(result, path)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_frames_do_not_replace_a_file(tmp_path):
+    (tmp_path / "clip").touch()
+    with pytest.raises(InputError, match="it is a file"):
+        output.check_target(tmp_path / "clip", "animate")
 
 
 def test_without_an_encoder_mp4_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):

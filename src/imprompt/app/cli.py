@@ -215,8 +215,8 @@ def _drawing_flags(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         metavar="PATH",
-        help=".png, .jpg or .webp, or a folder; animate: .gif, .webp, .mp4 (needs ffmpeg), or a new folder "
-        "of frames; default: a free name here",
+        help=".png, .jpg or .webp, or a folder; animate: .gif, .webp, .mp4 (needs ffmpeg), or a folder "
+        "of frames (new, or of an earlier clip); default: a free name here",
     )
     parser.add_argument(
         "--explain", action="store_true", help="also draw where, in which layers and when each image acted"
@@ -288,7 +288,9 @@ def _draw(task: str, flags: argparse.Namespace) -> None:
         _sweep(task, flags, request)
         return
     target = _target(flags.output, task, request)
-    output.check_target(target, request.task)
+    output.check_target(target, request.task, request.count)
+    if flags.save_control:
+        output.check_maps(request, target)
 
     from imprompt.generation.engine import Engine
 
@@ -411,11 +413,13 @@ def _request(task: str, flags: argparse.Namespace) -> "Request":
 
 
 def _target(given: str | None, task: str, request: "Request") -> Path:
-    from imprompt.generation.output import free_name
+    from imprompt.generation.output import free_name, our_frames
 
     suffix = ".gif" if task == "animate" else ".png"
     if given is None:
         return free_name(Path(), task, request.count, suffix)
+    if task == "animate" and our_frames(Path(given)):
+        return Path(given)
     if given.endswith(("/", "\\")) or Path(given).is_dir():
         return free_name(Path(given), task, request.count, suffix)
     return Path(given)

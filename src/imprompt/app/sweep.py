@@ -21,7 +21,8 @@ def sweep(
     All requests are checked before the first is drawn, and nothing is written before the last is.
     """
     asked = spread(request, [read_axis(text) for text in axes])
-    page = output.check_target(target, request.task).with_name(f"{target.stem}-grid.png")
+    output.check_target(target, request.task, len(asked.requests))
+    page = target.with_name(f"{target.stem}-grid.png")
     output.check_target(page)
     results = [engine.run(one) for one in asked.requests]
     paths: list[Path] = []

@@ -34,6 +34,13 @@ def write_clip(frames: Sequence[Image.Image], path: Path, suffix: str, fps: floa
     _WRITERS[suffix](frames, path, fps, record)
 
 
+def write_frames(frames: Sequence[Image.Image], path: Path, info: PngInfo) -> None:
+    """Write ``frames`` as numbered PNG into the new folder ``path``, with the texts of ``info`` in each."""
+    path.mkdir()
+    for number, frame in enumerate(frames, 1):
+        frame.save(path / f"{number:04}.png", "PNG", pnginfo=info)
+
+
 def check_pace(suffix: str, fps: float) -> None:
     """Raises :class:`UsageError` when the format cannot show so many frames a second."""
     if suffix == ".gif" and fps > _FASTEST:
@@ -101,9 +108,7 @@ def _mp4(frames: Sequence[Image.Image], path: Path, fps: float, record: str) -> 
 def _folder(frames: Sequence[Image.Image], path: Path, fps: float, record: str) -> None:
     info = PngInfo()
     info.add_itxt("imprompt", record)
-    path.mkdir()
-    for number, frame in enumerate(frames, 1):
-        frame.save(path / f"{number:04}.png", "PNG", pnginfo=info)
+    write_frames(frames, path, info)
 
 
 _WRITERS: dict[str, Callable[[Sequence[Image.Image], Path, float, str], None]] = {

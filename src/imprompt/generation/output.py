@@ -1,8 +1,9 @@
 """Pictures and clips on disk with the request inside, and the request back from them, without torch.
 
-A file is written whole or not at all. PNG carries our record as the text chunk ``imprompt`` (JSON) and the
-line format of other tools as ``parameters``; JPEG and WebP carry both in EXIF. The record in picture ``i`` of
-several is the request that draws just that one.
+A file or folder of frames is written whole or not at all, and replaces what imprompt wrote there before; a
+folder that holds anything else is never touched. PNG carries our record as the text chunk ``imprompt``
+(JSON) and the line format of other tools as ``parameters``; JPEG and WebP carry both in EXIF. The record in
+picture ``i`` of several is the request that draws just that one.
 """
 
 import json
@@ -18,13 +19,15 @@ from PIL.PngImagePlugin import PngInfo
 
 from imprompt.encoders.video import find_ffmpeg
 from imprompt.errors import InputError, UsageError
-from imprompt.generation.clips import SUFFIXES, check_pace, read_text, write_clip
+from imprompt.generation.clips import SUFFIXES, check_pace, read_text, write_clip, write_frames
 from imprompt.generation.request import Request, Task
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 """File name suffix → format that can be written."""
 
 _KEY = "imprompt"
+_MAP_KEY = "imprompt-control"
+"""Of a control's map: the kind of control."""
 _VERSION = 1
 _EXIF_DESCRIPTION = 0x010E
 _EXIF_IFD = 0x8769
@@ -80,12 +83,12 @@ def save(result: Drawn, path: str | Path) -> list[Path]:
     """Write a result's pictures and return their paths.
 
     One picture goes to ``path``; of several, ``name.png`` becomes ``name-1.png``, ``name-2.png``, …. Files of
-    these names are replaced, once all are written. Raises :class:`UsageError` for an unknown format and
-    :class:`InputError` when the place cannot be written to.
+    these names, and folders that are :func:`our_frames`, are replaced, once all are written. Raises
+    :class:`UsageError` for an unknown format and :class:`InputError` when the place cannot be written to.
     """
     if result.request.task == "animate":
-        return _save_clips(result, check_target(path, "animate"))
-    target = check_target(path)
+        return _save_clips(result, path)
+    target = check_target(path, count=len(result.images))
     paths = names(target, len(result.images))
     parts = [place.with_name(f".{place.name}.{os.getpid()}.part") for place in paths]
     try:
@@ -113,35 +116,43 @@ def save_maps(
     folder of frames without the ending where it moves; each can be given back as ``none:PATH,model=NAME``.
     Raises :class:`InputError`."""
     paths = []
-    for number, (ref, shown) in enumerate(zip(request.controls, maps, strict=True), 1):
-        path = Path(target).with_name(f"{Path(target).stem}-control-{number}-{ref.kind}")
-        path = path.with_name(f"{path.name}.png") if isinstance(shown, Image.Image) else path
-        part = path.with_name(f".{path.name}.part")
+    for place, ref, shown in zip(_map_places(request, target), request.controls, maps, strict=True):
+        still = isinstance(shown, Image.Image)
+        path = place.with_name(f"{place.name}.png") if still else place
+        _check_place(path, folder=not still)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        info = PngInfo()
+        info.add_itxt(_MAP_KEY, ref.kind)
         try:
             if isinstance(shown, Image.Image):
-                shown.save(part, "PNG")
+                shown.save(part, "PNG", pnginfo=info)
             else:
-                part.mkdir()
-                for frame, image in enumerate(shown, 1):
-                    image.save(part / f"{frame:04}.png")
-            part.replace(path)
+                write_frames(shown, part, info)
+            _put(part, path)
         except OSError as error:
             raise InputError(f"cannot write '{path}' ({error.strerror or error}).") from error
         finally:
-            if part.is_dir():
-                shutil.rmtree(part)
-            part.unlink(missing_ok=True)
+            _remove(part)
         paths.append(path)
     return paths
 
 
-def _save_clips(result: Drawn, target: Path) -> list[Path]:
+def check_maps(request: Request, target: str | Path) -> None:
+    """Raises :class:`InputError`, before anything is drawn, where :func:`save_maps` could not write."""
+    for place in _map_places(request, target):
+        _check_place(place.with_name(f"{place.name}.png"), folder=False)
+        if request.task == "animate":  # only its picture tells whether a control moves
+            _check_place(place, folder=True)
+
+
+def _save_clips(result: Drawn, path: str | Path) -> list[Path]:
     """:func:`save` of clips: a file each, or a folder of frames each."""
-    request, suffix = result.request, target.suffix.lower()
+    request, suffix = result.request, Path(path).suffix.lower()
     assert request.frames is not None
     assert request.fps is not None
-    check_pace(suffix, request.fps)
     starts = range(0, len(result.images), request.frames)
+    target = check_target(path, "animate", len(starts))
+    check_pace(suffix, request.fps)
     paths = names(target, len(starts))
     parts = [place.with_name(f".{place.name}.{os.getpid()}.part") for place in paths]
     try:
@@ -151,15 +162,73 @@ def _save_clips(result: Drawn, target: Path) -> list[Path]:
             record = Record(request.single(index), result.provenance)
             write_clip(frames, part, suffix, request.fps, record.to_json())
         for part, place in zip(parts, paths, strict=True):
-            part.replace(place)
+            _put(part, place)
     except OSError as error:
         raise InputError(f"cannot write '{target}' ({error.strerror or error}).") from error
     finally:
         for part in parts:
-            if part.is_dir():
-                shutil.rmtree(part)
-            part.unlink(missing_ok=True)
+            _remove(part)
     return paths
+
+
+def _put(part: Path, place: Path) -> None:
+    """Make a finished file or folder the one at ``place``. Of folders, which no system replaces at once, the
+    old one is put aside first, and comes back if that fails."""
+    if not place.is_dir():
+        part.replace(place)
+        return
+    old = place.with_name(f".{place.name}.{os.getpid()}.old")
+    place.replace(old)
+    try:
+        part.replace(place)
+    except OSError:
+        old.replace(place)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove(part: Path) -> None:
+    if part.is_dir():
+        shutil.rmtree(part)
+    part.unlink(missing_ok=True)
+
+
+def _map_places(request: Request, target: str | Path) -> list[Path]:
+    """Where each control's map goes, without an ending."""
+    place = Path(target)
+    return [
+        place.with_name(f"{place.stem}-control-{number}-{ref.kind}")
+        for number, ref in enumerate(request.controls, 1)
+    ]
+
+
+def _check_place(place: Path, *, folder: bool) -> None:
+    """Raises :class:`InputError` when something is at ``place`` that a file, or a ``folder`` of frames, must
+    not replace."""
+    if place.is_dir() and not folder:
+        raise InputError(f"cannot write '{place}': it is a folder.")
+    if folder and place.exists() and not our_frames(place):
+        what = "is a folder of other things" if place.is_dir() else "is a file"
+        raise InputError(
+            f"cannot write frames to '{place}': it {what}; only a folder of frames that imprompt wrote is "
+            "replaced. Give another name, or remove it."
+        )
+
+
+def our_frames(folder: Path) -> bool:
+    """Whether a folder holds frames that imprompt wrote, and nothing else."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    try:
+        return bool(files) and all(map(_is_our_frame, files))
+    except OSError:
+        return False
+
+
+def _is_our_frame(file: Path) -> bool:
+    if not (file.is_file() and file.suffix == ".png" and file.stem.isdigit()):
+        return False
+    with Image.open(file, formats=("PNG",)) as image:
+        return not image.info.keys().isdisjoint((_KEY, _MAP_KEY))
 
 
 def names(target: Path, count: int) -> list[Path]:
@@ -179,9 +248,9 @@ def free_name(folder: Path, stem: str, count: int, suffix: str = ".png") -> Path
         number += 1
 
 
-def check_target(path: str | Path, task: Task = "generate") -> Path:
-    """``path``, if pictures can be written there; said before drawing, not after. Raises as :func:`save`,
-    and :class:`ModelError` when a video file is asked for and there is no encoder."""
+def check_target(path: str | Path, task: Task = "generate", count: int = 1) -> Path:
+    """``path``, if ``count`` pictures can be written there; said before drawing, not after. Raises as
+    :func:`save`, and :class:`ModelError` when a video file is asked for and there is no encoder."""
     target = Path(path)
     known = SUFFIXES if task == "animate" else tuple(FORMATS)
     if target.suffix.lower() not in known:
@@ -190,8 +259,8 @@ def check_target(path: str | Path, task: Task = "generate") -> Path:
         raise UsageError(f"cannot write '{target}': the name must end in {listed}{folder}.")
     if target.suffix.lower() == ".mp4":
         find_ffmpeg()
-    if target.is_dir():
-        raise InputError(f"cannot write '{target}': it is a folder.")
+    for place in names(target, count):
+        _check_place(place, folder=not target.suffix)
     above = next((folder for folder in target.absolute().parents if folder.exists()), Path("/"))
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise InputError(f"cannot write '{target}': '{above}' is no folder one may write to.")
