@@ -1,6 +1,8 @@
 """Maps taken from pictures: against OpenCV, hand-made drawings, and with tiny models of the hub's kinds."""
 
+import gc
 import sys
+import weakref
 
 import cv2
 import numpy as np
@@ -12,7 +14,7 @@ from transformers import DPTConfig, DPTForDepthEstimation, DPTForSemanticSegment
 import tiny
 from imprompt.errors import InputError, ModelError, UsageError
 from imprompt.generation import annotate as module
-from imprompt.generation.annotate import annotate, edges
+from imprompt.generation.annotate import annotate, annotate_frames, edges
 
 
 def drawing(lines: int, ground: int, size: int = 64) -> Image.Image:
@@ -111,6 +113,33 @@ def test_segments_are_in_ade20ks_colours(hub):
     found = annotate("seg", tiny.picture(1, (48, 40)))
     assert found.size == (48, 40)
     assert {colour for _, colour in found.getcolors()} <= known
+
+
+@pytest.mark.parametrize("kind", ["depth", "seg"])
+def test_the_frames_of_a_clip_share_one_model_which_is_given_back(hub, monkeypatch, kind):
+    models, loading = [], module._loaded
+
+    def loaded(*words):
+        processor, model = loading(*words)
+        models.append(weakref.ref(model))
+        return processor, model
+
+    monkeypatch.setattr(module, "_loaded", loaded)
+    frames = [tiny.picture(i, (48, 40)) for i in range(3)]
+    found = annotate_frames(kind, frames)
+    gc.collect()
+    assert [model() for model in models] == [None]
+    assert [np.asarray(one).tolist() for one in found] == [
+        np.asarray(annotate(kind, f)).tolist() for f in frames
+    ]
+
+
+def test_a_frame_without_an_edge_is_black_and_a_clip_without_any_is_refused():
+    empty = Image.new("RGB", (64, 64), "white")
+    some = annotate_frames("canny", [empty, drawing(0, 255)])
+    assert [bool(one.getbbox()) for one in some] == [False, True]
+    with pytest.raises(InputError, match="no edge"):
+        annotate_frames("canny", [empty, empty])
 
 
 def test_a_model_that_cannot_be_had_is_named_with_its_licence(monkeypatch):

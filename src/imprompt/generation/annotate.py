@@ -1,11 +1,11 @@
 """A picture → the map that a ControlNet or T2I-Adapter follows, in its size and as RGB.
 
 Edges come from OpenCV, depth and segmentation from transformers' models of the hub; each is imported or
-fetched when its kind is asked for. What cannot be found well is refused in one line, never guessed. Nothing
-here knows ControlNets or requests.
+fetched when its kind is asked for, once for all frames of a clip, and given back after the last. What cannot
+be found well is refused in one line, never guessed. Nothing here knows ControlNets or requests.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -30,10 +30,30 @@ _NEAR_GROUND = 24  # how far the ground's brightness may be from its median
 def annotate(kind: str, picture: Image.Image) -> Image.Image:
     """The map of one of :data:`~imprompt.generation.request.CONTROLS` for an RGB picture, of its size.
 
-    Raises :class:`UsageError` when a library is missing or nothing here finds this kind, :class:`InputError`
-    for a picture without what is asked for, :class:`ModelError` when a model cannot be had.
+    Raises as :func:`annotate_frames`.
     """
-    return _ANNOTATORS[kind](picture.convert("RGB"))
+    return annotate_frames(kind, [picture])[0]
+
+
+def annotate_frames(kind: str, pictures: Iterable[Image.Image]) -> list[Image.Image]:
+    """:func:`annotate` of each picture, by a model that is loaded once. A frame in which nothing is found is
+    black.
+
+    Raises :class:`UsageError` when a library is missing, :class:`InputError` when no picture holds what is
+    asked for, :class:`ModelError` when a model cannot be had.
+    """
+    find = _ANNOTATORS[kind]()
+    found: list[Image.Image] = []
+    nothing: list[_Nothing] = []
+    for picture in pictures:
+        try:
+            found.append(find(picture.convert("RGB")))
+        except _Nothing as error:
+            nothing.append(error)
+            found.append(Image.new("RGB", picture.size))
+    if nothing and len(nothing) == len(found):
+        raise nothing[0]
+    return found
 
 
 def edges(picture: Image.Image, low: float = CANNY[0], high: float = CANNY[1]) -> Image.Image:
@@ -48,32 +68,51 @@ def edges(picture: Image.Image, low: float = CANNY[0], high: float = CANNY[1]) -
 
 # ---- private
 
+_Find = Callable[[Image.Image], Image.Image]
+
+
+class _Nothing(InputError):
+    """A picture without what a control follows: no map, but among others' frames an empty one."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"control: {what}; it would have no effect.")
+
 
 def _canny(picture: Image.Image) -> Image.Image:
     found = edges(picture)
     if not found.getbbox():
-        raise InputError("control: canny finds no edge in the picture; it would have no effect.")
+        raise _Nothing("canny finds no edge in the picture")
     return found
 
 
-def _depth(picture: Image.Image) -> Image.Image:
+def _depth() -> _Find:
     """Near is bright, as in MiDaS, which the depth ControlNets were trained on."""
-    processor, found = _seen("depth", "AutoModelForDepthEstimation", picture)
-    depth = processor.post_process_depth_estimation(found, [(picture.height, picture.width)])[0]
-    values = depth["predicted_depth"].float().numpy()
-    low, high = float(values.min()), float(values.max())
-    if not high > low:
-        raise InputError("control: depth finds the picture equally far everywhere; it would have no effect.")
-    return Image.fromarray(((values - low) / (high - low) * 255).round().astype(np.uint8)).convert("RGB")
+    processor, model = _loaded("depth", "AutoModelForDepthEstimation")
+
+    def find(picture: Image.Image) -> Image.Image:
+        found = _seen(processor, model, picture)
+        depth = processor.post_process_depth_estimation(found, [(picture.height, picture.width)])[0]
+        values = depth["predicted_depth"].float().numpy()
+        low, high = float(values.min()), float(values.max())
+        if not high > low:
+            raise _Nothing("depth finds the picture equally far everywhere")
+        return Image.fromarray(((values - low) / (high - low) * 255).round().astype(np.uint8)).convert("RGB")
+
+    return find
 
 
-def _segments(picture: Image.Image) -> Image.Image:
+def _segments() -> _Find:
     """Each pixel in the colour that ADE20K gives to what it shows."""
-    processor, found = _seen("seg", "AutoModelForSemanticSegmentation", picture)
-    size = (picture.height, picture.width)
-    labels = processor.post_process_semantic_segmentation(found, target_sizes=[size])[0]
+    processor, model = _loaded("seg", "AutoModelForSemanticSegmentation")
     colours = np.frombuffer(bytes.fromhex(_ADE20K), np.uint8).reshape(-1, 3)
-    return Image.fromarray(colours[labels.numpy()])
+
+    def find(picture: Image.Image) -> Image.Image:
+        size = (picture.height, picture.width)
+        found = _seen(processor, model, picture)
+        labels = processor.post_process_semantic_segmentation(found, target_sizes=[size])[0]
+        return Image.fromarray(colours[labels.numpy()])
+
+    return find
 
 
 def _drawing(kind: str, picture: Image.Image) -> Image.Image:
@@ -87,14 +126,14 @@ def _drawing(kind: str, picture: Image.Image) -> Image.Image:
         )
     lines = (ground - grey if ground >= 128 else grey - ground).clip(0)
     if lines.max() <= _NEAR_GROUND:
-        raise InputError(f"control: {kind} finds no line in the picture; it would have no effect.")
+        raise _Nothing(f"{kind} finds no line in the picture")
     full = lines * (255 / lines.max())
     if kind == "scribble":  # trained on strokes without shades
         full = np.where(full >= 128, 255, 0)
     return Image.fromarray(full.round().astype(np.uint8)).convert("RGB")
 
 
-def _pose(_: Image.Image) -> Image.Image:
+def _pose() -> _Find:
     raise UsageError(
         "control: pose: nothing that finds people's limbs comes with imprompt; draw or export the OpenPose "
         "skeleton and give it as none:PATH,model=sd15-pose (or sdxl-pose)."
@@ -105,16 +144,17 @@ def _as_it_is(picture: Image.Image) -> Image.Image:
     return picture
 
 
-_ANNOTATORS: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "canny": _canny,
+_ANNOTATORS: dict[str, Callable[[], _Find]] = {
+    "canny": lambda: _canny,
     "depth": _depth,
     "pose": _pose,
-    "lineart": partial(_drawing, "lineart"),
-    "scribble": partial(_drawing, "scribble"),
-    "tile": _as_it_is,
+    "lineart": lambda: partial(_drawing, "lineart"),
+    "scribble": lambda: partial(_drawing, "scribble"),
+    "tile": lambda: _as_it_is,
     "seg": _segments,
-    "none": _as_it_is,
+    "none": lambda: _as_it_is,
 }
+"""Kind → what loads its finder."""
 
 
 def _opencv() -> Any:
@@ -128,12 +168,11 @@ def _opencv() -> Any:
     return cv2
 
 
-def _seen(kind: str, model_class: str, picture: Image.Image) -> tuple[Any, Any]:
-    """The picture processor of a kind's model, and what the model finds: on the CPU in fp32, so that the map
-    is the same wherever it is drawn."""
+def _loaded(kind: str, model_class: str) -> tuple[Any, Any]:
+    """The picture processor of a kind's model, and the model: on the CPU in fp32, so that the map is the same
+    wherever it is drawn."""
     repository, about = MODELS[kind]
     try:
-        import torch
         import transformers
 
         processor = transformers.AutoImageProcessor.from_pretrained(repository)
@@ -144,8 +183,15 @@ def _seen(kind: str, model_class: str, picture: Image.Image) -> tuple[Any, Any]:
             f"control: {kind} is found by {repository} ({about}), which cannot be had: {reason} Look at the "
             "network and HF_HUB_OFFLINE, or give a finished map as none:PATH."
         ) from error
+    return processor, model.eval()
+
+
+def _seen(processor: Any, model: Any, picture: Image.Image, **more: Any) -> Any:
+    """What a model says about a picture."""
+    import torch
+
     with torch.inference_mode():
-        return processor, model.eval()(**processor(picture, return_tensors="pt"))
+        return model(**processor(picture, return_tensors="pt", **more))
 
 
 # RGB of the 150 classes of ADE20K's scene parsing benchmark in their order, as its own tools draw them.

@@ -33,7 +33,7 @@ from imprompt.encoders.framing import encode, noisy
 from imprompt.encoders.images import content_hash, frame_count, load_image, load_mask
 from imprompt.errors import InputError, ModelError, UsageError
 from imprompt.generation import video
-from imprompt.generation.annotate import annotate
+from imprompt.generation.annotate import annotate_frames
 from imprompt.generation.control import (
     Control,
     Map,
@@ -640,7 +640,7 @@ def _cropped(request: Request, shown: _Shown) -> list[str]:
 
 def _map(kind: str, pictures: Sequence[Image.Image], size: tuple[int, int]) -> Map:
     """What a control follows, found in the picture or in each frame."""
-    found = tuple(annotate(kind, _fitted(picture, size)) for picture in pictures)
+    found = tuple(annotate_frames(kind, [_fitted(picture, size) for picture in pictures]))
     return found[0] if len(found) == 1 else found
 
 
