@@ -9,12 +9,25 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from transformers import DPTConfig, DPTForDepthEstimation, DPTForSemanticSegmentation, DPTImageProcessor
+from transformers import (
+    DPTConfig,
+    DPTForDepthEstimation,
+    DPTForSemanticSegmentation,
+    DPTImageProcessor,
+    RTDetrConfig,
+    RTDetrForObjectDetection,
+    RTDetrImageProcessor,
+    RTDetrResNetConfig,
+    VitPoseBackboneConfig,
+    VitPoseConfig,
+    VitPoseForPoseEstimation,
+    VitPoseImageProcessor,
+)
 
 import tiny
 from imprompt.errors import InputError, ModelError, UsageError
 from imprompt.generation import annotate as module
-from imprompt.generation.annotate import annotate, annotate_frames, edges
+from imprompt.generation.annotate import annotate, annotate_frames, edges, skeletons
 
 
 def drawing(lines: int, ground: int, size: int = 64) -> Image.Image:
@@ -140,6 +153,134 @@ def test_a_frame_without_an_edge_is_black_and_a_clip_without_any_is_refused():
     assert [bool(one.getbbox()) for one in some] == [False, True]
     with pytest.raises(InputError, match="no edge"):
         annotate_frames("canny", [empty, empty])
+
+
+PERSON = {  # COCO's joints of someone facing us, arms away from the body: x, y
+    "nose": (100, 40), "left eye": (106, 34), "right eye": (94, 34), "left ear": (114, 38),
+    "right ear": (86, 38), "left shoulder": (130, 80), "right shoulder": (70, 80), "left elbow": (160, 110),
+    "right elbow": (40, 110), "left wrist": (180, 150), "right wrist": (20, 150), "left hip": (118, 160),
+    "right hip": (82, 160), "left knee": (122, 205), "right knee": (78, 205), "left ankle": (126, 245),
+    "right ankle": (74, 245),
+}  # fmt: skip
+
+
+def skeleton(**scores: float) -> np.ndarray:
+    joints = [(*place, scores.get(name.replace(" ", "_"), 0.9)) for name, place in PERSON.items()]
+    return np.asarray(skeletons([np.array(joints, dtype=np.float32)], (200, 256)))
+
+
+def test_a_skeleton_has_openposes_colours_at_its_joints_and_limbs():
+    drawn = skeleton()
+    joints = {  # as published: hues from red at the nose on; the neck, which COCO lacks, between the shoulders
+        PERSON["nose"]: (255, 0, 0), (100, 80): (255, 85, 0), PERSON["right shoulder"]: (255, 170, 0),
+        PERSON["right wrist"]: (170, 255, 0), PERSON["left shoulder"]: (85, 255, 0),
+        PERSON["left wrist"]: (0, 255, 85), PERSON["right hip"]: (0, 255, 170),
+        PERSON["right ankle"]: (0, 170, 255), PERSON["left hip"]: (0, 85, 255),
+        PERSON["left ankle"]: (85, 0, 255), PERSON["right eye"]: (170, 0, 255),
+        PERSON["left eye"]: (255, 0, 255), PERSON["right ear"]: (255, 0, 170),
+        PERSON["left ear"]: (255, 0, 85),
+    }  # fmt: skip
+    assert {(x, y): tuple(drawn[y, x]) for x, y in joints} == joints
+    limbs = {  # in their middles: neck to right shoulder, to left shoulder, right forearm, left shin, to nose
+        (85, 80): (153, 0, 0), (115, 80): (153, 51, 0), (30, 130): (153, 153, 0), (124, 225): (0, 51, 153),
+        (100, 60): (0, 0, 153),
+    }  # fmt: skip
+    assert {(x, y): tuple(drawn[y, x]) for x, y in limbs} == limbs
+    assert not drawn[5, 5].any()
+
+
+def test_joints_that_are_not_seen_are_left_out_with_their_limbs():
+    drawn = skeleton(left_wrist=0.1, right_shoulder=0.2)
+    for x, y in (PERSON["left wrist"], (170, 130), PERSON["right shoulder"], (55, 95), (100, 80), (91, 120)):
+        assert not drawn[y, x].any()
+    assert drawn[PERSON["left elbow"][1], PERSON["left elbow"][0]].any()
+
+
+def test_a_skeleton_is_as_thick_as_its_picture_is_large():
+    joints = np.array([(*place, 0.9) for place in PERSON.values()], dtype=np.float32)
+    small = np.asarray(skeletons([joints * (2, 2, 1)], (400, 512))).any(-1).mean()
+    large = np.asarray(skeletons([joints * (8, 8, 1)], (1600, 2048))).any(-1).mean()
+    assert abs(large / small - 1) < 0.25
+
+
+@pytest.fixture
+def people(tmp_path, monkeypatch):
+    """A tiny detector that sees one person in all of the picture, and a tiny ViTPose all of whose joints are
+    where it is bright; both in the layout of the hub's, weights set by hand."""
+    pytest.importorskip("scipy")
+    backbone = RTDetrResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    detector = RTDetrForObjectDetection(
+        RTDetrConfig(
+            backbone_config=backbone,
+            encoder_in_channels=[8, 8, 8],
+            encoder_hidden_dim=16,
+            d_model=16,
+            decoder_in_channels=[16, 16, 16],
+            encoder_ffn_dim=16,
+            decoder_ffn_dim=16,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            num_queries=1,
+            num_denoising=0,
+            id2label={0: "person", 1: "dog"},
+            label2id={"person": 0, "dog": 1},
+        )  # fmt: skip
+    )
+    for name, parameter in detector.named_parameters():
+        with torch.no_grad():
+            if "class_embed" in name:
+                parameter.copy_(torch.tensor([9.0, -9.0]) if name.endswith("bias") else 0 * parameter)
+            if "decoder.bbox_embed.0.layers.2" in name:  # no shift; as wide and high as can be
+                parameter.copy_(torch.tensor([0.0, 0, 9, 9]) if name.endswith("bias") else 0 * parameter)
+    detector.save_pretrained(tmp_path / "person")
+    RTDetrImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "person")
+
+    pose = VitPoseForPoseEstimation(
+        VitPoseConfig(
+            backbone_config=VitPoseBackboneConfig(
+                hidden_size=2, num_hidden_layers=1, num_attention_heads=1, mlp_ratio=1, out_indices=[1]
+            ),
+            num_labels=17,
+        )
+    )
+    with torch.no_grad():
+        for name, parameter in pose.named_parameters():
+            parameter.zero_()
+            if "projection.weight" in name:  # of a patch: its brightness, and the reverse
+                parameter[0], parameter[1] = 1 / parameter[0].numel(), -1 / parameter[0].numel()
+            if "layernorm.weight" in name:
+                parameter.fill_(1)
+            if name == "head.conv.weight":
+                parameter[:, 0, 1, 1] = 1
+    pose.save_pretrained(tmp_path / "pose")
+    VitPoseImageProcessor().save_pretrained(tmp_path / "pose")
+    for kind in ("person", "pose"):
+        monkeypatch.setitem(module.MODELS, kind, (str(tmp_path / kind), "tiny"))
+
+
+@pytest.mark.parametrize("place", [(50, 44), (30, 60), (56, 26)])
+def test_a_pose_is_drawn_where_the_joints_are_found(people, place):
+    x, y = place
+    picture = Image.new("RGB", (96, 96))
+    picture.paste((255, 255, 255), (x - 9, y - 9, x + 9, y + 9))
+    left, top, right, bottom = annotate("pose", picture).getbbox()
+    assert max(abs((left + right) / 2 - x), abs((top + bottom) / 2 - y)) < 6
+
+
+def test_a_picture_without_anybody_is_refused(people, monkeypatch):
+    monkeypatch.setattr(module, "_SEEN", 0.9999)  # the detector's person has sigmoid(9)
+    with pytest.raises(InputError, match="pose finds nobody"):
+        annotate("pose", tiny.picture(1, (96, 96)))
+
+
+def test_without_scipy_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(UsageError, match=r"pose needs SciPy.*imprompt\[control\].*none:PATH"):
+        annotate("pose", tiny.picture(1))
 
 
 def test_a_model_that_cannot_be_had_is_named_with_its_licence(monkeypatch):

@@ -178,7 +178,6 @@ REFUSED = [
     (UsageError, "T2I-Adapter.*start and end", {}, {"model": "<t2i>", "start": 0.2}),
     (ModelError, "is a UNet2DConditionModel", {}, {"model": "<base>/unet"}),
     (ModelError, "is a file", {}, {"model": "<picture>"}),
-    (UsageError, "nothing that finds people's limbs", {}, {"kind": "pose", "model": "<net>"}),
 ]
 
 

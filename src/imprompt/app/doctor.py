@@ -17,6 +17,7 @@ _EXTRAS = {
     "onnxruntime": "face: photos for face adapters",
     "peft": "lora: LoRAs for a base",
     "opencv-python-headless": "control: annotators",
+    "scipy": "control: poses",
     "imageio-ffmpeg": "video: MP4 in and out",
     "matplotlib": "plot: charts",
     "resvg-py": "recipe: making the bundled model again",

@@ -1,11 +1,13 @@
 """A picture → the map that a ControlNet or T2I-Adapter follows, in its size and as RGB.
 
-Edges come from OpenCV, depth and segmentation from transformers' models of the hub; each is imported or
+Edges come from OpenCV; depth, segmentation and poses from transformers' models of the hub. Each is imported or
 fetched when its kind is asked for, once for all frames of a clip, and given back after the last. What cannot
 be found well is refused in one line, never guessed. Nothing here knows ControlNets or requests.
 """
 
-from collections.abc import Callable, Iterable
+import importlib.util
+import math
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,11 +22,15 @@ CANNY = (100, 200)
 MODELS: dict[str, tuple[str, str]] = {
     "depth": ("depth-anything/Depth-Anything-V2-Small-hf", "99 MB, Apache-2.0"),
     "seg": ("openmmlab/upernet-convnext-tiny", "241 MB, MIT"),
+    "person": ("PekingU/rtdetr_r18vd_coco_o365", "81 MB, Apache-2.0"),
+    "pose": ("usyd-community/vitpose-base-simple", "344 MB, Apache-2.0"),
 }
-"""Kind → the hub's repository that finds it, its size and licence. Both hold safetensors."""
+"""What is found → the hub's repository that finds it, its size and licence. All hold safetensors. A pose is
+found in what ``person`` finds."""
 
 _PAPER = 0.6  # share of a line drawing that is its ground, at least
 _NEAR_GROUND = 24  # how far the ground's brightness may be from its median
+_SEEN = 0.3  # from which score on a person or a joint counts, as in ViTPose's own examples
 
 
 def annotate(kind: str, picture: Image.Image) -> Image.Image:
@@ -62,11 +68,56 @@ def edges(picture: Image.Image, low: float = CANNY[0], high: float = CANNY[1]) -
     The strongest of the three colours' gradients counts; ``low`` and ``high`` are the hysteresis thresholds.
     Raises :class:`UsageError` when OpenCV is not installed.
     """
-    found = _opencv().Canny(np.asarray(picture.convert("RGB")), low, high)
+    found = _opencv("canny").Canny(np.asarray(picture.convert("RGB")), low, high)
     return Image.fromarray(found).convert("RGB")
 
 
+def skeletons(people: Sequence[np.ndarray], size: tuple[int, int]) -> Image.Image:
+    """People's joints drawn on black as OpenPose's body of 18 joints, which the pose ControlNets learnt from.
+
+    ``people``: for each the 17 joints of COCO as (17, 3): x and y in pixels, score; those below 0.3 are left
+    out. The neck, which COCO lacks, is the middle of the shoulders. Limbs are ellipses of 4 pixels to either
+    side in 0.6 of their colour, joints discs of radius 4, at a shorter side of 512 (lllyasviel/ControlNet,
+    ``annotator/openpose``). Raises :class:`UsageError` when OpenCV is not installed.
+    """
+    cv2 = _opencv("pose")
+    canvas = np.zeros((size[1], size[0], 3), np.uint8)
+    thick = max(1, round(4 * min(size) / 512))
+    bodies = []
+    for coco in people:
+        neck = np.append((coco[5, :2] + coco[6, :2]) / 2, min(coco[5, 2], coco[6, 2]))
+        bodies.append(np.vstack([coco, neck])[_OPENPOSE])
+    for body in bodies:
+        for (one, other), colour in zip(_LIMBS, _COLOURS, strict=False):
+            (x0, y0, seen), (x1, y1, seen_too) = body[one], body[other]
+            if min(seen, seen_too) < _SEEN:
+                continue
+            centre = round((x0 + x1) / 2), round((y0 + y1) / 2)
+            half = round(math.hypot(x1 - x0, y1 - y0) / 2), thick
+            angle = round(math.degrees(math.atan2(y1 - y0, x1 - x0)))
+            shape = cv2.ellipse2Poly(centre, half, angle, 0, 360, 1)
+            cv2.fillConvexPoly(canvas, shape, [int(part * 0.6) for part in colour])
+    for body in bodies:
+        for (x, y, seen), colour in zip(body, _COLOURS, strict=True):
+            if seen >= _SEEN:
+                cv2.circle(canvas, (round(x), round(y)), thick, colour, thickness=-1)
+    return Image.fromarray(canvas)
+
+
 # ---- private
+
+# OpenPose's joints by their places in COCO's, 17 being the neck: nose, neck, right arm, left arm, right leg,
+# left leg, right and left eye, right and left ear.
+_OPENPOSE = [0, 17, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3]
+_LIMBS = (
+    (1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13),
+    (1, 0), (0, 14), (14, 16), (0, 15), (15, 17),
+)  # fmt: skip
+_COLOURS = [  # of joints; limb i has joint i's: the hues from red, 20° apart as OpenPose writes them
+    (255, 0, 0), (255, 85, 0), (255, 170, 0), (255, 255, 0), (170, 255, 0), (85, 255, 0), (0, 255, 0),
+    (0, 255, 85), (0, 255, 170), (0, 255, 255), (0, 170, 255), (0, 85, 255), (0, 0, 255), (85, 0, 255),
+    (170, 0, 255), (255, 0, 255), (255, 0, 170), (255, 0, 85),
+]  # fmt: skip
 
 _Find = Callable[[Image.Image], Image.Image]
 
@@ -134,10 +185,36 @@ def _drawing(kind: str, picture: Image.Image) -> Image.Image:
 
 
 def _pose() -> _Find:
-    raise UsageError(
-        "control: pose: nothing that finds people's limbs comes with imprompt; draw or export the OpenPose "
-        "skeleton and give it as none:PATH,model=sd15-pose (or sdxl-pose)."
-    )
+    """People by a detector, their joints by ViTPose (Xu et al. 2022), drawn as OpenPose does."""
+    _opencv("pose")
+    if importlib.util.find_spec("scipy") is None:
+        raise UsageError(
+            "control: pose needs SciPy, which is not installed; run pip install 'imprompt[control]', or give "
+            "a drawn skeleton as none:PATH."
+        )
+    watcher, detector = _loaded("person", "AutoModelForObjectDetection")
+    processor, model = _loaded("pose", "VitPoseForPoseEstimation")
+
+    def find(picture: Image.Image) -> Image.Image:
+        found = watcher.post_process_object_detection(
+            _seen(watcher, detector, picture), _SEEN, [(picture.height, picture.width)]
+        )[0]
+        names = [detector.config.id2label[int(label)] for label in found["labels"]]
+        boxes = found["boxes"].numpy()[[name == "person" for name in names]]
+        if not len(boxes):
+            raise _Nothing("pose finds nobody in the picture")
+        boxes[:, 2:] -= boxes[:, :2]  # ViTPose takes left, top, width, height
+        joints = _seen(processor, model, picture, boxes=[boxes])
+        people = processor.post_process_pose_estimation(joints, boxes=[boxes])[0]
+        drawn = skeletons(
+            [np.column_stack([one["keypoints"].numpy(), one["scores"].numpy()]) for one in people],
+            picture.size,
+        )
+        if not drawn.getbbox():
+            raise _Nothing("pose finds no limbs in the picture")
+        return drawn
+
+    return find
 
 
 def _as_it_is(picture: Image.Image) -> Image.Image:
@@ -157,13 +234,13 @@ _ANNOTATORS: dict[str, Callable[[], _Find]] = {
 """Kind → what loads its finder."""
 
 
-def _opencv() -> Any:
+def _opencv(kind: str) -> Any:
     try:
         import cv2
     except ImportError as error:
         raise UsageError(
-            "control: canny needs OpenCV, which is not installed; run pip install 'imprompt[control]', or "
-            "give finished edges as none:PATH."
+            f"control: {kind} needs OpenCV, which is not installed; run pip install 'imprompt[control]', or "
+            "give a finished map as none:PATH."
         ) from error
     return cv2
 
