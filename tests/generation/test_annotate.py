@@ -171,7 +171,7 @@ def skeleton(**scores: float) -> np.ndarray:
 
 def test_a_skeleton_has_openposes_colours_at_its_joints_and_limbs():
     drawn = skeleton()
-    joints = {  # as published: hues from red at the nose on; the neck, which COCO lacks, between the shoulders
+    joints = {  # as published: hues from red at the nose on; the neck is between the shoulders
         PERSON["nose"]: (255, 0, 0), (100, 80): (255, 85, 0), PERSON["right shoulder"]: (255, 170, 0),
         PERSON["right wrist"]: (170, 255, 0), PERSON["left shoulder"]: (85, 255, 0),
         PERSON["left wrist"]: (0, 255, 85), PERSON["right hip"]: (0, 255, 170),
@@ -212,24 +212,13 @@ def people(tmp_path, monkeypatch):
         embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], layer_type="basic",
         out_features=["stage2", "stage3", "stage4"],
     )  # fmt: skip
-    detector = RTDetrForObjectDetection(
-        RTDetrConfig(
-            backbone_config=backbone,
-            encoder_in_channels=[8, 8, 8],
-            encoder_hidden_dim=16,
-            d_model=16,
-            decoder_in_channels=[16, 16, 16],
-            encoder_ffn_dim=16,
-            decoder_ffn_dim=16,
-            decoder_layers=1,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            num_queries=1,
-            num_denoising=0,
-            id2label={0: "person", 1: "dog"},
-            label2id={"person": 0, "dog": 1},
-        )  # fmt: skip
-    )
+    config = RTDetrConfig(
+        backbone_config=backbone, encoder_in_channels=[8, 8, 8], encoder_hidden_dim=16, d_model=16,
+        decoder_in_channels=[16, 16, 16], encoder_ffn_dim=16, decoder_ffn_dim=16, decoder_layers=1,
+        encoder_attention_heads=2, decoder_attention_heads=2, num_queries=1, num_denoising=0,
+        id2label={0: "person", 1: "dog"}, label2id={"person": 0, "dog": 1},
+    )  # fmt: skip
+    detector = RTDetrForObjectDetection(config)
     for name, parameter in detector.named_parameters():
         with torch.no_grad():
             if "class_embed" in name:

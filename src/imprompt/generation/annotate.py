@@ -1,8 +1,8 @@
 """A picture → the map that a ControlNet or T2I-Adapter follows, in its size and as RGB.
 
-Edges come from OpenCV; depth, segmentation and poses from transformers' models of the hub. Each is imported or
-fetched when its kind is asked for, once for all frames of a clip, and given back after the last. What cannot
-be found well is refused in one line, never guessed. Nothing here knows ControlNets or requests.
+Edges come from OpenCV; depth, segmentation and poses from transformers' models of the hub. Each is imported
+or fetched when its kind is asked for, once for all frames of a clip, and given back after the last. What
+cannot be found well is refused in one line, never guessed. Nothing here knows ControlNets or requests.
 """
 
 import importlib.util
