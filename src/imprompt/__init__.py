@@ -10,21 +10,37 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from imprompt.adapter.adapter import IPAdapter
     from imprompt.adapter.prompt import ImagePrompt
+    from imprompt.adapter.texts import TextRegion, TextRegions
     from imprompt.generation.engine import Engine, Result, generate
-    from imprompt.generation.request import ImageRef, Request
+    from imprompt.generation.request import ImageRef, RegionRef, Request
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "IPAdapter": "imprompt.adapter.adapter",
     "ImagePrompt": "imprompt.adapter.prompt",
+    "TextRegion": "imprompt.adapter.texts",
+    "TextRegions": "imprompt.adapter.texts",
     "Engine": "imprompt.generation.engine",
     "Result": "imprompt.generation.engine",
     "generate": "imprompt.generation.engine",
     "ImageRef": "imprompt.generation.request",
+    "RegionRef": "imprompt.generation.request",
     "Request": "imprompt.generation.request",
 }
-__all__ = ["Engine", "IPAdapter", "ImagePrompt", "ImageRef", "Request", "Result", "__version__", "generate"]
+__all__ = [
+    "Engine",
+    "IPAdapter",
+    "ImagePrompt",
+    "ImageRef",
+    "RegionRef",
+    "Request",
+    "Result",
+    "TextRegion",
+    "TextRegions",
+    "__version__",
+    "generate",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from imprompt.adapter.adapter import IPAdapter
 from imprompt.adapter.prompt import ImagePrompt, feathered, read_mask, resize_mask
+from imprompt.adapter.texts import TextRegion, TextRegions
 from imprompt.encoders.clip import ImageEncoder
-from imprompt.errors import InputError, UsageError
+from imprompt.errors import AdapterMismatch, InputError, UsageError
 from tiny import TEXT_WIDTH, picture, random_adapter_state, tiny_encoder, tiny_sd, tiny_sdxl, tiny_unet
 
 LEFT = torch.zeros(16, 16)
 LEFT[:, :8] = 1
+RIGHT = 1 - LEFT
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +158,123 @@ def test_a_region_without_sense_is_refused_and_nothing_changes(
     with pytest.raises((UsageError, InputError), match=said):
         adapter.set_prompt(picture(1), **fields)  # type: ignore[arg-type]
     assert adapter.samples is before
+
+
+# ---- texts without a picture
+
+
+@pytest.fixture
+def texts(unet: UNet2DConditionModel, adapter: IPAdapter):
+    adapter.clear_prompt()
+    made = TextRegions().attach(unet)
+    yield made
+    made.detach()
+
+
+@pytest.mark.parametrize("size", [8, 12])
+def test_inside_its_mask_each_text_is_the_prompt_and_outside_none_is_read(
+    unet: UNet2DConditionModel, texts: TextRegions, size: int
+) -> None:
+    prompt, one, other = (first_layer(unet, words(seed), size=size) for seed in (1, 2, 3))
+    half = size // 2
+    texts.set([TextRegion(words(2), LEFT)])
+    seen = first_layer(unet, words(1), size=size)
+    torch.testing.assert_close(seen[:, :, :half], one[:, :, :half], rtol=1e-5, atol=1e-6)
+    assert torch.equal(seen[:, :, half:], prompt[:, :, half:])
+    texts.set([TextRegion(words(2), LEFT), TextRegion(words(3), RIGHT)])
+    seen = first_layer(unet, words(1), size=size)
+    torch.testing.assert_close(seen[:, :, :half], one[:, :, :half], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(seen[:, :, half:], other[:, :, half:], rtol=1e-5, atol=1e-6)
+    texts.set([])
+    assert torch.equal(first_layer(unet, words(1), size=size), prompt)
+
+
+def test_image_prompts_add_beside_texts_what_they_add_without(
+    unet: UNet2DConditionModel, texts: TextRegions, adapter: IPAdapter
+) -> None:
+    shown = [
+        ImagePrompt(image=picture(1), mask=LEFT.T, scale=0.7),
+        ImagePrompt(image=picture(2), mask=RIGHT, text=words(4)),
+    ]
+    regions = [TextRegion(words(2), LEFT)]
+    plain = first_layer(unet, words(1))
+    texts.set(regions)
+    alone = first_layer(unet, words(1))
+    adapter.set_prompt(shown)
+    both = first_layer(unet, words(1))
+    texts.set([])
+    pictures = first_layer(unet, words(1))
+    torch.testing.assert_close(both - pictures, alone - plain, rtol=1e-4, atol=1e-5)
+    assert torch.equal(both[:, :, 4:], pictures[:, :, 4:])
+    assert not torch.isclose(both[:, :, :4], pictures[:, :, :4]).all()
+
+
+def test_samples_of_a_batch_have_regions_of_their_own(unet: UNet2DConditionModel, texts: TextRegions) -> None:
+    samples = [
+        [TextRegion(words(2), LEFT), TextRegion(words(3, tokens=2), LEFT.T, feather=0.3)],
+        [],
+        [TextRegion(words(4), RIGHT)],
+    ]
+    texts.set_batch(samples)
+    together = first_layer(unet, words(1), rows=3)
+    for i, regions in enumerate(samples):
+        texts.set(regions)
+        torch.testing.assert_close(together[i], first_layer(unet, words(1))[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_negative_half_reads_its_own_text_alone() -> None:
+    pipe = tiny_sd()
+    texts = TextRegions().attach(pipe)
+    texts.set([TextRegion("a dog", torch.ones(4, 4))])
+    halves: dict[str, list[Tensor]] = {}
+    for name in ("region", "plain"):
+        layer = pipe.unet.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn2")
+        seen = halves.setdefault(name, [])
+        hook = layer.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
+        pipe("a cat", num_inference_steps=1, guidance_scale=4.0, generator=torch.Generator().manual_seed(0))
+        hook.remove()
+        texts.set([])
+    (region, _), (plain, _) = (halves[name][0].chunk(2) for name in ("region", "plain"))
+    assert torch.equal(region, plain)
+    assert not torch.allclose(halves["region"][0], halves["plain"][0])
+
+
+def test_a_text_everywhere_draws_what_it_draws_as_the_prompt() -> None:
+    pipe = tiny_sd()
+    before = dict(pipe.unet.attn_processors)
+
+    def draw(prompt: str) -> Tensor:
+        call = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "pt"}
+        return pipe(prompt, generator=torch.Generator().manual_seed(0), **call).images
+
+    expected, cat = draw("a dog"), draw("a cat")
+    texts = TextRegions().attach(pipe)
+    texts.set([TextRegion("a dog", torch.ones(4, 4))])
+    torch.testing.assert_close(draw("a cat"), expected, rtol=1e-4, atol=1e-4)
+    texts.detach()
+    assert torch.equal(draw("a cat"), cat)
+    assert all(pipe.unet.attn_processors[name] is processor for name, processor in before.items())
+
+
+def test_regions_without_sense_are_refused_and_nothing_changes(
+    unet: UNet2DConditionModel, texts: TextRegions
+) -> None:
+    texts.set([TextRegion(words(2), LEFT)])
+    before = texts.samples
+    for make, error, said in (
+        (lambda: TextRegion(" ", LEFT), UsageError, "text of a region is empty"),
+        (lambda: TextRegion("a", LEFT, feather=2.0), UsageError, "a fraction of the mask's side"),
+        (lambda: texts.set([TextRegion("a dog", LEFT)]), UsageError, "encoded by the pipeline"),
+        (lambda: texts.set([TextRegion(words(2)[:, :3], LEFT)]), InputError, r"shape \(5, 3\)"),
+        (lambda: texts.set([TextRegion(words(2), torch.zeros(4, 4))]), InputError, "0 everywhere"),
+        (lambda: texts.set([TextRegion(words(2), torch.full((4, 4), 2.0))]), InputError, "outside 0 to 1"),
+        (lambda: texts.attach(tiny_unet("sd")), UsageError, "attached to another UNet"),
+        (lambda: TextRegions().attach(object()), AdapterMismatch, "object has none"),
+        (lambda: TextRegions().set([]), UsageError, r"attach\(\) the regions"),
+    ):
+        with pytest.raises(error, match=said):
+            make()
+    assert texts.samples is before
 
 
 # ---- feathering

@@ -9,7 +9,7 @@ from PIL import Image
 from imprompt import words
 from imprompt.adapter.weighting import PROFILES
 from imprompt.generation import output
-from imprompt.generation.request import ImageRef, Request
+from imprompt.generation.request import ImageRef, RegionRef, Request
 
 share = st.floats(0, 1).map(lambda x: round(x, 4))
 number = st.floats(-10, 10).map(lambda x: round(x, 4))
@@ -70,6 +70,15 @@ def as_flag(ref: ImageRef) -> str:
 @settings(max_examples=80, deadline=None)
 def test_what_is_typed_is_what_is_meant(ref: ImageRef) -> None:
     assert ImageRef.parse(as_flag(ref)) == ref
+
+
+@given(said, path, share)
+@settings(max_examples=40, deadline=None)
+def test_what_is_typed_of_a_region_is_what_is_meant(text: str, mask: str, feather: float) -> None:
+    region = RegionRef(text=text, mask=mask, feather=feather)
+    assert RegionRef.parse(f"{text},mask={mask},feather={feather}") == region
+    request = Request(regions=[region], seed=1)
+    assert Request.from_json(request.to_json()) == request
 
 
 @given(st.lists(refs(), min_size=1, max_size=3), st.none() | st.floats(0, 20))

@@ -8,13 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
+import controls
 import tiny
 from imprompt.adapter.adapter import IPAdapter
 from imprompt.app.cli import main
 from imprompt.app.embed import embed
 from imprompt.errors import UsageError
 from imprompt.generation import output
-from imprompt.generation.request import ImageRef, Request
+from imprompt.generation.request import ImageRef, RegionRef, Request
 
 
 def drawn(engine, common, *images, **fields):
@@ -155,6 +156,63 @@ def test_a_region_says_its_own_text_and_comes_back_from_its_file(engine, common,
     read = output.read_request(saved)
     assert (read.images[0].text, read.images[0].feather) == ("a dog, noto", 0.2)
     assert np.array_equal(np.asarray(engine.run(read).images[0]), np.asarray(result.images[0]))
+
+
+def test_texts_have_places_without_a_picture_or_an_adapter(engine, common, pictures, tmp_path, capsys):
+    plain = {name: value for name, value in common.items() if name != "adapter"}
+    mask = str(pictures / "mask.png")
+    alone = np.asarray(engine.run(Request(prompt="a cat", **plain)).images[0])
+    request = Request(prompt="a cat", regions=[RegionRef(text="a dog, noto", mask=mask)], **plain)
+    result = engine.run(request)
+    assert result.request.adapter is None
+    assert mask in result.request.hashes
+    assert not np.array_equal(np.asarray(result.images[0]), alone)
+    (saved,) = output.save(result, tmp_path / "x.png")
+    again = engine.run(output.read_request(saved))
+    assert np.array_equal(np.asarray(again.images[0]), np.asarray(result.images[0]))
+    assert np.array_equal(np.asarray(engine.run(Request(prompt="a cat", **plain)).images[0]), alone)
+    words = ["generate", "a cat", "--region", f"a dog, noto,mask={mask}", "--base", plain["base"]]
+    words += ["--steps", "3", "--seed", "5", "-o", str(tmp_path / "y.png")]
+    assert main(words) == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "y.png")), np.asarray(result.images[0]))
+    capsys.readouterr()
+    assert main([*words[:-1], str(tmp_path / "z.png"), "--sweep", "region.text=a cat|a dog, noto"]) == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "z-2.png")), np.asarray(result.images[0]))
+
+
+def test_texts_with_a_place_act_beside_pictures_edits_and_controls(engine, common, pictures, tmp_path):
+    mask, ref = str(pictures / "mask.png"), str(pictures / "ref.png")
+    regions = [RegionRef(text="a dog", mask=mask, feather=0.1)]
+    shown = [ImageRef(path=ref, mask=mask, scale=0.5), ImageRef(path=str(pictures / "other.png"))]
+    net = tmp_path / "net"
+    controls.saved(controls.tiny_controlnet(), net)
+    for fields in (
+        {"images": shown},
+        {"images": shown, "image_guidance": 3},
+        {"images": shown, "task": "edit", "image": ref},
+        {"task": "inpaint", "image": ref, "mask": mask, "images": shown},
+        {"controls": [{"kind": "none", "path": ref, "model": str(net)}], "images": shown},
+    ):
+        own = common if "images" in fields else {k: v for k, v in common.items() if k != "adapter"}
+        one, other = (
+            np.asarray(engine.run(Request(prompt="a cat", regions=some, **fields, **own)).images[0])
+            for some in (regions, ())
+        )
+        assert not np.array_equal(one, other), fields
+
+
+@pytest.mark.parametrize(
+    ("region", "said"),
+    [
+        ("a dog", "mask: field required"),
+        (",mask=m.png", "text: string should have at least 1 character"),
+        ("a dog,mask=m.png,scale=1", "unknown option 'scale'; known are mask, feather"),
+        ("a dog,mask=m.png,feather=2", "feather: input should be less than or equal to 1"),
+    ],
+)
+def test_a_text_without_a_place_is_refused(region, said):
+    with pytest.raises(UsageError, match=re.escape(said)):
+        RegionRef.parse(region)
 
 
 def test_the_image_has_guidance_of_its_own(engine, common, pictures):

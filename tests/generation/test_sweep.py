@@ -38,6 +38,19 @@ def test_fields_of_images_are_set_on_all_or_on_one() -> None:
     assert [one.size for one in swept(TWO, "size=64x64,128")] == [(64, 64), (128, 128)]
 
 
+def test_all_that_a_request_has_several_of_is_swept() -> None:
+    request = TWO.replace(
+        regions=[{"text": "a dog", "mask": "m.png"}],
+        controls=[{"kind": "canny", "path": "e.png"}],
+        loras=["x.safetensors", "y.safetensors"],
+    )
+    said = swept(request, "region.text=a cat|a dog, noto")
+    assert [one.regions[0].text for one in said] == ["a cat", "a dog, noto"]
+    assert [one.controls[0].scale for one in swept(request, "control1.scale=0,1")] == [0, 1]
+    assert [one.loras[1].weight for one in swept(request, "lora2.weight=0,1")] == [0, 1]
+    assert {one.loras[0].weight for one in swept(request, "lora2.weight=0,1")} == {1}
+
+
 def test_several_pictures_are_a_last_axis_and_share_their_seeds() -> None:
     made = swept(TWO.replace(count=2, seed=None), "steps=1,2")
     assert [one.steps for one in made] == [1, 2, 1, 2]
@@ -58,6 +71,8 @@ def test_several_pictures_are_a_last_axis_and_share_their_seeds() -> None:
         (["scale=1,many"], "scale: input should be a valid number"),
         (["profile=style,styles"], "did you mean 'style'"),
         (["image3.scale=1"], "there are 2 images"),
+        (["image.colour=1"], "known are prompt.*image.scale.*region.text"),
+        (["control.scale=1"], "there is no control to change"),
         (["seed=" + ",".join(map(str, range(300)))], "256 pictures"),
     ],
 )
@@ -70,7 +85,7 @@ def test_a_sweep_without_effect_is_refused() -> None:
     own = Request(images=[ImageRef(path="a.png", scale=1)])
     with pytest.raises(UsageError, match="every image has its own"):
         swept(own, "scale=0,1")
-    with pytest.raises(UsageError, match="there is none"):
+    with pytest.raises(UsageError, match="there is no image to change"):
         swept(Request(prompt="a"), "profile=style")
     with pytest.raises(UsageError, match="leave --count out"):
         swept(TWO.replace(count=2), "seed=1,2")

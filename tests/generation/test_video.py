@@ -12,7 +12,7 @@ from controls import saved, tiny_controlnet, tiny_union
 from imprompt.errors import AdapterMismatch, InputError, ModelError, UsageError
 from imprompt.generation import output
 from imprompt.generation.engine import Engine, generate
-from imprompt.generation.request import ControlRef, ImageRef, Request
+from imprompt.generation.request import ControlRef, ImageRef, RegionRef, Request
 
 FRAMES = 4
 
@@ -114,6 +114,12 @@ def test_a_mask_may_move(engine, asked, pictures, tmp_path):
     moving = engine.run(asked(images=[ref]))
     still = engine.run(asked(images=[ref.replace(mask=str(tmp_path / "0.png"))]))
     assert not np.array_equal(pixels(moving.images)[-1], pixels(still.images)[-1])
+    text = RegionRef(text="a dog", mask=str(tmp_path))
+    moving = engine.run(asked(regions=[text]))
+    still = engine.run(asked(regions=[text.replace(mask=str(tmp_path / "0.png"))]))
+    assert not np.array_equal(pixels(moving.images)[-1], pixels(still.images)[-1])
+    with pytest.raises(InputError, match=f"{FRAMES} masks, the clip has 6"):
+        engine.run(asked(regions=[text], frames=6))
 
 
 def test_a_video_is_redrawn_at_its_pace_or_at_the_asked_one(engine, asked, film):

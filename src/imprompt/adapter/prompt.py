@@ -172,15 +172,11 @@ class ImagePrompt:
                 )
         if self.start > self.end:
             raise UsageError(f"start {self.start} lies after end {self.end}; start must not exceed end.")
-        _check_number("feather", self.feather)
-        if not 0 <= self.feather <= 1:
-            raise UsageError(
-                f"feather is {self.feather}; a fraction of the mask's side, 0 to 1, is expected."
-            )
         if self.mask is None and self.feather:
             raise UsageError("feather softens a mask's edge; give a mask.")
         if self.mask is None and self.text is not None:
             raise UsageError("text is said inside a mask; give a mask, or say it in the pipeline's prompt.")
+        check_feather(self.feather)
         read_profile(self.profile)
         words.read_curve(self.curve)
         words.canonical("scaling", self.scaling, words.SCALINGS)
@@ -370,6 +366,13 @@ def read_mask(
             "mask is 0 everywhere, so its image prompt could never act; leave the prompt out instead."
         )
     return feathered(values.reshape(1, 1, *values.shape[-2:]), feather)
+
+
+def check_feather(width: object) -> None:
+    """Raises :class:`UsageError` when it is no fraction of a mask's side."""
+    _check_number("feather", width)
+    if not 0 <= width <= 1:  # type: ignore[operator]
+        raise UsageError(f"feather is {width}; a fraction of the mask's side, 0 to 1, is expected.")
 
 
 def feathered(mask: Float[Tensor, "1 1 h w"], width: float) -> Float[Tensor, "1 1 H W"]:

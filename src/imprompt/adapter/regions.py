@@ -27,8 +27,8 @@ from imprompt.errors import InputError, UsageError
 class Regional:
     """The texts of one layer and how much of each every query reads."""
 
-    texts: tuple[Float[Tensor, "B T C"], ...]
-    biases: tuple[Float[Tensor, "B 1 1 T"] | None, ...]
+    texts: tuple[Float[Tensor, "B _ C"], ...]
+    biases: tuple[Float[Tensor, "B 1 1 _"] | None, ...]
     shares: tuple[Float[Tensor, "B 1 L 1"], ...]
     rest: Float[Tensor, "B 1 L 1"]
     """What is left to the pipeline's prompt."""

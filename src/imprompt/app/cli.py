@@ -20,7 +20,7 @@ from imprompt.errors import ImpromptError, InputError, ModelError, UsageError
 
 if TYPE_CHECKING:
     from imprompt.generation.engine import Result
-    from imprompt.generation.request import ControlRef, ImageRef, Request
+    from imprompt.generation.request import ControlRef, ImageRef, RegionRef, Request
 
 INTERRUPTED = 130
 _HURRIED = ("generate", "edit", "inpaint", "animate")
@@ -142,10 +142,11 @@ def _overview() -> str:
 
 
 def _drawing_flags(parser: argparse.ArgumentParser) -> None:
-    from imprompt.generation.request import ControlRef, ImageRef, Request
+    from imprompt.generation.request import ControlRef, ImageRef, RegionRef, Request
 
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps the epilog's lines
-    parser.epilog = "\n\n".join([_options_of("--image", ImageRef), _options_of("--control", ControlRef)])
+    said = [_options_of("--image", ImageRef), _options_of("--region", RegionRef)]
+    parser.epilog = "\n\n".join([*said, _options_of("--control", ControlRef)])
 
     def field(flag: str, **options: object) -> None:
         name = flag.lstrip("-").replace("-", "_")
@@ -158,6 +159,13 @@ def _drawing_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="PATH[,scale=…,mask=…,…]",
         help="a picture that prompts the model; may be given several times (options below)",
+    )
+    parser.add_argument(
+        "--region",
+        dest="regions",
+        action="append",
+        metavar="TEXT,mask=PATH[,feather=…]",
+        help="a text for one place, in place of the prompt; may be given several times (options below)",
     )
     parser.add_argument(
         "--control",
@@ -225,13 +233,13 @@ def _drawing_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
 
 
-def _options_of(flag: str, record: type["ImageRef | ControlRef"]) -> str:
+def _options_of(flag: str, record: type["ImageRef | RegionRef | ControlRef"]) -> str:
     """The options that one repeatable flag takes, a paragraph each, as ``--help`` ends with."""
     import textwrap
 
     lines = [f"options of {flag}:"]
     for name, field in record.model_fields.items():
-        if name != "path":
+        if name != "path" and (flag, name) != ("--region", "text"):
             lines += textwrap.wrap(
                 f"{name:<10}{field.description}",
                 98,
@@ -376,7 +384,14 @@ def _tune(flags: argparse.Namespace) -> None:
 
 def _request(task: str, flags: argparse.Namespace) -> "Request":
     from imprompt.generation.output import read_request
-    from imprompt.generation.request import ControlRef, EmbeddingRef, ImageRef, LoraRef, Request
+    from imprompt.generation.request import (
+        ControlRef,
+        EmbeddingRef,
+        ImageRef,
+        LoraRef,
+        RegionRef,
+        Request,
+    )
 
     stated: dict[str, object] = {
         name: value
@@ -385,14 +400,16 @@ def _request(task: str, flags: argparse.Namespace) -> "Request":
     }
     if getattr(flags, "picture", None) is not None:
         stated["image"] = flags.picture
-    if flags.images is not None:
-        stated["images"] = tuple(ImageRef.parse(text) for text in flags.images)
-    if flags.controls is not None:
-        stated["controls"] = tuple(ControlRef.parse(text) for text in flags.controls)
-    if getattr(flags, "loras", None) is not None:
-        stated["loras"] = tuple(LoraRef.parse(text) for text in flags.loras)
-    if getattr(flags, "embeddings", None) is not None:
-        stated["embeddings"] = tuple(EmbeddingRef.parse(text) for text in flags.embeddings)
+    readers: dict[str, Callable[[str], object]] = {
+        "images": ImageRef.parse,
+        "regions": RegionRef.parse,
+        "controls": ControlRef.parse,
+        "loras": LoraRef.parse,
+        "embeddings": EmbeddingRef.parse,
+    }
+    for name, read in readers.items():
+        if name in stated:
+            stated[name] = tuple(read(text) for text in getattr(flags, name))
     if flags.again is None:
         return Request.from_mapping({"task": task, **stated})
     if flags.again.endswith(".json"):
@@ -407,7 +424,7 @@ def _request(task: str, flags: argparse.Namespace) -> "Request":
             f"'{flags.again}' was made with 'imprompt {before.task}': repeat it with 'imprompt {before.task} "
             f"--from {flags.again}'."
         )
-    if stated.keys() & {"images", "controls", "image", "mask", "video"}:
+    if stated.keys() & {"images", "regions", "controls", "image", "mask", "video"}:
         stated["hashes"] = {}
     return before.replace(**stated)
 

@@ -27,6 +27,7 @@ from imprompt import words
 from imprompt.adapter.adapter import IPAdapter
 from imprompt.adapter.attribution import Attribution
 from imprompt.adapter.prompt import EncodedFaces, EncodedPictures, ImagePrompt
+from imprompt.adapter.texts import TextRegion, TextRegions
 from imprompt.encoders import face as faces
 from imprompt.encoders.features import is_saved, joined
 from imprompt.encoders.framing import encode, noisy
@@ -98,6 +99,10 @@ class _Shown:
     fps: float | None = None
     still: list[str] = field(default_factory=list)
     """Animated pictures of which the first frame was taken."""
+
+    def mask(self, name: str) -> Image.Image | list[Image.Image]:
+        """The mask of that name, or its frames."""
+        return self.films[name] if name in self.films else self.masks[name]
 
 
 class Engine:
@@ -187,6 +192,7 @@ class Engine:
         clock.append(time.perf_counter())
         own = pipe.scheduler
         attributions: list[Attribution] = []
+        texts = TextRegions()
         try:
             for name, adapter in adapters.items():
                 adapter.attach(pipe)
@@ -195,6 +201,10 @@ class Engine:
                 if shown.prompts and (reader := adapter.face_embedder) is not None:
                     note = faces.licence_note(reader.space)
                     notes += [note] if note else []
+            if request.regions:
+                texts.attach(pipe).set(
+                    [TextRegion(ref.text, shown.mask(ref.mask), ref.feather) for ref in request.regions]
+                )
             provenance = self._provenance(base, adapters, bool(shown.prompts), device, dtype)
             if request.task == "animate":
                 motion = video.find_motion(request.motion, base)
@@ -222,6 +232,7 @@ class Engine:
                 adapter.clear_prompt()
                 adapter.set_guidance(None)
                 adapter.detach()
+            texts.detach()
         if request.task == "inpaint":
             assert shown.start is not None
             assert shown.region is not None
@@ -330,9 +341,7 @@ class Engine:
                     profile=first.profile,
                     start=first.start,
                     end=first.end,
-                    mask=None
-                    if first.mask is None
-                    else shown.films.get(first.mask, shown.masks.get(first.mask)),
+                    mask=None if first.mask is None else shown.mask(first.mask),
                     at=self._places(group, request),
                     frame_curve=first.frame_curve,
                     feather=first.feather,
@@ -522,7 +531,7 @@ def _read(request: Request, pictures: Mapping[str, Image.Image]) -> tuple[_Shown
     shown, hashes = _Shown(), {}
     moving = {request.video, *(ref.path for ref in request.images if ref.at == "each")}
     if request.task == "animate":
-        moving |= {ref.mask for ref in request.images} | {ref.path for ref in request.controls}
+        moving |= {*request.masks, *(ref.path for ref in request.controls)}
     for name in request.files:
         if name in pictures:
             continue
@@ -552,18 +561,14 @@ def _read(request: Request, pictures: Mapping[str, Image.Image]) -> tuple[_Shown
         shown.films[name], _ = video.read_film(source(name), name)
     if request.video is not None:
         shown.film, shown.fps = video.read_film(source(request.video), request.video)
-    for mask_name in {ref.mask for ref in refs if ref.mask is not None and request.task == "animate"}:
-        if Path(mask_name).is_dir() or frame_count(source(mask_name)) > 1:
-            frames, _ = video.read_film(source(mask_name), mask_name)
-            shown.films[mask_name] = [frame.convert("L") for frame in frames]
-    shown.masks = {
-        ref.mask: load_mask(source(ref.mask))
-        for ref in refs
-        if ref.mask is not None and ref.mask not in shown.films
-    }
-    for name, mask in shown.masks.items():
-        if mask.getextrema()[1] == 0:
-            raise InputError(f"mask '{name}' is black everywhere: the image prompt would act nowhere.")
+    for name in request.masks:
+        if request.task == "animate" and (Path(name).is_dir() or frame_count(source(name)) > 1):
+            frames, _ = video.read_film(source(name), name)
+            shown.films[name] = [frame.convert("L") for frame in frames]
+            continue
+        shown.masks[name] = load_mask(source(name))
+        if shown.masks[name].getextrema()[1] == 0:
+            raise InputError(f"mask '{name}' is black everywhere: its prompt would act nowhere.")
     for name in dict.fromkeys(ref.path for ref in request.controls):
         film = request.task == "animate" and video.moves(source(name))
         shown.controls[name] = video.read_film(source(name), name)[0] if film else [load_image(source(name))]

@@ -349,15 +349,33 @@ class EmbeddingRef(_Strict):
         return _parsed(cls, text, "--embedding")
 
 
+class RegionRef(_Strict):
+    """What is drawn in one place, with no picture: a text and its mask."""
+
+    text: str = Field(
+        min_length=1, max_length=20_000, description="what is drawn there, in place of the request's prompt"
+    )
+    mask: _Path = Field(description="picture that is white there; any size, stretched over the output")
+    feather: float = Field(
+        default=0.0, ge=0, le=1, description="width of the mask's edge as a fraction of its shorter side"
+    )
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``TEXT,mask=PATH[,feather=…]``; the text may hold commas. Raises :class:`UsageError`."""
+        return _parsed(cls, text, "--region")
+
+
 _Ref = TypeVar("_Ref", bound=_Strict)
 
 
 def _parsed(kind: type[_Ref], text: str, flag: str) -> _Ref:
-    path, *options = re.split(r",(?=\s*[A-Za-z_]+=)", text)
-    known = tuple(name for name in kind.model_fields if name != "path")
-    values = _options(f"{flag} '{text}'", options, known)
+    """``FIRST[,key=value]…``, where the first is the record's first field."""
+    said, *options = re.split(r",(?=\s*[A-Za-z_]+=)", text)
+    first, *known = kind.model_fields
+    values = _options(f"{flag} '{text}'", options, tuple(known))
     try:
-        return kind(path=path, **values)
+        return kind(**{first: said}, **values)
     except UsageError as error:
         raise UsageError(f"{flag} '{text}': {error}") from error
 
@@ -384,6 +402,9 @@ class Request(_Strict):
     negative: str = Field(default="", max_length=20_000, description="what to avoid; needs guidance above 1")
     images: tuple[Annotated[ImageRef, BeforeValidator(_as_image)], ...] = Field(
         default=(), max_length=64, description="image prompts, at most 64"
+    )
+    regions: tuple[RegionRef, ...] = Field(
+        default=(), max_length=16, description="places with a text of their own, at most 16"
     )
     controls: tuple[ControlRef, ...] = Field(
         default=(), max_length=8, description="pictures whose structure is followed, at most 8"
@@ -560,7 +581,7 @@ class Request(_Strict):
                 if getattr(self, name) is not None:
                     found.append(f"{name}: has no effect without an image prompt; give one in `images`.")
             drawn_from_nothing = self.task == "generate" or (self.task == "animate" and self.video is None)
-            if not self.prompt and not self.controls and drawn_from_nothing:
+            if not (self.prompt or self.regions or self.controls) and drawn_from_nothing:
                 found.append("prompt: give a text, an image prompt, or both.")
         if self.images and self.adapter is not None and all(ref.adapter for ref in self.images):
             found.append("adapter: has no effect, for each image names its own.")
@@ -611,9 +632,16 @@ class Request(_Strict):
             self.image,
             self.mask,
             self.video,
-            *(name for ref in self.images for name in (ref.path, ref.mask, ref.negative)),
+            *(name for ref in self.images for name in (ref.path, ref.negative)),
+            *self.masks,
             *(control.path for control in self.controls),
         ]
+        return tuple(dict.fromkeys(name for name in named if name is not None))
+
+    @property
+    def masks(self) -> tuple[str, ...]:
+        """The names of the masks of image prompts and regions, each once, in order."""
+        named = [*(ref.mask for ref in self.images), *(region.mask for region in self.regions)]
         return tuple(dict.fromkeys(name for name in named if name is not None))
 
     @property

@@ -1,8 +1,9 @@
 """Sweeps: fields that take several values, and their product as requests. Text in, requests out, no torch.
 
 ``scale=0.2,0.5,1`` sweeps a field of the request; a field that only images have (``profile``, ``end``, …), or
-``image.scale``, is set on every image, ``image2.scale`` on the second. Values that hold commas are separated
-by ``|``. Several pictures of one request are a last axis, their seeds.
+``image.scale``, is set on every image, ``image2.scale`` on the second; ``region.text``, ``control.scale``,
+``lora2.weight`` and ``embedding.token`` likewise. Values that hold commas are separated by ``|``. Several
+pictures of one request are a last axis, their seeds.
 """
 
 import re
@@ -12,11 +13,19 @@ from dataclasses import dataclass
 from itertools import product
 
 from imprompt.errors import UsageError
-from imprompt.generation.request import ImageRef, Request
+from imprompt.generation.request import ControlRef, EmbeddingRef, ImageRef, LoraRef, RegionRef, Request
 
 MOST = 256
 """Pictures one sweep may draw."""
-_FIXED = ("task", "images", "count", "hashes")
+_LISTS: dict[str, type[ImageRef | RegionRef | ControlRef | LoraRef | EmbeddingRef]] = {
+    "image": ImageRef,
+    "region": RegionRef,
+    "control": ControlRef,
+    "lora": LoraRef,
+    "embedding": EmbeddingRef,
+}
+"""What a request has several of, and their fields."""
+_FIXED = ("task", "count", "hashes", *(f"{kind}s" for kind in _LISTS))
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ def read_axis(text: str) -> Axis:
     """An axis as it is said: ``FIELD=VALUE,VALUE,…``. Raises :class:`UsageError`."""
     field, sign, said = (part.strip() for part in text.partition("="))
     values = tuple(value.strip() for value in re.split(r"\|" if "|" in said else ",", said))
-    if not sign or not re.fullmatch(r"(image\d*\.)?[a-z_-]+", field) or "" in values:
+    if not sign or not re.fullmatch(r"([a-z]+\d*\.)?[a-z_-]+", field) or "" in values:
         raise UsageError(f"--sweep '{text}': write FIELD=VALUE,VALUE,… (values with commas: FIELD=A|B).")
     if len(set(values)) != len(values):
         raise UsageError(f"--sweep '{text}': a value is there twice.")
@@ -92,16 +101,18 @@ def _with(request: Request, field: str, value: str) -> Request:
         if name == "scale" and request.images and all(ref.scale is not None for ref in request.images):
             raise UsageError("--sweep scale: every image has its own; sweep image.scale.")
         return request.replace(**{name: value})
-    if name not in ImageRef.model_fields:
-        known = [name for name in (*Request.model_fields, *ImageRef.model_fields) if name not in _FIXED]
-        raise UsageError(f"--sweep: no field '{field}'; known are {', '.join(dict.fromkeys(known))}.")
-    if not request.images:
-        raise UsageError(f"--sweep {field}: is an image prompt's; there is none.")
-    number = place.removeprefix("image")
-    if number and not 1 <= int(number) <= len(request.images):
-        raise UsageError(f"--sweep {field}: there are {len(request.images)} images, from image1.")
-    images = tuple(
+    kind, number = place.rstrip("0123456789") or "image", place.lstrip("abcdefghijklmnopqrstuvwxyz")
+    if kind not in _LISTS or name not in _LISTS[kind].model_fields:
+        known = [name for name in Request.model_fields if name not in _FIXED]
+        known += [f"{kind}.{name}" for kind, record in _LISTS.items() for name in record.model_fields]
+        raise UsageError(f"--sweep: no field '{field}'; known are {', '.join(known)}.")
+    refs = getattr(request, f"{kind}s")
+    if not refs:
+        raise UsageError(f"--sweep {field}: there is no {kind} to change; give one.")
+    if number and not 1 <= int(number) <= len(refs):
+        raise UsageError(f"--sweep {field}: there are {len(refs)} {kind}s, from {kind}1.")
+    changed = tuple(
         ref.replace(**{name: value}) if not number or int(number) == i else ref
-        for i, ref in enumerate(request.images, 1)
+        for i, ref in enumerate(refs, 1)
     )
-    return request.replace(images=images)
+    return request.replace(**{f"{kind}s": changed})

@@ -173,13 +173,12 @@ def check_counts(
     for name, frames in controls.items():
         if len(frames) not in (1, request.frames):
             raise InputError(_uneven(name, len(frames), "control pictures", request))
+    counted = {ref.path: "pictures" for ref in request.images if ref.at == "each"}
+    counted |= {name: "masks" for name in request.masks if name in films}
+    for name, what in counted.items():
+        if len(films[name]) != request.frames:
+            raise InputError(_uneven(name, len(films[name]), what, request))
     for ref in request.images:
-        counted = {ref.path: "pictures"} if ref.at == "each" else {}
-        if ref.mask is not None and ref.mask in films:
-            counted[ref.mask] = "masks"
-        for name, what in counted.items():
-            if len(films[name]) != request.frames:
-                raise InputError(_uneven(name, len(films[name]), what, request))
         if isinstance(ref.at, int) and request.frames is not None and ref.at >= request.frames:
             raise UsageError(f"images: at={ref.at} lies behind the last of {request.frames} frames, from 0.")
 

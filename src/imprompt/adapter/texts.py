@@ -1,0 +1,124 @@
+"""Texts with a place and no picture: several prompts in one drawing, each inside its own mask.
+
+:class:`TextRegions` sits on a UNet beside image prompt adapters, or alone where there is none, and hands its
+texts to the same attention (:mod:`imprompt.adapter.regions`). A place that has a picture too is an
+:class:`~imprompt.adapter.prompt.ImagePrompt` with ``mask`` and ``text``; both kinds share overlaps.
+"""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from imprompt.adapter.attention import Injection, LiveTokens
+from imprompt.adapter.frames import track_of
+from imprompt.adapter.guidance import Part
+from imprompt.adapter.layers import UNet
+from imprompt.adapter.lora import FaceLora
+from imprompt.adapter.prompt import Picture, Row, check_feather, read_masks
+from imprompt.adapter.regions import encode_text
+from imprompt.errors import AdapterMismatch, UsageError
+
+
+@dataclass(frozen=True, eq=False)
+class TextRegion:
+    """What is said in one place, in place of the pipeline's prompt.
+
+    ``text`` is words, or their embeddings ``(T, C)``. ``mask`` is white, or 1, there: a picture or a tensor
+    ``(H, W)`` in [0, 1], of any size, stretched over the output; in a video also one a frame. Soft values
+    mix. ``feather`` is the width of its edge, a fraction of its shorter side.
+    """
+
+    text: str | Tensor
+    mask: Picture | Tensor | Sequence[Picture | Tensor]
+    feather: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.text, str) and not self.text.strip():
+            raise UsageError("text of a region is empty; say what is drawn there, or leave the region out.")
+        check_feather(self.feather)
+
+
+class TextRegions:
+    """Texts with a place on a diffusers pipeline (or a bare UNet, which takes embeddings only).
+
+    At every query ``text = (1 − Σ sᵢ) · A(q, prompt) + Σ sᵢ · A(q, textᵢ)``: outside all masks the prompt is
+    read bit for bit as without, and the negative half of guidance always is.
+    """
+
+    def __init__(self) -> None:
+        self.samples: tuple[tuple[Row, ...], ...] = ()
+        self.live: LiveTokens | None = None
+        self.parts: tuple[Part, ...] | None = None
+        self.guidance: tuple[float, float | None] | None = None
+        self.lora: FaceLora | None = None
+        self._injection: weakref.ref[Injection] | None = None
+
+    def key_value(self, index: int) -> NoReturn:
+        """Never asked for: there are no image tokens here."""
+        raise AssertionError(index)
+
+    def attach(self, target: object) -> "TextRegions":
+        """Sit on the UNet of the pipeline that will be called. Raises :class:`AdapterMismatch` for what has
+        none, :class:`UsageError` while on another."""
+        unet = getattr(target, "unet", target)
+        if not isinstance(unet, nn.Module) or not isinstance(unet, UNet):
+            raise AdapterMismatch(
+                f"texts with a place need a diffusers UNet; {type(target).__name__} has none."
+            )
+        before = None if self._injection is None else self._injection()
+        if before is not None and not before.serves(unet):
+            raise UsageError("these regions are attached to another UNet; detach() them first.")
+        injection = Injection.into(unet, None if unet is target else target)
+        if not any(source is self for source in injection.sources):
+            injection.sources.append(self)
+        self._injection = weakref.ref(injection)
+        return self
+
+    def set(self, regions: Sequence[TextRegion]) -> None:
+        """Say these in every sample that is drawn, until something else is set; none: the prompt alone.
+
+        Raises :class:`UsageError` before :meth:`attach`, :class:`InputError` for what is no mask or covers
+        nothing, and keeps the previous ones then.
+        """
+        self.set_batch([regions])
+
+    def set_batch(self, samples: Sequence[Sequence[TextRegion]]) -> None:
+        """Say in each sample of a batch what is its own; the pipeline's batch is a multiple of them."""
+        injection = None if self._injection is None else self._injection()
+        if injection is None:
+            raise UsageError("attach() the regions to a pipeline first, which encodes their words.")
+        width = injection.layers[0].cross_dim
+        with torch.inference_mode(False), torch.no_grad():
+            rows = tuple(
+                tuple(_row(region, encode_text(injection.pipe, region.text, width)) for region in regions)
+                for regions in samples
+            )
+        self.samples = rows if any(rows) else ()
+        injection.invalidate()
+
+    def detach(self) -> None:
+        """Leave the UNet as it was found."""
+        injection = None if self._injection is None else self._injection()
+        self._injection, self.samples = None, ()
+        if injection is not None:
+            injection.remove(self)
+
+
+def _row(region: TextRegion, text: Tensor) -> Row:
+    mask, masks = read_masks(region.mask, region.feather)
+    silent = text.new_zeros(1, text.shape[-1])  # of strength 0, so that no layer gets a group for it
+    return Row(
+        tokens=silent,
+        negative=silent,
+        scale=0.0,
+        profile="linear",
+        start=0.0,
+        end=1.0,
+        mask=mask,
+        text=text,
+        track=track_of(None, ((0.0, 1.0),), masks, pictures=1, plain=True),
+    )
