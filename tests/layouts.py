@@ -61,9 +61,9 @@ def face(cross: int, tokens: int = 4, width: int = 512) -> Shapes:
     )
 
 
-def face_plus(cross: int, width: int = 512, patches: int = 1280, depth: int = 4) -> Shapes:
+def face_plus(cross: int, width: int = 512, patches: int = 1280, depth: int = 4, tokens: int = 4) -> Shapes:
     inside = perceiver(cross, patches, cross, cross // 64, depth)
-    return face(cross, width=width) | {f"perceiver_resampler.{key}": shape for key, shape in inside.items()}
+    return face(cross, tokens, width) | {f"perceiver_resampler.{key}": shape for key, shape in inside.items()}
 
 
 def layers(widths: list[int], cross: int) -> Shapes:
@@ -98,6 +98,8 @@ class Layout:
     tokens: int = 4
     shares: tuple[str, ...] = field(default=())
     """Other published files of the same shapes."""
+    section: str = "ip_adapter"
+    """What the keys and values stand under."""
 
     @property
     def shapes(self) -> Shapes:
@@ -105,11 +107,11 @@ class Layout:
         widths, cross = FAMILIES[self.family]
         inside = layers(widths, cross) | (lora(widths, cross, self.rank) if self.rank else {})
         flat = {f"image_proj.{key}": shape for key, shape in self.image_proj.items()}
-        return flat | {f"ip_adapter.{key}": shape for key, shape in inside.items()}
+        return flat | {f"{self.section}.{key}": shape for key, shape in inside.items()}
 
     def write(self, folder: Path, name: str | None = None, metadata: dict[str, str] | None = None) -> Path:
         """A sparse file of full size: all zeros, and takes no room on the disk."""
-        formats = dict(zip(("image_proj", "ip_adapter"), self.formats, strict=True))
+        formats = dict(zip(("image_proj", self.section), self.formats, strict=True))
         path = folder / f"{name or self.name}.safetensors"
         sparse(path, {k: (formats[k.split(".")[0]], shape) for k, shape in self.shapes.items()}, metadata)
         return path
@@ -183,6 +185,16 @@ PUBLISHED = (
         506_552_320,
         base="Kolors",
         tokens=16,
+    ),
+    Layout(
+        "kolors_ipa-faceid-plus",
+        face_plus(4096, patches=1024, tokens=6),
+        "SDXL",
+        "faceid-plus-kolors",
+        1_192_903_680,
+        base="Kolors",
+        tokens=6,
+        section="adapter_modules",
     ),
 )
 

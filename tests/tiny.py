@@ -5,9 +5,12 @@ that a test may change what it got. Not mocks: the same classes as the published
 """
 
 import copy
+import io
 import string
+import tempfile
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,6 +38,9 @@ POOLED = 24  # the tiny image encoder's projected embedding
 HIDDEN = 32  # and its hidden states
 PICTURE = 32  # pixels: image side of the tiny encoder, and of the tiny pipelines' usual output
 
+if TYPE_CHECKING:
+    from diffusers import KolorsPipeline
+
 StateDict = dict[str, dict[str, torch.Tensor]]
 
 
@@ -54,8 +60,21 @@ def tiny_sdxl(unet_in_channels: int = 4, *, seed: int = 0) -> StableDiffusionXLP
     return pipe
 
 
+def tiny_kolors(*, seed: int = 0) -> "KolorsPipeline":
+    """A Kolors pipeline: one ChatGLM reads the text, and the UNet projects its states to its own width.
+
+    As in Kolors itself the text is twice as wide as the cross-attention. Needs sentencepiece.
+    """
+    from diffusers import KolorsPipeline
+
+    pipe = KolorsPipeline(**copy.deepcopy(_kolors_parts(seed)), force_zeros_for_empty_prompt=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def tiny_unet(family: str = "sd", in_channels: int = 4, seed: int = 0) -> UNet2DConditionModel:
-    """The bare UNet of :func:`tiny_sd` (``"sd"``) or :func:`tiny_sdxl` (``"sdxl"``)."""
+    """The bare UNet of :func:`tiny_sd` (``"sd"``), :func:`tiny_sdxl` (``"sdxl"``) or Kolors' kind
+    (``"kolors"``)."""
     return copy.deepcopy(_unet(family, in_channels, seed))
 
 
@@ -190,6 +209,54 @@ def _sdxl_parts(in_channels: int, seed: int) -> dict[str, Any]:
 
 
 @cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="tiny")  # gone with the process
+
+
+@cache
+def _kolors_parts(seed: int) -> dict[str, Any]:
+    import sentencepiece
+    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
+    from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
+
+    letters = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([string.ascii_lowercase, "a cat, two dogs and the sea"]),
+        model_writer=letters,
+        model_type="char",
+        vocab_size=64,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    vocabulary = Path(_folder().name, "tokenizer.model")  # saving the tokenizer copies this file
+    vocabulary.write_bytes(letters.getvalue())
+    tokenizer = ChatGLMTokenizer(str(vocabulary))
+    config = ChatGLMConfig(
+        num_layers=2,
+        padded_vocab_size=tokenizer.vocab_size,
+        hidden_size=4 * TEXT_WIDTH,
+        ffn_hidden_size=4 * TEXT_WIDTH,
+        kv_channels=TEXT_WIDTH,
+        num_attention_heads=4,
+        seq_length=256,
+        multi_query_attention=True,
+        add_qkv_bias=True,
+        original_rope=True,
+    )
+    torch.manual_seed(seed)
+    text_encoder = ChatGLMModel(config).eval()
+    for name, weight in text_encoder.named_parameters():  # it leaves some as they are found in memory
+        torch.nn.init.ones_(weight.data) if "norm" in name else torch.nn.init.normal_(weight.data, std=0.1)
+    return {
+        "unet": _unet("kolors", 4, seed),
+        "vae": _vae(seed),
+        "text_encoder": text_encoder,
+        "tokenizer": tokenizer,
+        "scheduler": _scheduler(),
+    }
+
+
+@cache
 def _unet(family: str, in_channels: int, seed: int) -> UNet2DConditionModel:
     common = {
         "sample_size": PICTURE // 2,
@@ -208,7 +275,11 @@ def _unet(family: str, in_channels: int, seed: int) -> UNet2DConditionModel:
             cross_attention_dim=TEXT_WIDTH,
             attention_head_dim=2,
         )
-    elif family == "sdxl":
+    elif family in ("sdxl", "kolors"):
+        pooled, text = TEXT_WIDTH, {}
+        if family == "kolors":
+            pooled = 4 * TEXT_WIDTH
+            text = {"encoder_hid_dim": pooled, "encoder_hid_dim_type": "text_proj"}
         unet = UNet2DConditionModel(
             **common,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -219,7 +290,8 @@ def _unet(family: str, in_channels: int, seed: int) -> UNet2DConditionModel:
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=6 * 8 + TEXT_WIDTH,
+            projection_class_embeddings_input_dim=6 * 8 + pooled,
+            **text,
         )
     else:
         raise ValueError(f"no tiny UNet of family {family!r}")

@@ -29,8 +29,14 @@ def unet(family: str) -> UNet2DConditionModel:
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
     }
+    kolors = sdxl | {
+        "projection_class_embeddings_input_dim": 5632,
+        "encoder_hid_dim": 4096,
+        "encoder_hid_dim_type": "text_proj",
+    }
+    known = {"SDXL": sdxl, "Kolors": kolors, "SD1.5": {"cross_attention_dim": 768}}
     with torch.device("meta"):
-        return UNet2DConditionModel(**(sdxl if family == "SDXL" else {"cross_attention_dim": 768}))
+        return UNet2DConditionModel(**known[family])
 
 
 def weightless(layout: Layout) -> IPAdapter:
@@ -46,10 +52,16 @@ def hooks(base: UNet2DConditionModel) -> int:
 @pytest.mark.parametrize("layout", PUBLISHED, ids=lambda layout: layout.name)
 def test_a_published_file_attaches_to_the_full_size_base_it_was_made_for(layout: Layout) -> None:
     adapter = weightless(layout)
-    other = unet("SD1.5" if layout.family == "SDXL" else "SDXL")
-    with pytest.raises(AdapterMismatch, match="was made for a UNet with"):
-        adapter.attach(other)
-    base = unet(layout.family)
+    others = {"SD1.5": ("SDXL", "with"), "SDXL": ("SD1.5", "with"), "Kolors": ("SDXL", "of Kolors")}
+    other, reason = others[layout.base or layout.family]
+    with pytest.raises(AdapterMismatch, match=f"was made for a UNet {reason}"):
+        adapter.attach(unet(other))
+    if layout.family == "SDXL" and not layout.base:
+        with pytest.raises(
+            AdapterMismatch, match="was made for a UNet of SDXL, UNet2DConditionModel has one of"
+        ):
+            adapter.attach(unet("Kolors"))
+    base = unet(layout.base or layout.family)
     found, before = dict(base.attn_processors), hooks(base)
     adapter.attach(base)
     additions = hooks(base) - before
@@ -58,7 +70,8 @@ def test_a_published_file_attaches_to_the_full_size_base_it_was_made_for(layout:
     adapter.detach()
     assert all(found[name] is processor for name, processor in base.attn_processors.items())
     assert hooks(base) == before
-    assert {f"{part}.{k}" for part, keys in adapter.state_dict().items() for k in keys} == set(layout.shapes)
+    expected = {key.replace("adapter_modules.", "ip_adapter.") for key in layout.shapes}
+    assert {f"{part}.{k}" for part, keys in adapter.state_dict().items() for k in keys} == expected
 
 
 UNLIKE = {layout.variant + str(layout.tokens): layout for layout in PUBLISHED if layout.family == "SD1.5"}

@@ -27,7 +27,7 @@ from imprompt.adapter.facial import FaceInput, FaceReaderLike, refuse_face_field
 from imprompt.adapter.frames import track_of
 from imprompt.adapter.fresh import fresh_linear, fresh_resampler
 from imprompt.adapter.guidance import Part
-from imprompt.adapter.layers import UNet, cross_attentions, describe
+from imprompt.adapter.layers import UNet, cross_attentions, describe, text_projection
 from imprompt.adapter.locate import PUBLISHED_ENCODERS, EncoderPlace, locate
 from imprompt.adapter.lora import PARTS, FaceLora, LowRank
 from imprompt.adapter.projection import ImageProjection, build_projection
@@ -225,6 +225,11 @@ class IPAdapter:
         return next(self.module.parameters()).dtype
 
     # ---- on a model
+
+    @property
+    def beside_text(self) -> bool:
+        """Whether its tokens go through the UNet's own projection of the text (Kolors' FaceID-Plus)."""
+        return self.projection.variant.beside_text
 
     @property
     def attached(self) -> bool:
@@ -454,8 +459,9 @@ class IPAdapter:
 
     def _text(self, text: str | Tensor) -> Tensor:
         injection = self._injected()
-        pipe = None if injection is None else injection.pipe
-        return encode_text(pipe, text, self.projection.cross_dim)
+        if injection is None:
+            return encode_text(None, text, self.checkpoint.cross_dim)
+        return injection.encode_text(text)
 
     def _project(self, features: Tensor, patches: Tensor | None, prompt: ImagePrompt) -> Tensor:
         """Tokens of the features, with the prompt's ``s_scale``."""
@@ -478,12 +484,12 @@ class IPAdapter:
                 shown = self.encode([negative], prompt.framing, face=prompt.face)
             features, patches, _ = self._features(shown, prompt, negative=True)
             return self._project(features, patches, prompt).flatten(0, 1)
-        if self.projection.variant.negative == "zero_features":
+        faced = self.projection.feature == "face+hidden"
+        if self.projection.variant.negative == "zero_features" and not faced:
             return self.projection.negative()[0]
         if zeros is None:
             return None
         nobody = zeros.new_zeros(1, self.projection.feature_width)
-        faced = self.projection.feature == "face+hidden"
         return self._project(nobody if faced else zeros, zeros if faced else None, prompt)[0]
 
     def _features(
@@ -632,6 +638,19 @@ class IPAdapter:
                 f"{describe(len(mine), self.checkpoint.cross_dim)}, {name} has "
                 f"{describe(len(theirs), layers[0].cross_dim if layers else 0)}{detail}. "
                 "Use an adapter trained for this base."
+            )
+        text = text_projection(unet)
+        kolors = "Kolors" if text is not None else "SDXL"
+        if self.checkpoint.base in ("Kolors", "SDXL") and self.checkpoint.base != kolors:
+            raise AdapterMismatch(
+                f"adapter '{self.checkpoint.name}' was made for a UNet of {self.checkpoint.base}, {name} has "
+                f"one of {kolors}: layers of the same shapes that mean other things. Use an adapter trained "
+                "for this base."
+            )
+        if self.beside_text and (text is None or text.in_features != self.projection.cross_dim):
+            raise AdapterMismatch(
+                f"adapter '{self.checkpoint.name}' makes tokens of width {self.projection.cross_dim} that go "
+                f"through a Kolors UNet's projection of its text; {name} has none of that width."
             )
         if self.lora is not None:
             self.lora.check(unet, layers, self.checkpoint.name)

@@ -30,10 +30,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from imprompt.adapter.guidance import WIDENED, Part, merged, widened
-from imprompt.adapter.layers import CrossLayer, UNet, cross_attentions
+from imprompt.adapter.layers import CrossLayer, UNet, cross_attentions, text_projection
 from imprompt.adapter.lora import FaceLora
 from imprompt.adapter.prompt import Row
-from imprompt.adapter.regions import Regional, Regions
+from imprompt.adapter.regions import Regional, Regions, encode_text, through
 from imprompt.adapter.scaling import strengthened
 from imprompt.adapter.schedule import Gate, When
 from imprompt.adapter.stacks import MaskGrids, Stack
@@ -163,6 +163,10 @@ class Source(Protocol):
     lora: FaceLora | None
     """What it adds to the UNet's own attention while it shows something."""
 
+    @property
+    def beside_text(self) -> bool:
+        """Whether its tokens go through the UNet's own projection of the text (Kolors' FaceID-Plus)."""
+
     def key_value(self, index: int) -> tuple[nn.Linear, nn.Linear]:
         """``to_k_ip`` and ``to_v_ip`` of published layer ``index``."""
 
@@ -259,6 +263,20 @@ class Injection:
     def pipe(self) -> object | None:
         """The pipeline that calls the UNet, if there is one."""
         return None if self._pipe is None else self._pipe()
+
+    @property
+    def text_projection(self) -> Any | None:
+        """What the UNet brings its text to its own width with, see
+        :func:`imprompt.adapter.layers.text_projection`."""
+        unet = self._unet()
+        return None if unet is None else text_projection(unet)
+
+    def encode_text(self, text: str | Tensor) -> Float[Tensor, "T C"]:
+        """A text as the cross-attentions read the prompt, see
+        :func:`imprompt.adapter.regions.encode_text`."""
+        projection = self.text_projection
+        width = self.layers[0].cross_dim if projection is None else projection.in_features
+        return through(projection, encode_text(self.pipe, text, width))
 
     def serves(self, unet: UNet) -> bool:
         """Whether it is ``unet`` that this injection sits in."""
@@ -410,10 +428,9 @@ class Injection:
             if source.lora is not None:
                 source.lora.show(None if source.live is not None else source.samples, call)
             if source.live is not None:
+                live = replace(source.live, tokens=self._projected(source, source.live.tokens))
                 for layer in self.layers:
-                    groups[layer.name].append(
-                        _live_group(source, source.live, layer, heads[layer.name], call)
-                    )
+                    groups[layer.name].append(_live_group(source, live, layer, heads[layer.name], call))
                 continue
             # No autograd graph and no inference tensors: the groups outlive the call that makes them.
             with (
@@ -486,7 +503,8 @@ class Injection:
             if not any(strengths):
                 continue  # structurally no prompt here: the layer keeps its own processor, bit for bit
             if negated not in stacks:
-                stacks[negated] = Stack.of(rows, kinds, negated, call.device)
+                made = Stack.of(rows, kinds, negated, call.device)
+                stacks[negated] = replace(made, tokens=self._projected(source, made.tokens))
             stack = stacks[negated]
             key, value = _key_value(source, layer, stack.tokens, heads[layer.name], call)
             key, value = strengthened(key, value, strengths, modes, stack.present)
@@ -502,6 +520,9 @@ class Injection:
             )
         if gate is not None:
             self._gates.append(gate)
+
+    def _projected(self, source: Source, tokens: Float[Tensor, "S T E"]) -> Float[Tensor, "S T C"]:
+        return through(self.text_projection if source.beside_text else None, tokens)
 
 
 def _columns(samples: Sequence[Sequence[Row]]) -> list[tuple[Row | None, ...]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from imprompt.adapter.files import digest, flatten, load_pickle, load_tensors, read_header, save_tensors
 from imprompt.adapter.identify import (
+    ALSO,
     KEY_VALUE,
     LORA,
     NOTED_PUBLISHED,
@@ -54,6 +55,7 @@ class Checkpoint:
     tokens: int
     """Tokens of one image; of a full-face adapter nominally 257, it makes one of each patch."""
     cross_dim: int
+    """Width that the layers read."""
     feature_width: int
     layers: tuple[int, ...]
     """Published odd layer numbers, ascending: 1, 3, 5, …"""
@@ -62,6 +64,8 @@ class Checkpoint:
     """Path it was read from."""
     published: Published | None = None
     """The published file it is, where that is known."""
+    base: str = "other"
+    """Base family it was made for, by its layout; ``other``: none of the published ones."""
     lora: dict[str, Tensor] = field(default_factory=dict)
     """FaceID's LoRA, ``N.to_{q,k,v,out}_lora.{down,up}.weight`` for every attention ``N``; else empty."""
     metadata: dict[str, str] = field(default_factory=dict)
@@ -162,6 +166,7 @@ def read(
         name=name,
         source=str(file) if file else None,
         published=identity.published[0] if len(identity.published) == 1 else None,
+        base=layout.family,
         lora={k: v for k, v in state["ip_adapter"].items() if LORA.fullmatch(k)},
         metadata=metadata,
     )
@@ -306,6 +311,7 @@ def _sections(flat: Mapping[str, T], name: str) -> dict[str, dict[str, T]]:
     extra = []
     for key, value in flat.items():
         section, _, rest = key.partition(".")
+        section = ALSO.get(section, section)
         if section in sections and rest:
             sections[section][rest] = value
         else:

@@ -76,7 +76,8 @@ class FaceInput:
             name = str(picture) if isinstance(picture, str | Path) else "the given picture"
             image = load_image(picture)  # type: ignore[arg-type]  # a PIL image is known here by its shape
             look = None if encoder is None else encoder()
-            parts.append(faces.read(self.reader, image, number, look, name))  # type: ignore[arg-type]
+            found = faces.read(self.reader, image, number, look, name, self._variant.crop)  # type: ignore[arg-type]
+            parts.append(found)
         return faces.joined(parts)
 
     def features(self, shown: EncodedFaces) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -85,6 +86,8 @@ class FaceInput:
         embedding = self.normed(shown.embedding.float())
         if self._variant.feature == "face":
             return embedding, None, None
+        if self._variant.negative == "zero_features" and shown.patches is not None:
+            return embedding, shown.patches, torch.zeros_like(shown.patches[:1])
         return embedding, shown.patches, shown.negative_patches
 
     def normed(self, embedding: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ Shapes: TypeAlias = Mapping[str, Mapping[str, Shape]]
 """Section (``image_proj``, ``ip_adapter``) → key → shape."""
 
 SECTIONS = ("image_proj", "ip_adapter")
+ALSO = {"adapter_modules": "ip_adapter"}
+"""Other names of a section: Kolors' FaceID-Plus has its keys and values under this one."""
 KEY_VALUE = re.compile(r"(\d+)\.to_([kv])_ip\.weight")
 LORA = re.compile(r"(\d+)\.to_(q|k|v|out)_lora\.(down|up)\.weight")
 NOTED_VARIANT, NOTED_PUBLISHED = "imprompt.variant", "imprompt.published"
@@ -45,6 +47,7 @@ class Layout:
     """Those with these keys and shapes."""
     tokens: int
     cross_dim: int
+    """Width that the layers read."""
     feature_width: int
     patch_width: int | None
     layers: tuple[int, ...]
@@ -52,7 +55,10 @@ class Layout:
 
     @property
     def family(self) -> str:
-        if self.cross_dim == 2048 and self.variants[0].name == "resampler" and self.feature_width == 1024:
+        if self.cross_dim == 2048 and (
+            self.variants[0].beside_text
+            or (self.variants[0].name == "resampler" and self.feature_width == 1024)
+        ):
             return "Kolors"  # SDXL's UNet; of those with this layout only Kolors' adapter reads ViT-L
         if self.cross_dim == 256:
             return "emoji"
@@ -76,7 +82,11 @@ def examine(shapes: Shapes, name: str) -> Layout:
         raise ModelError(f"adapter '{name}': {error}") from error
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     _compare(image_proj, expected, f"adapter '{name}', image_proj ({names[0]})")
-    layers = _key_values(ip_adapter, module.cross_dim, name)
+    cross_dim = module.cross_dim
+    if names[0] == "faceid-plus" and ip_adapter.get("1.to_k_ip.weight", ())[-1:] == (cross_dim // 2,):
+        # Kolors' text is twice as wide as its cross-attention, and so are these tokens.
+        names, cross_dim = ("faceid-plus-kolors",), cross_dim // 2
+    layers = _key_values(ip_adapter, cross_dim, name)
     rank = _lora_rank(ip_adapter, layers, name)
     if rank is not None and "face" not in VARIANTS[names[0]].feature:
         raise ModelError(f"adapter '{name}' has LoRA keys, which only face adapters have; it is {names[0]}.")
@@ -86,7 +96,7 @@ def examine(shapes: Shapes, name: str) -> Layout:
     return Layout(
         variants=tuple(VARIANTS[each] for each in names),
         tokens=module.tokens,
-        cross_dim=module.cross_dim,
+        cross_dim=cross_dim,
         feature_width=module.feature_width,
         patch_width=module.patch_width,
         layers=layers,
@@ -263,7 +273,7 @@ def _as_asked(layout: Layout, rows: Sequence[Published], name: str, asked: str) 
 
 def _same_modules(one: Variant, other: Variant) -> bool:
     """Whether both have the same weights, and so one may be read as the other."""
-    return one.projection == other.projection
+    return (one.projection, one.beside_text) == (other.projection, other.beside_text)
 
 
 def _by_numbers(rows: list[Published], dtypes: Mapping[str, str]) -> list[Published]:

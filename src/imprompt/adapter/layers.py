@@ -88,6 +88,14 @@ def cross_attentions(unet: UNet) -> tuple[CrossLayer, ...]:
     return tuple(layers)
 
 
+def text_projection(unet: UNet) -> Any | None:
+    """The linear layer with which a Kolors UNet brings text to its own width; ``None`` in other UNets."""
+    config = getattr(unet, "config", {})
+    return (
+        unet.get_submodule("encoder_hid_proj") if config.get("encoder_hid_dim_type") == "text_proj" else None
+    )
+
+
 def describe(count: int, cross_dim: int) -> str:
     """A layer count and token width in words, with the family's name where it is a published one."""
     family = FAMILIES.get((count, cross_dim))

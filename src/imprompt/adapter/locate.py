@@ -12,7 +12,12 @@ from pathlib import Path
 
 from imprompt.errors import ModelError, UsageError
 
-_ENCODER_FOLDERS = ("image_encoder", "models/image_encoder", "sdxl_models/image_encoder")
+_ENCODER_FOLDERS = (
+    "image_encoder",
+    "models/image_encoder",
+    "sdxl_models/image_encoder",
+    "clip-vit-large-patch14-336",  # Kolors' FaceID-Plus
+)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 

@@ -64,9 +64,9 @@ class ImageProjection(nn.Module):
         """Tokens of the unconditional half, by the variant's published rule.
 
         ``features`` is the encoder's hidden states of an all-zero preprocessed tensor; kinds that project
-        zeros do without.
+        zeros do without, or, with a second input, are given zeros of its shape.
         """
-        if self.variant.negative == "zero_features":
+        if self.variant.negative == "zero_features" and self.patch_width is None:
             return self(self._zeros())
         if features is None:
             raise UsageError(
@@ -255,7 +255,7 @@ class FaceResamplerProjection(ImageProjection):
         if features is None:
             raise UsageError(
                 "negative tokens of FaceID-Plus are made of a zero face embedding and the encoder's features "
-                "of an all-zero preprocessed tensor: pass Features.negative_hidden."
+                "of an all-zero preprocessed tensor (Kolors': zeros of their shape): pass them."
             )
         return self(self._zeros(), features)
 

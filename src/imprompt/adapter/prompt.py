@@ -293,8 +293,9 @@ class Row:
     scaling: str = "v-only"
     shares: Float[Tensor, "T"] | None = None
     """Added to the tokens' logits, see :func:`imprompt.adapter.combine.shares`."""
-    text: Float[Tensor, "Tt C"] | None = None
-    """Embeddings of what is said inside the mask, see :mod:`imprompt.adapter.regions`."""
+    text: Float[Tensor, "Tt D"] | None = None
+    """Embeddings of what is said inside the mask, see :mod:`imprompt.adapter.regions`; as wide as the
+    cross-attention."""
     track: Track | None = None
     """How it varies over the frames of a video."""
 

@@ -22,13 +22,17 @@ class Variant:
     """``pooled``: the encoder's projected embedding. ``hidden``: its ``hidden_states[-2]``, all tokens.
     ``face``: a face embedding. ``face+hidden``: that and the hidden states of the aligned face crop."""
     negative: NegativeRule
-    """``zero_features``: the projection of zeros. ``encoded_zeros``: of the encoder's features of an all-zero
-    *preprocessed* tensor (FaceID-Plus: with a zero face embedding)."""
+    """``zero_features``: the projection of zeros, for both its inputs. ``encoded_zeros``: of the encoder's
+    features of an all-zero *preprocessed* tensor (FaceID-Plus: with a zero face embedding)."""
     about: str
     embedding: Literal["normed", "raw"] | None = None
     """Whether the face embedding is L2-normalised."""
     shortcut: bool = False
     """FaceID-PlusV2: ``tokens = face tokens + s_scale · resampled``, where Plus has only the second term."""
+    crop: Literal["aligned", "square"] = "aligned"
+    """The look beside a face embedding: of the upright face, or of the square around its box."""
+    beside_text: bool = False
+    """Whether tokens are as wide as the text before the UNet's own projection, and go through it."""
 
 
 VARIANTS = {
@@ -64,6 +68,17 @@ VARIANTS = {
             "face tokens query the face crop's patches; tokens = face tokens + s_scale · resampled",
             "normed",
             shortcut=True,
+        ),
+        Variant(
+            "faceid-plus-kolors",
+            "face-resampler",
+            "face+hidden",
+            "zero_features",
+            "as faceid-plusv2 from an unnormalised embedding, through the UNet's projection of its text",
+            "raw",
+            shortcut=True,
+            crop="square",
+            beside_text=True,
         ),
     )
 }
@@ -164,6 +179,8 @@ PUBLISHED = (
               "02b3618e36d803784166660520098089a81388e61a93ef8002aa79a5b1c546e1", None, "antelopev2"),
     Published("kolors_ip_adapter_plus_general", "resampler", "Kolors", 1024, 16, "for Kolors", 1_013_163_359,
               "1983c3f927acb2a2f4285e1e134f302fab8e6d744a3b058e46848aba9957a60f"),
+    Published("kolors_ipa-faceid-plus", "faceid-plus-kolors", "Kolors", 512, 6, "for Kolors",
+              face_pack="antelopev2"),
 )  # fmt: skip
 
 FOREIGN = (
@@ -173,7 +190,6 @@ FOREIGN = (
     (r"id_adapter|pulid_|(image_proj\.)?id_embedding_mapping\.|image_proj\.mapping_", "a PuLID adapter"),
     (r"(module\.)?image_proj_model\.",
      "a training script's checkpoint: 'imprompt convert' takes the adapter out of it"),
-    (r"adapter_modules\.", "Kolors' FaceID-Plus, whose tokens go through the text's own projection"),
     (r"lora_|.*\.lora(_[AB]|_up|_down|_linear_layer)?\.|(unet|text_encoder)\..*_lora\.|.*(hada|lokr)_w\d",
      "a LoRA (a FaceID adapter brings its own inside: load that adapter; --lora takes one for the base)"),
     (r"control_model\.|(controlnet_)?(down|mid)_blocks?_(controlnet|zero)|controlnet_|input_hint_block|zero_convs",

@@ -98,6 +98,21 @@ class Regions:
         return self._made[size]
 
 
+def through(projection: Any | None, states: Float[Tensor, "*B E"]) -> Float[Tensor, "*B C"]:
+    """States as wide as a Kolors UNet's text brought to its cross-attentions' width by its own
+    ``projection``; ``None``: they are."""
+    if projection is None:
+        return states
+    weight = projection.weight
+    # A weight on meta belongs to an offloading hook, which moves what comes in itself.
+    states = states.to(
+        device=None if weight.is_meta else weight.device,
+        dtype=weight.dtype if weight.is_floating_point() else None,  # quantised layers compute in the states'
+    )
+    projected: Tensor = projection(states)
+    return projected
+
+
 def encode_text(pipe: Any, text: str | Tensor, width: int) -> Float[Tensor, "T C"]:
     """A text's embeddings as the pipeline makes them of its prompt.
 

@@ -19,7 +19,6 @@ from imprompt.adapter.guidance import Part
 from imprompt.adapter.layers import UNet
 from imprompt.adapter.lora import FaceLora
 from imprompt.adapter.prompt import Picture, Row, check_feather, read_masks
-from imprompt.adapter.regions import encode_text
 from imprompt.errors import AdapterMismatch, UsageError
 
 
@@ -55,6 +54,7 @@ class TextRegions:
         self.parts: tuple[Part, ...] | None = None
         self.guidance: tuple[float, float | None] | None = None
         self.lora: FaceLora | None = None
+        self.beside_text = False
         self._injection: weakref.ref[Injection] | None = None
 
     def key_value(self, index: int) -> NoReturn:
@@ -91,10 +91,9 @@ class TextRegions:
         injection = None if self._injection is None else self._injection()
         if injection is None:
             raise UsageError("attach() the regions to a pipeline first, which encodes their words.")
-        width = injection.layers[0].cross_dim
         with torch.inference_mode(False), torch.no_grad():
             rows = tuple(
-                tuple(_row(region, encode_text(injection.pipe, region.text, width)) for region in regions)
+                tuple(_row(region, injection.encode_text(region.text)) for region in regions)
                 for regions in samples
             )
         self.samples = rows if any(rows) else ()

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -100,8 +100,10 @@ def read(
     number: int = 0,
     encoder: PictureEncoder | None = None,
     name: str = "the picture",
+    crop: Literal["aligned", "square"] = "aligned",
 ) -> Faces:
-    """Face ``number`` of a picture (0 is the largest); with ``encoder`` its look as well.
+    """Face ``number`` of a picture (0 is the largest); with ``encoder`` its look as well, of the upright face
+    or of the square around its box (black where the picture ends, as Kolors has it).
 
     Raises :class:`InputError` when there is no such face, saying what was tried.
     """
@@ -120,7 +122,8 @@ def read(
     embedding = torch.from_numpy(np.asarray(reader.embed(image, face), np.float32))[None]
     if encoder is None:
         return Faces(embedding, reader.space)
-    look = encoder.encode([align(image, face.landmarks, CROP)])
+    seen = align(image, face.landmarks, CROP) if crop == "aligned" else image.crop(_square(face.box))
+    look = encoder.encode([seen])
     return Faces(embedding, reader.space, look.hidden, look.negative_hidden)
 
 
@@ -173,6 +176,13 @@ def align(image: Image.Image, landmarks: Array, size: int = 112) -> Image.Image:
         (a, b, shift[0], c, d, shift[1]),
         resample=Image.Resampling.BILINEAR,
     )
+
+
+def _square(box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+    """The square around a box's middle that is as wide as its longer side."""
+    left, top, right, bottom = box
+    x, y, half = (left + right) / 2, (top + bottom) / 2, max(right - left, bottom - top) / 2
+    return x - half, y - half, x + half, y + half
 
 
 def apart(faces: Sequence[Face], overlap: float = _OVERLAP) -> list[Face]:

@@ -232,6 +232,11 @@ ADAPTERS: dict[str, AdapterRow] = {
         "Kolors licence (research; commercial on registration)", 1013, "16 tokens, ViT-L/14 at 336",
         "1983c3f927acb2a2f4285e1e134f302fab8e6d744a3b058e46848aba9957a60f",
     ),
+    "kolors-faceid-plus": AdapterRow(
+        "Kwai-Kolors/Kolors-IP-Adapter-FaceID-Plus", "ipa-faceid-plus.bin", "clip-vit-large-patch14-336",
+        "kolors", "Kolors licence, face models non-commercial", 2390,
+        "who it is and how it looks; no hash is published here", face_pack="antelopev2",
+    ),
 }  # fmt: skip
 
 DEFAULT_ADAPTERS: dict[Family, str] = {"emoji": "emoji-plus", "sd15": "sd15", "sdxl": "sdxl-vit-h"}

@@ -13,6 +13,7 @@ import struct
 import warnings
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,8 @@ def load(base: Base, task: Task, dtype: Any) -> Any:
     """
     kind = _pipeline_kind(base)
     _check_channels(_stated_channels(base), base, task)
+    if kind == "Kolors" and find_spec("sentencepiece") is None:
+        raise ModelError("Kolors' text is read by sentencepiece: pip install 'imprompt[kolors]'.")
     options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True, **_NOT_NEEDED[kind]}
     try:
         import diffusers
