@@ -1,4 +1,4 @@
-"""Tiny real ControlNets, a ControlNet-Union and T2I-Adapters for the tiny pipelines, on disk and with effect.
+"""Tiny real ControlNets, a ControlNet-Union, T2I-Adapters and SparseCtrls for the tiny pipelines, on disk.
 
 A fresh ControlNet's outputs are zero; here every weight is random, so that following it shows.
 """
@@ -6,7 +6,7 @@ A fresh ControlNet's outputs are zero; here every weight is random, so that foll
 from pathlib import Path
 
 import torch
-from diffusers import ControlNetModel, ControlNetUnionModel, T2IAdapter
+from diffusers import ControlNetModel, ControlNetUnionModel, SparseControlNetModel, T2IAdapter
 
 from tiny import tiny_unet
 
@@ -40,6 +40,26 @@ def tiny_union(seed: int = 13) -> ControlNetUnionModel:
 def tiny_t2i(seed: int = 17) -> T2IAdapter:
     """A T2I-Adapter for :func:`tiny.tiny_sd`'s UNet."""
     net = T2IAdapter(channels=[32, 64], num_res_blocks=1, downscale_factor=2, adapter_type="full_adapter")
+    return _random(net, seed)
+
+
+def tiny_sparse(*, rgb: bool = True, frames: int = 8, seed: int = 19) -> SparseControlNetModel:
+    """A SparseCtrl for :func:`tiny.tiny_sd`'s UNet: of pictures (``rgb``, in latents) or of scribbles."""
+    unet = tiny_unet("sd").config
+    shared = ("block_out_channels", "layers_per_block", "norm_num_groups", "cross_attention_dim")
+    net = SparseControlNetModel(
+        **{name: unet[name] for name in shared},
+        attention_head_dim=unet["attention_head_dim"],
+        down_block_types=[
+            "CrossAttnDownBlockMotion" if "CrossAttn" in kind else "DownBlockMotion"
+            for kind in unet["down_block_types"]
+        ],
+        conditioning_channels=4 if rgb else 3,
+        conditioning_embedding_out_channels=(8, 16),
+        use_simplified_condition_embedding=rgb,
+        motion_max_seq_length=frames,
+        motion_num_attention_heads=2,
+    )
     return _random(net, seed)
 
 

@@ -13,7 +13,7 @@ from controls import saved, tiny_controlnet, tiny_t2i, tiny_union
 from imprompt.errors import InputError, ModelError, UsageError
 from imprompt.generation import output
 from imprompt.generation.annotate import _ANNOTATORS
-from imprompt.generation.catalogue import BASES, CONTROLS, DEFAULT_CONTROLS
+from imprompt.generation.catalogue import BASES, CONTROLS, DEFAULT_CONTROLS, DEFAULT_KEYS
 from imprompt.generation.control import find_controls
 from imprompt.generation.engine import Engine, complete
 from imprompt.generation.models import find_base
@@ -233,7 +233,8 @@ def test_offline_a_control_that_is_not_cached_is_said_with_size_and_licence(plai
 def test_defaults_are_listed_models_of_the_family_that_take_the_kind():
     assert _ANNOTATORS.keys() == KINDS.keys()
     assert DEFAULT_CONTROLS.keys() >= {row.family for row in BASES.values()}
-    for family, kinds in DEFAULT_CONTROLS.items():
+    assert DEFAULT_KEYS["sd15"]["frame"] == "sd15-sparse-rgb"
+    for family, kinds in (*DEFAULT_CONTROLS.items(), *DEFAULT_KEYS.items()):
         for kind, name in kinds.items():
             assert CONTROLS[name].family == family
             assert kind in CONTROLS[name].modes
@@ -263,6 +264,7 @@ def test_the_bundled_control_is_the_emoji_bases_own(pictures):
     [
         ("canny:edge.png", {"kind": "canny", "path": "edge.png"}),
         ("depth:a,b.png,scale=0.8,end=0.7", {"kind": "depth", "path": "a,b.png", "scale": 0.8, "end": 0.7}),
+        ("frame:a.png,at=15,scale=0.5", {"kind": "frame", "path": "a.png", "at": 15, "scale": 0.5}),
         ("NONE:C:\\maps\\x.png,model=sdxl-union:depth", {
             "kind": "none", "path": "C:\\maps\\x.png", "model": "sdxl-union:depth",
         }),
@@ -278,9 +280,11 @@ def test_a_control_is_read_from_one_flag(text, expected):
         ("edge.png", "KIND:PATH is expected, such as canny:edge.png"),
         ("cany:edge.png", "'cany' is unknown; did you mean 'canny'"),
         ("canny:", "KIND:PATH is expected"),
-        ("canny:a.png,weight=2", "unknown option 'weight'; known are scale, start, end, model"),
+        ("canny:a.png,weight=2", "unknown option 'weight'; known are scale, start, end, model, at"),
         ("canny:a.png,scale=1,scale=2", "'scale' is given twice"),
         ("canny:a.png,scale=-1", "scale"),
+        ("frame:a.png", "say where, such as at=0"),
+        ("frame:a.png,at=x", "at: "),
         ("canny:a.png,start=0.5,end=0.5", "does not lie after start"),
     ],
 )

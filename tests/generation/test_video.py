@@ -5,10 +5,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import tiny
-from controls import saved, tiny_controlnet, tiny_union
+from controls import saved, tiny_controlnet, tiny_sparse, tiny_union
 from imprompt.errors import AdapterMismatch, InputError, ModelError, UsageError
 from imprompt.generation import output
 from imprompt.generation.engine import Engine, generate
@@ -197,6 +198,67 @@ def test_controls_that_no_clip_can_follow_are_said_in_one_line(engine, asked, pi
         engine.run(asked_xl)
 
 
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    return saved(tiny_sparse(), tmp_path_factory.mktemp("sparse"))
+
+
+def test_pictures_stand_at_frames_of_a_clip_which_is_repeated_from_its_file(
+    engine, asked, pictures, film, sparse, tmp_path
+):
+    first = ControlRef(kind="frame", path=pictures / "ref.png", at=0, model=sparse)
+    last = first.replace(path=str(film), at=FRAMES - 1)
+    alone = pixels(engine.run(asked()).images)
+    silent = [ref.replace(scale=0) for ref in (first, last)]
+    assert np.array_equal(pixels(engine.run(asked(controls=silent)).images), alone)
+    clip = engine.run(asked(controls=[first, last], images=[pictures / "other.png"]))
+    drawn = pixels(clip.images)
+    assert any("film.gif' is animated; its first frame" in note for note in clip.notes)
+    for other in ({"controls": [first]}, {"controls": [last]}, {"scale": 0}):
+        assert not np.array_equal(pixels(engine.run(clip.request.replace(**other)).images), drawn)
+    (path,) = output.save(clip, tmp_path / "clip.webp")
+    again = output.read_request(path)
+    assert again.controls == (first, last)
+    before = torch.random.get_rng_state()
+    assert np.array_equal(pixels(engine.run(again).images), drawn)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert np.array_equal(pixels(engine.run(asked()).images), alone)
+
+
+KEYS = [
+    ({"at": None, "kind": "tile"}, {}, "is a SparseCtrl; say the frame"),
+    ({"at": 4}, {}, "at=4 lies behind the last of 4 frames"),
+    ({"end": 0.5}, {}, "acts from the first step to the last"),
+    ({}, {"video": "<film>", "frames": None}, "clips that start from no video"),
+    ({}, {"frames": 9, "context": 8}, "tells 8 frames apart, not 9"),
+    ({"model": "<net>"}, {}, "at=0 needs a SparseCtrl, and .* is a ControlNet, which is followed in every"),
+    ({"model": None}, {}, "has no default model for frame at a frame"),
+    ({}, {"base": "emoji", "motion": None}, "another kind|SparseCtrl for"),
+]
+
+
+@pytest.mark.parametrize(("ref", "fields", "message"), KEYS)
+def test_a_picture_at_a_frame_that_cannot_be_followed_is_said_in_one_line(
+    engine, asked, pictures, film, sparse, net, ref, fields, message
+):
+    places = {"<film>": str(film), "<net>": net}
+    ref, fields = ({k: places.get(v, v) for k, v in each.items()} for each in (ref, fields))
+    key = ControlRef(**{"kind": "frame", "path": pictures / "ref.png", "at": 0, "model": sparse, **ref})
+    with pytest.raises((UsageError, ModelError), match=message) as said:
+        engine.run(asked(controls=[key], **fields))
+    assert "\n" not in str(said.value)
+
+
+def test_two_pictures_at_one_frame_or_of_two_kinds_of_model_are_refused(asked, engine, pictures, sparse, net):
+    key = ControlRef(kind="frame", path=pictures / "ref.png", at=0, model=sparse)
+    with pytest.raises(UsageError, match="two stand at the same"):
+        engine.run(asked(controls=[key, key.replace(path=str(pictures / "other.png"))]))
+    with pytest.raises(UsageError, match="one scale for all"):
+        engine.run(asked(controls=[key, key.replace(at=1, scale=0.5)]))
+    with pytest.raises(UsageError, match=r"a SparseCtrl, '.*' a ControlNet; several"):
+        engine.run(asked(controls=[key, ControlRef(kind="none", path=pictures / "ref.png", model=net)]))
+
+
 def test_a_long_clip_is_drawn_in_windows_and_leaves_the_pipeline_as_it_was(engine, asked):
     short = pixels(engine.run(asked()).images)
     long = engine.run(asked(frames=11))
@@ -364,6 +426,8 @@ CONTRADICTIONS = [
     ({"task": "animate", "frames": 4, "images": [{"path": "a", "at": 4}]}, "behind the last of 4"),
     ({"task": "animate", "image": "a"}, "image: has no effect in the task 'animate'"),
     ({"task": "animate", "images": [{"path": "a", "at": "all"}]}, "at"),
+    ({"task": "generate", "controls": [{"kind": "frame", "path": "a", "at": 0}]}, "controls: at has no"),
+    ({"task": "animate", "controls": [{"kind": "frame", "path": "a"}]}, "a frame stands somewhere"),
 ]
 
 

@@ -10,12 +10,13 @@ from diffusers import (
     AnimateDiffControlNetPipeline,
     AnimateDiffPipeline,
     AnimateDiffSDXLPipeline,
+    AnimateDiffSparseControlNetPipeline,
     AnimateDiffVideoToVideoControlNetPipeline,
     AnimateDiffVideoToVideoPipeline,
     UNetMotionModel,
 )
 
-from controls import saved, tiny_controlnet
+from controls import saved, tiny_controlnet, tiny_sparse
 from imprompt.adapter.adapter import IPAdapter
 from imprompt.adapter.prompt import ImagePrompt
 from imprompt.generation.control import control_call, controlled, find_controls, load_net
@@ -129,6 +130,44 @@ def test_a_clip_with_controls_is_what_diffusers_draws(start: str, nets: int, tmp
     )  # fmt: skip
     assert np.abs(drawn - expected).max() <= 1e-4
     assert np.abs(drawn - without).max() > 1e-3, "nor would the picture"
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize(("rgb", "places"), [(True, (0, 2)), (True, (1,)), (False, (2, 0))])
+def test_pictures_at_frames_are_what_diffusers_draws(rgb, places, guidance, tmp_path: Path) -> None:
+    """SparseCtrl, of pictures and of scribbles, beside an image prompt."""
+    pipe = pipeline("sd", "text")
+    model = saved(tiny_sparse(rgb=rgb), tmp_path)
+    keys = [picture(80 + at) for at in places]
+    refs = [ControlRef(kind="frame", path=str(at), at=at, model=model, scale=0.7) for at in places]
+    request = Request(task="animate", prompt="a cat", frames=FRAMES, controls=refs)
+    found = find_controls(request, Base("tiny", "tiny"))
+    net = load_net(found[0], torch.float32)
+    ours = controlled(pipe, "animate", found, {model: net})
+    call = control_call(found, keys, request)
+    state = random_adapter_state(pipe.unet)
+
+    def drawn(moving, **more: object) -> np.ndarray:
+        torch.manual_seed(3)  # diffusers encodes the pictures by torch's own randomness
+        return draw(moving, guidance, **more)
+
+    adapter = IPAdapter.from_state_dict(state).attach(ours)
+    without = drawn(ours, **call)
+    assert np.abs(without - drawn(pipe)).max() > 1e-3, "the pictures at frames would have no effect"
+    adapter.set_prompt(picture(1), scale=0.6)
+    both = drawn(ours, **call)
+    adapter.detach()
+
+    theirs = AnimateDiffSparseControlNetPipeline(**pipe.components, controlnet=net)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.load_ip_adapter(state, subfolder=None, weight_name=None, image_encoder_folder=None)
+    theirs.set_ip_adapter_scale(0.6)
+    expected = drawn(
+        theirs, ip_adapter_image=picture(1), conditioning_frames=keys, controlnet_frame_indices=list(places),
+        controlnet_conditioning_scale=0.7,
+    )  # fmt: skip
+    assert np.abs(both - expected).max() <= 1e-4
+    assert np.abs(both - without).max() > 1e-3, "nor would the image prompt"
 
 
 def test_our_engine_draws_what_diffusers_pipeline_draws(tmp_path) -> None:

@@ -229,6 +229,7 @@ _ANNOTATORS: dict[str, Callable[[], _Find]] = {
     "scribble": lambda: partial(_drawing, "scribble"),
     "tile": lambda: _as_it_is,
     "seg": _segments,
+    "frame": lambda: _as_it_is,
     "none": lambda: _as_it_is,
 }
 """Kind → what loads its finder."""

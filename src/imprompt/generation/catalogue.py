@@ -258,6 +258,7 @@ def _t2i(name: str, kind: str) -> ControlRow:
     return ControlRow(repo, "sdxl", "Apache-2.0", 158, {kind: None}, half=True, note="T2I-Adapter")
 
 
+UNSTATED = "not stated (AnimateDiff's own weights: Apache-2.0)"
 CONTROLS: dict[str, ControlRow] = {
     "emoji-canny": ControlRow(BUNDLED, "emoji", "Apache-2.0", 7, {"canny": None}, note="comes with imprompt"),
     "sd15-canny": _v11("v11p_sd15_canny", "canny"),
@@ -270,6 +271,14 @@ CONTROLS: dict[str, ControlRow] = {
     "sd15-scribble": _v11("v11p_sd15_scribble", "scribble"),
     "sd15-seg": _v11("v11p_sd15_seg", "seg"),
     "sd15-tile": _v11("v11f1e_sd15_tile", "tile", half=False, revision="refs/pr/4"),
+    "sd15-sparse-rgb": ControlRow(
+        "guoyww/animatediff-sparsectrl-rgb", "sd15", UNSTATED, 994, {"frame": None}, half=True,
+        note="SparseCtrl (animatediff-v3): a picture at a frame",
+    ),
+    "sd15-sparse-scribble": ControlRow(
+        "guoyww/animatediff-sparsectrl-scribble", "sd15", UNSTATED, 996, {"scribble": None}, half=True,
+        note="SparseCtrl (animatediff-v3): a scribble at a frame",
+    ),
     "sdxl-canny": ControlRow(
         "diffusers/controlnet-canny-sdxl-1.0", "sdxl", "OpenRAIL++", 5000, {"canny": None}
     ),
@@ -305,6 +314,11 @@ DEFAULT_CONTROLS: dict[Family, dict[str, str]] = {
 }
 """Without ``model=``: family → kind → alias."""
 
+DEFAULT_KEYS: dict[Family, dict[str, str]] = {
+    "sd15": {"frame": "sd15-sparse-rgb", "scribble": "sd15-sparse-scribble"}
+}
+"""The same of pictures that stand ``at`` a frame."""
+
 
 @dataclass(frozen=True)
 class MotionRow:
@@ -321,19 +335,18 @@ class MotionRow:
     half: bool = False
 
 
-_UNSTATED = "not stated (AnimateDiff's own weights: Apache-2.0)"
 MOTIONS: dict[str, MotionRow] = {
     "emoji-motion": MotionRow(BUNDLED, "emoji", "Apache-2.0", 7, "loops of 16 frames"),
     "animatediff": MotionRow(
-        "guoyww/animatediff-motion-adapter-v1-5-2", "sd15", _UNSTATED, 910, "AnimateDiff v2, 16 to 32 frames",
+        "guoyww/animatediff-motion-adapter-v1-5-2", "sd15", UNSTATED, 910, "AnimateDiff v2, 16 to 32 frames",
         "ddim-linear", half=True,
     ),
     "animatediff-v3": MotionRow(
-        "guoyww/animatediff-motion-adapter-v1-5-3", "sd15", _UNSTATED, 837, "AnimateDiff v3, 16 frames",
+        "guoyww/animatediff-motion-adapter-v1-5-3", "sd15", UNSTATED, 837, "AnimateDiff v3, 16 frames",
         "ddim-linear", half=True,
     ),
     "animatediff-sdxl": MotionRow(
-        "guoyww/animatediff-motion-adapter-sdxl-beta", "sdxl", _UNSTATED, 950, "AnimateDiff for SDXL, a beta",
+        "guoyww/animatediff-motion-adapter-sdxl-beta", "sdxl", UNSTATED, 950, "AnimateDiff for SDXL, a beta",
         "ddim-linear",
     ),
 }  # fmt: skip

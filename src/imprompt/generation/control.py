@@ -20,6 +20,7 @@ from imprompt.generation.catalogue import (
     BUNDLED,
     CONTROLS,
     DEFAULT_CONTROLS,
+    DEFAULT_KEYS,
     UNION_MODES,
     ControlRow,
     named,
@@ -27,7 +28,7 @@ from imprompt.generation.catalogue import (
 from imprompt.generation.models import EMOJI, Base
 from imprompt.generation.request import ControlRef, Request, Task
 
-Net = Literal["controlnet", "union", "t2i"]
+Net = Literal["controlnet", "union", "t2i", "sparse"]
 
 Map = Image.Image | tuple[Image.Image, ...]
 """What a control follows, of the drawn size; in a clip where it moves, one a frame."""
@@ -36,6 +37,7 @@ _CLASSES: dict[str, Net] = {
     "ControlNetModel": "controlnet",
     "ControlNetUnionModel": "union",
     "T2IAdapter": "t2i",
+    "SparseControlNetModel": "sparse",
 }
 _PIPELINES: dict[tuple[Net, bool], dict[Task, str]] = {  # (kind of net, whether XL) → task → diffusers' class
     ("controlnet", False): {
@@ -54,10 +56,16 @@ _PIPELINES: dict[tuple[Net, bool], dict[Task, str]] = {  # (kind of net, whether
         "edit": "StableDiffusionXLControlNetUnionImg2ImgPipeline",
         "inpaint": "StableDiffusionXLControlNetUnionInpaintPipeline",
     },
+    ("sparse", False): {"animate": "AnimateDiffSparseControlNetPipeline"},
     ("t2i", False): {"generate": "StableDiffusionAdapterPipeline"},
     ("t2i", True): {"generate": "StableDiffusionXLAdapterPipeline"},
 }
-_SAID: dict[Net, str] = {"controlnet": "a ControlNet", "union": "a ControlNet-Union", "t2i": "a T2I-Adapter"}
+_SAID: dict[Net, str] = {
+    "controlnet": "a ControlNet", "union": "a ControlNet-Union", "t2i": "a T2I-Adapter",
+    "sparse": "a SparseCtrl",
+}  # fmt: skip
+_SHARED: tuple[Net, ...] = ("union", "sparse")
+"""Kinds of net of which one model follows several controls."""
 _WIDTHS = {256: "emoji", 768: "SD 1.5", 1024: "SD 2", 2048: "SDXL"}  # of cross-attention
 
 
@@ -116,12 +124,14 @@ def find_controls(request: Request, base: Base) -> tuple[Control, ...]:
     found = tuple(_find(ref, base) for ref in named_controls(request.controls, base))
     first = found[0]
     for other in found[1:]:
-        if other.net != first.net or (first.net == "union" and other.source != first.source):
+        if other.net != first.net or (first.net in _SHARED and other.source != first.source):
             raise UsageError(
                 f"controls: '{first.name}' is {_SAID[first.net]}, '{other.name}' {_SAID[other.net]}; several "
-                "controls must all be ControlNets, all T2I-Adapters, or all of one ControlNet-Union."
+                "controls must all be ControlNets, all T2I-Adapters, or all of one ControlNet-Union or "
+                "SparseCtrl."
             )
     _check_task(found, request)
+    _check_places(found, request)
     for control in found:
         if base.path is not None and (base.path / "unet" / "config.json").is_file():
             unet = json.loads((base.path / "unet" / "config.json").read_text("utf-8"))
@@ -198,7 +208,7 @@ def controlled(pipe: Any, task: Task, controls: Sequence[Control], nets: Mapping
     switches = {"safety_checker": None, "requires_safety_checker": False, "add_watermarker": False}
     parts |= {name: value for name, value in switches.items() if name in taken}
     made = [nets[control.source] for control in controls]
-    one = len(made) == 1 or first.net == "union"
+    one = len(made) == 1 or first.net in _SHARED
     result = kind(**parts, **{"adapter" if first.net == "t2i" else "controlnet": made[0] if one else made})
     for name in {"image_encoder", "feature_extractor"} & (pipe.components.keys() - taken.keys()):
         setattr(result, name, getattr(pipe, name))  # no part of T2I-Adapter pipelines, but image prompts look
@@ -222,6 +232,12 @@ def control_call(controls: Sequence[Control], maps: Sequence[Map], request: Requ
         if "_xl" in str(first.config.get("adapter_type")):
             call["adapter_conditioning_factor"] = ends[0]
         return call
+    if first.net == "sparse":
+        return {
+            "conditioning_frames": list(maps),
+            "controlnet_frame_indices": [control.ref.at for control in controls],
+            "controlnet_conditioning_scale": first.ref.scale,
+        }
     image = "image" if request.task == "generate" and first.net == "controlnet" else "control_image"
     shown: list[Any] = list(maps)
     if request.task == "animate":
@@ -268,12 +284,14 @@ def _default(ref: ControlRef, base: Base) -> str:
             f"control '{ref.path}': a finished map needs the model that it is for; say model=NAME (imprompt "
             "models lists them)."
         )
-    kinds = DEFAULT_CONTROLS.get(base.family, {}) if base.family else {}
+    table = DEFAULT_CONTROLS if ref.at is None else DEFAULT_KEYS
+    kinds = table.get(base.family, {}) if base.family else {}
     if ref.kind not in kinds:
         there = f"known for it: {', '.join(kinds)}" if kinds else "none is known for it"
+        where = "" if ref.at is None else " at a frame"
         raise UsageError(
-            f"control '{ref.path}': base '{base.name}' has no default model for {ref.kind} ({there}); name "
-            "one that was made for it by model=NAME."
+            f"control '{ref.path}': base '{base.name}' has no default model for {ref.kind}{where} "
+            f"({there}); name one that was made for it by model=NAME."
         )
     return kinds[ref.kind]
 
@@ -299,7 +317,7 @@ def _find(ref: ControlRef, base: Base) -> Control:
     if net is None:
         raise ModelError(
             f"control '{name}' is a {config.get('_class_name', 'model without a class name')}; ControlNets, "
-            "ControlNet-Unions and T2I-Adapters of diffusers are followed."
+            "ControlNet-Unions, T2I-Adapters and SparseCtrls of diffusers are followed."
         )
     modes = row.modes if row is not None else UNION_MODES if net == "union" else {}
     _check_kind(ref, kind or ref.kind, name, modes)
@@ -376,6 +394,52 @@ def _check_task(controls: Sequence[Control], request: Request) -> None:
             f"control '{controls[0].name}' is a T2I-Adapter, which acts from the first step"
             + (" to one end for all" if xl else " to the last")
             + "; start and end need a ControlNet."
+        )
+
+
+def _check_places(controls: Sequence[Control], request: Request) -> None:
+    """Refuse a picture at a frame for what is no SparseCtrl, and what diffusers' SparseCtrl cannot."""
+    first = controls[0]
+    if first.net != "sparse":
+        for control in controls:
+            if control.ref.at is not None:
+                raise UsageError(
+                    f"control '{control.ref.path}': at={control.ref.at} needs a SparseCtrl, and "
+                    f"'{control.name}' is {_SAID[control.net]}, which is followed in every frame."
+                )
+        return
+    if request.task != "animate" or request.video is not None:
+        raise UsageError(
+            f"control '{first.name}' is a SparseCtrl, which diffusers takes for clips that start from no "
+            "video; use a ControlNet."
+        )
+    assert request.frames is not None
+    known = int(first.config.get("motion_max_seq_length", 32))
+    if request.frames > known:
+        raise UsageError(
+            f"control '{first.name}' tells {known} frames apart, not {request.frames}; ask for "
+            "fewer --frames."
+        )
+    places = [control.ref.at for control in controls]
+    for control, at in zip(controls, places, strict=True):
+        if at is None:
+            raise UsageError(
+                f"control '{control.ref.path}': '{first.name}' is a SparseCtrl; say the frame that the "
+                "picture stands at, such as at=0."
+            )
+        if at >= request.frames:
+            raise UsageError(
+                f"control '{control.ref.path}': at={at} lies behind the last of {request.frames} frames, "
+                "from 0."
+            )
+        if control.ref.start > 0 or control.ref.end < 1 or control.ref.scale != first.ref.scale:
+            raise UsageError(
+                f"control '{control.ref.path}': '{first.name}' is a SparseCtrl, which acts from the "
+                "first step to the last, with one scale for all its pictures."
+            )
+    if len(set(places)) < len(places):
+        raise UsageError(
+            f"controls: '{first.name}' takes one picture a frame, but two stand at the same one."
         )
 
 

@@ -531,7 +531,7 @@ def _read(request: Request, pictures: Mapping[str, Image.Image]) -> tuple[_Shown
     shown, hashes = _Shown(), {}
     moving = {request.video, *(ref.path for ref in request.images if ref.at == "each")}
     if request.task == "animate":
-        moving |= {*request.masks, *(ref.path for ref in request.controls)}
+        moving |= {*request.masks, *(ref.path for ref in request.controls if ref.at is None)}
     for name in request.files:
         if name in pictures:
             continue
@@ -555,7 +555,7 @@ def _read(request: Request, pictures: Mapping[str, Image.Image]) -> tuple[_Shown
         for name in names
         if name not in moving and (name in pictures or not is_saved(name))
     }
-    stills = [*shown.prompts, *(ref.path for ref in request.controls if request.task != "animate")]
+    stills = [*shown.prompts, *(ref.path for ref in request.controls if ref.path not in moving)]
     shown.still = [name for name in dict.fromkeys(stills) if frame_count(source(name)) > 1]
     for name in dict.fromkeys(ref.path for ref in refs if ref.at == "each"):
         shown.films[name], _ = video.read_film(source(name), name)
@@ -570,7 +570,7 @@ def _read(request: Request, pictures: Mapping[str, Image.Image]) -> tuple[_Shown
         if shown.masks[name].getextrema()[1] == 0:
             raise InputError(f"mask '{name}' is black everywhere: its prompt would act nowhere.")
     for name in dict.fromkeys(ref.path for ref in request.controls):
-        film = request.task == "animate" and video.moves(source(name))
+        film = name in moving and video.moves(source(name))
         shown.controls[name] = video.read_film(source(name), name)[0] if film else [load_image(source(name))]
     if request.image is not None:
         shown.start = load_image(source(request.image))

@@ -48,6 +48,7 @@ CONTROLS: dict[str, str] = {
     "scribble": "a rough drawing of a few strokes",
     "tile": "the picture itself, to be drawn anew in detail",
     "seg": "what each place of a photograph is, in ADE20K's colours",
+    "frame": "animate: the picture itself, as the frame it stands `at`",
     "none": "a finished map of the kind that the model wants",
 }
 """Kind of control → what is taken from the picture."""
@@ -271,6 +272,11 @@ class ControlRef(_Strict):
         description="alias, folder or hub id of the ControlNet or T2I-Adapter; NAME:KIND says of a `none` "
         "map what it is to a union model; None: the base's default for the kind",
     )
+    at: int | None = Field(
+        default=None,
+        ge=0,
+        description="animate: the frame that the picture stands at, from 0, which SparseCtrl moves between",
+    )
 
     @field_validator("kind")
     @classmethod
@@ -284,9 +290,14 @@ class ControlRef(_Strict):
             raise ValueError(f"{end} does not lie after start ({info.data['start']})")
         return end
 
+    def model_post_init(self, _: object) -> None:
+        if self.kind == "frame" and self.at is None:
+            raise UsageError("at: a frame stands somewhere in the clip; say where, such as at=0.")
+
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read ``KIND:PATH[,scale=…][,start=…][,end=…][,model=…]``; the path may hold commas and colons.
+        """Read ``KIND:PATH[,scale=…][,start=…][,end=…][,model=…][,at=…]``; the path may hold commas and
+        colons.
 
         Raises :class:`UsageError` naming the kind or option that is unknown, doubled or no number.
         """
@@ -603,6 +614,8 @@ class Request(_Strict):
                     f"images: at and frame_curve have no effect in the task {self.task!r}; they belong to "
                     "animate."
                 )
+            if any(ref.at is not None for ref in self.controls):
+                found.append(f"controls: at has no effect in the task {self.task!r}; it belongs to animate.")
             return found
         if self.strength is not None and self.video is None:
             found.append(

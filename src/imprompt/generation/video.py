@@ -278,7 +278,9 @@ def draw(
                 else:
                     call["latents"] = _noisy(pipe, call, noise)
                     del call["video"]
-            latents = pipe(**call, generator=generator, output_type="latent").frames
+            with torch.random.fork_rng():  # SparseCtrl's pipeline encodes pictures by torch's own randomness
+                torch.manual_seed(generator.initial_seed())
+                latents = pipe(**call, generator=generator, output_type="latent").frames
             yield from _decoded(pipe, latents)
     finally:
         if long:
