@@ -206,6 +206,7 @@ def _drawing_flags(parser: argparse.ArgumentParser) -> None:
     field("--device")
     field("--dtype")
     field("--offload")
+    field("--quantize", metavar="int8|float8|FILE.gguf")
     parser.add_argument(
         "--sweep",
         action="append",

@@ -21,9 +21,9 @@ _EXTRAS = {
     "imageio-ffmpeg": "video: MP4 in and out",
     "matplotlib": "plot: charts",
     "resvg-py": "recipe: making the bundled model again",
-    "torchao": "quantised UNets",
-    "bitsandbytes": "quantised UNets",
-    "gguf": "quantised UNets",
+    "sentencepiece": "kolors: Kolors' text",
+    "torchao": "quantize: UNets in int8 and float8",
+    "gguf": "quantize: UNets in .gguf files",
 }
 """Package → the extra it belongs to and what it is for."""
 

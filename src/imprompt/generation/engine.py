@@ -180,7 +180,7 @@ class Engine:
         notes += _cropped(request, shown)
         request = request.replace(size=size)
         maps = tuple(_map(ref.kind, shown.controls[ref.path], size) for ref in request.controls)
-        extras = (repr(request.loras), repr(request.embeddings))
+        extras = (request.quantize, repr(request.loras), repr(request.embeddings))
         self._keep_only((base.source, str(device), str(dtype), request.offload, *extras))
         # The adapter first: it is small, and what is wrong with it is said before gigabytes are read.
         adapters = self._load_adapters(request)
@@ -265,7 +265,7 @@ class Engine:
             if self._pipes:
                 pipe = for_task(next(iter(self._pipes.values())), base, request.task)
             else:
-                pipe = load(base, request.task, dtype)
+                pipe = load(base, request.task, dtype, request.quantize)
                 add_loras(pipe, request.loras)
                 add_embeddings(pipe, request.embeddings)
             self._pipes[request.task] = _placed(pipe, request.offload, device)

@@ -165,11 +165,11 @@ def find_base(name: str) -> Base:
     raise AssertionError("named raises for names it does not know")
 
 
-def load(base: Base, task: Task, dtype: Any) -> Any:
+def load(base: Base, task: Task, dtype: Any, quantize: str = "none") -> Any:
     """The base's pipeline for a task, on the CPU, without what drawing does not need.
 
-    ``dtype`` is a torch dtype. Raises :class:`ModelError` when it is missing, damaged, of a kind that takes
-    no image prompts, or cannot be had offline.
+    ``dtype`` is a torch dtype; ``quantize`` as a request has it. Raises :class:`ModelError` when it is
+    missing, damaged, of a kind that takes no image prompts, or cannot be had offline.
     """
     kind = _pipeline_kind(base)
     _check_channels(_stated_channels(base), base, task)
@@ -181,12 +181,17 @@ def load(base: Base, task: Task, dtype: Any) -> Any:
 
         _hush()
         pipeline = getattr(diffusers, _class_for(kind, task, base))
+        half = base.row is not None and base.row.half and str(dtype) == "torch.float16"
+        variant = "fp16" if half else None
+        if quantize != "none":
+            options["unet"] = _quantised(base, quantize, dtype, variant)
         if base.path is not None and base.path.is_file():
             del options["use_safetensors"]
             pipe = pipeline.from_single_file(base.source, **options)
         else:
-            half = base.row is not None and base.row.half and str(dtype) == "torch.float16"
-            pipe = pipeline.from_pretrained(base.source, variant="fp16" if half else None, **options)
+            pipe = pipeline.from_pretrained(base.source, variant=variant, **options)
+    except ModelError:
+        raise
     except Exception as error:  # loaders raise nearly anything on damaged or absent files
         raise ModelError(_why_not(base, error)) from error
     pipe.set_progress_bar_config(disable=True)
@@ -278,8 +283,9 @@ def adapter_file(name: str) -> Path:
     try:
         path = EMOJI / row.file if row.repo == BUNDLED else Path(hf_hub_download(row.repo, row.file))
     except Exception as error:  # the hub's client raises nearly anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"adapter '{name}' ({row.repo}, {row.file}) cannot be had: {reason}") from error
+        raise ModelError(
+            f"adapter '{name}' ({row.repo}, {row.file}) cannot be had: {_line(error)}"
+        ) from error
     if row.sha256 is not None and (found := digest(path)) != row.sha256:
         raise ModelError(
             f"'{path}' is not the published {row.file} of {row.repo}: its sha256 is {found}, {row.sha256} "
@@ -289,6 +295,51 @@ def adapter_file(name: str) -> Path:
 
 
 # ---- private
+
+
+def _quantised(base: Base, quantize: str, dtype: Any, variant: str | None) -> Any:
+    """The base's UNet with its linear layers in fewer bits."""
+    from diffusers import GGUFQuantizationConfig, TorchAoConfig, UNet2DConditionModel
+
+    file = quantize.endswith(".gguf")
+    package = "gguf" if file else "torchao"
+    if find_spec(package) is None:
+        raise ModelError(f"quantize: '{quantize}' is read by {package}: pip install 'imprompt[quantize]'.")
+    single = base.path is not None and base.path.is_file()
+    options: dict[str, Any] = {"torch_dtype": dtype}
+    if file:
+        path = Path(quantize).expanduser()
+        if not path.is_file():
+            raise ModelError(f"quantize: there is no file '{quantize}'.")
+        if single:
+            raise ModelError(
+                f"quantize: '{quantize}' has no configuration; name a diffusers folder or hub id as --base, "
+                "not a single file."
+            )
+        options |= {"config": base.source, "subfolder": "unet"}
+        options["quantization_config"] = GGUFQuantizationConfig(compute_dtype=dtype)
+        try:
+            unet = UNet2DConditionModel.from_single_file(str(path), **options)
+        except Exception as error:  # the reader and the loader raise nearly anything
+            raise ModelError(
+                f"quantize: '{quantize}' is no UNet of base '{base.name}': {_line(error)}"
+            ) from error
+        if any(weight.is_meta for weight in unet.parameters()):
+            raise ModelError(f"quantize: '{quantize}' holds no whole UNet of base '{base.name}'.")
+        return unet
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+    kinds = {"int8": Int8WeightOnlyConfig, "float8": Float8WeightOnlyConfig}
+    options["quantization_config"] = TorchAoConfig(kinds[quantize]())
+    if single:
+        return UNet2DConditionModel.from_single_file(base.source, **options)
+    return UNet2DConditionModel.from_pretrained(
+        base.source, subfolder="unet", use_safetensors=True, variant=variant, **options
+    )
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _class_for(kind: str, task: Task, base: Base) -> str:
@@ -377,7 +428,7 @@ def _check_bundled(path: Path) -> None:
 
 
 def _why_not(base: Base, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = _line(error)
     if base.path is not None:
         return f"base '{base.name}' cannot be loaded: {reason}"
     what = f"{base.row.note}, licence {base.row.licence}" if base.row else "a hub repository"

@@ -524,6 +524,12 @@ class Request(_Strict):
         default="none",
         description="keep idle parts in main memory: model is slower, sequential slowest",
     )
+    quantize: str = Field(
+        default="none",
+        pattern=r"^(none|int8|float8|.+\.gguf)$",
+        description="the UNet in fewer bits, to save memory: int8, float8 (by torchao), or a .gguf file "
+        "of the base's; the picture changes a little",
+    )
     hashes: dict[str, str] = Field(
         default_factory=dict,
         description="sha256 of each file named here, recorded when drawn; a file that differs is an error",
@@ -617,6 +623,8 @@ class Request(_Strict):
             if any(ref.at is not None for ref in self.controls):
                 found.append(f"controls: at has no effect in the task {self.task!r}; it belongs to animate.")
             return found
+        if self.quantize != "none":
+            found.append("quantize: clips are drawn by a UNet of their own, which is not quantised.")
         if self.strength is not None and self.video is None:
             found.append(
                 "strength: has no effect without a video to start from; an image prompt's is `scale`."

@@ -1,0 +1,80 @@
+"""A base's UNet in fewer bits: the adapter attaches to it, draws nearly the same, and comes off exactly."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from imprompt.errors import ModelError, UsageError
+from imprompt.generation.engine import Engine
+from imprompt.generation.request import Request
+from tiny import tiny_sd
+
+FAR = {"int8": 0.02, "float8": 0.06, "gguf": 0.02}
+"""How far a value of the picture, 0 to 1, may be from the unquantised one's."""
+
+
+def gguf_file(place: Path) -> Path:
+    """The tiny base's UNet in blocks of 8 bits, as llama.cpp's format has them."""
+    gguf = pytest.importorskip("gguf", reason="reading .gguf needs the extra 'quantize'")
+    kind = gguf.GGMLQuantizationType.Q8_0
+    writer = gguf.GGUFWriter(place, "sd1")
+    for name, weight in tiny_sd().unet.state_dict().items():
+        values = weight.numpy()
+        if values.ndim == 2 and values.shape[1] % 32 == 0:
+            writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return place
+
+
+def drawn(engine: Engine, request: Request) -> np.ndarray:
+    return np.asarray(engine.run(request).images[0]) / 255
+
+
+@pytest.mark.parametrize("kind", FAR)
+def test_an_adapter_draws_on_a_quantised_unet(kind: str, common, pictures, tmp_path: Path) -> None:
+    how = str(gguf_file(tmp_path / "unet.gguf")) if kind == "gguf" else kind
+    if kind != "gguf":
+        pytest.importorskip("torchao", reason=f"{kind} needs torchao, in the extra 'quantize'")
+    asked = Request(prompt="a cat", images=[pictures / "ref.png"], scale=1.0, **common)
+    bare = Request(prompt="a cat", **{name: value for name, value in common.items() if name != "adapter"})
+    whole, effect = drawn(Engine(), asked), np.abs(drawn(Engine(), asked) - drawn(Engine(), bare)).max()
+    engine = Engine()
+    before = drawn(engine, bare.replace(quantize=how))
+    shown = drawn(engine, asked.replace(quantize=how))
+    (pipe,) = engine._pipes.values()
+    layer = pipe.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.to_q")
+    names = {"int8": "Int8Tensor", "float8": "Float8Tensor", "gguf": "GGUFParameter"}
+    assert type(layer.weight).__name__ == names[kind]
+    far = np.abs(shown - whole).max()
+    print(f"{kind}: {far:.4f} from the unquantised picture; the prompt moves it by {effect:.4f}")
+    assert 0 < far <= FAR[kind] < effect
+    assert np.array_equal(drawn(engine, bare.replace(quantize=how)), before)
+
+
+def test_what_cannot_be_quantised_is_said_in_one_line(common, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="reading .gguf needs the extra 'quantize'")
+    bare = {name: value for name, value in common.items() if name != "adapter"}
+    with pytest.raises(ModelError, match=r"there is no file 'none\.gguf'"):
+        Engine().run(Request(prompt="a", **bare, quantize="none.gguf"))
+    (tmp_path / "no.gguf").write_bytes(b"GGUF" + b"\0" * 60)
+    with pytest.raises(ModelError, match=r"no\.gguf' is no UNet of base") as error:
+        Engine().run(Request(prompt="a", **bare, quantize=str(tmp_path / "no.gguf")))
+    assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match="quantize"):
+        Request(prompt="a", quantize="int3")
+    with pytest.raises(UsageError, match="quantize: clips are drawn by a UNet of their own"):
+        Request(task="animate", prompt="a", quantize="int8")
+
+
+def test_without_torchao_one_line_says_what_to_install(common, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    bare = {name: value for name, value in common.items() if name != "adapter"}
+    with pytest.raises(ModelError, match=r"read by torchao: pip install 'imprompt\[quantize\]'"):
+        Engine().run(Request(prompt="a", **bare, quantize="int8"))
