@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from imprompt.adapter.adapter import IPAdapter
 from imprompt.app.cli import main
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.features import load
-from imprompt.errors import UsageError
+from imprompt.errors import EncoderMismatch, UsageError
 from imprompt.generation.request import ImageRef, Request
-from tiny import picture, tiny_encoder
+from tiny import picture, random_adapter_state, tiny_encoder, tiny_unet
 
 
 @pytest.fixture
@@ -91,10 +92,75 @@ def test_a_face_saved_by_comfyui_becomes_saved_faces(
     from imprompt.encoders.face import load as load_faces
 
     torch.save(torch.ones(1, 1, 512), tmp_path / "me.ipadpt")
-    torch.save(torch.ones(1, 257, 1280), tmp_path / "picture.ipadpt")
     target = tmp_path / "me.safetensors"
     assert main(["convert", str(tmp_path / "me.ipadpt"), str(target)]) == 0
     assert torch.equal(load_faces(target).embedding, torch.ones(1, 512))
-    assert main(["convert", str(tmp_path / "picture.ipadpt"), str(tmp_path / "no.safetensors")]) == 3
-    assert "[1, 257, 1280]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("by", ["comfyui", "diffusers"])
+@pytest.mark.parametrize("kind", ["linear", "plus"])
+def test_features_that_others_saved_are_shown_as_the_picture(
+    kind: str, by: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tower = ImageEncoder(*tiny_encoder())
+    made = tower.encode([picture(1), picture(2)])
+    positive, negative = (
+        (made.hidden, made.negative_hidden)
+        if kind == "plus"
+        else (made.pooled, torch.zeros_like(made.pooled[:1]))
+    )
+    source, target = tmp_path / "two.ipadpt", tmp_path / "two.safetensors"
+    halves = torch.stack([negative.expand_as(positive), positive])
+    torch.save(positive.half() if by == "comfyui" else [halves.half()], source)
+    assert main(["convert", str(source), str(target)]) == 0
+
+    state = random_adapter_state(tiny_unet(), kind)
+    adapter = IPAdapter.from_state_dict(state, image_encoder=tower)
+    adapter.set_prompt([picture(1), picture(2)])
+    (expected,) = adapter.samples[0]
+    alone = IPAdapter.from_state_dict(state)
+    alone.set_prompt(str(target))
+    (shown,) = alone.samples[0]
+    torch.testing.assert_close(shown.tokens, expected.tokens, atol=2e-2, rtol=0)  # saved in half precision
+    if kind == "linear" or by == "diffusers":
+        assert shown.negative is not None
+        torch.testing.assert_close(shown.negative, expected.negative, atol=2e-2, rtol=0)
+    else:  # ComfyUI keeps the negative half in a file of its own
+        assert shown.negative is None
+        torch.save(made.negative_hidden, source)
+        assert main(["convert", str(source), str(tmp_path / "negative.safetensors")]) == 0
+        beside = alone.load_features(tmp_path / "negative.safetensors")
+        alone.set_prompt(str(target), negative=beside.hidden)
+        torch.testing.assert_close(alone.samples[0][0].negative, expected.negative, atol=2e-2, rtol=0)
+    capsys.readouterr()
+    other = IPAdapter.from_state_dict(random_adapter_state(tiny_unet(), kind, feature_width=40))
+    with pytest.raises(EncoderMismatch, match=r"encoder 'of two\.ipadpt'.*needs \w+ features of width 40"):
+        other.set_prompt(str(target))
+
+
+def test_published_widths_name_their_encoder(tmp_path: Path) -> None:
+    for shape, name in (((1, 257, 1280), "CLIP ViT-H/14"), ((1, 1280), "CLIP ViT-bigG/14")):
+        torch.save(torch.ones(shape), tmp_path / "a.ipadpt")
+        assert main(["convert", str(tmp_path / "a.ipadpt"), str(tmp_path / "a.safetensors")]) == 0
+        assert load(tmp_path / "a.safetensors").encoder == name
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"a": torch.ones(1, 4)}, "(dict)"),
+        ([torch.ones(2, 1, 4), torch.ones(2, 1, 4)], "(list)"),
+        (torch.full((1, 4), float("nan")), "NaN"),
+        (torch.ones(1, 4, dtype=torch.int64), "[1, 4]"),
+        (ImageRef, "holds more than tensors"),
+    ],
+)
+def test_another_content_is_refused_and_leaves_no_file(
+    content: object, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(content, tmp_path / "no.ipadpt")
+    assert main(["convert", str(tmp_path / "no.ipadpt"), str(tmp_path / "no.safetensors")]) == 3
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "no.safetensors").exists()

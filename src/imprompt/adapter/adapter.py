@@ -523,7 +523,8 @@ class IPAdapter:
                 f"adapter '{self.checkpoint.name}' needs {self._needs()}, and was given face embeddings."
             )
         elif self._reads_hidden:
-            features, zeros = shown.hidden, shown.negative_hidden
+            # Files of other programs may lack the negative's, as a tensor of width 0.
+            features, zeros = shown.hidden, shown.negative_hidden if shown.negative_hidden.numel() else None
         else:
             features = shown.pooled
         for each in (features, patches, zeros):

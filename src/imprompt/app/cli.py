@@ -608,8 +608,8 @@ def _inspect(flags: argparse.Namespace) -> None:
 def _convert_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
-        help="a .bin, .ckpt or .pt adapter, a training checkpoint, a face's .ipadpt, or a name of imprompt "
-        "models",
+        help="a .bin, .ckpt or .pt adapter, a training checkpoint, a .ipadpt of faces or pictures, or a "
+        "name of imprompt models",
     )
     parser.add_argument("target", help="the .safetensors file to write")
     parser.add_argument("--variant", help="what it is, where its weights leave that open")

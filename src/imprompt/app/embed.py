@@ -93,21 +93,44 @@ def _beside(loaded: "IPAdapter", base: "Base") -> "ImageEncoder":
 
 
 def from_ipadpt(source: str | Path, target: str | Path) -> Path:
-    """Face embeddings that ComfyUI saved (``.ipadpt``, a pickle; read as data) as saved faces; the path.
+    """What ComfyUI or diffusers saved of pictures or faces (``.ipadpt``, a pickle; read as data); the path.
 
-    The file does not say which face model made them. Raises :class:`ModelError` for what is damaged or no
-    face embedding: features of pictures lack parts that are needed here.
+    ComfyUI saves a tensor: faces (512 wide), or an encoder's pooled ``(N, E)`` or hidden ``(N, P, W)``
+    features. diffusers saves a list of one, with the negative half in front. What is missing of a
+    :class:`Features` has width 0. Raises :class:`ModelError` for what is damaged, not finite or none of
+    these.
     """
     import torch
 
     from imprompt.adapter.files import unpickle
-    from imprompt.encoders.face import Faces, save
+    from imprompt.adapter.published import ENCODERS
+    from imprompt.encoders import face
+    from imprompt.encoders.clip import Features
+    from imprompt.encoders.features import Saved, save
 
     content = unpickle(Path(source))
-    if not isinstance(content, torch.Tensor) or content.shape[-1:] != (512,):
+    negative = None
+    if isinstance(content, list) and len(content) == 1 and isinstance(content[0], torch.Tensor):
+        halves = content[0]
+        if halves.ndim in (3, 4) and len(halves) in (1, 2):
+            content, negative = halves[-1], halves[0, :1] if len(halves) == 2 else None
+    found = content.float() if isinstance(content, torch.Tensor) and content.is_floating_point() else None
+    if found is None or found.ndim not in (1, 2, 3) or not found.numel():
         what = list(content.shape) if isinstance(content, torch.Tensor) else type(content).__name__
         raise ModelError(
-            f"'{source}' holds no face embeddings of width 512 ({what}); embed the picture itself with "
-            "imprompt embed, or give the tensor in Python as features=."
+            f"'{source}' holds neither faces nor an image encoder's features ({what}); embed the picture "
+            "itself with imprompt embed."
         )
-    return save(Faces(content.reshape(-1, 512).float(), "unknown"), target)
+    if not bool(torch.isfinite(found).all()):
+        raise ModelError(f"'{source}' contains NaN or infinite values; make it again.")
+    width = found.shape[-1]
+    if width == 512:
+        return face.save(face.Faces(found.reshape(-1, 512), "unknown"), target)
+    if found.ndim == 3 and found.shape[1] > 1:
+        kind, pooled, hidden = "hidden", found.new_zeros(len(found), 0), found
+        zeros = found.new_zeros(1, 0, 0) if negative is None else negative.float()
+    else:
+        kind, pooled = "pooled", found.reshape(-1, width)
+        hidden, zeros = found.new_zeros(len(pooled), 0, 0), found.new_zeros(1, 0, 0)
+    name = ENCODERS.get((kind, width), f"of {Path(source).name}")
+    return save(Saved(Features(pooled, hidden, zeros), name, "", (), "crop"), target)

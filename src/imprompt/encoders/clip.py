@@ -29,7 +29,7 @@ _CONFIG, _PREPROCESSING = "config.json", "preprocessor_config.json"
 
 @dataclass(frozen=True)
 class Features:
-    """What an encoder sees in ``N`` pictures."""
+    """What an encoder sees in ``N`` pictures; what another program left out has width 0."""
 
     pooled: Float[Tensor, "N E"]
     """The projected embedding of each picture (``image_embeds``)."""

@@ -1,7 +1,8 @@
 """Pictures' features as a file: made once, shown wherever a picture is, with no encoder in memory.
 
-A safetensors file with ``pooled``, ``hidden`` and ``negative_hidden``; its header says which encoder made
-them, so that another adapter's encoder is refused by name instead of failing in a matrix product.
+A safetensors file with ``pooled``, ``hidden`` and ``negative_hidden`` (of width 0 where another program saved
+only some of them); its header says which encoder made them, so that another adapter's encoder is refused by
+name instead of failing in a matrix product.
 """
 
 import hashlib
@@ -148,7 +149,8 @@ def fingerprint(model: Any) -> str:
 def _check(tensors: dict[str, Tensor], path: Path) -> None:
     ranks = tuple(tensors[name].ndim for name in _PARTS)
     pooled, hidden, negative = (tensors[name].shape for name in _PARTS)
-    if ranks != (2, 3, 3) or pooled[0] != hidden[0] or hidden[1:] != negative[1:] or not pooled[0]:
+    fitting = negative[-1] == 0 or hidden[1:] == negative[1:]
+    if ranks != (2, 3, 3) or pooled[0] != hidden[0] or not fitting or not pooled[0]:
         raise InputError(
             f"'{path}': features of shapes {pooled}, {hidden} and {negative} do not belong together."
         )
