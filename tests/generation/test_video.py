@@ -193,9 +193,24 @@ def test_controls_that_no_clip_can_follow_are_said_in_one_line(engine, asked, pi
     with pytest.raises(UsageError, match="ControlNet-Union, which diffusers takes for stills"):
         engine.run(asked(controls=[ref.replace(model=f"{union}:canny")]))
     tiny.tiny_sdxl().save_pretrained(tmp_path / "xl")
-    asked_xl = asked(base=str(tmp_path / "xl"), controls=[ref.replace(path=str(pictures / "ref.png"))])
-    with pytest.raises(UsageError, match="SDXL model, whose clips diffusers draws without controls"):
-        engine.run(asked_xl)
+    sparse = saved(tiny_sparse(), tmp_path / "sparse")
+    key = ControlRef(kind="frame", path=pictures / "ref.png", at=0, model=sparse)
+    with pytest.raises(UsageError, match="SDXL model, for which diffusers has no SparseCtrl"):
+        engine.run(asked(base=str(tmp_path / "xl"), controls=[key]))
+
+
+def test_an_sdxl_clip_follows_its_control_and_the_next_ones_do_not(asked, pictures, tmp_path):
+    tiny.tiny_sdxl().save_pretrained(tmp_path / "xl")
+    ref = ControlRef(
+        kind="none", path=pictures / "ref.png", model=saved(tiny_controlnet("sdxl"), tmp_path / "net")
+    )
+    engine, plain = Engine(), asked(base=str(tmp_path / "xl"))
+    alone = pixels(engine.run(plain).images)
+    followed = pixels(engine.run(plain.replace(controls=[ref])).images)
+    assert np.abs(followed - alone).max() > 2
+    assert np.array_equal(pixels(engine.run(plain).images), alone)
+    silent = plain.replace(controls=[ref.replace(scale=0)])
+    assert np.array_equal(pixels(engine.run(silent).images), alone)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from imprompt.adapter.prompt import ImagePrompt
 from imprompt.generation.control import control_call, controlled, find_controls, load_net
 from imprompt.generation.models import Base
 from imprompt.generation.request import ControlRef, Request
+from imprompt.generation.video import Motion, moving
 from tiny import picture, random_adapter_state, tiny_encoder, tiny_motion, tiny_sd, tiny_sdxl
 
 FRAMES = 3
@@ -168,6 +169,102 @@ def test_pictures_at_frames_are_what_diffusers_draws(rgb, places, guidance, tmp_
     )  # fmt: skip
     assert np.abs(both - expected).max() <= 1e-4
     assert np.abs(both - without).max() > 1e-3, "nor would the image prompt"
+
+
+def still_motion():
+    """A motion adapter that moves nothing: each frame is what the UNet alone makes of it."""
+    motion = tiny_motion()
+    with torch.no_grad():
+        for name, parameter in motion.named_parameters():
+            if ".proj_out." in name:
+                parameter.zero_()
+    return motion
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_where_nothing_moves_a_clips_frames_are_stills(family: str, tmp_path: Path) -> None:
+    """Every weight of the base is in the UNet that moves; diffusers leaves SDXL's ``add_embedding`` out."""
+    still = {"sd": tiny_sd, "sdxl": tiny_sdxl}[family]()
+    still_motion().save_pretrained(tmp_path)
+    pipe = moving(still, Motion("still", str(tmp_path)), Base("tiny", "tiny"), torch.float32)
+    noise = torch.randn(1, 4, FRAMES, 16, 16, generator=torch.Generator().manual_seed(2))
+    frames = draw(pipe, 5.0, latents=noise)[0]
+    for frame in range(FRAMES):
+        expected = still(
+            prompt="a cat", negative_prompt="bad", num_inference_steps=3, guidance_scale=5.0, width=32,
+            height=32, latents=noise[:, :, frame], output_type="np",
+        ).images[0]  # fmt: skip
+        assert np.abs(frames[frame] - expected).max() <= 1e-4
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize("nets", [1, 2])
+def test_frames_of_an_sdxl_clip_follow_controls_as_diffusers_stills_do(nets, guidance, tmp_path) -> None:
+    """diffusers has no pipeline of SDXL clips with ControlNets. Where nothing moves, ours must draw each
+    frame as its pipeline of stills draws it from the same noise; with scale 0, as its clips without."""
+    still = tiny_sdxl()
+    still_motion().save_pretrained(tmp_path / "motion")
+    pipe = moving(still, Motion("still", str(tmp_path / "motion")), Base("tiny", "tiny"), torch.float32)
+    models = [saved(tiny_controlnet("sdxl", seed=11 + i), tmp_path / str(i)) for i in range(nets)]
+    refs = [
+        ControlRef(kind="none", path=model, model=model, scale=scale, end=end)
+        for model, scale, end in zip(models, (0.8, 0.5), (0.7, 1.0), strict=False)
+    ]
+    request = Request(task="animate", prompt="a cat", frames=FRAMES, controls=refs)
+    found = find_controls(request, Base("tiny", "tiny"))
+    loaded = {control.source: load_net(control, torch.float32) for control in found}
+    ours = controlled(pipe, "animate", found, loaded)
+    maps = [tuple(picture(70 + i) for i in range(FRAMES)), picture(7)][:nets]
+    call = control_call(found, maps, request)
+    noise = torch.randn(1, 4, FRAMES, 16, 16, generator=torch.Generator().manual_seed(2))
+
+    drawn = draw(ours, guidance, latents=noise, **call)[0]
+    assert not pipe.unet._forward_pre_hooks
+    plain = draw(pipe, guidance, latents=noise)[0]
+    assert np.abs(drawn - plain).max() > 1e-3, "the controls would have no effect"
+    silent = call | {"controlnet_conditioning_scale": 0.0 if nets == 1 else [0.0, 0.0]}
+    assert np.array_equal(draw(ours, guidance, latents=noise, **silent)[0], plain)
+
+    generate = request.replace(task="generate", frames=None)
+    theirs = controlled(still, "generate", found, loaded)
+    for frame in range(FRAMES):
+        shown = [each[frame] if isinstance(each, tuple) else each for each in maps]
+        expected = theirs(
+            prompt="a cat", negative_prompt="bad", num_inference_steps=3, guidance_scale=guidance, width=32,
+            height=32, latents=noise[:, :, frame], output_type="np", **control_call(found, shown, generate),
+        ).images[0]  # fmt: skip
+        assert np.abs(drawn[frame] - expected).max() <= 1e-4
+
+
+def test_an_sdxl_clip_with_controls_and_a_picture_is_what_diffusers_adapter_draws(tmp_path) -> None:
+    pipe = pipeline("sdxl", "text")
+    model = saved(tiny_controlnet("sdxl"), tmp_path)
+    ref = ControlRef(kind="none", path="map", model=model, scale=0.8)
+    request = Request(task="animate", prompt="a cat", frames=FRAMES, controls=[ref])
+    found = find_controls(request, Base("tiny", "tiny"))
+    ours = controlled(pipe, "animate", found, {model: load_net(found[0], torch.float32)})
+    call = control_call(found, [picture(7)], request)
+    state = random_adapter_state(pipe.unet)
+    texts: list[torch.Tensor] = []
+    ours.controlnet.register_forward_hook(
+        lambda _, __, given, ___: texts.append(given["encoder_hidden_states"]), with_kwargs=True
+    )
+    without, before = draw(ours, 5.0, **call), texts[:]
+    texts.clear()
+    adapter = IPAdapter.from_state_dict(state).attach(ours)
+    adapter.set_prompt(picture(1), scale=0.6)
+    drawn = draw(ours, 5.0, **call)
+    assert all(map(torch.equal, before, texts)), "the picture reached the ControlNet"
+    adapter.set_guidance(5.0)
+    guided = draw(ours, 5.0, **call)
+    adapter.set_guidance(None)
+    adapter.detach()
+    ours.load_ip_adapter(state, subfolder=None, weight_name=None, image_encoder_folder=None)
+    ours.set_ip_adapter_scale(0.6)
+    expected = draw(ours, 5.0, ip_adapter_image=picture(1), **call)
+    assert np.abs(drawn - expected).max() <= 1e-4
+    assert np.abs(guided - expected).max() <= 1e-4
+    assert np.abs(drawn - without).max() > 1e-3
 
 
 def test_our_engine_draws_what_diffusers_pipeline_draws(tmp_path) -> None:

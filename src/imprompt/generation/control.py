@@ -50,6 +50,7 @@ _PIPELINES: dict[tuple[Net, bool], dict[Task, str]] = {  # (kind of net, whether
         "generate": "StableDiffusionXLControlNetPipeline",
         "edit": "StableDiffusionXLControlNetImg2ImgPipeline",
         "inpaint": "StableDiffusionXLControlNetInpaintPipeline",
+        "animate": "AnimateDiffSDXLControlNetPipeline",  # ours
     },
     ("union", True): {
         "generate": "StableDiffusionXLControlNetUnionPipeline",
@@ -135,19 +136,19 @@ def find_controls(request: Request, base: Base) -> tuple[Control, ...]:
     for control in found:
         if base.path is not None and (base.path / "unet" / "config.json").is_file():
             unet = json.loads((base.path / "unet" / "config.json").read_text("utf-8"))
-            check_fits(control, unet, base, request.task)
+            check_fits(control, unet, base)
     windows(found, request)
     return found
 
 
-def check_fits(control: Control, unet: Mapping[str, Any], base: Base, task: Task) -> None:
+def check_fits(control: Control, unet: Mapping[str, Any], base: Base) -> None:
     """Raise :class:`ModelError`, naming both, when a control was made for another kind of UNet than the
-    base's (``unet``: its configuration); :class:`UsageError` where diffusers has no pipeline for ``task``."""
+    base's (``unet``: its configuration); :class:`UsageError` where diffusers has no pipeline for it."""
     xl = unet.get("addition_embed_type") == "text_time"
-    if xl and task == "animate":
+    if xl and control.net == "sparse":
         raise UsageError(
-            f"controls: base '{base.name}' is an SDXL model, whose clips diffusers draws without controls; "
-            "SD 1.5 models and emoji take them."
+            f"controls: base '{base.name}' is an SDXL model, for which diffusers has no SparseCtrl; SD 1.5 "
+            "models take one, and a ControlNet is followed in every frame."
         )
     ours = list(unet["block_out_channels"])
     said = f"control '{control.name}' is {_SAID[control.net]}"
@@ -198,11 +199,13 @@ def controlled(pipe: Any, task: Task, controls: Sequence[Control], nets: Mapping
     import diffusers
 
     first = controls[0]
-    xl = "StableDiffusionXL" in type(pipe).__name__
-    name = _PIPELINES[first.net, xl][task]
+    name = _PIPELINES[first.net, "XL" in type(pipe).__name__][task]
     if "VideoToVideo" in type(pipe).__name__:
         name = "AnimateDiffVideoToVideoControlNetPipeline"
-    kind = getattr(diffusers, name)
+    if name == "AnimateDiffSDXLControlNetPipeline":  # which diffusers lacks
+        from imprompt.generation.sdxl_clips import AnimateDiffSDXLControlNetPipeline as kind
+    else:
+        kind = getattr(diffusers, name)
     taken = inspect.signature(kind.__init__).parameters
     parts = {name: part for name, part in pipe.components.items() if name in taken}
     switches = {"safety_checker": None, "requires_safety_checker": False, "add_watermarker": False}

@@ -277,7 +277,7 @@ class Engine:
     ) -> Any:  # fmt: skip
         """The pipeline of the request's task with its controls; of the last ones the weights are kept."""
         for control in controls:
-            check_fits(control, pipe.unet.config, base, request.task)
+            check_fits(control, pipe.unet.config, base)
         sources = [control.source for control in controls]
         key = " ".join([request.task, *sources])
         if key not in self._pipes:

@@ -212,6 +212,9 @@ def moving(pipe: Any, motion: Motion, base: Base, dtype: torch.dtype) -> Any:
         raise AdapterMismatch(
             f"motion adapter '{motion.name}' does not fit base '{base.name}': {reason}"
         ) from error
+    if getattr(pipe.unet, "add_embedding", None) is not None:
+        # SDXL's, which diffusers (0.42) leaves as made at random.
+        unet.add_embedding.load_state_dict(pipe.unet.add_embedding.state_dict())
     made = getattr(diffusers, name)(**parts, unet=unet, motion_adapter=adapter, scheduler=pipe.scheduler)
     made.set_progress_bar_config(disable=True)
     return made

@@ -1,0 +1,108 @@
+"""Clips of SDXL that follow ControlNets, which diffusers has no pipeline for: its pipeline of clips, whose
+UNet is handed what SDXL's ControlNets say of each frame, as diffusers' pipeline of stills hands it over.
+
+Frames are rows to a ControlNet. It sees the text alone: image prompts act in the UNet. No windows of long
+clips, no start from a video; diffusers has neither for SDXL.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from diffusers import AnimateDiffSDXLPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models import MultiControlNetModel
+from PIL import Image
+from torch import Tensor
+
+# Dimensions: B samples of the UNet's batch (two a clip with guidance), F frames, C channels, h w of latents.
+
+
+class AnimateDiffSDXLControlNetPipeline(AnimateDiffSDXLPipeline):
+    """:class:`diffusers.AnimateDiffSDXLPipeline` with one ControlNet of SDXL, or a list of several."""
+
+    def __init__(
+        self,
+        vae: Any,
+        text_encoder: Any,
+        text_encoder_2: Any,
+        tokenizer: Any,
+        tokenizer_2: Any,
+        unet: Any,
+        motion_adapter: Any,
+        controlnet: Any,
+        scheduler: Any,
+        image_encoder: Any = None,
+        feature_extractor: Any = None,
+        force_zeros_for_empty_prompt: bool = True,
+    ) -> None:
+        super().__init__(
+            vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, motion_adapter, scheduler,
+            image_encoder, feature_extractor, force_zeros_for_empty_prompt,
+        )  # fmt: skip
+        several = isinstance(controlnet, list | tuple)
+        self.register_modules(controlnet=MultiControlNetModel(controlnet) if several else controlnet)
+
+    def __call__(
+        self,
+        *,
+        conditioning_frames: Sequence[Any],
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
+        **call: Any,
+    ) -> Any:
+        """Draw as the pipeline without ControlNets does with ``call``, height and width among it.
+
+        ``conditioning_frames`` are a map a frame, and with several ControlNets such a list, a scale, a start
+        and an end (fractions of the steps) for each.
+        """
+        one = not isinstance(self.controlnet, MultiControlNetModel)
+        maps = [conditioning_frames] if one else conditioning_frames
+        frames = [self._prepared(each, call["height"], call["width"]) for each in maps]
+        scales, starts, ends = (
+            [value] if one else list(value)  # type: ignore[arg-type, list-item]
+            for value in (controlnet_conditioning_scale, control_guidance_start, control_guidance_end)
+        )
+        step = 0
+
+        def follow(_: Any, args: tuple[Any, ...], said: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            nonlocal step
+            sample, steps = args[0], len(self.scheduler.timesteps)
+            acting = [
+                scale * float(start <= step / steps and (step + 1) / steps <= end)
+                for scale, start, end in zip(scales, starts, ends, strict=True)
+            ]
+            step += 1
+            count, added = sample.shape[2], said["added_cond_kwargs"]
+            rows = sample.transpose(1, 2).flatten(0, 1)  # B C F h w to (B F) C h w
+            shown = [each.repeat(len(sample), 1, 1, 1) for each in frames]
+            down, middle = self.controlnet(
+                rows,
+                args[1],
+                encoder_hidden_states=said["encoder_hidden_states"],
+                controlnet_cond=shown[0] if one else shown,
+                conditioning_scale=acting[0] if one else acting,
+                added_cond_kwargs={
+                    name: added[name].repeat_interleave(count, 0) for name in ("text_embeds", "time_ids")
+                },
+                return_dict=False,
+            )
+            return args, said | {
+                "down_block_additional_residuals": down,
+                "mid_block_additional_residual": middle,
+            }
+
+        # First of all: what changes the call later, as guidance of its own for the picture, finds it whole.
+        hook = self.unet.register_forward_pre_hook(follow, prepend=True, with_kwargs=True)
+        try:
+            return super().__call__(**call)
+        finally:
+            hook.remove()
+
+    def _prepared(self, frames: Sequence[Image.Image], height: int, width: int) -> Tensor:
+        """Maps as "F 3 H W" in [0, 1], as SDXL's pipeline of stills prepares them."""
+        processor = VaeImageProcessor(
+            vae_scale_factor=self.vae_scale_factor, do_convert_rgb=True, do_normalize=False
+        )
+        prepared = processor.preprocess(list(frames), height=height, width=width)
+        return prepared.to(self._execution_device, self.controlnet.dtype)
