@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import StableDiffusionPipeline
 from torch import nn
 
@@ -207,6 +208,35 @@ def test_quantised_layers_are_added_to_and_left_as_they_are(pipe: StableDiffusio
     np.testing.assert_allclose(draw(pipe), exact, atol=0.05)
     adapter.detach()
     assert np.array_equal(draw(pipe), before)
+
+
+@pytest.mark.parametrize("attached", ["before", "after"])
+@pytest.mark.parametrize("kind", ["model", "sequential"])
+def test_offloading_changes_no_pixel(kind: str, attached: str, pipe: StableDiffusionPipeline) -> None:
+    state, plain = face_state(pipe.unet), tiny_sd()
+    without = draw(plain)
+    adapter = IPAdapter.from_state_dict(state).attach(plain)
+    adapter.set_prompt(person(), scale=0.8)
+    shown = draw(plain)
+    assert not np.array_equal(shown, without)
+    adapter.detach()
+
+    adapter = IPAdapter.from_state_dict(state)
+    if attached == "before":
+        adapter.attach(pipe)
+    if kind == "model":
+        pipe.enable_model_cpu_offload(device="cpu")
+    else:  # what enable_sequential_cpu_offload does to a UNet; accelerate fails on a text encoder for the CPU
+        cpu_offload(pipe.unet, "cpu")
+    assert next(pipe.unet.parameters()).is_meta == (kind == "sequential")
+    if attached == "after":
+        adapter.attach(pipe)
+    for _ in "ab":
+        adapter.set_prompt(person(), scale=0.8)
+        assert np.array_equal(draw(pipe), shown)
+        adapter.detach()
+        assert np.array_equal(draw(pipe), without)
+        adapter.attach(pipe)
 
 
 COMPILED = """
