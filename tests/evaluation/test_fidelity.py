@@ -12,7 +12,7 @@ from PIL import Image
 from imprompt.app.cli import main
 from imprompt.app.tune import tune
 from imprompt.errors import InputError, UsageError
-from imprompt.evaluation.fidelity import ByJudge, Fidelity, choose, fidelities, front
+from imprompt.evaluation.fidelity import Between, ByJudge, Fidelity, choose, front
 from imprompt.evaluation.judge import Judge, JudgeNetwork
 from imprompt.generation.output import read_request
 from imprompt.generation.request import ImageRef, Request
@@ -35,7 +35,8 @@ class ByLevel:
 
 
 def test_the_ends_are_0_and_1_and_the_middle_is_between() -> None:
-    found = fidelities(ByLevel(), [[grey(40)], [grey(120)], [grey(80), grey(160)]], [grey(40)], [grey(200)])
+    between = Between.of(ByLevel(), [grey(40)], [grey(200)])
+    found = [between(images) for images in ([grey(40)], [grey(120)], [grey(80), grey(160)])]
     assert (found[0].text, found[0].picture) == pytest.approx((1, 0))
     assert (found[1].text, found[1].picture) == pytest.approx((0.5, 0.5))
     assert (found[2].text, found[2].picture) == pytest.approx((0.5, 0.5))
@@ -43,7 +44,9 @@ def test_the_ends_are_0_and_1_and_the_middle_is_between() -> None:
 
 def test_ends_that_look_the_same_cannot_be_weighed() -> None:
     with pytest.raises(InputError, match="finds no difference"):
-        fidelities(ByLevel(), [[grey(5)]], [grey(40)], [grey(41)])
+        Between.of(ByLevel(), [grey(40)], [grey(41)])
+    with pytest.raises(InputError, match="finds no difference"):
+        Between.of(ByLevel(), [grey(200)], [grey(40)])  # the wrong way round
 
 
 @given(points)
@@ -82,12 +85,14 @@ def test_preferring_one_side_goes_there() -> None:
 
 def test_the_judge_reads_the_concept_that_the_text_names() -> None:
     judge = Judge(JudgeNetwork(3, 2), ["red-apple", "apple", "owl"], ["noto", "blob"])
-    found = ByJudge.of(judge, "A red apple, noto style", [grey(3)])
+    found = ByJudge.of(judge, "A red apple, noto style", ByLevel())
     assert found is not None
     assert found.concept == "red-apple"
-    text, picture = found([grey(1), grey(200)])
-    assert text.shape == picture.shape == (2,)
-    assert ByJudge.of(judge, "a snowman", [grey(3)]) is None
+    some = [grey(1), grey(200)]
+    text, picture = found(some)
+    assert torch.equal(text, judge.concept_scores(some).softmax(1)[:, 0])
+    assert torch.equal(picture, ByLevel()(some)[1])
+    assert ByJudge.of(judge, "a snowman", ByLevel()) is None
 
 
 class ByDistance:
@@ -107,7 +112,10 @@ class ByDistance:
 def test_tuning_writes_the_chosen_request_the_plot_and_the_sheet(
     tuned_base, pictures, tmp_path, capsys, monkeypatch
 ) -> None:
-    monkeypatch.setattr("imprompt.app.tune._measure", lambda request, text_alone: ByDistance(text_alone))
+    monkeypatch.setattr(
+        "imprompt.app.tune._between",
+        lambda request, text, picture: Between.of(ByDistance(text), text, picture),
+    )
     words = ["tune", "a cat", "--image", str(pictures / "ref.png"), "--base", tuned_base["base"]]
     words += ["--adapter", tuned_base["adapter"], "--steps", "2", "--seed", "3", "--json"]
     words += ["--sweep", "scale=0.5,1,2", "--sweep", "end=1,0.5"]
@@ -133,4 +141,6 @@ def test_tuning_needs_a_text_and_a_picture(tmp_path) -> None:
     for request in (Request(prompt="a"), Request(images=[ImageRef(path="a.png")])):
         with pytest.raises(UsageError, match="give both"):
             tune(request, tmp_path / "x")
+    with pytest.raises(UsageError, match="holds only features"):
+        tune(Request(prompt="a", images=[ImageRef(path="a.safetensors")]), tmp_path / "x")
     assert not (tmp_path / "x").exists()

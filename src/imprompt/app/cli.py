@@ -633,7 +633,7 @@ def _convert(flags: argparse.Namespace) -> None:
 
 
 def _profiles_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("profile", nargs="?", help="one profile; without it all are shown")
+    parser.add_argument("profile", nargs="?", help="one profile, or weights; without it all are shown")
     parser.add_argument("--base", default="emoji", metavar="NAME", help="whose layers: emoji, sd15, sdxl, …")
     parser.add_argument("--json", action="store_true", help="the weights as JSON")
 

@@ -6,11 +6,12 @@ A base's attention blocks are told from its UNet's configuration alone, hence al
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from imprompt.adapter.layers import BlockKind, CrossLayer
-from imprompt.adapter.weighting import PROFILES, LayerWeights, canonical, layer_weights
-from imprompt.errors import ModelError, UsageError
+from imprompt.adapter.weighting import PROFILES, LayerWeights, Profile, layer_weights, read_profile
+from imprompt.errors import ModelError
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _EMOJI = Path(__file__).parents[1] / "assets" / "emoji"
@@ -37,25 +38,32 @@ _ATTENDING = (_DOWN, _UP)
 def charts(base: str, profile: str | None = None) -> str:
     """One line a profile: a bar for each attention block in execution order, down │ middle │ up.
 
-    Bars reach from 0 to the profile's scale; ``!`` under a bar is a block where the picture acts as what to
-    avoid. Raises :class:`UsageError` for an unknown profile, :class:`ModelError` for an unknown base.
+    Bars reach from 0 to the profile's scale, or to its largest weight above that; ``-`` is a negative weight,
+    ``!`` under a bar a block where the picture acts as what to avoid. Raises :class:`UsageError` for an
+    unknown profile, :class:`ModelError` for an unknown base.
     """
     layers = layers_of(base)
-    named = {name: layer_weights(name, layers) for name in _chosen(profile)}
+    named = {name: layer_weights(said, layers) for name, said in _chosen(profile).items()}
+    top = max(1.0, *(abs(share) for spread in named.values() for share in spread.weights))
     width = max(map(len, named))
     lines = [f"{'':<{width}}  {_by_part(layers, _labels(layers))}"]
     for name, spread in named.items():
         shares, negated = _by_block(layers, spread)
-        lines.append(f"{name:<{width}}  {_by_part(layers, [_bar(share) for share in shares])}")
+        lines.append(f"{name:<{width}}  {_by_part(layers, [_bar(share / top) for share in shares])}")
         if any(negated):
             lines.append(f"{'':<{width}}  {_by_part(layers, ['!' if n else ' ' for n in negated])}".rstrip())
     blocks = list(dict.fromkeys((layer.t, layer.block) for layer in sorted(layers, key=lambda x: x.t)))
     if profile is not None:
-        shares, negated = _by_block(layers, named[canonical(profile)])
+        ((shares, negated),) = (_by_block(layers, spread) for spread in named.values())
         lines += [
-            f"  {t:>2}  {share:4.2f} {_bar(share)}{' as what to avoid' if not_ else ''}  {block}"
+            f"  {t:>2}  {share:5.2f} {_bar(share / top)}{' as what to avoid' if not_ else ''}  {block}"
             for (t, block), share, not_ in zip(blocks, shares, negated, strict=True)
         ]
+    lines.append(
+        f"blocks of {base} as they run, down │ middle │ up; a full bar is {top:g} of the scale, none is 0"
+    )
+    if any(any(spread.negated) for spread in named.values()):
+        lines.append("!: there the picture is what to avoid")
     return "\n".join(lines)
 
 
@@ -63,8 +71,8 @@ def tables(base: str, profile: str | None = None) -> dict[str, dict[str, object]
     """Profile → its weight for each block, and the blocks where it is negated; for machines."""
     layers = layers_of(base)
     found: dict[str, dict[str, object]] = {}
-    for name in _chosen(profile):
-        shares, negated = _by_block(layers, layer_weights(name, layers))
+    for name, said in _chosen(profile).items():
+        shares, negated = _by_block(layers, layer_weights(said, layers))
         found[name] = {"weights": shares, "negated": [t for t, not_ in enumerate(negated) if not_]}
     return found
 
@@ -126,17 +134,20 @@ def layers_from(config: Mapping[str, Any]) -> tuple[CrossLayer, ...]:
     return tuple(layers)
 
 
-def _chosen(profile: str | None) -> tuple[str, ...]:
-    return tuple(PROFILES) if profile is None else (canonical(profile),)
+def _chosen(profile: str | None) -> dict[str, Profile]:
+    if profile is None:
+        return {name: name for name in PROFILES}
+    read = read_profile(profile)
+    return {read if isinstance(read, str) else profile: read}
 
 
 def _by_block(layers: Sequence[CrossLayer], spread: LayerWeights) -> tuple[list[float], list[bool]]:
-    """Share and negation of each block in execution order; the layers of one block share them."""
-    rows = {
-        layer.t: (share, not_)
-        for layer, share, not_ in zip(layers, spread.weights, spread.negated, strict=True)
-    }
-    return [rows[t][0] for t in sorted(rows)], [rows[t][1] for t in sorted(rows)]
+    """Share and negation of each block in execution order: the mean of its layers, where they differ."""
+    rows: dict[int, list[tuple[float, bool]]] = {}
+    for layer, share, not_ in zip(layers, spread.weights, spread.negated, strict=True):
+        rows.setdefault(layer.t, []).append((share, not_))
+    blocks = [rows[t] for t in sorted(rows)]
+    return [mean(share for share, _ in block) for block in blocks], [block[0][1] for block in blocks]
 
 
 def _labels(layers: Sequence[CrossLayer]) -> list[str]:
@@ -153,6 +164,6 @@ def _by_part(layers: Sequence[CrossLayer], cells: Sequence[str]) -> str:
 
 
 def _bar(share: float) -> str:
-    if not 0 <= share <= 1:
-        raise UsageError(f"a profile's share is {share}; named ones lie between 0 and 1.")
+    if share < 0:
+        return "-"
     return _BARS[0 if share == 0 else max(1, round(share * 8))]

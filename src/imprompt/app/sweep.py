@@ -37,7 +37,7 @@ def sweep(
 def sheet(asked: Sweep, images: Sequence[Image.Image]) -> Image.Image:
     """The first axis runs to the right, all others downwards; what they share is said above."""
     columns = len(asked.axes[0].values)
-    rows = [" · ".join(labels[1:]) for labels in asked.labels[::columns]]
+    rows = ["\n".join(labels[1:]) for labels in asked.labels[::columns]]
     first = asked.requests[0]
     swept = {axis.field for axis in asked.axes}
     said = [f"“{first.prompt}”"] if first.prompt and "prompt" not in swept else []

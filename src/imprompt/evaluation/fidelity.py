@@ -3,9 +3,9 @@ both.
 
 Every measure gives two numbers a drawing. They are read between two ends, drawn with the same seeds: the text
 alone, where all of the text is there and nothing of the picture, and the picture alone. 0 is the other's end,
-1 the own one, so "0.8 of the text, 0.6 of the picture" means the same for every base. With the bundled model
-the judge looks (is the text's concept there, and the picture's style); else the adapter's own image encoder
-(how like what the text alone draws, how like the picture), which needs nothing more but knows no words.
+1 the own one, so "0.8 of the text, 0.6 of the picture" means the same for every base. The adapter's own image
+encoder looks how like a drawing is to what the text alone draws, and to the picture; it needs nothing else but knows
+no words, so with the bundled model the judge says whether the text's concept is there.
 """
 
 from collections.abc import Sequence
@@ -39,31 +39,6 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
-class ByJudge:
-    """The probability of the concept that the text names, and of the references' styles."""
-
-    judge: Judge
-    concept: str
-    styles: tuple[str, ...]
-    name: str = "judge"
-
-    @classmethod
-    def of(cls, judge: Judge, text: str, references: Sequence[Image.Image]) -> "ByJudge | None":
-        """``None`` when the text names no concept that the judge knows: then it cannot tell."""
-        said = f" {' '.join(text.lower().replace(',', ' ').split())} "
-        named = [concept for concept in judge.concepts if f" {concept.lower().replace('-', ' ')} " in said]
-        if not named:
-            return None
-        return cls(judge, max(named, key=len), tuple(dict.fromkeys(judge.style(references))))
-
-    def __call__(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        concepts = self.judge.concept_scores(images).softmax(1)
-        styles = self.judge.style_scores(images).softmax(1)
-        chosen = [self.judge.styles.index(style) for style in self.styles]
-        return concepts[:, self.judge.concepts.index(self.concept)], styles[:, chosen].sum(1)
-
-
-@dataclass(frozen=True)
 class ByEncoder:
     """Likeness, by the adapter's encoder, to what the text alone draws and to the references."""
 
@@ -88,6 +63,27 @@ class ByEncoder:
 
 
 @dataclass(frozen=True)
+class ByJudge:
+    """The probability of the concept that the text names, and likeness to the references."""
+
+    judge: Judge
+    concept: str
+    likeness: Measure
+    name: str = "judge (text) and image encoder (picture)"
+
+    @classmethod
+    def of(cls, judge: Judge, text: str, likeness: Measure) -> "ByJudge | None":
+        """``None`` when the text names no concept that the judge knows: then it cannot tell."""
+        said = f" {' '.join(text.lower().replace(',', ' ').split())} "
+        named = [concept for concept in judge.concepts if f" {concept.lower().replace('-', ' ')} " in said]
+        return cls(judge, max(named, key=len), likeness) if named else None
+
+    def __call__(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        concepts = self.judge.concept_scores(images).softmax(1)
+        return concepts[:, self.judge.concepts.index(self.concept)], self.likeness(images)[1]
+
+
+@dataclass(frozen=True)
 class Fidelity:
     """Shares of text and picture, means over the seeds; 0 at the other's end, 1 at the own."""
 
@@ -95,33 +91,40 @@ class Fidelity:
     picture: float
 
 
-def fidelities(
-    measure: Measure,
-    settings: Sequence[Sequence[Image.Image]],
-    text_alone: Sequence[Image.Image],
-    picture_alone: Sequence[Image.Image],
-) -> list[Fidelity]:
-    """Each setting's drawings between the two ends. Raises :class:`InputError` when the ends look the same to
-    the measure: then there is nothing to weigh."""
-    ends = [measure(end) for end in (text_alone, picture_alone)]
-    (high_text, low_picture), (low_text, high_picture) = ([float(v.mean()) for v in end] for end in ends)
-    if high_text - low_text < _APART or high_picture - low_picture < _APART:
-        raise InputError(
-            f"the {measure.name} finds no difference to weigh: what the text alone draws and what the "
-            f"picture alone draws are told apart by {high_text - low_text:.2f} (text) and "
-            f"{high_picture - low_picture:.2f} (picture), {_APART} at least is needed. Another text or "
-            "picture, or more steps or seeds."
-        )
-    found = []
-    for images in settings:
-        text, picture = (float(values.mean()) for values in measure(images))
-        found.append(
-            Fidelity(
-                (text - low_text) / (high_text - low_text),
-                (picture - low_picture) / (high_picture - low_picture),
+@dataclass(frozen=True)
+class Between:
+    """A measure, read between its two ends."""
+
+    measure: Measure
+    text: tuple[float, float]
+    """What it gives of the text for the picture alone and for the text alone."""
+    picture: tuple[float, float]
+    """What it gives of the picture for the text alone and for the picture alone."""
+
+    @classmethod
+    def of(
+        cls, measure: Measure, text_alone: Sequence[Image.Image], picture_alone: Sequence[Image.Image]
+    ) -> "Between":
+        """Raises :class:`InputError` when the ends look the same to the measure, or the wrong way round: then
+        there is nothing to weigh."""
+        ends = [measure(end) for end in (text_alone, picture_alone)]
+        (high_text, low_picture), (low_text, high_picture) = ([float(v.mean()) for v in end] for end in ends)
+        if high_text - low_text < _APART or high_picture - low_picture < _APART:
+            raise InputError(
+                f"the {measure.name} finds no difference to weigh: what the text alone draws and what the "
+                f"picture alone draws are told apart by {high_text - low_text:.2f} (text) and "
+                f"{high_picture - low_picture:.2f} (picture), {_APART} at least is needed. Another text or "
+                "picture, or more steps or seeds."
             )
+        return cls(measure, (low_text, high_text), (low_picture, high_picture))
+
+    def __call__(self, images: Sequence[Image.Image]) -> Fidelity:
+        """The mean shares of some drawings."""
+        text, picture = (
+            (float(values.mean()) - low) / (high - low)
+            for values, (low, high) in zip(self.measure(images), (self.text, self.picture), strict=True)
         )
-    return found
+        return Fidelity(text, picture)
 
 
 def front(points: Sequence[Fidelity]) -> list[int]:
