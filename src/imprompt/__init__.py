@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from imprompt.adapter.adapter import IPAdapter
     from imprompt.adapter.prompt import ImagePrompt
     from imprompt.adapter.texts import TextRegion, TextRegions
+    from imprompt.app.embed import embed
+    from imprompt.app.sweep import sweep
+    from imprompt.app.tune import Tuned, tune
     from imprompt.generation.engine import Engine, Result, generate
     from imprompt.generation.request import ImageRef, RegionRef, Request
 
@@ -24,6 +27,10 @@ _HOMES = {
     "Engine": "imprompt.generation.engine",
     "Result": "imprompt.generation.engine",
     "generate": "imprompt.generation.engine",
+    "embed": "imprompt.app.embed",
+    "sweep": "imprompt.app.sweep",
+    "tune": "imprompt.app.tune",
+    "Tuned": "imprompt.app.tune",
     "ImageRef": "imprompt.generation.request",
     "RegionRef": "imprompt.generation.request",
     "Request": "imprompt.generation.request",
@@ -38,8 +45,12 @@ __all__ = [
     "Result",
     "TextRegion",
     "TextRegions",
+    "Tuned",
     "__version__",
+    "embed",
     "generate",
+    "sweep",
+    "tune",
 ]
 
 

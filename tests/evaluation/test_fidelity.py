@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from imprompt import generate, tune
 from imprompt.app.cli import main
-from imprompt.app.tune import tune
 from imprompt.errors import InputError, UsageError
 from imprompt.evaluation.fidelity import Between, ByJudge, Fidelity, choose, front
 from imprompt.evaluation.judge import Judge, JudgeNetwork
@@ -131,6 +131,11 @@ def test_tuning_writes_the_chosen_request_the_plot_and_the_sheet(
     assert f"scale {best.scale:g}" in said["chosen"]
     assert Image.open(tmp_path / "t" / "front.png").size == (950, 560)
     assert main([*words, "--explain"]) == 2
+    again = tune(best.replace(images=[pictures / "ref.png"], count=2), tmp_path / "p", axes=["end=1,0.5"])
+    assert again.request == read_request(tmp_path / "p" / "best.png")
+    assert np.array_equal(
+        np.asarray(generate(again.request).images[0]), np.asarray(Image.open(tmp_path / "p" / "best.png"))
+    )
     monkeypatch.undo()
     assert main([*words, "-o", str(tmp_path / "u")]) == 4  # its own encoder tells nothing apart, and says so
     assert "finds no difference to weigh" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import imprompt
 from imprompt.app.cli import main
 from imprompt.errors import UsageError
 from imprompt.generation.output import read_request
@@ -89,6 +90,14 @@ def test_a_sweep_without_effect_is_refused() -> None:
         swept(Request(prompt="a"), "profile=style")
     with pytest.raises(UsageError, match="leave --count out"):
         swept(TWO.replace(count=2), "seed=1,2")
+
+
+def test_python_sweeps_by_the_packages_name_with_an_engine_of_its_own(common, pictures, tmp_path) -> None:
+    request = Request(prompt="a cat", images=[pictures / "ref.png"], **{**common, "steps": 1})
+    results, files = imprompt.sweep(request, ["scale=0,2"], str(tmp_path / "s.png"))
+    assert [path.name for path in files] == ["s-1.png", "s-2.png", "s-grid.png"]
+    alone = imprompt.generate(results[1].request)
+    assert np.array_equal(np.asarray(alone.images[0]), np.asarray(Image.open(files[1])))
 
 
 def test_the_command_line_writes_each_picture_and_the_page(common, pictures, tmp_path, capsys) -> None:

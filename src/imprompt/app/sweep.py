@@ -13,13 +13,14 @@ from imprompt.generation.sweep import Sweep, read_axis, spread
 
 
 def sweep(
-    request: Request, axes: Sequence[str], target: Path, *, engine: Engine
+    request: Request, axes: Sequence[str], target: str | Path, *, engine: Engine | None = None
 ) -> tuple[list[Result], list[Path]]:
     """Draw ``request`` for all combinations of ``axes`` (as ``FIELD=VALUE,…``); returns the results and the
     files: ``NAME-1.png``, ``NAME-2.png``, …, and last the page ``NAME-grid.png``.
 
     All requests are checked before the first is drawn, and nothing is written before the last is.
     """
+    target, engine = Path(target), engine or Engine()
     asked = spread(request, [read_axis(text) for text in axes])
     output.check_target(target, request.task, len(asked.requests))
     page = target.with_name(f"{target.stem}-grid.png")

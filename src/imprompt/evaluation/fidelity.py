@@ -4,8 +4,8 @@ both.
 Every measure gives two numbers a drawing. They are read between two ends, drawn with the same seeds: the text
 alone, where all of the text is there and nothing of the picture, and the picture alone. 0 is the other's end,
 1 the own one, so "0.8 of the text, 0.6 of the picture" means the same for every base. The adapter's own image
-encoder looks how like a drawing is to what the text alone draws, and to the picture; it needs nothing else but knows
-no words, so with the bundled model the judge says whether the text's concept is there.
+encoder looks how like a drawing is to what the text alone draws, and to the picture. It needs nothing else
+but knows no words, so with the bundled model the judge says whether the text's concept is there.
 """
 
 from collections.abc import Sequence
