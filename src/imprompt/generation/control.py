@@ -7,6 +7,7 @@ the text's tokens only, as in its training. Finding edges and the like in a pict
 """
 
 import hashlib
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -196,16 +197,12 @@ def controlled(pipe: Any, task: Task, controls: Sequence[Control], nets: Mapping
     """
     import inspect
 
-    import diffusers
-
     first = controls[0]
     name = _PIPELINES[first.net, "XL" in type(pipe).__name__][task]
     if "VideoToVideo" in type(pipe).__name__:
         name = "AnimateDiffVideoToVideoControlNetPipeline"
-    if name == "AnimateDiffSDXLControlNetPipeline":  # which diffusers lacks
-        from imprompt.generation.sdxl_clips import AnimateDiffSDXLControlNetPipeline as kind
-    else:
-        kind = getattr(diffusers, name)
+    library = "imprompt.generation.sdxl_clips" if name == "AnimateDiffSDXLControlNetPipeline" else "diffusers"
+    kind = getattr(importlib.import_module(library), name)
     taken = inspect.signature(kind.__init__).parameters
     parts = {name: part for name, part in pipe.components.items() if name in taken}
     switches = {"safety_checker": None, "requires_safety_checker": False, "add_watermarker": False}

@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusers import AnimateDiffSDXLPipeline
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.models import MultiControlNetModel
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from PIL import Image
 from torch import Tensor
 
@@ -19,6 +19,13 @@ from torch import Tensor
 
 class AnimateDiffSDXLControlNetPipeline(AnimateDiffSDXLPipeline):
     """:class:`diffusers.AnimateDiffSDXLPipeline` with one ControlNet of SDXL, or a list of several."""
+
+    unet: Any
+    scheduler: Any
+    controlnet: Any
+    register_modules: Any
+    vae_scale_factor: int
+    _execution_device: Any
 
     def __init__(
         self,
@@ -60,7 +67,7 @@ class AnimateDiffSDXLControlNetPipeline(AnimateDiffSDXLPipeline):
         maps = [conditioning_frames] if one else conditioning_frames
         frames = [self._prepared(each, call["height"], call["width"]) for each in maps]
         scales, starts, ends = (
-            [value] if one else list(value)  # type: ignore[arg-type, list-item]
+            [value] if isinstance(value, float | int) else list(value)
             for value in (controlnet_conditioning_scale, control_guidance_start, control_guidance_end)
         )
         step = 0
@@ -95,7 +102,7 @@ class AnimateDiffSDXLControlNetPipeline(AnimateDiffSDXLPipeline):
         # First of all: what changes the call later, as guidance of its own for the picture, finds it whole.
         hook = self.unet.register_forward_pre_hook(follow, prepend=True, with_kwargs=True)
         try:
-            return super().__call__(**call)
+            return super().__call__(**call)  # type: ignore[misc]
         finally:
             hook.remove()
 
