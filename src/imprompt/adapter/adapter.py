@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from imprompt import words
+from imprompt import licences, words
 from imprompt.adapter.attention import Injection, LiveTokens
 from imprompt.adapter.attribution import Recorder
 from imprompt.adapter.checkpoint import Checkpoint, StateDict, read, write
@@ -113,11 +113,13 @@ class IPAdapter:
         adapter's ``face_embedder`` is one of :mod:`imprompt.encoders.face`, or a folder of its models. The
         hub is asked only for these files and not at all under ``HF_HUB_OFFLINE``. ``variant`` says what the
         file is where its weights leave that open. ``torch_dtype`` ``None`` keeps the stored number format.
-        Raises :class:`ModelError` for what is missing or damaged, :class:`EncoderMismatch` for a wrong
-        encoder.
+        Raises :class:`ModelError` for what is missing or damaged (and, see :mod:`imprompt.licences`, not for
+        commercial use), :class:`EncoderMismatch` for a wrong encoder.
         """
         path, places = locate(str(repo_or_folder_or_file), subfolder, weight_name)
-        adapter = cls(read(path, variant=variant), image_encoder=image_encoder, face_embedder=face_embedder)
+        checkpoint = read(path, variant=variant)
+        licences.check(f"adapter '{checkpoint.name}'", checkpoint.licence)
+        adapter = cls(checkpoint, image_encoder=image_encoder, face_embedder=face_embedder)
         if image_encoder is None:
             adapter._places = places
         return adapter if torch_dtype is None else adapter.to(dtype=torch_dtype)

@@ -15,6 +15,7 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from imprompt import licences
 from imprompt.adapter.files import digest, flatten, load_pickle, load_tensors, read_header, save_tensors
 from imprompt.adapter.identify import (
     ALSO,
@@ -69,6 +70,13 @@ class Checkpoint:
     lora: dict[str, Tensor] = field(default_factory=dict)
     """FaceID's LoRA, ``N.to_{q,k,v,out}_lora.{down,up}.weight`` for every attention ``N``; else empty."""
     metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def licence(self) -> str:
+        """What is known of it by its layout alone: one of a published face adapter or of Kolors."""
+        if self.variant.embedding is not None and self.base != "other":
+            return licences.FACES
+        return licences.KOLORS if self.base == "Kolors" else ""
 
 
 @dataclass(frozen=True)

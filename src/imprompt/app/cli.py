@@ -487,6 +487,9 @@ def _info(flags: argparse.Namespace) -> None:
 def _models_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="one base or adapter")
     parser.add_argument("--vocabulary", action="store_true", help="the words the bundled model knows")
+    parser.add_argument(
+        "--commercial", action="store_true", help="only what anyone may use commercially, by its licence"
+    )
     parser.add_argument("--json", action="store_true", help="as JSON")
 
 
@@ -530,6 +533,13 @@ def _models(flags: argparse.Namespace) -> None:
             for name, motion in MOTIONS.items()
             if name == flags.name or (flags.name in BASES and motion.family == BASES[flags.name].family)
         }
+    if flags.commercial:
+        from imprompt.licences import commercial
+
+        bases = {name: row for name, row in bases.items() if commercial(row.licence)}
+        adapters = {name: row for name, row in adapters.items() if commercial(row.licence)}
+        motions = {name: row for name, row in motions.items() if commercial(row.licence)}
+        controls = {name: row for name, row in controls.items() if commercial(row.licence)}
     here = {name: cached(base.repo, "model_index.json") for name, base in bases.items()}
     here |= {f"adapter {name}": cached(row.repo, row.file) for name, row in adapters.items()}
     if flags.json:

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from imprompt import licences
 from imprompt.encoders.clip import Features
 from imprompt.encoders.features import read_file, write_file
 from imprompt.errors import InputError, ModelError
@@ -229,6 +230,7 @@ class OnnxFaces:
                 f"expected, it takes {shapes[0]} and gives {shapes[1]}."
             )
         if said := licence_note(space):
+            licences.check(f"'{recogniser}'", said)
             warnings.warn(said, stacklevel=2)
 
     @classmethod

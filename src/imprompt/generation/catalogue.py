@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from imprompt.errors import UsageError
+from imprompt.licences import KOLORS
 
 Family = Literal["emoji", "sd15", "sd21", "sdxl", "kolors"]
 BUNDLED = "bundled"
@@ -95,7 +96,7 @@ BASES: dict[str, BaseRow] = {
         "Stable Diffusion 2.1; adapters for it are trained, none is published here", half=True,
     ),
     "kolors": BaseRow(
-        "Kwai-Kolors/Kolors-diffusers", "kolors", "Kolors licence (research; commercial on registration)",
+        "Kwai-Kolors/Kolors-diffusers", "kolors", KOLORS,
         1024, "Kolors", half=True,
     ),
 }  # fmt: skip
@@ -229,12 +230,12 @@ ADAPTERS: dict[str, AdapterRow] = {
     ),
     "kolors-plus": AdapterRow(
         "Kwai-Kolors/Kolors-IP-Adapter-Plus", "ip_adapter_plus_general.bin", "image_encoder", "kolors",
-        "Kolors licence (research; commercial on registration)", 1013, "16 tokens, ViT-L/14 at 336",
+        KOLORS, 1013, "16 tokens, ViT-L/14 at 336",
         "1983c3f927acb2a2f4285e1e134f302fab8e6d744a3b058e46848aba9957a60f",
     ),
     "kolors-faceid-plus": AdapterRow(
         "Kwai-Kolors/Kolors-IP-Adapter-FaceID-Plus", "ipa-faceid-plus.bin", "clip-vit-large-patch14-336",
-        "kolors", "Kolors licence, face models non-commercial", 2390,
+        "kolors", f"{KOLORS}, face models non-commercial", 2390,
         "who it is and how it looks; no hash is published here", face_pack="antelopev2",
     ),
 }  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from imprompt import licences
 from imprompt.errors import ModelError, UsageError
 from imprompt.generation.catalogue import (
     BUNDLED,
@@ -344,6 +345,7 @@ def _source(name: str, row: ControlRow | None) -> str:
 
 def _row(name: str) -> ControlRow | None:
     if name in CONTROLS:
+        licences.check(f"control '{name}'", CONTROLS[name].licence)
         return CONTROLS[name]
     if name.count("/") == 0 and not Path(name).expanduser().exists():
         named(CONTROLS, name, "control", "a folder or a hub id (owner/name)")

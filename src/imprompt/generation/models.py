@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from imprompt import licences
 from imprompt.adapter.adapter import IPAdapter
 from imprompt.adapter.files import digest
 from imprompt.errors import ModelError, UsageError
@@ -171,6 +172,8 @@ def load(base: Base, task: Task, dtype: Any, quantize: str = "none") -> Any:
     ``dtype`` is a torch dtype; ``quantize`` as a request has it. Raises :class:`ModelError` when it is
     missing, damaged, of a kind that takes no image prompts, or cannot be had offline.
     """
+    licence = base.row.licence if base.row else licences.KOLORS if base.family == "kolors" else ""
+    licences.check(f"base '{base.name}'", licence)
     kind = _pipeline_kind(base)
     _check_channels(_stated_channels(base), base, task)
     if kind == "Kolors" and find_spec("sentencepiece") is None:
@@ -249,6 +252,7 @@ def load_adapter(name: str) -> IPAdapter:
         if row.repo == BUNDLED:
             _check_bundled(EMOJI / row.file)
             return IPAdapter.from_pretrained(EMOJI / row.file)
+        licences.check(f"adapter '{name}'", row.licence)
         folder, _, file = row.file.rpartition("/")
         if row.pickled:
             raise ModelError(
@@ -280,6 +284,7 @@ def adapter_file(name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     row = named(ADAPTERS, name, "adapter", "a file")
+    licences.check(f"adapter '{name}'", row.licence)
     try:
         path = EMOJI / row.file if row.repo == BUNDLED else Path(hf_hub_download(row.repo, row.file))
     except Exception as error:  # the hub's client raises nearly anything

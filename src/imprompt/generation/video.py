@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from imprompt import licences
 from imprompt.encoders.images import frame_count, load_frames
 from imprompt.encoders.video import SUFFIXES, read_video
 from imprompt.errors import AdapterMismatch, InputError, ModelError, UsageError
@@ -78,6 +79,7 @@ def find_motion(name: str | None, base: Base) -> Motion:
         name = DEFAULT_MOTIONS[base.family]
     if name in MOTIONS:
         row = MOTIONS[name]
+        licences.check(f"motion adapter '{name}'", row.licence)
         if row.repo != BUNDLED:
             return Motion(name, row.repo, row)
         if not (EMOJI / "motion" / "config.json").is_file():
