@@ -176,6 +176,7 @@ def load(base: Base, task: Task, dtype: Any, quantize: str = "none") -> Any:
     licences.check(f"base '{base.name}'", licence)
     kind = _pipeline_kind(base)
     _check_channels(_stated_channels(base), base, task)
+    name = _class_for(kind, task, base)
     if kind == "Kolors" and find_spec("sentencepiece") is None:
         raise ModelError("Kolors' text is read by sentencepiece: pip install 'imprompt[kolors]'.")
     options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True, **_NOT_NEEDED[kind]}
@@ -183,7 +184,7 @@ def load(base: Base, task: Task, dtype: Any, quantize: str = "none") -> Any:
         import diffusers
 
         _hush()
-        pipeline = getattr(diffusers, _class_for(kind, task, base))
+        pipeline = getattr(diffusers, name)
         half = base.row is not None and base.row.half and str(dtype) == "torch.float16"
         variant = "fp16" if half else None
         if quantize != "none":
