@@ -163,3 +163,8 @@ def test_tensors_read_before_a_file_was_replaced_stay_what_they_were(tmp_path: P
 def test_a_digest_is_the_files_sha256(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert digest(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"cannot be written: there is no folder '.*such'"):
+        save_tensors(TENSORS, {}, tmp_path / "no" / "such" / "x.safetensors")

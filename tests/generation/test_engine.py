@@ -182,6 +182,7 @@ def test_a_picture_that_changed_since_is_refused(engine, common, pictures, tmp_p
 
 REFUSED = [
     (InputError, "no file.*gone.png", {"images": ["gone.png"]}),
+    (InputError, "'.*' is a folder; a picture is expected", {"images": ["."]}),
     (UsageError, "emoij.*did you mean emoji", {"base": "emoij"}),
     (UsageError, "sd15-plu.*sd15-plus", {"adapter": "sd15-plu", "images": ["ref.png"]}),
     (ModelError, "no adapter file", {"adapter": "none.safetensors", "images": ["ref.png"]}),

@@ -104,6 +104,20 @@ def test_what_does_not_fit_the_base_is_refused(
     assert "\n" not in str(found.value)
 
 
+def test_a_lora_of_other_widths_is_refused_in_one_line(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    other = {f"{name}.lora_A.weight": torch.ones(2, 4), f"{name}.lora_B.weight": torch.ones(4, 2)}
+    save_file(other, tmp_path / "other.safetensors")
+    words = ["generate", "a", "--base", str(place / "base"), "--steps", "1", "--size", "32", "-q"]
+    capfd.readouterr()
+    assert main([*words, "--lora", str(tmp_path / "other.safetensors"), "-o", str(tmp_path / "a.png")]) == 3
+    error = capfd.readouterr().err
+    assert "size mismatch for down_blocks.0.attentions.0" in error
+    assert error.count("\n") == 1
+
+
 def test_flags_are_read_and_come_back_and_wrong_ones_are_said(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -150,6 +150,8 @@ def save_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], pat
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    if not path.parent.is_dir():
+        raise ModelError(f"'{path}' cannot be written: there is no folder '{path.parent}'.")
     seen: set[int] = set()
     plain = {}
     for key, value in tensors.items():

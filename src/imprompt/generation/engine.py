@@ -537,7 +537,8 @@ def _read(request: Request, pictures: Mapping[str, Image.Image]) -> tuple[_Shown
             continue
         path = Path(name).expanduser()
         if not path.is_file() and not (name in moving and path.is_dir()):
-            raise InputError(f"there is no file '{name}'.")
+            folder = "'{}' is a folder; a picture is expected." if path.is_dir() else "there is no file '{}'."
+            raise InputError(folder.format(name))
         hashes[name] = _hash(path)
         if request.hashes.get(name, hashes[name]) != hashes[name]:
             raise InputError(

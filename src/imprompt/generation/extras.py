@@ -5,6 +5,7 @@ diffusers and peft do the work; here names are read (a ``.safetensors`` file, a 
 none of these: it comes and goes with the adapter.
 """
 
+import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,13 +23,19 @@ def add_loras(pipe: Any, refs: Sequence[LoraRef]) -> None:
         return
     if find_spec("peft") is None:
         raise ModelError("LoRAs are loaded by peft: pip install 'imprompt[lora]'.")
+    from diffusers.utils import logging as said
+
     names = [f"lora_{i}" for i in range(len(refs))]
     for name, ref in zip(names, refs, strict=True):
         source, options = _place(ref.path, "LoRA")
+        usual = said.get_verbosity()
+        said.set_verbosity(logging.CRITICAL)  # its list of all weights that do not fit
         try:
             pipe.load_lora_weights(source, adapter_name=name, use_safetensors=True, **options)
         except Exception as error:  # diffusers and peft raise nearly anything on what does not fit
             raise ModelError(f"LoRA '{ref.path}' cannot be used with this base: {_line(error)}") from error
+        finally:
+            said.set_verbosity(usual)
         if name not in {each for part in pipe.get_list_adapters().values() for each in part}:
             raise ModelError(f"LoRA '{ref.path}' has no weights for this base; it is of another kind.")
     pipe.set_adapters(names, [ref.weight for ref in refs])
@@ -101,4 +108,6 @@ def _download(repo: str, options: dict[str, str]) -> Path:
 
 
 def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """The first line of what went wrong, and the next where it only announces that."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])

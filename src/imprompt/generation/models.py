@@ -309,14 +309,14 @@ def _quantised(base: Base, quantize: str, dtype: Any, variant: str | None) -> An
 
     file = quantize.endswith(".gguf")
     package = "gguf" if file else "torchao"
+    path = Path(quantize).expanduser()
+    if file and not path.is_file():
+        raise ModelError(f"quantize: there is no file '{quantize}'.")
     if find_spec(package) is None:
         raise ModelError(f"quantize: '{quantize}' is read by {package}: pip install 'imprompt[quantize]'.")
     single = base.path is not None and base.path.is_file()
     options: dict[str, Any] = {"torch_dtype": dtype}
     if file:
-        path = Path(quantize).expanduser()
-        if not path.is_file():
-            raise ModelError(f"quantize: there is no file '{quantize}'.")
         if single:
             raise ModelError(
                 f"quantize: '{quantize}' has no configuration; name a diffusers folder or hub id as --base, "
