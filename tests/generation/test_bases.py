@@ -13,7 +13,7 @@ from imprompt.errors import ModelError, UsageError
 from imprompt.generation.catalogue import ADAPTERS, BASES, fitting
 from imprompt.generation.models import find_base, load, load_adapter
 from layouts import PUBLISHED
-from tiny import POOLED, random_adapter_state, tiny_unet
+from tiny import POOLED, random_adapter_state, tiny_sd, tiny_unet
 
 
 def folder(place: Path, pipeline: str, **unet: int) -> Path:
@@ -37,6 +37,21 @@ def test_a_folders_family_and_what_it_likes(
 ) -> None:
     base = find_base(str(folder(tmp_path / "base", "X", **unet)))
     assert (base.family, base.defaults.adapter, base.defaults.size) == (family, adapter, size)
+
+
+def test_a_folder_with_files_in_half_precision_alone_is_read(tmp_path: Path) -> None:
+    pipe = tiny_sd()
+    pipe.save_pretrained(tmp_path / "half", variant="fp16")
+    assert not (tmp_path / "half" / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    loaded = load(find_base(str(tmp_path / "half")), "generate", torch.float32)
+    for mine, theirs in zip(loaded.unet.parameters(), pipe.unet.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_the_hub_id_of_a_known_base_is_as_good_as_its_alias() -> None:
+    for name, row in BASES.items():
+        if row.repo != "bundled":
+            assert find_base(row.repo).family == find_base(name).family == row.family
 
 
 def test_kolors_does_not_inpaint(tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ class BaseRow:
     """Whether its UNet has the 9 input channels of an inpainting model."""
     half: bool = False
     """Whether the repository also holds fp16 files, half the download."""
+    half_only: bool = False
+    """Whether it holds no others."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ BASES: dict[str, BaseRow] = {
     ),
     "kolors": BaseRow(
         "Kwai-Kolors/Kolors-diffusers", "kolors", KOLORS,
-        1024, "Kolors", half=True,
+        1024, "Kolors", half_only=True,
     ),
 }  # fmt: skip
 

@@ -159,7 +159,7 @@ def find_base(name: str) -> Base:
             )
         return Base(name, str(path))
     if _HUB_ID.fullmatch(name) and not name.startswith("."):
-        return Base(name, name)
+        return Base(name, name, next((row for row in BASES.values() if row.repo == name), None))
     if "/" in name or path.suffix:
         raise ModelError(f"there is no base at '{name}': no folder, no .safetensors file.")
     named(BASES, name, "base", "a folder, a .safetensors file or a hub id (owner/name)")
@@ -185,8 +185,7 @@ def load(base: Base, task: Task, dtype: Any, quantize: str = "none") -> Any:
 
         _hush()
         pipeline = getattr(diffusers, name)
-        half = base.row is not None and base.row.half and str(dtype) == "torch.float16"
-        variant = "fp16" if half else None
+        variant = "fp16" if _halves(base, dtype) else None
         if quantize != "none":
             options["unet"] = _quantised(base, quantize, dtype, variant)
         if base.path is not None and base.path.is_file():
@@ -301,6 +300,14 @@ def adapter_file(name: str) -> Path:
 
 
 # ---- private
+
+
+def _halves(base: Base, dtype: Any) -> bool:
+    """Whether the files marked fp16 are read: where there are no others, or they are all that is needed."""
+    if base.row is not None:
+        return base.row.half_only or (base.row.half and str(dtype) == "torch.float16")
+    found = [] if base.path is None else [file.name for file in (base.path / "unet").glob("*.safetensors")]
+    return bool(found) and all(".fp16" in name for name in found)
 
 
 def _quantised(base: Base, quantize: str, dtype: Any, variant: str | None) -> Any:
