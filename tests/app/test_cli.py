@@ -257,3 +257,13 @@ def test_frames_asked_for_again_replace_the_earlier_ones_and_a_users_folder_gets
     shutil.copy("ref.png", "mine/0001.png")
     assert say(*words, "mine")[:2] == (0, "mine/animate.gif\n")
     assert np.array_equal(pixels("mine/0001.png"), pixels("ref.png"))
+
+
+@pytest.mark.parametrize("pace", [("--fps", "60"), ("--video", "fast.webp")])
+def test_a_pace_that_a_gif_cannot_hold_is_said_before_drawing(say, pace, monkeypatch):
+    frames = [tiny.picture(i, (32, 32)) for i in range(3)]
+    frames[0].save("fast.webp", save_all=True, append_images=frames[1:], duration=10, lossless=True)
+    monkeypatch.setattr("imprompt.generation.engine.Engine.run", lambda *_, **__: pytest.fail("it drew"))
+    code, out, err = say("animate", "a", *pace, "-o", "x.gif")
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"imprompt: error: fps: a GIF shows at most 50 frames.*\n", err)

@@ -247,7 +247,7 @@ KEYS = [
     ({}, {"video": "<film>", "frames": None}, "clips that start from no video"),
     ({}, {"frames": 9, "context": 8}, "tells 8 frames apart, not 9"),
     ({"model": "<net>"}, {}, "at=0 needs a SparseCtrl, and .* is a ControlNet, which is followed in every"),
-    ({"model": None}, {}, "has no default model for frame at a frame"),
+    ({"model": None}, {}, "has no default SparseCtrl, which at needs, for frame"),
     ({}, {"base": "emoji", "motion": None}, "another kind|SparseCtrl for"),
 ]
 
@@ -282,9 +282,31 @@ def test_a_long_clip_is_drawn_in_windows_and_leaves_the_pipeline_as_it_was(engin
     assert np.array_equal(pixels(engine.run(asked()).images), short)
 
 
-def test_an_animated_picture_as_a_still_is_its_first_frame_with_a_note(engine, asked, film, common):
-    result = engine.run(Request(prompt="a", images=[film], **common))
-    assert any("animated" in note and "first frame" in note for note in result.notes)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"images": ["<film>"]},
+        {"images": [{"path": "ref.png", "mask": "<film>"}]},
+        {"images": [{"path": "ref.png", "negative": "<film>"}]},
+        {"images": ["ref.png"], "task": "edit", "image": "<film>"},
+        {"images": ["ref.png"], "task": "inpaint", "image": "ref.png", "mask": "<film>"},
+    ],
+)
+def test_an_animated_picture_as_a_still_is_its_first_frame_with_a_note(
+    engine, film, pictures, common, fields
+):
+    result = engine.run(Request(prompt="a", **places(fields, film, pictures), **common))
+    assert [note for note in result.notes if "animated" in note and "its first frame is taken" in note]
+
+
+def places(value, film, pictures):
+    """``value`` with the pictures it names as files."""
+    if isinstance(value, dict):
+        return {name: places(each, film, pictures) for name, each in value.items()}
+    if isinstance(value, list):
+        return [places(each, film, pictures) for each in value]
+    known = {"<film>": film, "<folder>": film.parent, "ref.png": pictures / "ref.png"}
+    return str(known[value]) if isinstance(value, str) and value in known else value
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".mp4", ""])
@@ -413,22 +435,15 @@ REFUSED = [
     (ModelError, "no motion adapter at", {"motion": "no/such/folder"}),
     (UsageError, "did you mean animatediff", {"motion": "animatedif"}),
     (UsageError, "no default motion adapter", {"motion": None}),
+    (AdapterMismatch, "'animatediff' is for sd15.*'emoji'", {"base": "emoji", "motion": "animatediff"}),
+    (InputError, "is a folder; a picture is expected", {"images": ["<folder>"]}),
 ]
 
 
 @pytest.mark.parametrize(("kind", "message", "fields"), REFUSED)
 def test_what_cannot_move_is_said_in_one_line(engine, asked, pictures, film, kind, message, fields):
-    def place(value):
-        if value == "<film>":
-            return str(film)
-        if isinstance(value, dict):
-            return {name: place(each) for name, each in value.items()}
-        if isinstance(value, list):
-            return [place(each) for each in value]
-        return str(pictures / value) if value == "ref.png" else value
-
     with pytest.raises(kind, match=message) as said:
-        engine.run(asked(**{name: place(value) for name, value in fields.items()}))
+        engine.run(asked(**places(fields, film, pictures)))
     assert "\n" not in str(said.value)
 
 

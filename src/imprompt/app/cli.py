@@ -300,6 +300,8 @@ def _draw(task: str, flags: argparse.Namespace) -> None:
     output.check_target(target, request.task, request.count)
     if flags.save_control:
         output.check_maps(request, target)
+    if target.suffix.lower() == ".gif":
+        _check_pace(request)
 
     from imprompt.generation.engine import Engine
 
@@ -320,6 +322,19 @@ def _draw(task: str, flags: argparse.Namespace) -> None:
         for path in paths:
             print(path)
         _summary(result)
+
+
+def _check_pace(request: "Request") -> None:
+    """Say before drawing that a GIF cannot hold the clip's pace; a video's own is looked up."""
+    from imprompt.generation.clips import check_pace
+
+    pace = request.fps
+    if pace is None and request.video is not None:
+        from imprompt.generation.video import read_film
+
+        pace = read_film(Path(request.video).expanduser(), request.video)[1]
+    if pace is not None:
+        check_pace(".gif", pace)
 
 
 def _sweep(task: str, flags: argparse.Namespace, request: "Request") -> None:

@@ -289,9 +289,9 @@ def _default(ref: ControlRef, base: Base) -> str:
     kinds = table.get(base.family, {}) if base.family else {}
     if ref.kind not in kinds:
         there = f"known for it: {', '.join(kinds)}" if kinds else "none is known for it"
-        where = "" if ref.at is None else " at a frame"
+        what = "model" if ref.at is None else "SparseCtrl, which at needs,"
         raise UsageError(
-            f"control '{ref.path}': base '{base.name}' has no default model for {ref.kind}{where} "
+            f"control '{ref.path}': base '{base.name}' has no default {what} for {ref.kind} "
             f"({there}); name one that was made for it by model=NAME."
         )
     return kinds[ref.kind]

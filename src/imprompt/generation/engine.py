@@ -556,8 +556,7 @@ def _read(request: Request, pictures: Mapping[str, Image.Image]) -> tuple[_Shown
         for name in names
         if name not in moving and (name in pictures or not is_saved(name))
     }
-    stills = [*shown.prompts, *(ref.path for ref in request.controls if ref.path not in moving)]
-    shown.still = [name for name in dict.fromkeys(stills) if frame_count(source(name)) > 1]
+    shown.still = [n for n in request.files if n not in moving and frame_count(source(n)) > 1]
     for name in dict.fromkeys(ref.path for ref in refs if ref.at == "each"):
         shown.films[name], _ = video.read_film(source(name), name)
     if request.video is not None:
@@ -632,7 +631,7 @@ def _size(request: Request, base: Base, shown: _Shown) -> tuple[tuple[int, int],
 
 def _cropped(request: Request, shown: _Shown) -> list[str]:
     """What to tell about pictures of which the encoder's centre crop leaves out much."""
-    notes = [f"'{name}' is animated; its first frame is shown" for name in shown.still]
+    notes = [f"'{name}' is animated; its first frame is taken" for name in shown.still]
     for ref in {ref.path: ref for ref in request.images if ref.framing == "crop"}.values():
         if ref.path in shown.prompts:
             short, long = sorted(shown.prompts[ref.path].size)

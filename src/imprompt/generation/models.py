@@ -401,6 +401,7 @@ def _hush() -> None:
         library.set_verbosity_error()
         library.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*torch_dtype.*is deprecated.*")
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")
 
 
 def _hub_index(base: Base) -> dict[str, Any]:

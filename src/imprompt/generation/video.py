@@ -23,7 +23,7 @@ from imprompt.encoders.images import frame_count, load_frames
 from imprompt.encoders.video import SUFFIXES, read_video
 from imprompt.errors import AdapterMismatch, InputError, ModelError, UsageError
 from imprompt.generation.catalogue import BUNDLED, DEFAULT_MOTIONS, MOTIONS, MotionRow, named
-from imprompt.generation.models import EMOJI, Base
+from imprompt.generation.models import EMOJI, Base, _hush
 from imprompt.generation.request import Request
 
 _CHUNK = 4  # frames that are decoded or encoded at a time
@@ -69,7 +69,7 @@ def find_motion(name: str | None, base: Base) -> Motion:
     """The motion adapter a request means: its own word, or the default of the base.
 
     Raises :class:`UsageError` for an unknown alias or a base without a default, :class:`ModelError` for a
-    folder that holds none.
+    folder that holds none, :class:`AdapterMismatch` for one of another family of bases.
     """
     if name is None:
         if base.family is None or base.family not in DEFAULT_MOTIONS:
@@ -79,6 +79,11 @@ def find_motion(name: str | None, base: Base) -> Motion:
         name = DEFAULT_MOTIONS[base.family]
     if name in MOTIONS:
         row = MOTIONS[name]
+        if base.family is not None and row.family != base.family:
+            raise AdapterMismatch(
+                f"motion adapter '{name}' is for {row.family} bases; base '{base.name}' is of the family "
+                f"{base.family}. See imprompt models."
+            )
         licences.check(f"motion adapter '{name}'", row.licence)
         if row.repo != BUNDLED:
             return Motion(name, row.repo, row)
@@ -305,6 +310,7 @@ def _uneven(name: str, count: int, what: str, request: Request) -> str:
 def _load(motion: Motion, dtype: torch.dtype) -> Any:
     import diffusers
 
+    _hush()
     half = motion.row is not None and motion.row.half and dtype == torch.float16
     try:
         return diffusers.MotionAdapter.from_pretrained(
