@@ -221,6 +221,21 @@ def test_a_black_mask_is_refused(engine, common, pictures, tmp_path):
         engine.run(asked)
 
 
+def test_an_adapter_without_an_encoder_says_where_one_is(engine, common, pictures, tmp_path):
+    from imprompt.adapter.adapter import IPAdapter
+    from tiny import random_adapter_state, tiny_unet
+
+    for width, said in (
+        (1024, r"hf download h94/IP-Adapter --include 'models/image_encoder/\*'"),
+        (40, "file.$"),
+    ):
+        state = random_adapter_state(tiny_unet(), feature_width=width)
+        path = IPAdapter.from_state_dict(state).save_pretrained(tmp_path, f"{width}.safetensors")
+        asked = Request(images=[pictures / "ref.png"], **{**common, "adapter": str(path)})
+        with pytest.raises(ModelError, match=f"has no image encoder.*{said}"):
+            engine.run(asked)
+
+
 def test_an_adapter_of_another_base_changes_nothing(engine, common, pictures, tmp_path):
     import tiny
     from imprompt.adapter.adapter import IPAdapter

@@ -392,6 +392,11 @@ class IPAdapter:
             self._check_widths(encoder.pooled_width, encoder.hidden_width, encoder.name)
         self._encoder = encoder
 
+    @property
+    def published_encoder(self) -> EncoderPlace | None:
+        """Where an image encoder is published that gives what this adapter reads; the hub is not asked."""
+        return next((place for place, widths in PUBLISHED_ENCODERS.items() if self._fits(*widths)), None)
+
     # ---- private
 
     def _show(self, samples: Sequence[Sequence[ImagePrompt]]) -> None:

@@ -69,12 +69,12 @@ class EncoderPlace:
         return self.source + (f":{self.subfolder}" if self.subfolder else "")
 
 
-PUBLISHED_ENCODERS = (
-    EncoderPlace("h94/IP-Adapter", "models/image_encoder"),
-    EncoderPlace("h94/IP-Adapter", "sdxl_models/image_encoder"),
-    EncoderPlace("Kwai-Kolors/Kolors-IP-Adapter-Plus", "image_encoder"),
-)
-"""ViT-H/14, ViT-bigG/14 and ViT-L/14 at 336, which many published adapters share."""
+PUBLISHED_ENCODERS = {
+    EncoderPlace("h94/IP-Adapter", "models/image_encoder"): (1024, 1280),
+    EncoderPlace("h94/IP-Adapter", "sdxl_models/image_encoder"): (1280, 1664),
+    EncoderPlace("Kwai-Kolors/Kolors-IP-Adapter-Plus", "image_encoder"): (768, 1024),
+}
+"""ViT-H/14, ViT-bigG/14 and ViT-L/14 at 336, which many published adapters share → (pooled, hidden) width."""
 
 
 def locate(

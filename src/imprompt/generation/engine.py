@@ -405,9 +405,14 @@ class Engine:
             return self._kept(key)
         encoder = adapter.image_encoder
         if encoder is None:
+            place = adapter.published_encoder
+            fetch = (
+                "" if place is None else f", or: hf download {place.source} --include '{place.subfolder}/*'"
+            )
             raise ModelError(
                 f"adapter '{adapter.checkpoint.name}' has no image encoder: none that fits lies next to it, "
-                "nor comes with the base. Put an image_encoder folder beside the adapter's file."
+                "comes with the base, or is in the hub's cache. Put an image_encoder folder beside the "
+                f"adapter's file{fetch}."
             )
         key = (encoder.name, first.framing, f"{first.sharpen}", *(content_hash(image) for image in images))
         if key not in self._features:
