@@ -36,6 +36,7 @@ class Weights:
     parts: tuple[Part, ...] | None = None
     guidance: tuple[float, float | None] | None = None
     lora: None = None
+    beside_text: bool = False
     asked: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
