@@ -4,13 +4,23 @@ import json
 import math
 
 import pytest
+import torch
 
 import tiny
 from imprompt.adapter.adapter import IPAdapter
 from imprompt.adapter.weighting import Roles
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.evaluation.judge import Judge, JudgeNetwork
-from imprompt.evaluation.layers import MEASURES, Bench, _share, ablate, as_code, chart, roles_from
+from imprompt.evaluation.layers import (
+    MEASURES,
+    Bench,
+    _share,
+    _span_of_share,
+    ablate,
+    as_code,
+    chart,
+    roles_from,
+)
 from imprompt.evaluation.report import EvalSet, Shown
 
 
@@ -38,6 +48,7 @@ def test_every_block_is_measured_alone_and_left_out(bench: Bench) -> None:
         assert set(row["share"]) == {"style", "leak", "layout"}
         assert set(MEASURES) < set(row["only"])
         assert all(math.isfinite(value) for value in row["share"].values())
+        assert all(low <= high for low, high in row["interval"].values())
     assert found["none"] != found["all"]
     assert json.dumps(found)
     assert chart(found).width > 300
@@ -59,6 +70,15 @@ def test_two_references_are_looked_for_on_their_sides(bench: Bench) -> None:
 def test_a_share_is_the_mean_of_what_is_brought_and_what_is_missing() -> None:
     assert _share(0.2, 0.8, only=0.5, without=0.6) == pytest.approx((0.5 + 1 / 3) / 2)
     assert _share(0.5, 0.51, only=0.9, without=0.1) == 0  # nothing to share
+
+
+def test_a_shares_interval_is_that_of_resampled_pairs_the_same_in_all_settings() -> None:
+    nothing = torch.linspace(0, 0.3, 24)
+    low, high = _span_of_share(nothing, nothing + 0.5, nothing + 0.25, nothing + 0.25)
+    assert (low, high) == pytest.approx((0.5, 0.5))  # what pairs have in common falls out
+    only = nothing + 0.5 * (torch.arange(24) % 2)
+    low, high = _span_of_share(nothing, nothing + 0.5, only, nothing + 0.25)
+    assert 0.35 < low < 0.45 < 0.55 < high < 0.65  # a mean of 24 halves, of which the share is half
 
 
 def test_roles_follow_from_shares() -> None:

@@ -102,8 +102,15 @@ def scatter(
     return page
 
 
-def bars(labels: Sequence[str], series: Mapping[str, Sequence[float]], *, title: str) -> Image.Image:
-    """Groups of bars, one group a label, one colour a series; all share one scale through 0."""
+def bars(
+    labels: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    *,
+    title: str,
+    spans: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+) -> Image.Image:
+    """Groups of bars, one group a label, one colour a series; all share one scale through 0. ``spans`` are
+    drawn as a line over each bar, as far as the scale reaches."""
     each, high, left, top = 18, 320, 64, 48
     group = each * len(series) + 18
     width = left + group * len(labels) + 24
@@ -124,6 +131,10 @@ def bars(labels: Sequence[str], series: Mapping[str, Sequence[float]], *, title:
             edges = sorted((level(0), level(values[g])))
             box = (x + s * each, edges[0], x + (s + 1) * each - 3, edges[1])
             pen.rectangle(box, COLOURS[s % len(COLOURS)])
+        for s, name in enumerate(series if spans is not None else ()):
+            middle = x + s * each + (each - 3) / 2
+            ends = [level(min(max(end, low), top_value)) for end in (spans or {})[name][g]]
+            pen.line((middle, ends[0], middle, ends[1]), _PALE, 2)
         for i, line in enumerate(_lines(label, group - 4, font)):
             pen.text((x, top + high + 8 + i * _LINE), line, _INK, font)
     pen.line((left, level(0), width, level(0)), _INK)

@@ -9,7 +9,8 @@ that the roles of ``adapter.weighting`` follow by :func:`roles_from`; every prof
 scales, and two references are shown left and right of one picture, to see on which side each appears.
 
 ``python -m imprompt.evaluation.layers --out FOLDER`` writes ``layers.json``, ``layers.png`` and
-``masks.png`` and prints the tables; with its defaults about five minutes on two cores.
+``masks.png`` and prints the tables; with its defaults (24 pairs) about six minutes on one free core. What is
+measured is written when it is there, the blocks first.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from PIL import Image
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from imprompt.adapter.adapter import IPAdapter
 from imprompt.adapter.layers import cross_attentions
-from imprompt.adapter.prompt import ImagePrompt
+from imprompt.adapter.prompt import EncodedFaces, EncodedPictures, ImagePrompt, PromptFields
 from imprompt.errors import ImpromptError, InputError
 from imprompt.evaluation.charts import bars, grid
 from imprompt.evaluation.judge import Judge
@@ -53,9 +54,11 @@ class Bench:
     adapter: IPAdapter
     judge: Judge
     pairs: Sequence[tuple[Shown, Shown]]
-    steps: int = 12
+    steps: int = 10
     guidance: float = 5.0
     batch: int = 8
+    _seen: dict[int, EncodedPictures | EncodedFaces] = field(default_factory=dict)
+    """Each reference's features, encoded once for all settings."""
 
     @classmethod
     def of(
@@ -75,9 +78,9 @@ class Bench:
             raise InputError("the evaluation set has no reference and text of concepts that the judge knows.")
         return cls(pipe, adapter, judge, pairs, **settings)
 
-    def measure(self, profile: str | Sequence[float], scale: float) -> dict[str, float]:
-        """Means over the pairs of :data:`MEASURES`, and of the judge's probabilities ``style_p`` and
-        ``leak_p``, drawn with this profile and scale; the same seeds for every setting."""
+    def measure(self, profile: str | Sequence[float], scale: float) -> dict[str, Tensor]:
+        """Per pair :data:`MEASURES`, and the judge's probabilities ``style_p`` and ``leak_p``, drawn with
+        this profile and scale; the same seeds for every setting."""
         images = self.draw(profile, scale)
         references = [reference for reference, _ in self.pairs]
         real = [reference.image for reference in references if reference.image is not None]
@@ -95,15 +98,14 @@ class Bench:
         layout = cosine(_grey(images), _grey(real))
         values = (style, concept, leak, layout, chance, leaked)
         names = (*MEASURES, "style_p", "leak_p")
-        return {name: float(v.double().mean()) for name, v in zip(names, values, strict=True)}
+        return {name: v.double().flatten() for name, v in zip(names, values, strict=True)}
 
     def draw(self, profile: str | Sequence[float], scale: float) -> list[Image.Image]:
         """One picture a pair."""
         drawn: list[Image.Image] = []
         for start in range(0, len(self.pairs), self.batch):
             part = self.pairs[start : start + self.batch]
-            shown = [ImagePrompt(one.image, scale=scale, profile=profile) for one, _ in part]
-            self.adapter.set_batch(shown)
+            self.adapter.set_batch([self._shown(one, scale=scale, profile=profile) for one, _ in part])
             drawn += self._call([text.caption("concept") for _, text in part], start)
         self.adapter.clear_prompt()
         return drawn
@@ -123,13 +125,7 @@ class Bench:
         for start in range(0, len(twos), self.batch):
             part = twos[start : start + self.batch]
             self.adapter.set_batch(
-                [
-                    [
-                        ImagePrompt(one.image, mask=left),
-                        ImagePrompt(other.image, mask=1 - left),
-                    ]
-                    for one, other in part
-                ]
+                [[self._shown(one, mask=left), self._shown(other, mask=1 - left)] for one, other in part]
             )
             drawn += self._call([""] * len(part), start, height=side, width=2 * side)
         self.adapter.clear_prompt()
@@ -150,6 +146,12 @@ class Bench:
         }
         return found, drawn
 
+    def _shown(self, one: Shown, **fields: Unpack[PromptFields]) -> ImagePrompt:
+        if id(one) not in self._seen:
+            assert one.image is not None
+            self._seen[id(one)] = self.adapter.encode([one.image])
+        return ImagePrompt(features=self._seen[id(one)], **fields)
+
     def _call(self, texts: Sequence[str], start: int, **size: int) -> list[Image.Image]:
         generators = [torch.Generator().manual_seed(start + place) for place in range(len(texts))]
         drawn: list[Image.Image] = self.pipe(
@@ -162,7 +164,11 @@ class Bench:
         return drawn
 
 
-def ablate(bench: Bench, say: Callable[[str], None] = print) -> dict[str, Any]:
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def ablate(bench: Bench, say: Callable[[str], None] = _say) -> dict[str, Any]:
     """Each block alone, and all without it, at scale 1: the figures, and each block's share of the effect."""
     layers = cross_attentions(bench.pipe.unet)
     blocks = list(dict.fromkeys((x.t, x.block) for x in sorted(layers, key=lambda x: x.t)))
@@ -173,13 +179,18 @@ def ablate(bench: Bench, say: Callable[[str], None] = print) -> dict[str, Any]:
     for t, name in blocks:
         only = bench.measure([float(i == t) for i in range(count)], 1.0)
         without = bench.measure([float(i != t) for i in range(count)], 1.0)
-        shares = {
-            name: _share(nothing[key], everything[key], only[key], without[key])
-            for name, key in _FINE.items()
-        }
-        say(f"{t} {name:<26} only {_row(only)}; without {_row(without)}")
-        rows.append({"t": t, "block": name, "only": only, "without": without, "share": shares})
-    return {"none": nothing, "all": everything, "blocks": rows}
+        four = (nothing, everything, only, without)
+        shares = {name: _share(*(_mean(each[key]) for each in four)) for name, key in _FINE.items()}
+        spans = {name: _span_of_share(*(each[key] for each in four)) for name, key in _FINE.items()}
+        said = ", ".join(
+            f"{name} {shares[name]:.2f} ({spans[name][0]:.2f} to {spans[name][1]:.2f})" for name in shares
+        )
+        say(f"{t} {name:<26} only {_row(only)}; without {_row(without)}; shares: {said}")
+        rows.append(
+            {"t": t, "block": name, "only": _means(only), "without": _means(without)}
+            | {"share": shares, "interval": spans}
+        )
+    return {"none": _means(nothing), "all": _means(everything), "blocks": rows}
 
 
 def roles_from(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -212,14 +223,14 @@ def as_code(roles: Mapping[str, Any]) -> str:
     return f"Roles({', '.join(f'{name}={value}' for name, value in {**rest, **sets}.items())})"
 
 
-def tabulate(bench: Bench, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+def tabulate(bench: Bench, say: Callable[[str], None] = _say) -> list[dict[str, Any]]:
     """Every profile of :data:`PROFILES` at every scale of :data:`SCALES`."""
     rows = []
     for profile in PROFILES:
         for scale in SCALES:
             found = bench.measure(profile, scale)
             say(f"{profile:<16} {scale:.1f} {_row(found)}")
-            rows.append({"profile": profile, "scale": scale, **found})
+            rows.append({"profile": profile, "scale": scale, **_means(found)})
     return rows
 
 
@@ -238,7 +249,8 @@ def chart(found: Mapping[str, Any]) -> Image.Image:
     return bars(
         labels,
         {named[key]: values for key, values in series.items()},
-        title="share of what the picture brings, by block",
+        title="Share of what the picture brings, by block (lines: 95 % intervals)",
+        spans={named[key]: [row["interval"][key] for row in rows] for key in series},
     )
 
 
@@ -249,8 +261,27 @@ def _share(nothing: float, everything: float, only: float, without: float) -> fl
     return ((only - nothing) + (everything - without)) / 2 / whole if abs(whole) > 0.02 else 0.0
 
 
-def _row(values: Mapping[str, float]) -> str:
-    return " ".join(f"{name} {values[name]:.2f}" for name in MEASURES)
+def _span_of_share(*four: Tensor, draws: int = 1000) -> tuple[float, float]:
+    """The middle 95 % of :func:`_share` over resampled pairs, the same pairs in all four settings."""
+    generator = torch.Generator().manual_seed(0)
+    picked = torch.randint(len(four[0]), (draws, len(four[0])), generator=generator)
+    shares = torch.tensor(
+        [_share(*means) for means in zip(*(each[picked].mean(1).tolist() for each in four), strict=True)]
+    )
+    low, high = torch.quantile(shares, torch.tensor([0.025, 0.975])).tolist()
+    return low, high
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean())
+
+
+def _means(measured: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: _mean(values) for name, values in measured.items()}
+
+
+def _row(values: Mapping[str, Tensor]) -> str:
+    return " ".join(f"{name} {_mean(values[name]):.2f}" for name in MEASURES)
 
 
 def _grey(images: Sequence[Image.Image]) -> Tensor:
@@ -270,8 +301,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", type=Path, default=EMOJI, help="diffusers folder with eval/ and a judge")
     parser.add_argument("--adapter", type=Path, help="adapter file; default: the base's first")
     parser.add_argument("--out", type=Path, required=True, help="folder for layers.json and the pictures")
-    parser.add_argument("-n", type=int, default=16, help="pairs")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("-n", type=int, default=24, help="pairs")
+    parser.add_argument("--steps", type=int, default=10)
     options = parser.parse_args(arguments)
     started = time.monotonic()
     try:
@@ -286,30 +317,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pipe.set_progress_bar_config(disable=True)
         adapter.attach(pipe)
         bench = Bench.of(pipe, adapter, judge, shown, options.n, steps=options.steps)
+        options.out.mkdir(parents=True, exist_ok=True)
         found = ablate(bench)
         found["roles"] = roles_from(found["blocks"])
+        found["settings"] = {"adapter": adapter.checkpoint.name, "pairs": len(bench.pairs)}
+        found["settings"] |= {"steps": bench.steps, "guidance": bench.guidance}
+        _write(found, options.out, started)
+        chart(found).save(options.out / "layers.png")
+        print(f"row for adapter.weighting: {as_code(found['roles'])}", flush=True)
         found["profiles"] = tabulate(bench)
+        _write(found, options.out, started)
         found["masks"], drawn = bench.sides()
+        _write(found, options.out, started)
     except ImpromptError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    found["settings"] = {
-        "adapter": adapter.checkpoint.name,
-        "pairs": len(bench.pairs),
-        "steps": bench.steps,
-        "guidance": bench.guidance,
-        "seconds": round(time.monotonic() - started),
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "layers.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    chart(found).save(options.out / "layers.png")
     few = drawn[:8]
     grid(few, [""] * min(4, len(few)), [""] * -(-len(few) // 4), title="two references, left and right").save(
         options.out / "masks.png"
     )
     print(f"masks: {json.dumps(found['masks'])}")
-    print(f"row for adapter.weighting: {as_code(found['roles'])}")
     return 0
+
+
+def _write(found: dict[str, Any], folder: Path, started: float) -> None:
+    found["settings"]["seconds"] = round(time.monotonic() - started)
+    (folder / "layers.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
