@@ -34,13 +34,14 @@ def place(tmp_path_factory) -> Path:
     mask = Image.new("L", (32, 32))
     mask.paste(255, (16, 0, 32, 32))
     mask.save(folder / "mask.png")
+    Image.new("L", (32, 32)).save(folder / "black.png")
     return folder
 
 
 @pytest.fixture
 def say(place, tmp_path, monkeypatch, capsys):
     """Runs a command in an empty folder with the pictures; returns exit code, stdout and stderr."""
-    for name in ("ref.png", "mask.png"):
+    for name in ("ref.png", "mask.png", "black.png"):
         shutil.copy(place / name, tmp_path)
     monkeypatch.chdir(tmp_path)
 
@@ -143,7 +144,18 @@ REFUSED = [
     (2, "only the bundled model", "models sd15 --vocabulary"),
     (3, "no base", "generate a --base ./missing/folder"),
     (3, "opens no pickles", "generate a --base ref.png"),
-    (4, "there is no file 'gone.png'", "generate a --image gone.png --base BASE"),
+    (4, "images.0.path: there is no file 'gone.png'", "generate a --image gone.png --base BASE"),
+    (4, "images.0.mask: there is no file 'gone.png'", "generate a --image ref.png,mask=gone.png --base BASE"),
+    (4, "regions.0.mask: mask 'black.png' is black", "generate a --region b,mask=black.png --base BASE"),
+    (2, "curve: nan in point", "generate a --image ref.png,curve=0:nan --base BASE"),
+    (2, "there is no token 99", "generate a --image ref.png,select=99 --base BASE"),
+    (
+        2,
+        "'subtract' takes the first picture minus",
+        "generate a --image ref.png,combine=subtract --base BASE",
+    ),
+    (2, "profile has 2 weights; this UNet takes", "generate a --image ref.png,profile=1,0 --base BASE"),
+    (2, "end: 0.2 lies before start", "generate a --image ref.png,start=0.9,end=0.2 --base BASE"),
     (4, "carries no request", "info ref.png"),
     (4, "is a folder", "info ."),
     (4, "is no folder one may write to", "generate a --base BASE -o ref.png/x.png"),

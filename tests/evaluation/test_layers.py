@@ -45,7 +45,7 @@ def test_every_block_is_measured_alone_and_left_out(bench: Bench) -> None:
     assert [row["t"] for row in found["blocks"]] == [0, 1, 2, 3]
     assert len(lines) == 5
     for row in found["blocks"]:
-        assert set(row["share"]) == {"style", "leak", "layout"}
+        assert set(row["share"]) == {"style", "leak", "layout", "likeness"}
         assert set(MEASURES) < set(row["only"])
         assert all(math.isfinite(value) for value in row["share"].values())
         assert all(low <= high for low, high in row["interval"].values())

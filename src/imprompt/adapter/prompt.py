@@ -353,6 +353,8 @@ def read_mask(
 
         picture = load_mask(mask)  # type: ignore[arg-type]  # a PIL image is known here by its shape only
         mask = torch.from_numpy(np.array(picture, dtype=np.uint8))
+    if mask.is_complex():
+        raise InputError(f"mask has dtype {mask.dtype}; floats in [0, 1], booleans or bytes are expected.")
     values = mask.detach().to(torch.float32) / (255 if mask.dtype == torch.uint8 else 1)
     if (
         values.ndim not in (2, 3, 4)

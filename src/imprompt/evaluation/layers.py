@@ -42,8 +42,9 @@ SCALES = (0.4, 0.7, 1.0)
 MEASURES = ("style", "concept", "leak", "layout")
 """Shares of the drawings: the reference's style, the text's concept among the judge's first five, the
 reference's concept among them; and the mean correlation of the layout."""
-_FINE = {"style": "style_p", "leak": "leak_p", "layout": "layout"}
-"""What a block's share is computed from: probabilities, which few pictures tell apart better than hits."""
+_FINE = {"style": "style_p", "leak": "leak_p", "layout": "layout", "likeness": "likeness"}
+"""What a block's share is computed from: probabilities, which few pictures tell apart better than hits.
+Likeness is the cosine of the judge's embeddings, for which all that a picture says counts; it tells most."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ class Bench:
         return cls(pipe, adapter, judge, pairs, **settings)
 
     def measure(self, profile: str | Sequence[float], scale: float) -> dict[str, Tensor]:
-        """Per pair :data:`MEASURES`, and the judge's probabilities ``style_p`` and ``leak_p``, drawn with
-        this profile and scale; the same seeds for every setting."""
+        """Per pair :data:`MEASURES`, the judge's probabilities ``style_p`` and ``leak_p``, and ``likeness``,
+        drawn with this profile and scale; the same seeds for every setting."""
         images = self.draw(profile, scale)
         references = [reference for reference, _ in self.pairs]
         real = [reference.image for reference in references if reference.image is not None]
@@ -96,8 +97,9 @@ class Bench:
             for wanted in ([prompt for _, prompt in self.pairs], references)
         )
         layout = cosine(_grey(images), _grey(real))
-        values = (style, concept, leak, layout, chance, leaked)
-        names = (*MEASURES, "style_p", "leak_p")
+        likeness = cosine(self.judge.embed(images), self.judge.embed(real))
+        values = (style, concept, leak, layout, chance, leaked, likeness)
+        names = (*MEASURES, "style_p", "leak_p", "likeness")
         return {name: v.double().flatten() for name, v in zip(names, values, strict=True)}
 
     def draw(self, profile: str | Sequence[float], scale: float) -> list[Image.Image]:
@@ -240,8 +242,9 @@ def chart(found: Mapping[str, Any]) -> Image.Image:
     labels = [
         f"{row['t']} {row['block'].replace('_blocks', '').replace('.attentions.', ' ')}" for row in rows
     ]
-    series = {key: [row["share"][key] for row in rows] for key in ("style", "leak", "layout")}
+    series = {key: [row["share"][key] for row in rows] for key in _FINE}
     named = {
+        "likeness": "likeness to the picture",
         "style": "style of the picture",
         "leak": "concept of the picture",
         "layout": "layout of the picture",

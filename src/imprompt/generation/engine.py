@@ -12,7 +12,7 @@ import secrets
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import groupby, pairwise
@@ -542,8 +542,12 @@ def _read(request: Request, pictures: Mapping[str, Image.Image]) -> tuple[_Shown
             continue
         path = Path(name).expanduser()
         if not path.is_file() and not (name in moving and path.is_dir()):
-            folder = "'{}' is a folder; a picture is expected." if path.is_dir() else "there is no file '{}'."
-            raise InputError(folder.format(name))
+            wrong = (
+                f"'{name}' is a folder; a picture is expected."
+                if path.is_dir()
+                else f"there is no file '{name}'."
+            )
+            raise InputError(f"{_field(request, name)}: {wrong}")
         hashes[name] = _hash(path)
         if request.hashes.get(name, hashes[name]) != hashes[name]:
             raise InputError(
@@ -573,7 +577,8 @@ def _read(request: Request, pictures: Mapping[str, Image.Image]) -> tuple[_Shown
             continue
         shown.masks[name] = load_mask(source(name))
         if shown.masks[name].getextrema()[1] == 0:
-            raise InputError(f"mask '{name}' is black everywhere: its prompt would act nowhere.")
+            field_name = _field(request, name)
+            raise InputError(f"{field_name}: mask '{name}' is black everywhere: it would act nowhere.")
     for name in dict.fromkeys(ref.path for ref in request.controls):
         film = name in moving and video.moves(source(name))
         shown.controls[name] = video.read_film(source(name), name)[0] if film else [load_image(source(name))]
@@ -584,6 +589,20 @@ def _read(request: Request, pictures: Mapping[str, Image.Image]) -> tuple[_Shown
         shown.region = load_mask(source(request.mask))
         _check_region(shown.region, shown.start, request)
     return shown, hashes
+
+
+def _field(request: Request, name: str) -> str:
+    """Which field of the request names that file, such as ``images.0.mask``."""
+
+    def places(value: object, here: str) -> Iterator[str]:
+        if isinstance(value, dict | list | tuple):
+            pairs = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, inner in pairs:
+                yield from places(inner, f"{here}.{key}" if here else f"{key}")
+        elif value == name:
+            yield here
+
+    return next(places(request.model_dump(), ""), "pictures")
 
 
 def _hash(path: Path) -> str:
