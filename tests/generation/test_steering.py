@@ -77,6 +77,21 @@ def test_an_embedded_picture_draws_what_the_picture_draws(engine, common, base, 
     assert str(saved) in result.request.hashes
 
 
+def test_a_file_of_several_pictures_is_all_of_them(engine, common, base, pictures, tmp_path):
+    two = [pictures / "ref.png", pictures / "other.png"]
+    saved = embed(two, tmp_path / "two.safetensors", encoder=str(base / "image_encoder"))
+    for combine in ("concat", "subtract", "average"):
+        both = [ImageRef(path=str(path), combine=combine) for path in two]
+        file = ImageRef(path=str(saved), combine=combine)
+        assert np.array_equal(drawn(engine, common, file), drawn(engine, common, *both))
+    three = [ImageRef(path=str(saved), weight=0.5), ImageRef(path=str(two[0]), weight=2)]
+    each = [ImageRef(path=str(path), weight=0.5) for path in two]
+    assert np.array_equal(drawn(engine, common, *three), drawn(engine, common, *each, three[1]))
+    one = embed(two[:1], tmp_path / "one.safetensors", encoder=str(base / "image_encoder"))
+    with pytest.raises(UsageError, match="two at least; got 1"):
+        drawn(engine, common, ImageRef(path=str(one), combine="subtract"))
+
+
 def test_a_picture_of_which_much_is_cut_off_is_told(engine, common, pictures):
     result = engine.run(Request(prompt="a", images=[pictures / "wide.png"], **common))
     assert any("50% lies outside" in note for note in result.notes)

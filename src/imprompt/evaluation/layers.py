@@ -240,7 +240,8 @@ def chart(found: Mapping[str, Any]) -> Image.Image:
     """The blocks' shares as bars."""
     rows = found["blocks"]
     labels = [
-        f"{row['t']} {row['block'].replace('_blocks', '').replace('.attentions.', ' ')}" for row in rows
+        f"{row['t']}\n{row['block'].replace('_blocks.', ' ').replace('_block', '').replace('.attentions', '')}"
+        for row in rows
     ]
     series = {key: [row["share"][key] for row in rows] for key in _FINE}
     named = {

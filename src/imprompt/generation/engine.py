@@ -327,11 +327,12 @@ class Engine:
             first = group[0]
             if _adapter_of(first, request) != name:
                 continue
+            features, weights = self._encode(adapter, group, shown)
             prompts.append(
                 ImagePrompt(
-                    features=self._encode(adapter, group, shown),
+                    features=features,
                     combine=first.combine,
-                    weights=None if first.at == "each" else [ref.weight for ref in group],
+                    weights=weights,
                     curve=first.curve,
                     scaling=first.scaling,
                     select=first.select,
@@ -362,21 +363,28 @@ class Engine:
 
     def _encode(
         self, adapter: IPAdapter, group: Sequence[ImageRef], shown: _Shown
-    ) -> EncodedPictures | EncodedFaces:
-        """The features of one prompt's pictures; of those that are saved, without an encoder."""
+    ) -> tuple[EncodedPictures | EncodedFaces, list[float] | None]:
+        """The features of one prompt's pictures; of those that are saved, without an encoder. And each
+        picture's weight: a file of several counts as so many."""
         if group[0].at == "each":
-            return self._encode_pictures(adapter, shown.films[group[0].path], group[0])
+            return self._encode_pictures(adapter, shown.films[group[0].path], group[0]), None
         parts: list[Any] = []
+        weights: list[float] = []
         for decoded, some in groupby(group, key=lambda ref: ref.path in shown.prompts):
+            refs = list(some)
             if decoded:
-                parts.append(
-                    self._encode_pictures(adapter, [shown.prompts[ref.path] for ref in some], group[0])
-                )
-            else:
-                parts += [adapter.load_features(Path(ref.path).expanduser()) for ref in some]
+                images = [shown.prompts[ref.path] for ref in refs]
+                parts.append(self._encode_pictures(adapter, images, group[0]))
+                weights += [ref.weight for ref in refs]
+                continue
+            for ref in refs:
+                saved = adapter.load_features(Path(ref.path).expanduser())
+                parts.append(saved)
+                held = saved.embedding if isinstance(saved, EncodedFaces) else saved.pooled
+                weights += [ref.weight] * len(held)
         if len(parts) == 1:
-            return parts[0]
-        return faces.joined(parts) if isinstance(parts[0], EncodedFaces) else joined(parts)
+            return parts[0], weights
+        return faces.joined(parts) if isinstance(parts[0], EncodedFaces) else joined(parts), weights
 
     def _negative(
         self, adapter: IPAdapter, ref: ImageRef, shown: _Shown
@@ -388,7 +396,7 @@ class Engine:
             spoiled = noisy(shown.prompts[ref.path], kind, strength)
             found = self._encode_pictures(adapter, [spoiled], ref)
         elif ref.negative is not None:
-            found = self._encode(adapter, [ref.replace(path=ref.negative)], shown)
+            found, _ = self._encode(adapter, [ref.replace(path=ref.negative)], shown)
         else:
             return None
         if isinstance(found, EncodedFaces):

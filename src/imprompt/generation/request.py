@@ -579,11 +579,12 @@ class Request(_Strict):
             found.append("strength: has no effect in the task 'generate'; an image prompt's is `scale`.")
         found += self._contradictions_in_time()
         for group in self.groups:
+            saved = any(_is_saved(ref.path) for ref in group)  # of how many pictures is not known yet
             try:
-                words.read_weights(group[0].combine, len(group), [ref.weight for ref in group])
+                if not saved:
+                    words.read_weights(group[0].combine, len(group), [ref.weight for ref in group])
             except UsageError as error:
                 found.append(f"images: {error}")
-            saved = any(_is_saved(ref.path) for ref in group)
             for name in ("framing", "sharpen"):
                 if saved and getattr(group[0], name) != ImageRef.model_fields[name].default:
                     found.append(f"{name}: has no effect on saved features; say it when embedding.")
