@@ -239,9 +239,9 @@ def tabulate(bench: Bench, say: Callable[[str], None] = _say) -> list[dict[str, 
 def chart(found: Mapping[str, Any]) -> Image.Image:
     """The blocks' shares as bars."""
     rows = found["blocks"]
+    places = [row["block"].replace("_blocks.", " ").replace("_block.attentions", "") for row in rows]
     labels = [
-        f"{row['t']}\n{row['block'].replace('_blocks.', ' ').replace('_block', '').replace('.attentions', '')}"
-        for row in rows
+        f"{row['t']}\n{place.replace('.attentions', '')}" for row, place in zip(rows, places, strict=True)
     ]
     series = {key: [row["share"][key] for row in rows] for key in _FINE}
     named = {
