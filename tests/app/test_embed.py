@@ -30,12 +30,14 @@ def test_embedded_pictures_are_their_features(
     target = tmp_path / "both.safetensors"
     words = ["embed", str(tmp_path / "1.png"), str(tmp_path / "2.png"), "--encoder", str(tower)]
     assert main([*words, "-o", str(target)]) == 0
-    assert capsys.readouterr().out.strip() == str(target)
+    said = capsys.readouterr()
+    assert (said.out.strip(), said.err) == (str(target), "")
     saved = load(target)
     expected = ImageEncoder(*tiny_encoder()).encode([picture(1, (50, 30)), picture(2, (50, 30))])
     assert torch.equal(saved.features.pooled, expected.pooled)
     assert torch.equal(saved.features.hidden, expected.hidden)
     assert len(saved.pictures) == 2
+    assert saved.encoder == f"{tmp_path.name}/tower"  # the way to it is nobody else's business
     assert main([*words, "-o", str(tmp_path / "x.png")]) == 2
     assert main([*words, "-o", str(target), "--framing", "no"]) == 2
 

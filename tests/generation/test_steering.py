@@ -74,6 +74,8 @@ def test_an_embedded_picture_draws_what_the_picture_draws(engine, common, base, 
     result = engine.run(Request(prompt="a cat", images=[saved], **common))
     assert np.array_equal(np.asarray(result.images[0]), shown)
     assert result.provenance["encoder"] == "none"
+    of_picture = engine.run(Request(prompt="a cat", images=[pictures / "ref.png"], **common))
+    assert of_picture.provenance["encoder"] == f"{base.name}/image_encoder"
     assert str(saved) in result.request.hashes
 
 

@@ -36,7 +36,7 @@ def embed(
     from imprompt.encoders.features import Saved, fingerprint, save
     from imprompt.encoders.framing import encode
     from imprompt.encoders.images import content_hash, load_image
-    from imprompt.generation.models import find_adapter, find_base, load_adapter
+    from imprompt.generation.models import find_adapter, find_base, hush, load_adapter
 
     framing = words.canonical("framing", framing, words.FRAMINGS)
     if Path(output).suffix.lower() != ".safetensors":
@@ -44,6 +44,7 @@ def embed(
     decoded = [load_image(picture) for picture in pictures]
     if encoder is not None and adapter is not None:
         raise UsageError("--encoder and --adapter both say which encoder to use; give one.")
+    hush()
     if encoder is None:
         found = find_base(base)
         loaded = load_adapter(find_adapter(adapter, found))

@@ -43,11 +43,17 @@ def is_saved(picture: object) -> bool:
     return isinstance(picture, str | Path) and str(picture).lower().endswith(".safetensors")
 
 
+def shown_name(encoder: str) -> str:
+    """An encoder's name as files tell it that are passed on: of an absolute path the last two parts alone,
+    since the rest is about this machine and its user."""
+    return "/".join(Path(encoder).parts[-2:]) if Path(encoder).is_absolute() else encoder
+
+
 def save(saved: Saved, path: str | Path) -> Path:
     """Write features; the file appears whole or not at all. Raises :class:`InputError`."""
     header = {
         "format": _FORMAT,
-        "encoder": saved.encoder,
+        "encoder": shown_name(saved.encoder),
         "fingerprint": saved.fingerprint,
         "pictures": json.dumps(saved.pictures),
         "framing": saved.framing,

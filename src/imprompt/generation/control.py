@@ -176,7 +176,7 @@ def load_net(control: Control, dtype: Any) -> Any:
     """The control's model on the CPU, from safetensors only. Raises :class:`ModelError`."""
     import diffusers
 
-    from imprompt.generation.models import _hush
+    from imprompt.generation.models import hush
 
     name = next(name for name, net in _CLASSES.items() if net == control.net)
     options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True}
@@ -184,7 +184,7 @@ def load_net(control: Control, dtype: Any) -> Any:
         options["revision"] = control.row.revision
         if control.row.half and str(dtype) == "torch.float16":
             options["variant"] = "fp16"
-    _hush()
+    hush()
     try:
         return getattr(diffusers, name).from_pretrained(control.source, **options).eval()
     except Exception as error:  # loaders raise nearly anything on damaged or absent files

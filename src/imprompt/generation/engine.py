@@ -29,7 +29,7 @@ from imprompt.adapter.attribution import Attribution
 from imprompt.adapter.prompt import EncodedFaces, EncodedPictures, ImagePrompt
 from imprompt.adapter.texts import TextRegion, TextRegions
 from imprompt.encoders import face as faces
-from imprompt.encoders.features import is_saved, joined
+from imprompt.encoders.features import is_saved, joined, shown_name
 from imprompt.encoders.framing import encode, noisy
 from imprompt.encoders.images import content_hash, frame_count, load_image, load_mask
 from imprompt.errors import InputError, ModelError, UsageError
@@ -471,7 +471,8 @@ class Engine:
             said["adapter"] = ", ".join(adapter.checkpoint.name for adapter in adapters.values())
             # Asking for the encoder loads it, which saved features are there to avoid.
             towers = [adapter.image_encoder for adapter in adapters.values()] if encoded else []
-            said["encoder"] = ", ".join({getattr(tower, "name", "none"): None for tower in towers}) or "none"
+            names = dict.fromkeys(shown_name(getattr(tower, "name", "none")) for tower in towers)
+            said["encoder"] = ", ".join(names) or "none"
         return said
 
 

@@ -183,7 +183,7 @@ def load(base: Base, task: Task, dtype: Any, quantize: str = "none") -> Any:
     try:
         import diffusers
 
-        _hush()
+        hush()
         pipeline = getattr(diffusers, name)
         variant = "fp16" if _halves(base, dtype) else None
         if quantize != "none":
@@ -389,7 +389,7 @@ def _pipeline_kind(base: Base) -> str:
     )
 
 
-def _hush() -> None:
+def hush() -> None:
     """Silence what the libraries say about loading: bars of a tenth of a second, deprecations of their own.
 
     Downloads keep their progress bars, which are the hub's.

@@ -96,7 +96,7 @@ def save(result: Drawn, path: str | Path) -> list[Path]:
         for index, (image, part) in enumerate(zip(result.images, parts, strict=True)):
             record = Record(result.request.single(index), result.provenance)
             with part.open("xb") as stream:
-                image.save(stream, FORMATS[target.suffix.lower()], **_options(image, record, target.suffix))
+                image.save(stream, FORMATS[target.suffix.lower()], **_options(record, target.suffix))
         for part, place in zip(parts, paths, strict=True):
             part.replace(place)
     except OSError as error:
@@ -255,7 +255,7 @@ def check_target(path: str | Path, task: Task = "generate", count: int = 1) -> P
     known = SUFFIXES if task == "animate" else tuple(FORMATS)
     if target.suffix.lower() not in known:
         listed = ", ".join(suffix for suffix in known if suffix)
-        folder = ", or have no ending for a folder of frames" if "" in known else ""
+        folder = ", or have no ending for a folder of frames" if "" in known else ", or in / for a new folder"
         raise UsageError(f"cannot write '{target}': the name must end in {listed}{folder}.")
     if target.suffix.lower() == ".mp4":
         find_ffmpeg()
@@ -340,7 +340,7 @@ def parameters(request: Request) -> str:
     return "\n".join(lines)
 
 
-def _options(image: Image.Image, record: Record, suffix: str) -> dict[str, object]:
+def _options(record: Record, suffix: str) -> dict[str, object]:
     if FORMATS[suffix.lower()] == "PNG":
         info = PngInfo()
         info.add_itxt(_KEY, record.to_json())

@@ -23,7 +23,7 @@ from imprompt.encoders.images import frame_count, load_frames
 from imprompt.encoders.video import SUFFIXES, read_video
 from imprompt.errors import AdapterMismatch, InputError, ModelError, UsageError
 from imprompt.generation.catalogue import BUNDLED, DEFAULT_MOTIONS, MOTIONS, MotionRow, named
-from imprompt.generation.models import EMOJI, Base, _hush
+from imprompt.generation.models import EMOJI, Base, hush
 from imprompt.generation.request import Request
 
 _CHUNK = 4  # frames that are decoded or encoded at a time
@@ -310,7 +310,7 @@ def _uneven(name: str, count: int, what: str, request: Request) -> str:
 def _load(motion: Motion, dtype: torch.dtype) -> Any:
     import diffusers
 
-    _hush()
+    hush()
     half = motion.row is not None and motion.row.half and dtype == torch.float16
     try:
         return diffusers.MotionAdapter.from_pretrained(
