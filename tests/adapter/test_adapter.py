@@ -387,6 +387,12 @@ def test_a_folder_is_read_and_the_encoder_that_fits_is_found(
     assert not np.array_equal(draw(pipe), before)
 
 
+def test_the_folder_of_a_training_run_is_the_adapter_that_it_made(repository: Path) -> None:
+    folder = repository / "models"
+    (folder / "checkpoint-00000500.safetensors").write_bytes(b"what the run goes on from")
+    assert IPAdapter.from_pretrained(folder).checkpoint.name == "ip-adapter"
+
+
 def test_a_repository_is_read_from_the_hubs_cache_when_offline(
     repository: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ def checked(**values):
         ({"references": []}, "at least one"),
         ({"references": [("self", 1.5), ("style", -0.5)]}, "above 0"),
         ({"kind": "linnear"}, "linear"),
-        ({"learning_rate": 1e-4}, "learning_rate"),
+        ({"learning_rate": 1e-4}, "learning_rate: no such field; known are data, .*, lr"),
         ({"augmentation": {"crop": 1.0}}, "crop"),
     ],
 )

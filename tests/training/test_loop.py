@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -12,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import tiny
-from imprompt.errors import ModelError, UsageError
+from imprompt.errors import InputError, ModelError, UsageError
 from imprompt.training import loop
 from imprompt.training.cache import fingerprint
 from imprompt.training.loop import train
@@ -312,6 +313,21 @@ def test_a_base_without_an_image_encoder_is_an_error(make_config, tmp_path):
     tiny.tiny_sd().save_pretrained(tmp_path / "plain")
     with pytest.raises(UsageError, match="image_encoder"):
         train(make_config(base=str(tmp_path / "plain")))
+
+
+def test_a_run_that_could_not_begin_leaves_its_folder_to_the_corrected_one(make_config, tmp_path):
+    with pytest.raises(InputError, match="no data at"):
+        train(make_config(data=tmp_path / "picturs"))
+    train(make_config())
+
+
+def test_a_base_may_be_named_by_its_alias(make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="stable-diffusion-v1-5"):  # what the alias stands for, not found
+        train(make_config(base="sd15"))
+    with pytest.raises(UsageError, match="did you mean sd15"):
+        train(make_config(base="sd-15"))
 
 
 def test_the_rate_warms_up_and_falls_to_zero(make_config):

@@ -107,7 +107,8 @@ class IPAdapter:
     ) -> "IPAdapter":
         """An adapter from a local file, a local folder or a hub repository (``owner/name``).
 
-        Without ``weight_name`` a folder must hold exactly one ``.safetensors``. Of a ``.bin`` its
+        Without ``weight_name`` a folder must hold exactly one ``.safetensors`` beside a training run's
+        checkpoints. Of a ``.bin`` its
         ``.safetensors`` twin is read. The image encoder that fits is looked for next to the file when a
         picture is first shown, or is ``image_encoder``: an encoder, a folder, or ``repo:subfolder``. A face
         adapter's ``face_embedder`` is one of :mod:`imprompt.encoders.face`, or a folder of its models. The

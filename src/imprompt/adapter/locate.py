@@ -18,6 +18,8 @@ _ENCODER_FOLDERS = (
     "sdxl_models/image_encoder",
     "clip-vit-large-patch14-336",  # Kolors' FaceID-Plus
 )
+_UNFINISHED = "checkpoint-"
+"""How the files begin that a training run goes on from; they lie beside the adapter it made."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -96,9 +98,12 @@ def locate(
                 raise ModelError(f"there is no '{weight_name}' in '{folder}'{_listing(folder)}.")
             return path, _places_around(folder)
         files = sorted(folder.glob("*.safetensors"))
+        finished = [path for path in files if not path.name.startswith(_UNFINISHED)]
+        files = finished or files
         if len(files) != 1:
             raise ModelError(
-                f"'{folder}' holds {len(files)} .safetensors files; say weight_name={_listing(folder)}."
+                f"'{folder}' holds {len(files)} .safetensors files; name the file itself, or say "
+                f"weight_name={_listing(folder)}."
             )
         return files[0], _places_around(folder)
     if not _HUB_ID.fullmatch(source):

@@ -68,7 +68,7 @@ class _Strict(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise UsageError(_findings(type(self), error)) from error
+            raise UsageError(findings(type(self), error)) from error
 
     def replace(self, **changes: object) -> Self:
         """A copy with ``changes``, validated again. Raises :class:`UsageError`."""
@@ -731,7 +731,8 @@ def _is_saved(path: str) -> bool:
     return path.lower().endswith(".safetensors")
 
 
-def _findings(model: type[BaseModel], error: ValidationError) -> str:
+def findings(model: type[BaseModel], error: ValidationError) -> str:
+    """What pydantic found wrong with a record, in one line that names the fields."""
     lines = []
     for item in error.errors(include_url=False):
         field = ".".join(str(place) for place in item["loc"])

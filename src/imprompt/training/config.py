@@ -14,6 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from imprompt.errors import UsageError
+from imprompt.generation.request import findings
 
 ANY_CAPTION = "*"
 """In ``captions``: every caption the picture has, of whatever kind."""
@@ -232,7 +233,4 @@ class TrainConfig(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            lines = [
-                f"{'.'.join(map(str, item['loc'])) or 'training'}: {item['msg']}" for item in error.errors()
-            ]
-            raise UsageError("training configuration: " + "; ".join(lines)) from error
+            raise UsageError(f"training configuration: {findings(cls, error)}") from error

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from imprompt.adapter.adapter import IPAdapter
 from imprompt.adapter.checkpoint import StateDict
-from imprompt.errors import ModelError, UsageError
+from imprompt.errors import ImpromptError, ModelError, UsageError
 from imprompt.evaluation.rows import Rejected, read_rows
 from imprompt.training.cache import EncodedSet, encode_features, encode_latents, encode_texts
 from imprompt.training.config import TrainConfig
@@ -48,6 +48,7 @@ from imprompt.training.samples import Sampler
 from imprompt.training.world import World
 
 WEIGHT_NAME = "ip-adapter.safetensors"
+RECORD = "run.json"  # what the run is
 VALIDATION_LEVELS = 4  # timesteps each validation picture is tested at, spread over the schedule
 FEATURE = {"linear": "pooled", "resampler": "hidden"}
 
@@ -63,10 +64,14 @@ def train(config: TrainConfig) -> Path:
     """
     world = World(config)
     with world:
-        if world.first:
-            _claim(config)
+        new = world.first and _claim(config)
         world.wait()
-        trainer = _Trainer(config, world)
+        try:
+            trainer = _Trainer(config, world)
+        except ImpromptError:
+            if new:  # nothing is there yet, and the corrected configuration would be another run
+                (config.output / RECORD).unlink()
+            raise
         trainer.run()
         return trainer.finish()
 
@@ -467,10 +472,12 @@ class _Trainer:
             tqdm.write(line, file=sys.stderr)
 
 
-def _claim(config: TrainConfig) -> None:
-    """Make the output folder this run's own. Raises :class:`UsageError` when it is another's."""
-    record = config.output / "run.json"
-    if record.exists() or (config.output / WEIGHT_NAME).exists():
+def _claim(config: TrainConfig) -> bool:
+    """Make the output folder this run's own; whether it is a new one. Raises :class:`UsageError` when it is
+    another's."""
+    record = config.output / RECORD
+    new = not (record.exists() or (config.output / WEIGHT_NAME).exists())
+    if not new:
         if not config.resume:
             raise UsageError(f"'{config.output}' already holds a run; resume it or choose another folder")
         if record.exists():
@@ -486,6 +493,7 @@ def _claim(config: TrainConfig) -> None:
     part = record.with_suffix(".part")
     part.write_text(json.dumps(config.identity(), indent=2) + "\n", encoding="utf-8")
     part.replace(record)
+    return new
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -508,12 +516,12 @@ def _alphas(pipe: Any) -> Tensor:
 def _load_base(config: TrainConfig) -> Any:
     from diffusers import DiffusionPipeline
 
-    folder = Path(config.base)
-    if config.base == "emoji":
-        folder = Path(__file__).parents[1] / "assets" / "emoji"
-    name = str(folder) if folder.exists() else config.base
+    from imprompt.generation.models import find_base, hush
+
+    source = find_base(config.base).source
+    hush()
     try:
-        pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=torch.float32)
+        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"base '{config.base}' is no diffusers folder or hub id that can be loaded: {error}"
