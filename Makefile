@@ -46,7 +46,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@echo "installing the tools for tests into $(VENV)" >&2
-	@$(PIP) install -c constraints.txt -e '.[dev,control,recipe,plot,face,lora,kolors]'
+	@$(PIP) install -c constraints.txt -e '.[dev,control,recipe,face,lora,kolors]'
 	@touch $@
 
 clean:  ## remove the environment and what was drawn

@@ -19,7 +19,6 @@ _EXTRAS = {
     "opencv-python-headless": "control: annotators",
     "scipy": "control: poses",
     "imageio-ffmpeg": "video: MP4 in and out",
-    "matplotlib": "plot: charts",
     "resvg-py": "recipe: making the bundled model again",
     "sentencepiece": "kolors: Kolors' text",
     "torchao": "quantize: UNets in int8 and float8",

@@ -81,11 +81,6 @@ class Judge:
         """Scores ``B S`` over ``styles``."""
         return self._run(images)[2]
 
-    def concept_topk(self, images: Sequence[Image.Image] | Tensor, k: int = 5) -> list[list[str]]:
-        """The ``k`` likeliest trained concepts of each picture, best first."""
-        best = self.concept_scores(images).topk(min(k, len(self.concepts)), dim=1).indices
-        return [[self.concepts[index] for index in row] for row in best.tolist()]
-
     def style(self, images: Sequence[Image.Image] | Tensor) -> list[str]:
         """The likeliest style of each picture."""
         return [self.styles[index] for index in self.style_scores(images).argmax(1).tolist()]
