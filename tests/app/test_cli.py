@@ -17,6 +17,7 @@ from controls import saved, tiny_controlnet
 from imprompt.adapter.adapter import IPAdapter
 from imprompt.app import cli
 from imprompt.generation.output import read_request
+from imprompt.generation.request import ImageRef
 
 
 @pytest.fixture(scope="session")
@@ -205,6 +206,22 @@ def test_a_fault_of_ours_is_one_line_too(say, monkeypatch):
     code, out, err = say("info", "ref.png")
     assert (code, out) == (1, "")
     assert re.fullmatch(r"imprompt: error: unexpected ZeroDivisionError: .*--debug.*\n", err)
+
+
+def test_help_sets_every_option_apart_from_what_it_is_for(say):
+    code, out, _ = say("animate", "--help")
+    assert code == 0
+    listed = out.partition("options of --image:")[2].partition("options of --region:")[0]
+    names = {line.split()[0] for line in listed.splitlines() if re.match(r"  \w", line)}
+    assert names == set(ImageRef.model_fields) - {"path"}
+
+
+def test_a_new_folder_is_an_output_when_its_name_says_so(say):
+    code, _, err = say("generate", "a", "--base", "BASE", "-o", "new")
+    assert code == 2
+    assert "in / for a new folder" in err
+    code, out, _ = say("generate", "a", "--base", "BASE", "-o", "new/")
+    assert (code, out) == (0, "new/generate.png\n")
 
 
 @pytest.mark.parametrize(

@@ -242,10 +242,10 @@ def _options_of(flag: str, record: type["ImageRef | RegionRef | ControlRef"]) ->
     for name, field in record.model_fields.items():
         if name != "path" and (flag, name) != ("--region", "text"):
             lines += textwrap.wrap(
-                f"{name:<10}{field.description}",
+                f"{name:<12}{field.description}",
                 98,
                 initial_indent="  ",
-                subsequent_indent=" " * 12,
+                subsequent_indent=" " * 14,
                 break_on_hyphens=False,
             )
     return "\n".join(lines)
