@@ -11,8 +11,11 @@ text tower (Zhai et al. 2022, LiT) and two auxiliary classifiers that are thrown
 half of the patches left out (Li et al. 2023, FLIP). It lets adapters read pictures no training saw.
 
 A third stage, after the UNet's, makes sure that what the base can be told is what can be read off a picture:
-the image tower, with a linear layer that is thrown away, learns to say the states of the picture's caption as
-the UNet's keys and values see them. Its embedding is what adapters then start from (``adapters.py``).
+the image tower, with linear layers that are thrown away, learns to say the caption's states as the UNet's
+keys and values see them; its embedding is what adapters then start from (``adapters.py``). Four hundred
+pictures of the vocabulary would be learned by heart (held-out pairs named rightly: 33 %), so every picture
+there is is shown, its caption being what it looks like: the vote of its neighbours among those four hundred
+by edges and colours, which names 97 % of the same pairs.
 
     python recipes/emoji/clip.py
     python recipes/emoji/clip.py --vision-only
@@ -25,7 +28,7 @@ import math
 import random
 
 import torch
-from common import MODEL, RUNS, Ema, Loop, Row, load_pictures, load_rows, progress_mean
+from common import MODEL, RUNS, Ema, Loop, Row, load_pictures, load_rows, progress_mean, save_half
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -105,14 +108,14 @@ def normalise(images: Tensor) -> Tensor:
     return (images.float() / 255 - MEAN) / STD
 
 
-def augment(images: Tensor) -> Tensor:
+def augment(images: Tensor, much: float = 1.0) -> Tensor:
     """Random scale, shift, flip and colour, on white; uint8 in, float 0…255 out. One draw a picture."""
     n = len(images)
-    scale = torch.empty(n).uniform_(0.75, 1.25)
+    scale = 1 + much * torch.empty(n).uniform_(-0.25, 0.25)
     theta = torch.zeros(n, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
     theta[:, 0, 0] *= torch.where(torch.rand(n) < 0.3, -1.0, 1.0)
-    theta[:, :, 2] = torch.empty(n, 2).uniform_(-0.2, 0.2)
+    theta[:, :, 2] = much * torch.empty(n, 2).uniform_(-0.2, 0.2)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     # Sampled as distance from white, so that what lies outside the picture is white.
     moved = 255 - F.grid_sample(255 - images.float(), grid, align_corners=False)
@@ -201,9 +204,9 @@ def train_both(steps: int, batch_size: int, lr: float, vocabulary: str) -> None:
         progress_mean(loop.log, "top1", float((logits.diagonal() >= logits.max(1).values).float().mean()))
     assert loop.ema
     loop.ema.copy_to(model)
-    model.eval().half()
-    model.text.save_pretrained(MODEL / "text_encoder")
-    model.vision.save_pretrained(MODEL / "image_encoder")
+    model.eval()
+    save_half(model.text, MODEL / "text_encoder")
+    save_half(model.vision, MODEL / "image_encoder")
     write_feature_extractor()
 
 
@@ -279,56 +282,128 @@ def train_vision(steps: int, batch_size: int, lr: float) -> None:
         progress_mean(loop.log, "style_right", float(hit.float().mean()))
     assert loop.ema
     loop.ema.copy_to(eye)
-    eye.vision.eval().half().save_pretrained(MODEL / "image_encoder")
+    save_half(eye.vision.eval(), MODEL / "image_encoder")
+
+
+def looks(images: Tensor) -> tuple[Tensor, Tensor]:
+    """What each 16×16 patch looks like, row by row: its edges' directions (N, 64, 8), as histograms of
+    oriented gradients have them (Dalal & Triggs 2005), and four mean colours (N, 64, 12). ``images`` in
+    0…255.
+
+    A thousand pictures do not teach a transformer to see edges; the nearest neighbour by these numbers names
+    more held-out pictures rightly (83 % of 30 pairs) than it did after being trained on captions (33 %).
+    """
+    n, small = len(images), F.avg_pool2d(images / 255, 2)
+    grey = F.pad(small.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]]).view(1, 1, 3, 3)
+    dx, dy = F.conv2d(grey, sobel), F.conv2d(grey, sobel.mT)
+    turn = (torch.atan2(dy, dx) % math.pi) / math.pi * 8
+    found = torch.zeros(n, 8, *small.shape[2:])
+    found.scatter_(1, turn.long().clamp_max(7), (dx.square() + dy.square()).sqrt())
+    found = F.avg_pool2d(found, 8)
+    edges = found / (found.norm(dim=1, keepdim=True) + 0.3)
+    colours = F.pixel_unshuffle(F.avg_pool2d(small, 4), 2)
+    return edges.flatten(2).mT, colours.flatten(2).mT
+
+
+class Looks:
+    """Looks of pictures as vectors: edges and colours about their means, each of unit length, colours 0.6."""
+
+    def __init__(self, pictures: Tensor) -> None:
+        self.means = [kind.mean(0) for kind in looks(pictures.float())]
+
+    def __call__(self, edges: Tensor, colours: Tensor) -> Tensor:
+        edges, colours = (
+            F.normalize((kind - mean).flatten(1), dim=1)
+            for kind, mean in zip((edges, colours), self.means, strict=True)
+        )
+        return torch.cat([edges, 0.6 * colours], 1)
+
+
+class Likeness:
+    """What of the vocabulary a picture looks like: the vote of the known pictures near it in looks."""
+
+    def __init__(self, pictures: Tensor, labels: Tensor) -> None:
+        shown = [pictures.float(), *(augment(pictures, 0.5) for _ in range(4))]
+        self.looks = Looks(pictures)
+        self.known = torch.cat([self.looks(*looks(views)) for views in shown])
+        self.labels = F.one_hot(labels).float().repeat(len(shown), 1)
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """Shares (N, concepts) for looks (N, C)."""
+        return (-torch.cdist(vectors, self.known).square() / 0.07).softmax(1) @ self.labels
+
+
+def spoken(near: list[Row], styles: list[str], words: list[str]) -> tuple[list[str], "Captions"]:
+    """The caption of each of ``words`` in each style, and what the text encoder says of them."""
+    from unet import Captions
+
+    named = {row["groups"]["concept"]: row["captions"]["concept"][0] for row in near}
+    said = [f"{named[word]}, {style} style" for word in words for style in styles]
+    return said, Captions([{"captions": {"full": said}}])
 
 
 def train_captions(minutes: float, batch_size: int, lr: float) -> None:
-    """The third stage: two thirds of each batch are of the vocabulary."""
+    """The third stage: a third of each batch is of the vocabulary, the rest of everything."""
     from adapters import few, seen_by
     from diffusers import UNet2DConditionModel
-    from unet import Captions
 
     near = load_rows("small")
-    words = {row["groups"]["concept"] for row in near}
-    rows = near + [row for row in load_rows("core") if row["groups"]["concept"] not in words]
-    pictures, captions = load_pictures(rows), Captions(rows)
-    said = [row["captions"]["full"][0] for row in rows]
+    words = sorted({row["groups"]["concept"] for row in near})
+    rows = near + [row for row in load_rows("all") if row["groups"]["concept"] not in words]
+    styles = sorted({row["groups"]["style"] for row in rows})
+    style_of = torch.tensor([styles.index(row["groups"]["style"]) for row in rows])
+    concept_of = torch.tensor([words.index(row["groups"]["concept"]) for row in near])
+    said, captions = spoken(near, styles, words)
     states = few(captions[said], torch.tensor([captions.ends[text] for text in said]))
     seen = seen_by(UNet2DConditionModel.from_pretrained(MODEL / "unet").float())
-    spread = ((states - states.mean(0)) @ seen).square().mean()
-    concepts, styles = (sorted({row["groups"][kind] for row in rows}) for kind in ("concept", "style"))
-    concept_of = torch.tensor([concepts.index(row["groups"]["concept"]) for row in rows])
-    style_of = torch.tensor([styles.index(row["groups"]["style"]) for row in rows])
-    vision = CLIPVisionModelWithProjection.from_pretrained(MODEL / "image_encoder").float()
-    eye = Eye(vision, len(concepts), len(styles))
+    states = (states @ seen).unflatten(0, (len(words), len(styles)))
+    spread = (states - states.mean((0, 1))).square().mean()
+    pictures = load_pictures(rows)
+    likeness = Likeness(pictures[: len(near)], concept_of)
+    config = CLIPVisionConfig.from_pretrained(MODEL / "image_encoder", num_attention_heads=8)
+    vision = CLIPVisionModelWithProjection.from_pretrained(MODEL / "image_encoder", config=config).float()
+    eye = Eye(vision, len(words), len(styles))
     eye.said = nn.Sequential(nn.Linear(256, 4 * 256), nn.Unflatten(1, (4, 256)), nn.LayerNorm(256))
+    eye.whole, eye.patch = nn.Linear(256, likeness.known.shape[1]), nn.Linear(256, 20)
+    torch.nn.init.zeros_(eye.whole.weight)  # whose targets are small
     optimizer = torch.optim.AdamW(eye.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
     loop = Loop(RUNS / "clip-captions.pt", 0, eye, optimizer, Ema(eye, 0.995), warmup=50, minutes=minutes)
     half = torch.cpu._is_avx512_bf16_supported()
-    few_far = batch_size // 3
     for step in loop:
         random.seed(step)
-        picked = random.sample(range(len(near)), batch_size - few_far)
-        picked += random.sample(range(len(near), len(rows)), few_far)
-        images = normalise(augment(pictures[picked]))
+        picked = random.sample(range(len(near)), batch_size // 3)
+        picked += random.sample(range(len(near), len(rows)), batch_size - len(picked))
+        images = augment(pictures[picked], 0.5)
+        edges, colours = looks(images)
+        shape = likeness.looks(edges, colours)
+        shares = likeness(shape)
+        target = torch.einsum("nc,cntd->ntd", shares, states[:, style_of[picked]])
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            embeds = eye(images, 0.6 if loop.part() < 0.7 else 1.0)
-            by_concept = F.cross_entropy(eye.concept(embeds), concept_of[picked], label_smoothing=0.05)
-            by_style = F.cross_entropy(eye.style(embeds), style_of[picked])
-            told = eye.said(embeds)
-        left = ((told.float() - states[picked]) @ seen).square().mean() / spread
-        loss = 0.5 * by_concept + by_style + 2 * left
+            out = vision(normalise(images), output_hidden_states=True)
+            embeds = out.image_embeds
+            concept, style, told = eye.concept(embeds), eye.style(embeds), eye.said(embeds)
+            whole, patch = eye.whole(embeds), eye.patch(out.hidden_states[-2][:, 1:])
+        by_concept = F.cross_entropy(concept.float(), shares)
+        by_style = F.cross_entropy(style.float(), style_of[picked])
+        left = (told.float() @ seen - target).square().mean() / spread
+        shapeless = F.mse_loss(whole.float(), shape) / 1.36 * shape.shape[1]
+        # 0.2 and 0.3 are about the deviations of edges and colours.
+        local = F.mse_loss(patch.float(), torch.cat([edges / 0.2, colours / 0.3], -1))
+        loss = by_concept + by_style + 2 * left + 2 * shapeless + local
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(eye.parameters(), 1.0)
         optimizer.step()
-        hit = eye.style(embeds.float()).argmax(1) == style_of[picked]
-        progress_mean(loop.log, "concept", by_concept.item())
+        entropy = -(shares * shares.clamp_min(1e-9).log()).sum(1).mean()
+        progress_mean(loop.log, "concept", (by_concept - entropy).item())
         progress_mean(loop.log, "left", left.item())
-        progress_mean(loop.log, "style_right", float(hit.float().mean()))
+        progress_mean(loop.log, "style_right", float((style.argmax(1) == style_of[picked]).float().mean()))
+        progress_mean(loop.log, "shapeless", shapeless.item())
+        progress_mean(loop.log, "local", local.item())
     assert loop.ema
     loop.ema.copy_to(eye)
-    eye.vision.eval().half().save_pretrained(MODEL / "image_encoder")
+    save_half(eye.vision.eval(), MODEL / "image_encoder")
 
 
 def write_feature_extractor() -> None:

@@ -155,10 +155,13 @@ def adamw(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
 
 
 def save_half(module: Any, folder: Path) -> None:
-    """Write a diffusers model in half precision, without the place it was once loaded from."""
+    """Write a model in half precision, without the place it was once loaded from, and to be computed with in
+    full: otherwise transformers loads its models in half beside a UNet in full."""
     module.half().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config.pop("_name_or_path", None)
+    if "dtype" in config:
+        config["dtype"] = "float32"
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -30,6 +30,8 @@ PROMPTS = ("an owl", "a house")
 SCALES = (0.3, 0.6, 1.0)
 STRENGTHS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 STEPS = 16
+ALONE = "emoji"
+"""The adapter for pictures shown without text; with text, the base's default."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,10 @@ def _given(title: str, path: Path) -> _Cell:
 
 
 def _generate(draw: _Artist, reference: Path) -> _Row:
-    cells: list[_Cell | None] = [_given("reference", reference), draw("no text", images=(str(reference),))]
+    cells: list[_Cell | None] = [
+        _given("reference", reference),
+        draw("no text", images=(str(reference),), adapter=ALONE),
+    ]
     for prompt in PROMPTS:
         cells += [None, draw(f"“{prompt}” alone", prompt=prompt)]
         cells += [
@@ -137,7 +142,8 @@ def _generate(draw: _Artist, reference: Path) -> _Row:
 
 
 def _edit(draw: _Artist, start: Path, reference: Path) -> _Row:
-    asked = {"task": "edit", "image": str(start), "images": (str(reference),), "scale": 1.0}
+    shown = {"image": str(start), "images": (str(reference),), "adapter": ALONE}
+    asked = {"task": "edit", "scale": 1.0, **shown}
     drawn = [draw(f"strength {strength:g}", **asked, strength=strength) for strength in STRENGTHS]
     return [_given("picture", start), _given("reference", reference), None, *drawn]
 
@@ -147,7 +153,8 @@ def _inpaint(draw: _Artist, start: Path, reference: Path) -> _Row:
     mask.paste(255, (CELL // 2, 0, CELL, CELL))
     place = start.with_name("right-half.png")
     mask.save(place)
-    asked = {"task": "inpaint", "image": str(start), "mask": str(place), "images": (str(reference),)}
+    shown = {"image": str(start), "mask": str(place), "images": (str(reference),), "adapter": ALONE}
+    asked = {"task": "inpaint", **shown}
     drawn = [draw(f"scale {scale:g}", **asked, scale=scale) for scale in (0.4, 0.7, 1.0)]
     drawn += [
         draw(f"another seed, {seed}", **asked, scale=1.0, seed=seed)

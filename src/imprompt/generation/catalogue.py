@@ -133,11 +133,11 @@ def _composition(family: Family, megabytes: int, sha256: str) -> AdapterRow:
 ADAPTERS: dict[str, AdapterRow] = {
     "emoji": AdapterRow(
         BUNDLED, "adapters/ip-adapter_emoji.safetensors", "image_encoder", "emoji", "Apache-2.0", 10,
-        "4 tokens: the picture's idea",
+        "4 tokens: what it is, for a picture alone",
     ),
     "emoji-plus": AdapterRow(
         BUNDLED, "adapters/ip-adapter-plus_emoji.safetensors", "image_encoder", "emoji", "Apache-2.0", 10,
-        "16 tokens: closer to the picture",
+        "16 tokens: its palette and line, beside a text",
     ),
     "sd15": _h94(
         "ip-adapter_sd15.safetensors", "sd15", 45, "4 tokens",
