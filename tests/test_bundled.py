@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 
 from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.layers import cross_attentions
+from imprompt.adapter.weighting import layer_weights
 from imprompt.evaluation.judge import Judge
 from imprompt.evaluation.metrics import cosine
 from imprompt.evaluation.report import EMOJI, read_eval_set
@@ -25,7 +27,7 @@ ADAPTERS = ("ip-adapter_emoji.safetensors", "ip-adapter-plus_emoji.safetensors")
 def pipe():
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(EMOJI, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(EMOJI)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -100,6 +102,21 @@ def test_every_word_of_the_vocabulary_is_a_caption_the_tokenizer_spells_in_few_p
     for concept in words["concepts"]:
         caption = f"a {concept.replace('-', ' ')}, fluent-mono style"
         assert len(pipe.tokenizer(caption).input_ids) <= pipe.tokenizer.model_max_length
+
+
+def test_style_profiles_act_where_the_bundled_model_was_measured_to_keep_its_style(pipe):
+    layers = cross_attentions(pipe.unet)
+
+    def acting(profile):
+        weights = layer_weights(profile, layers).weights
+        return {
+            layer.name.partition(".transformer")[0] for layer, w in zip(layers, weights, strict=True) if w
+        }
+
+    last = {"up_blocks.2.attentions.0", "up_blocks.2.attentions.1"}
+    assert acting("style") == {"up_blocks.2.attentions.1"}
+    assert acting("style transfer") == last | {"up_blocks.1.attentions.1"}
+    assert not acting("composition") & acting("style transfer")
 
 
 def test_nothing_that_was_held_out_is_in_the_vocabulary():

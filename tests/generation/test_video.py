@@ -84,6 +84,16 @@ def test_more_shared_noise_brings_frames_closer_and_all_of_it_makes_them_alike(e
     assert none > half > most
 
 
+def test_noise_on_a_loop_moves_little_by_little_and_ends_where_it_began(engine, asked):
+    def steps(path):
+        clip = pixels(engine.run(asked(noise_path=path, frames=8)).images)
+        return [np.abs(clip[i] - clip[i - 1]).mean() for i in range(len(clip))]  # the first after the last
+
+    apart, loop = steps("apart"), steps("loop")
+    assert max(loop) < min(apart)
+    assert max(loop) < 2 * min(loop)
+
+
 def test_key_pictures_stand_at_their_frames(engine, asked, pictures):
     names = [str(pictures / "ref.png"), str(pictures / "other.png")]
     keys = [ImageRef(path=name, at=at, scale=1) for name, at in zip(names, (0, FRAMES - 1), strict=True)]

@@ -66,7 +66,18 @@ _SDXL = Roles(
     layout=frozenset({3}),
     precise={t: 0.1 for t in range(11) if t not in (3, 6)},
 )
-_FAMILIES = {(6, 1, 9): _SD15, (4, 1, 6): _SDXL}
+# The bundled model's, measured (imprompt.evaluation.layers, 24 pairs): of the style the last two blocks bring
+# 0.70 and 0.22, of the likeness the one before 0.37, each with an interval above 0; of the rest only the
+# first block's likeness has one. No block decides where things are.
+_EMOJI = Roles(
+    count=7,
+    composition={0: 1.0},
+    style=frozenset({4, 5, 6}),
+    instant_style=frozenset({6}),
+    layout=frozenset({0, 1, 2, 3}),
+    precise={1: 0.1, 2: 0.1, 3: 0.1},
+)
+_FAMILIES = {(6, 1, 9): _SD15, (4, 1, 6): _SDXL, (2, 1, 4): _EMOJI}
 
 Share = Callable[[int, str, Roles], float]
 """(t, block kind, roles) → share of the scale."""

@@ -274,7 +274,7 @@ def _animate_flags(parser: argparse.ArgumentParser) -> None:
     from imprompt.generation.request import Request
 
     parser.add_argument("prompt", nargs="?", help="what to draw; may be left out with --image or --video")
-    for name in ("frames", "fps", "motion", "video", "strength", "context", "shared_noise"):
+    for name in ("frames", "fps", "motion", "video", "strength", "context", "shared_noise", "noise_path"):
         about = (Request.model_fields[name].description or "").replace("%", "%%").removeprefix("animate: ")
         flag = "--" + name.replace("_", "-")
         parser.add_argument(

@@ -512,6 +512,11 @@ class Request(_Strict):
         description="animate: part of the first noise's variance that all frames share, which calms the "
         "clip; None: what the motion adapter was trained with, else 0",
     )
+    noise_path: Literal["apart", "loop"] | None = Field(
+        default=None,
+        description="animate: the rest of that noise is each frame's own (apart), or changes little by "
+        "little and comes back to where it began (loop); None: what suits the motion adapter, else apart",
+    )
     device: str = Field(
         default="auto",
         pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$",
@@ -613,7 +618,7 @@ class Request(_Strict):
         if self.task != "animate":
             found += [
                 f"{name}: has no effect in the task {self.task!r}; it belongs to animate."
-                for name in ("frames", "fps", "motion", "video", "context", "shared_noise")
+                for name in ("frames", "fps", "motion", "video", "context", "shared_noise", "noise_path")
                 if getattr(self, name) is not None
             ]
             if any(ref.at is not None or ref.frame_curve != "constant" for ref in self.images):

@@ -7,6 +7,7 @@ image prompts are none of this module's business: to the adapter frames are rows
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,7 +49,8 @@ class Motion:
 
     @cached_property
     def likes(self) -> Mapping[str, Any]:
-        """What ``imprompt.json`` beside its weights says: shared_noise, frames, fps."""
+        """What ``imprompt.json`` beside its weights says: shared_noise, noise_path, frames,
+        fps."""
         try:
             said = json.loads((Path(self.source) / "imprompt.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -109,6 +111,8 @@ def completed(request: Request, base: Base) -> dict[str, object]:
     changes: dict[str, object] = {"motion": motion.name}
     if request.shared_noise is None:
         changes["shared_noise"] = float(motion.likes.get("shared_noise", 0.0))
+    if request.noise_path is None:
+        changes["noise_path"] = str(motion.likes.get("noise_path", "apart"))
     if request.scheduler is None and row is not None and row.scheduler is not None:
         changes["scheduler"] = row.scheduler
     if request.video is None:
@@ -281,7 +285,7 @@ def draw(
         pipe.enable_free_noise(context_length=request.context, context_stride=max(1, request.context // 4))
     try:
         with torch.inference_mode():
-            if request.shared_noise:
+            if request.shared_noise or request.noise_path == "loop":
                 noise = _noise(pipe, call, request, generator)
                 if film is None:
                     call["latents"] = noise
@@ -323,13 +327,21 @@ def _load(motion: Motion, dtype: torch.dtype) -> Any:
 
 
 def _noise(pipe: Any, call: Mapping[str, Any], request: Request, generator: torch.Generator) -> Tensor:
-    """Noise of which all frames share a part of the variance (Ge et al. 2023, §3.1), "1 C F h w"."""
+    """Noise of which all frames share a part of the variance (Ge et al. 2023, §3.1), "1 C F h w".
+
+    The rest is of unit variance in every frame; on a loop, a circle through two independent noises.
+    """
     assert request.frames is not None
     assert request.shared_noise is not None
     size = call["height"] // pipe.vae_scale_factor, call["width"] // pipe.vae_scale_factor
     channels = pipe.unet.config.in_channels
     common = torch.randn(1, channels, 1, *size, generator=generator)
-    own = torch.randn(1, channels, request.frames, *size, generator=generator)
+    if request.noise_path == "loop":
+        turn = 2 * math.pi * torch.arange(request.frames).view(1, 1, -1, 1, 1) / request.frames
+        here, there = torch.randn(2, 1, channels, 1, *size, generator=generator)
+        own = turn.cos() * here + turn.sin() * there
+    else:
+        own = torch.randn(1, channels, request.frames, *size, generator=generator)
     part = request.shared_noise
     return (part**0.5 * common + (1 - part) ** 0.5 * own).to(pipe._execution_device, pipe.unet.dtype)
 
