@@ -123,7 +123,7 @@ def said_of(rows: list[Row], shortly: bool) -> Tensor:
     vocabulary is called what it looks like in its own style, see :class:`clip.Likeness`."""
     from clip import Likeness, looks, spoken
 
-    near = [row for row in load_rows("small") if row["captions"].get("full")]
+    near = load_rows("small")
     words, styles = (sorted({row["groups"][kind] for row in near}) for kind in ("concept", "style"))
     texts, captions = spoken(near, styles, words)
     hidden = captions[["", *texts]]

@@ -26,6 +26,7 @@ import argparse
 import json
 import math
 import random
+from typing import TYPE_CHECKING
 
 import torch
 from common import MODEL, RUNS, Ema, Loop, Row, load_pictures, load_rows, progress_mean, save_half
@@ -39,6 +40,9 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
+
+if TYPE_CHECKING:
+    from unet import Captions
 
 LENGTH = 16
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)

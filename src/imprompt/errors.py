@@ -38,3 +38,10 @@ class InputError(ImpromptError, ValueError):
     """A picture, mask or file given by the user cannot be used."""
 
     exit_code = 4
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, for a message of one line: its first line, with the next where the first
+    only announces it; its class's name where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])

@@ -95,6 +95,11 @@ def test_roles_follow_from_shares() -> None:
         "layout": [0, 3],
         "precise": {3: 0.1},
     }
+    unsure = [{"style": (-0.1, 0.5), "likeness": (0.0, 0.4)}, {"style": (-0.1, 0.5), "likeness": (0.1, 0.4)}]
+    for measured in unsure:
+        sure = {"style": (0.1, 0.5), "likeness": (0.1, 0.4)}
+        found = roles_from([row | {"interval": measured if row["t"] == 2 else sure} for row in rows])
+        assert found["style"] == ([1, 2] if measured["likeness"][0] > 0 else [1])
     code = as_code(roles_from(rows))
     made = eval(code, {"Roles": Roles, "frozenset": frozenset})
     assert (made.count, made.composition, made.style) == (4, {0: 1.0}, {1, 2})

@@ -155,6 +155,7 @@ class IPAdapter:
         ``kind`` ``linear`` makes 4 tokens of the pooled embedding, ``resampler`` 16 of the hidden states,
         with ``depth`` blocks of ``width`` (a multiple of 64; default the UNet's text width rounded up).
         ``feature_width`` may be left out when an encoder object is given. All parameters require gradients.
+        Raises :class:`UsageError` where a width cannot be known or does not fit.
         """
         layers = cross_attentions(unet)
         cross_dim = layers[0].cross_dim
@@ -221,10 +222,12 @@ class IPAdapter:
 
     @property
     def device(self) -> torch.device:
+        """Where the adapter's weights are."""
         return next(self.module.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the adapter's weights."""
         return next(self.module.parameters()).dtype
 
     # ---- on a model
@@ -291,7 +294,7 @@ class IPAdapter:
     def batch(self, *, guidance: bool | Sequence[Part] | None) -> None:
         """State how the UNet's batch is laid out, where no pipeline tells: with ``guidance`` the negative
         samples come first. A sequence names each equal part; ``None`` goes back to asking the pipeline (a
-        bare UNet: no guidance)."""
+        bare UNet: no guidance). Raises :class:`UsageError` for other parts."""
         if isinstance(guidance, bool):
             self.parts = ("negative", "positive") if guidance else ("positive",)
         elif guidance is not None and (not guidance or not set(guidance) <= {"negative", "positive"}):
@@ -336,7 +339,7 @@ class IPAdapter:
         Sample ``i`` is drawn as it would be alone, with prompts, masks, windows, texts and scales of its own
         (within 1e-4 of it in float32: sums run in another order in a batch). The pipeline's batch must be a
         multiple of ``len(samples)``: with ``num_images_per_prompt=n`` the first sample's prompts serve the
-        first ``n`` pictures, and so on.
+        first ``n`` pictures, and so on. Raises as :meth:`set_prompt`.
         """
         if not samples:
             raise UsageError("set_batch needs at least one sample; clear_prompt() removes what was set.")

@@ -186,6 +186,7 @@ class Call:
 
     @property
     def samples(self) -> int:
+        """Pictures that are drawn at once, each guided one counted once."""
         return self.batch // len(self.parts)
 
 

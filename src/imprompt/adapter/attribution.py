@@ -49,7 +49,7 @@ class Recorder:
     _maps: dict[int, Tensor] = field(default_factory=dict)
 
     def step(self, timestep: Tensor, call: Call, layers: Sequence[CrossLayer]) -> None:
-        """The UNet is about to run."""
+        """The UNet is about to run. Raises :class:`UsageError` when the drawn size changed meanwhile."""
         if self._call is not None and (call.height, call.width) != (self._call.height, self._call.width):
             raise UsageError("the size of what is drawn changed; explain one picture at a time.")
         self._call, self._layers = call, tuple(layers)

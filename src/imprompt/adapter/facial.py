@@ -97,7 +97,8 @@ class FaceInput:
         return torch.nn.functional.normalize(embedding, dim=-1)
 
     def check_length(self, embedding: Tensor) -> None:
-        """Refuse bare embeddings that are normalised where raw ones are read, or the other way round."""
+        """Raises :class:`UsageError` for bare embeddings ``(N, E)`` or ``(N, F, E)`` that are normalised
+        where raw ones are read, or the other way round."""
         if embedding.shape[-1] != self._width:
             return  # the projection says what is wrong with it
         lengths = embedding.float().norm(dim=-1)
@@ -117,7 +118,7 @@ class FaceInput:
         )
 
     def check_fields(self, prompt: ImagePrompt) -> None:
-        """Refuse what has no effect on a face."""
+        """Raises :class:`UsageError` for what has no effect on a face."""
         if prompt.framing != "crop" or prompt.sharpen:
             raise UsageError(
                 f"framing and sharpen have no effect on adapter '{self._name}', which reads the face alone."
@@ -144,7 +145,7 @@ class FaceInput:
 
 
 def refuse_face_fields(prompt: ImagePrompt, name: str) -> None:
-    """Refuse what only face adapters have, on one that reads whole pictures."""
+    """Raises :class:`UsageError` for what only face adapters have, on one that reads whole pictures."""
     for field, usual in (("face", "largest"), ("s_scale", None)):
         if getattr(prompt, field) != usual:
             raise UsageError(

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from imprompt.errors import ModelError
+from imprompt.errors import ModelError, first_line
 
 Header: TypeAlias = dict[str, tuple[str, tuple[int, ...]]]
 """Key → (number format as safetensors names it, shape)."""
@@ -263,5 +263,4 @@ def _leaves(nested: Mapping[Any, object], prefix: str, what: str) -> Iterator[tu
 
 
 def _line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".") + "."
+    return first_line(error).rstrip(".") + "."

@@ -43,6 +43,8 @@ _ARCFACE = 512  # width of every published face embedding; no published encoder'
 
 @dataclass(frozen=True)
 class Layout:
+    """What keys and shapes say of an adapter; widths are of one token or feature."""
+
     variants: tuple[Variant, ...]
     """Those with these keys and shapes."""
     tokens: int
@@ -55,6 +57,7 @@ class Layout:
 
     @property
     def family(self) -> str:
+        """The base family these layers belong to, ``other`` for none of the published ones."""
         if self.cross_dim == 2048 and (
             self.variants[0].beside_text
             or (self.variants[0].name == "resampler" and self.feature_width == 1024)
@@ -187,6 +190,8 @@ def _lora_rank(ip_adapter: Mapping[str, Shape], layers: Sequence[int], name: str
 
 @dataclass(frozen=True)
 class Identity:
+    """What an adapter is, as far as the evidence goes; several where it does not tell them apart."""
+
     variants: tuple[Variant, ...]
     published: tuple[Published, ...]
     evidence: str
@@ -202,7 +207,8 @@ def identify(
 ) -> Identity:
     """Variant and published file, by the most trustworthy evidence there is.
 
-    ``file`` is hashed only where shapes leave a question and its size is a published one.
+    ``file`` is hashed only where shapes leave a question and its size is a published one. Raises
+    :class:`UsageError` for an ``asked`` variant that is none, :class:`ModelError` for one with other weights.
     """
     rows = [row for row in PUBLISHED if _could_be(row, layout)]
     if asked is not None:
@@ -309,6 +315,7 @@ def _plain(name: str) -> str:
 
 
 def encoder_of(variant: Variant, layout: Layout) -> str:
+    """The image encoder it needs, in words."""
     if variant.feature == "face":
         return "none"
     kind = "pooled" if variant.feature == "pooled" else "hidden"
@@ -324,5 +331,6 @@ def some(names: Iterable[str]) -> str:
 
 
 def either(names: Iterable[str]) -> str:
+    """The names as ``a, b or c``."""
     *most, last = list(names) or [""]
     return f"{', '.join(most)} or {last}" if most else last

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from imprompt.errors import ModelError, UsageError
+from imprompt.errors import ModelError, UsageError, first_line
 
 _ENCODER_FOLDERS = (
     "image_encoder",
@@ -82,7 +82,10 @@ PUBLISHED_ENCODERS = {
 def locate(
     source: str, subfolder: str | None, weight_name: str | None
 ) -> tuple[Path, tuple[EncoderPlace, ...]]:
-    """The weights' file, and where its image encoder may be."""
+    """The weights' file, and where its image encoder may be.
+
+    Raises :class:`ModelError` when there is none or several, :class:`UsageError` for what names a file twice.
+    """
     root = Path(source)
     if root.is_file():
         if subfolder or weight_name:
@@ -149,5 +152,5 @@ def _download(repo: str, subfolder: str | None, name: str) -> Path:
         return Path(hf_hub_download(repo, name, subfolder=subfolder))
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         where = f"{subfolder}/{name}" if subfolder else name
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ModelError(f"cannot get '{where}' of {repo} from the hub or its cache: {reason}") from error

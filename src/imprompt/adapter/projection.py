@@ -47,7 +47,8 @@ class ImageProjection(nn.Module):
 
     @classmethod
     def from_shapes(cls, variant: Variant, shapes: Shapes) -> Self:
-        """The module whose widths a published ``image_proj`` of these shapes has."""
+        """The module whose widths a published ``image_proj`` of these shapes has. Raises :class:`ModelError`
+        for keys that are missing or do not go together."""
         raise NotImplementedError
 
     def forward(self, features: Tensor, patches: Tensor | None = None) -> Float[Tensor, "N T C"]:
@@ -64,7 +65,8 @@ class ImageProjection(nn.Module):
         """Tokens of the unconditional half, by the variant's published rule.
 
         ``features`` is the encoder's hidden states of an all-zero preprocessed tensor; kinds that project
-        zeros do without, or, with a second input, are given zeros of its shape.
+        zeros do without, or, with a second input, are given zeros of its shape. Raises
+        :class:`UsageError` when they are needed and missing.
         """
         if self.variant.negative == "zero_features" and self.patch_width is None:
             return self(self._zeros())

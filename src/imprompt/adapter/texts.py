@@ -87,7 +87,8 @@ class TextRegions:
         self.set_batch([regions])
 
     def set_batch(self, samples: Sequence[Sequence[TextRegion]]) -> None:
-        """Say in each sample of a batch what is its own; the pipeline's batch is a multiple of them."""
+        """Say in each sample of a batch what is its own; the pipeline's batch is a multiple of them.
+        Raises as :meth:`set`."""
         injection = None if self._injection is None else self._injection()
         if injection is None:
             raise UsageError("attach() the regions to a pipeline first, which encodes their words.")

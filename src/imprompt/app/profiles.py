@@ -98,7 +98,8 @@ def layers_of(base: str) -> tuple[CrossLayer, ...]:
 
 
 def layers_from(config: Mapping[str, Any]) -> tuple[CrossLayer, ...]:
-    """The cross-attentions that a ``UNet2DConditionModel``'s configuration describes."""
+    """The cross-attentions that a ``UNet2DConditionModel``'s configuration describes. Raises
+    :class:`ModelError` for blocks that are unknown here."""
     down, up = config["down_block_types"], config["up_block_types"]
     each, widths = config.get("layers_per_block", 2), config["block_out_channels"]
     if not set(down) | set(up) <= {*_ATTENDING, "DownBlock2D", "UpBlock2D"} or not isinstance(each, int):

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from imprompt.encoders.images import load_image
-from imprompt.errors import InputError, ModelError
+from imprompt.errors import InputError, ModelError, first_line
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, R, G, B in 0 to 1
 _STD = (0.26862954, 0.26130258, 0.27577711)
@@ -143,7 +143,7 @@ class ImageEncoder:
             )
             model, info = loaded
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = first_line(error)
             raise ModelError(f"image encoder '{name}' cannot be loaded: {reason}") from error
         absent = sorted(key for key in info["missing_keys"] if not key.endswith("position_ids"))
         if absent:

@@ -24,7 +24,7 @@ from torch import Tensor
 from imprompt import licences
 from imprompt.encoders.clip import Features
 from imprompt.encoders.features import read_file, write_file
-from imprompt.errors import InputError, ModelError
+from imprompt.errors import InputError, ModelError, first_line
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -57,6 +57,7 @@ class Face:
 
     @property
     def area(self) -> float:
+        """Of its box, in square pixels."""
         left, top, right, bottom = self.box
         return max(0.0, right - left) * max(0.0, bottom - top)
 
@@ -279,7 +280,7 @@ class OnnxFaces:
         return []
 
     def embed(self, image: Image.Image, face: Face) -> Array:
-        """``(E,)`` float32 of the aligned face."""
+        """``(E,)`` float32 of the aligned face. Raises :class:`ModelError` when the model gives NaN."""
         pixels = np.asarray(align(image, face.landmarks), np.float32).transpose(2, 0, 1)[None]
         entry, outlet = self._recogniser.get_inputs()[0], self._recogniser.get_outputs()[0]
         if outlet.shape[-1] != 128:  # SFace normalises inside
@@ -422,7 +423,7 @@ def _place(folder: str) -> Path:
     try:
         return Path(snapshot_download(folder, allow_patterns=["*.onnx"]))
     except Exception as error:  # the hub's client raises nearly anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ModelError(
             f"face models '{folder}' are no folder here and cannot be had from the hub: {reason}"
         ) from error
@@ -449,9 +450,7 @@ def _session(path: str | Path) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has exceptions of its own without a common base
-        raise ModelError(
-            f"'{path}' cannot be opened as an ONNX model: {str(error).splitlines()[0]}"
-        ) from error
+        raise ModelError(f"'{path}' cannot be opened as an ONNX model: {first_line(error)}") from error
 
 
 def _scaled(face: Face, across: float, down: float) -> Face:

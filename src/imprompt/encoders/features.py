@@ -117,7 +117,8 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def joined(parts: Sequence["Parts"]) -> Features:
-    """Several pictures' features as one. They must come from one kind of encoder."""
+    """Several pictures' features as one. Raises :class:`InputError` when their widths differ, as those of
+    different encoders do."""
     shapes = {tuple(part.hidden.shape[1:]) + tuple(part.pooled.shape[1:]) for part in parts}
     if len(shapes) != 1:
         raise InputError("the pictures of one prompt have features of different encoders; use one for all.")

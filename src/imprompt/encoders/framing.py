@@ -130,6 +130,7 @@ def tiles(image: Image.Image, side: int) -> tuple[list[Image.Image], int, int]:
 def merge_hidden(hidden: Float[Tensor, "N P W"], rows: int, columns: int) -> Float[Tensor, "P W"]:
     """The tiles' patches as one picture's: their grids joined and averaged back to one grid, the class tokens
     averaged (ComfyUI_IPAdapter_plus's vision enhancer). ``N`` is ``rows·columns``, row by row.
+    Raises :class:`InputError` when they are not so many, or no square grid and a class token.
     """
     grid = math.isqrt(hidden.shape[1] - 1)
     if grid * grid != hidden.shape[1] - 1 or hidden.shape[0] != rows * columns:
@@ -173,6 +174,7 @@ def noisy(image: Image.Image, kind: str, strength: float, seed: int = 0) -> Imag
     ``fade``: (1−s)x + sU; ``dissolve``: a share s of the pixels replaced by U; ``gaussian``: x + sN;
     ``shuffle``: displaced smoothly, flipped both ways, and x(1−n) + n with n = 0.75s·N, all clamped to 0–1
     (U uniform, N normal; ComfyUI_IPAdapter_plus's formulas). No global randomness is touched.
+    Raises :class:`UsageError` for another kind, :class:`InputError` for another strength.
     """
     kind = canonical("noise", kind, NOISES)
     if not 0 <= strength <= 1:

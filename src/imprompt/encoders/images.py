@@ -16,7 +16,7 @@ from typing import IO, TypeAlias
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from imprompt.errors import InputError
+from imprompt.errors import InputError, first_line
 
 Source: TypeAlias = str | Path | bytes | Image.Image
 
@@ -150,7 +150,7 @@ def _opened(source: Source, max_pixels: int) -> Iterator[tuple[Image.Image, str]
         raise InputError(f"{name} does not fit into memory; scale it down first.") from error
     except Exception as error:
         # Decoders raise nearly anything on damaged data: SyntaxError, struct.error, zlib.error, KeyError, …
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise InputError(f"{name} is truncated or damaged and cannot be decoded ({reason}).") from error
     finally:
         if stream is not None:

@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m imprompt.evaluation.control")
     parser.add_argument("--base", type=Path, default=EMOJI, help=f"diffusers folder with eval/ and {FOLDER}/")
     parser.add_argument("--judge", type=Path, help="another judge than the base's")
-    parser.add_argument("--adapter", type=Path, help="adapter file; default: the base's last by name")
+    parser.add_argument("--adapter", type=Path, help="adapter file; default: the base's first by name")
     parser.add_argument("-n", type=int, default=24, help="pictures a figure")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
@@ -198,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.base / FOLDER,
             Judge.load(options.judge or options.base / "judge.safetensors"),
             shown,
-            (files[-1].stem, IPAdapter.from_pretrained(files[-1])) if files else None,
+            (files[0].stem, IPAdapter.from_pretrained(files[0])) if files else None,
             n=options.n,
             steps=options.steps,
             guidance=options.guidance,

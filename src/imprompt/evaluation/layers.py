@@ -199,14 +199,16 @@ def roles_from(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The roles that measured blocks have, in the form of ``adapter.weighting.Roles``.
 
     Style blocks have a larger share of the style than of what else the picture says (the larger of leak and
-    layout); at least the one where the difference is largest. Composition is the block where the picture's
-    layout and concept outweigh its style most.
+    layout), and an interval of style or likeness above 0, where there are intervals; at least the one where
+    the difference is largest. Composition is the block where the picture's layout and concept outweigh its
+    style most.
     """
     lead = {
         row["t"]: row["share"]["style"] - max(row["share"]["leak"], row["share"]["layout"]) for row in blocks
     }
     best, worst = max(lead, key=lambda t: lead[t]), min(lead, key=lambda t: lead[t])
-    style = sorted({t for t, value in lead.items() if value > 0} | {best})
+    sure = {row["t"] for row in blocks if _sure(row)}
+    style = sorted({t for t, value in lead.items() if value > 0 and t in sure} | {best})
     rest = [t for t in lead if t not in style]
     return {
         "count": len(lead),
@@ -216,6 +218,12 @@ def roles_from(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "layout": rest or [worst],
         "precise": {t: 0.1 for t in lead if t not in style and t != worst},
     }
+
+
+def _sure(row: Mapping[str, Any]) -> bool:
+    """Whether a block is known to bring something of the picture; all are where no interval was measured."""
+    spans = row.get("interval")
+    return spans is None or any(spans[name][0] > 0 for name in ("style", "likeness"))
 
 
 def as_code(roles: Mapping[str, Any]) -> str:

@@ -287,8 +287,7 @@ def evaluate(
     if (base / "controlnet-canny").is_dir():
         from imprompt.evaluation.control import control_figures  # which reads this module
 
-        last = list(adapters.items())[-1:]
-        named = next(((name, IPAdapter.from_pretrained(path)) for name, path in last), None)
+        named = next(((name, IPAdapter.from_pretrained(path)) for name, path in adapters.items()), None)
         shown = EvalSet(tuple(run.references), eval_set.prompts)
         found, drawn = control_figures(
             pipe, base / "controlnet-canny", judge, shown, named,

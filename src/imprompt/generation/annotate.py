@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from imprompt.errors import InputError, ModelError, UsageError
+from imprompt.errors import InputError, ModelError, UsageError, first_line
 
 CANNY = (100, 200)
 """Thresholds of the published canny ControlNets' own examples (gradient of 8-bit values)."""
@@ -256,7 +256,7 @@ def _loaded(kind: str, model_class: str) -> tuple[Any, Any]:
         processor = transformers.AutoImageProcessor.from_pretrained(repository)
         model = getattr(transformers, model_class).from_pretrained(repository, use_safetensors=True)
     except Exception as error:  # the hub's client raises nearly anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ModelError(
             f"control: {kind} is found by {repository} ({about}), which cannot be had: {reason} Look at the "
             "network and HF_HUB_OFFLINE, or give a finished map as none:PATH."

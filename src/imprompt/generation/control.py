@@ -17,7 +17,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from imprompt import licences
-from imprompt.errors import ModelError, UsageError
+from imprompt.errors import ModelError, UsageError, first_line
 from imprompt.generation.catalogue import (
     BUNDLED,
     CONTROLS,
@@ -450,7 +450,7 @@ def _family(width: object) -> str:
 
 
 def _why_not(name: str, source: str, row: ControlRow | None, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = first_line(error)
     if row is not None and row.repo == BUNDLED:
         return f"the bundled control '{name}' is missing or damaged ({reason}); install imprompt again."
     if Path(source).exists():

@@ -32,7 +32,7 @@ from imprompt.encoders import face as faces
 from imprompt.encoders.features import is_saved, joined, shown_name
 from imprompt.encoders.framing import encode, noisy
 from imprompt.encoders.images import content_hash, frame_count, load_image, load_mask
-from imprompt.errors import InputError, ModelError, UsageError
+from imprompt.errors import InputError, ModelError, UsageError, first_line
 from imprompt.generation import video
 from imprompt.generation.annotate import annotate_frames
 from imprompt.generation.control import (
@@ -754,7 +754,7 @@ def _device(request: Request) -> torch.device:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UsageError(f"device: '{request.device}' cannot be used here ({reason}).") from error
     return device
 

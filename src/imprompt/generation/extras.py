@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from imprompt.adapter.files import load_tensors
-from imprompt.errors import ModelError, UsageError
+from imprompt.errors import ModelError, UsageError, first_line
 from imprompt.generation.request import EmbeddingRef, LoraRef
 
 
@@ -33,7 +33,9 @@ def add_loras(pipe: Any, refs: Sequence[LoraRef]) -> None:
         try:
             pipe.load_lora_weights(source, adapter_name=name, use_safetensors=True, **options)
         except Exception as error:  # diffusers and peft raise nearly anything on what does not fit
-            raise ModelError(f"LoRA '{ref.path}' cannot be used with this base: {_line(error)}") from error
+            raise ModelError(
+                f"LoRA '{ref.path}' cannot be used with this base: {first_line(error)}"
+            ) from error
         finally:
             said.set_verbosity(usual)
         if name not in {each for part in pipe.get_list_adapters().values() for each in part}:
@@ -73,7 +75,7 @@ def add_embeddings(pipe: Any, refs: Sequence[EmbeddingRef]) -> None:
             try:
                 pipe.load_textual_inversion({token: values}, text_encoder=encoder, tokenizer=tokenizer)
             except Exception as error:  # such as a word that is known already
-                raise ModelError(f"embedding '{ref.path}' cannot be used: {_line(error)}") from error
+                raise ModelError(f"embedding '{ref.path}' cannot be used: {first_line(error)}") from error
 
 
 def _place(name: str, what: str) -> tuple[str, dict[str, str]]:
@@ -104,10 +106,4 @@ def _download(repo: str, options: dict[str, str]) -> Path:
     try:
         return Path(hf_hub_download(repo, options["weight_name"], subfolder=options.get("subfolder")))
     except Exception as error:  # the hub's client raises nearly anything
-        raise ModelError(f"embedding '{repo}' cannot be had: {_line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    """The first line of what went wrong, and the next where it only announces that."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
+        raise ModelError(f"embedding '{repo}' cannot be had: {first_line(error)}") from error

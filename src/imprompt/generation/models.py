@@ -20,7 +20,7 @@ from typing import Any
 from imprompt import licences
 from imprompt.adapter.adapter import IPAdapter
 from imprompt.adapter.files import digest
-from imprompt.errors import ModelError, UsageError
+from imprompt.errors import ModelError, UsageError, first_line
 from imprompt.generation.catalogue import ADAPTERS, BASES, BUNDLED, DEFAULT_ADAPTERS, BaseRow, Family, named
 from imprompt.generation.request import SCHEDULERS, Task
 
@@ -104,7 +104,8 @@ class Base:
 
     @cached_property
     def defaults(self) -> Defaults:
-        """What the base likes: its ``defaults.json``, else its family's."""
+        """What the base likes: its ``defaults.json``, else its family's. Raises :class:`ModelError` when that
+        is damaged."""
         known = _OF_FAMILY[self.family] if self.family else Defaults()
         if self.path is None or not self.path.is_dir():
             return known
@@ -246,7 +247,8 @@ def find_adapter(name: str | None, base: Base) -> str:
 
 
 def load_adapter(name: str) -> IPAdapter:
-    """The adapter by alias, file, folder, or ``owner/name[/folder]/file.safetensors`` of the hub."""
+    """The adapter by alias, file, folder, or ``owner/name[/folder]/file.safetensors`` of the hub. Raises
+    :class:`ModelError` when it is missing, damaged, a pickle or not to be used (:mod:`imprompt.licences`)."""
     if name in ADAPTERS:
         row = ADAPTERS[name]
         if row.repo == BUNDLED:
@@ -289,7 +291,7 @@ def adapter_file(name: str) -> Path:
         path = EMOJI / row.file if row.repo == BUNDLED else Path(hf_hub_download(row.repo, row.file))
     except Exception as error:  # the hub's client raises nearly anything
         raise ModelError(
-            f"adapter '{name}' ({row.repo}, {row.file}) cannot be had: {_line(error)}"
+            f"adapter '{name}' ({row.repo}, {row.file}) cannot be had: {first_line(error)}"
         ) from error
     if row.sha256 is not None and (found := digest(path)) != row.sha256:
         raise ModelError(
@@ -335,7 +337,7 @@ def _quantised(base: Base, quantize: str, dtype: Any, variant: str | None) -> An
             unet = UNet2DConditionModel.from_single_file(str(path), **options)
         except Exception as error:  # the reader and the loader raise nearly anything
             raise ModelError(
-                f"quantize: '{quantize}' is no UNet of base '{base.name}': {_line(error)}"
+                f"quantize: '{quantize}' is no UNet of base '{base.name}': {first_line(error)}"
             ) from error
         if any(weight.is_meta for weight in unet.parameters()):
             raise ModelError(f"quantize: '{quantize}' holds no whole UNet of base '{base.name}'.")
@@ -349,10 +351,6 @@ def _quantised(base: Base, quantize: str, dtype: Any, variant: str | None) -> An
     return UNet2DConditionModel.from_pretrained(
         base.source, subfolder="unet", use_safetensors=True, variant=variant, **options
     )
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _class_for(kind: str, task: Task, base: Base) -> str:
@@ -442,7 +440,7 @@ def _check_bundled(path: Path) -> None:
 
 
 def _why_not(base: Base, error: Exception) -> str:
-    reason = _line(error)
+    reason = first_line(error)
     if base.path is not None:
         return f"base '{base.name}' cannot be loaded: {reason}"
     what = f"{base.row.note}, licence {base.row.licence}" if base.row else "a hub repository"

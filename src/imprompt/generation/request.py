@@ -683,7 +683,8 @@ class Request(_Strict):
         return tuple(tuple(group) for group in groups)
 
     def single(self, index: int) -> Request:
-        """The request that draws just picture ``index`` of this one, which must have a seed."""
+        """The request that draws just picture ``index`` of this one, which must have a seed. Raises
+        :class:`UsageError` when it has none."""
         if self.seed is None:
             raise UsageError("seed: a single picture of a request without a seed cannot be named.")
         return self.replace(seed=randomness(self.seed, index, "noise"), count=1)

@@ -22,7 +22,7 @@ from torch import Tensor
 from imprompt import licences
 from imprompt.encoders.images import frame_count, load_frames
 from imprompt.encoders.video import SUFFIXES, read_video
-from imprompt.errors import AdapterMismatch, InputError, ModelError, UsageError
+from imprompt.errors import AdapterMismatch, InputError, ModelError, UsageError, first_line
 from imprompt.generation.catalogue import BUNDLED, DEFAULT_MOTIONS, MOTIONS, MotionRow, named
 from imprompt.generation.models import EMOJI, Base, hush
 from imprompt.generation.request import Request
@@ -49,8 +49,7 @@ class Motion:
 
     @cached_property
     def likes(self) -> Mapping[str, Any]:
-        """What ``imprompt.json`` beside its weights says: shared_noise, noise_path, frames,
-        fps."""
+        """What ``imprompt.json`` beside its weights says: shared_noise, noise_path, frames, fps."""
         try:
             said = json.loads((Path(self.source) / "imprompt.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -219,7 +218,7 @@ def moving(pipe: Any, motion: Motion, base: Base, dtype: torch.dtype) -> Any:
     try:
         unet = diffusers.UNetMotionModel.from_unet2d(pipe.unet, adapter)
     except (ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise AdapterMismatch(
             f"motion adapter '{motion.name}' does not fit base '{base.name}': {reason}"
         ) from error
@@ -321,7 +320,7 @@ def _load(motion: Motion, dtype: torch.dtype) -> Any:
             motion.source, torch_dtype=dtype, use_safetensors=True, variant="fp16" if half else None
         )
     except Exception as error:  # loaders raise nearly anything on damaged or absent files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         what = f"{motion.row.note}, licence {motion.row.licence}" if motion.row else "given by place"
         raise ModelError(f"motion adapter '{motion.name}' ({what}) cannot be loaded: {reason}") from error
 

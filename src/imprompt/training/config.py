@@ -229,7 +229,7 @@ class TrainConfig(BaseModel):
 
     @classmethod
     def checked(cls, values: dict[str, object]) -> TrainConfig:
-        """Validate, with pydantic's findings as one :class:`UsageError` of one line per field."""
+        """Validate. Raises :class:`UsageError` with pydantic's findings, which name the fields."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:

@@ -18,7 +18,8 @@ def prediction_target(kind: str, clean: Tensor, noise: Tensor, alpha_bar: Tensor
     """What a UNet of this ``prediction_type`` should output for ``√ᾱ·clean + √(1-ᾱ)·noise``.
 
     ``epsilon``: the noise; ``v_prediction``: ``√ᾱ·noise - √(1-ᾱ)·clean`` (Salimans & Ho 2022, §4);
-    ``sample``: the clean latents. Latents ``B C h w``, ``alpha_bar`` ``B``.
+    ``sample``: the clean latents. Latents ``B C h w``, ``alpha_bar`` ``B``. Raises
+    :class:`ModelError` for another kind.
     """
     signal_level, noise_level = broadcast(alpha_bar.sqrt()), broadcast((1 - alpha_bar).sqrt())
     if kind == "epsilon":
@@ -27,7 +28,10 @@ def prediction_target(kind: str, clean: Tensor, noise: Tensor, alpha_bar: Tensor
         return signal_level * noise - noise_level * clean
     if kind == "sample":
         return clean
-    raise ModelError(f"prediction type '{kind}' is not one of epsilon, v_prediction, sample")
+    raise ModelError(
+        f"the base's scheduler has the prediction type '{kind}', for which adapters are not trained here; "
+        "use a base of type epsilon, v_prediction or sample."
+    )
 
 
 def loss_weights(kind: str, alpha_bar: Tensor, gamma: float | None) -> Tensor:

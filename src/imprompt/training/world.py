@@ -32,6 +32,7 @@ class World:
 
     @property
     def first(self) -> bool:
+        """Whether this process is the one that writes."""
         return self.number == 0
 
     def __enter__(self) -> None:
@@ -43,6 +44,7 @@ class World:
             distributed.destroy_process_group()
 
     def wait(self) -> None:
+        """Until all processes are here."""
         if self.count > 1:
             distributed.barrier()
 
