@@ -23,9 +23,9 @@ from PIL import Image
 from imprompt.adapter.prompt import ImagePrompt
 from imprompt.encoders.framing import encode
 from imprompt.generation.engine import Engine
-from imprompt.generation.models import find_base, load, load_adapter
-from imprompt.generation.request import ImageRef, Request
+from imprompt.generation.families import find_base, load, load_adapter
 from imprompt.generation.video import find_motion, moving
+from imprompt.schema.request import ImageRef, Request
 
 
 def main() -> None:

@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from imprompt.adapter.adapter import IPAdapter
-from imprompt.adapter.layers import cross_attentions
-from imprompt.adapter.weighting import layer_weights
+from imprompt.adapter.backbones.unet import cross_attentions
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.evaluation.judge import Judge
 from imprompt.evaluation.metrics import cosine
 from imprompt.evaluation.report import EMOJI, read_eval_set
 from imprompt.generation.engine import Engine
-from imprompt.generation.request import Request
+from imprompt.schema.profiles import layer_weights
+from imprompt.schema.request import Request
 
 ADAPTERS = ("ip-adapter_emoji.safetensors", "ip-adapter-plus_emoji.safetensors")
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from facemodels import recogniser, scrfd
-from imprompt import licences
-from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.app.cli import main
+from imprompt.catalog import licences
+from imprompt.catalog.entries import ADAPTERS, BASES, CONTROLS, MOTIONS
 from imprompt.encoders.face import OnnxFaces
 from imprompt.errors import ModelError
-from imprompt.generation.catalogue import ADAPTERS, BASES, CONTROLS, MOTIONS
 from layouts import PUBLISHED
 from tiny import random_adapter_state, tiny_unet
 

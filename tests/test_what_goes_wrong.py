@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from facemodels import pack, photo
 from faces import face_state, person
-from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.errors import ImpromptError
 from tiny import HIDDEN, PICTURE, POOLED, picture, random_adapter_state, tiny_encoder, tiny_sd, tiny_unet
 

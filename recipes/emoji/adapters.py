@@ -38,8 +38,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from unet import Captions
 
-from imprompt.adapter.adapter import IPAdapter
-from imprompt.adapter.layers import cross_attentions
+from imprompt.adapter.backbones.unet import cross_attentions
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.evaluation.rows import read_rows
 from imprompt.training import TrainConfig, train

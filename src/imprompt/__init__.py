@@ -8,19 +8,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from imprompt.adapter.adapter import IPAdapter
+    from imprompt.adapter.ipadapter import IPAdapter
     from imprompt.adapter.prompt import ImagePrompt
     from imprompt.adapter.texts import TextRegion, TextRegions
     from imprompt.app.embed import embed
     from imprompt.app.sweep import sweep
     from imprompt.app.tune import Tuned, tune
     from imprompt.generation.engine import Engine, Result, generate
-    from imprompt.generation.request import ImageRef, RegionRef, Request
+    from imprompt.schema.request import ImageRef, RegionRef, Request
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "IPAdapter": "imprompt.adapter.adapter",
+    "IPAdapter": "imprompt.adapter.ipadapter",
     "ImagePrompt": "imprompt.adapter.prompt",
     "TextRegion": "imprompt.adapter.texts",
     "TextRegions": "imprompt.adapter.texts",
@@ -31,9 +31,9 @@ _HOMES = {
     "sweep": "imprompt.app.sweep",
     "tune": "imprompt.app.tune",
     "Tuned": "imprompt.app.tune",
-    "ImageRef": "imprompt.generation.request",
-    "RegionRef": "imprompt.generation.request",
-    "Request": "imprompt.generation.request",
+    "ImageRef": "imprompt.schema.request",
+    "RegionRef": "imprompt.schema.request",
+    "Request": "imprompt.schema.request",
 }
 __all__ = [
     "Engine",

@@ -17,7 +17,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, Sl
 from torch import Tensor, nn
 
 from imprompt.adapter.attention import DecoupledAttention, Injection, LiveTokens, Part
-from imprompt.adapter.layers import cross_attentions
+from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.adapter.prompt import Row
 from imprompt.errors import AdapterMismatch, ImpromptError, UsageError
 from tiny import TEXT_WIDTH, random_adapter_state, tiny_unet

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 
 from imprompt.adapter.combine import combine, shares, slerp
 from imprompt.errors import InputError, UsageError
-from imprompt.words import COMBINES, read_weights
+from imprompt.schema.options import COMBINES, read_weights
 
 values = st.floats(-4, 4, width=32).filter(lambda x: x == 0 or abs(x) > 1e-3)
 stacks = st.integers(2, 5).flatmap(lambda n: arrays(np.float32, (n, 6), elements=values))

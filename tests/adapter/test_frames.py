@@ -7,7 +7,7 @@ import torch
 from diffusers import UNetMotionModel
 
 import tiny
-from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.adapter.prompt import ImagePrompt
 from imprompt.errors import InputError, UsageError
 

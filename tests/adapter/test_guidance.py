@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from controls import tiny_controlnet, tiny_t2i
-from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.adapter.prompt import ImagePrompt
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.errors import UsageError

@@ -14,7 +14,7 @@ from torch import nn
 
 import imprompt
 from faces import face_state, person
-from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.adapter.prompt import ImagePrompt
 from imprompt.errors import AdapterMismatch
 from tiny import PICTURE, StateDict, tiny_sd, tiny_sdxl
@@ -244,7 +244,7 @@ import sys
 import torch
 import imprompt
 from faces import face_state, person
-from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.ipadapter import IPAdapter
 from tiny import tiny_unet
 
 unet = tiny_unet()

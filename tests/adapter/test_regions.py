@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.adapter.prompt import ImagePrompt, feathered, read_mask, resize_mask
 from imprompt.adapter.texts import TextRegion, TextRegions
 from imprompt.encoders.clip import ImageEncoder

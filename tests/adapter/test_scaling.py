@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from imprompt.adapter.scaling import scaled
-from imprompt.words import SCALINGS, canonical
+from imprompt.schema.options import SCALINGS, canonical
 
 S, H, T, D = 3, 2, 5, 8
 C = H * D

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from imprompt.adapter.schedule import Gate, When, evaluate
 from imprompt.errors import UsageError
-from imprompt.words import CURVES, read_curve, read_selection
+from imprompt.schema.options import CURVES, read_curve, read_selection
 
 points = st.lists(
     st.tuples(st.integers(0, 20).map(lambda i: i / 20), st.floats(-2, 2, width=32)),

@@ -8,14 +8,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from imprompt.adapter.adapter import IPAdapter
 from imprompt.adapter.attention import DecoupledAttention
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.adapter.prompt import ImagePrompt
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.features import Saved, fingerprint, load, save
 from imprompt.encoders.framing import encode
 from imprompt.errors import EncoderMismatch, InputError, UsageError
-from imprompt.words import COMBINES, SCALINGS
+from imprompt.schema.options import COMBINES, SCALINGS
 from tiny import POOLED, TEXT_WIDTH, picture, random_adapter_state, tiny_encoder, tiny_unet
 
 

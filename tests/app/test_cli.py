@@ -14,10 +14,10 @@ from PIL import Image
 
 import tiny
 from controls import saved, tiny_controlnet
-from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.app import cli
-from imprompt.generation.output import read_request
-from imprompt.generation.request import ImageRef
+from imprompt.output.stills import read_request
+from imprompt.schema.request import ImageRef
 
 
 @pytest.fixture(scope="session")
@@ -202,7 +202,7 @@ def test_debug_shows_where_an_error_came_from(say):
 
 
 def test_a_fault_of_ours_is_one_line_too(say, monkeypatch):
-    monkeypatch.setattr("imprompt.generation.output.read_record", lambda _: 1 / 0)
+    monkeypatch.setattr("imprompt.output.stills.read_record", lambda _: 1 / 0)
     code, out, err = say("info", "ref.png")
     assert (code, out) == (1, "")
     assert re.fullmatch(r"imprompt: error: unexpected ZeroDivisionError: .*--debug.*\n", err)

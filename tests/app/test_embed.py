@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.app.cli import main
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.features import load
 from imprompt.errors import EncoderMismatch, UsageError
-from imprompt.generation.request import ImageRef, Request
+from imprompt.schema.request import ImageRef, Request
 from tiny import picture, random_adapter_state, tiny_encoder, tiny_unet
 
 

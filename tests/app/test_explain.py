@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from imprompt.adapter.attribution import Attribution
-from imprompt.adapter.layers import cross_attentions
+from imprompt.adapter.backbones.unet import cross_attentions
+from imprompt.adapter.recorder import Attribution
 from imprompt.app.explain import colours, explain, overlay
 from tiny import tiny_unet
 

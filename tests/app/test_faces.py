@@ -8,7 +8,7 @@ import pytest
 import tiny
 from facemodels import pack, photo
 from faces import face_state
-from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.app.cli import main
 
 

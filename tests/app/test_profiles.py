@@ -7,11 +7,11 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from imprompt.adapter.layers import cross_attentions
-from imprompt.adapter.weighting import PROFILES, layer_weights
+from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.app.cli import main
 from imprompt.app.profiles import charts, layers_from, layers_of, tables
 from imprompt.errors import UsageError
+from imprompt.schema.profiles import PROFILES, layer_weights
 from tiny import tiny_unet
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 import imprompt
 import tiny
-from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.ipadapter import IPAdapter
 
 SMALL = ["--size", "32", "--steps", "2", "--seed", "1", "-q"]
 COMMANDS = {

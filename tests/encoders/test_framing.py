@@ -10,7 +10,7 @@ from PIL import Image
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.framing import MEAN_COLOUR, encode, frame, merge_hidden, noisy, sharpened, tiles
 from imprompt.errors import InputError, UsageError
-from imprompt.words import FRAMINGS, NOISES
+from imprompt.schema.options import FRAMINGS, NOISES
 from tiny import picture, tiny_encoder
 
 

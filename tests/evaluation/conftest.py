@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.ipadapter import IPAdapter
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import tiny
 from controls import saved, tiny_controlnet, tiny_t2i
-from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.errors import InputError
 from imprompt.evaluation import control as measuring
 from imprompt.evaluation.control import FOLDER, SCALES, control_figures, edge_f1

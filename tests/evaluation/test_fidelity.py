@@ -14,8 +14,8 @@ from imprompt.app.cli import main
 from imprompt.errors import InputError, UsageError
 from imprompt.evaluation.fidelity import Between, ByJudge, Fidelity, choose, front
 from imprompt.evaluation.judge import Judge, JudgeNetwork
-from imprompt.generation.output import read_request
-from imprompt.generation.request import ImageRef, Request
+from imprompt.output.stills import read_request
+from imprompt.schema.request import ImageRef, Request
 
 points = st.lists(st.builds(Fidelity, st.floats(-0.5, 1.5), st.floats(-0.5, 1.5)), min_size=1, max_size=12)
 

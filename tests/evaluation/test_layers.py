@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import tiny
-from imprompt.adapter.adapter import IPAdapter
-from imprompt.adapter.weighting import Roles
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.evaluation.judge import Judge, JudgeNetwork
 from imprompt.evaluation.layers import (
@@ -22,6 +21,7 @@ from imprompt.evaluation.layers import (
     roles_from,
 )
 from imprompt.evaluation.report import EvalSet, Shown
+from imprompt.schema.profiles import Roles
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import tiny
-from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.generation.engine import Engine
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.catalog.entries import ADAPTERS, BASES, fitting
 from imprompt.errors import ModelError, UsageError
-from imprompt.generation.catalogue import ADAPTERS, BASES, fitting
-from imprompt.generation.models import find_base, load, load_adapter
+from imprompt.generation.families import find_base, load, load_adapter
 from layouts import PUBLISHED
 from tiny import POOLED, random_adapter_state, tiny_sd, tiny_unet
 

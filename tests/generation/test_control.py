@@ -10,15 +10,15 @@ from PIL import Image
 
 import tiny
 from controls import saved, tiny_controlnet, tiny_t2i, tiny_union
+from imprompt.catalog.entries import BASES, CONTROLS, DEFAULT_CONTROLS, DEFAULT_KEYS
 from imprompt.errors import InputError, ModelError, UsageError
-from imprompt.generation import output
 from imprompt.generation.annotate import _ANNOTATORS
-from imprompt.generation.catalogue import BASES, CONTROLS, DEFAULT_CONTROLS, DEFAULT_KEYS
 from imprompt.generation.control import find_controls
 from imprompt.generation.engine import Engine, complete
-from imprompt.generation.models import find_base
-from imprompt.generation.request import CONTROLS as KINDS
-from imprompt.generation.request import ControlRef, Request
+from imprompt.generation.families import find_base
+from imprompt.output import stills as output
+from imprompt.schema.request import CONTROLS as KINDS
+from imprompt.schema.request import ControlRef, Request
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from imprompt.errors import InputError, ModelError, UsageError
-from imprompt.generation import output
 from imprompt.generation.engine import Engine, generate
-from imprompt.generation.request import ImageRef, Request
+from imprompt.output import stills as output
+from imprompt.schema.request import ImageRef, Request
 
 
 def pixels(image):
@@ -222,7 +222,7 @@ def test_a_black_mask_is_refused(engine, common, pictures, tmp_path):
 
 
 def test_an_adapter_without_an_encoder_says_where_one_is(engine, common, pictures, tmp_path):
-    from imprompt.adapter.adapter import IPAdapter
+    from imprompt.adapter.ipadapter import IPAdapter
     from tiny import random_adapter_state, tiny_unet
 
     for width, said in (
@@ -238,7 +238,7 @@ def test_an_adapter_without_an_encoder_says_where_one_is(engine, common, picture
 
 def test_an_adapter_of_another_base_changes_nothing(engine, common, pictures, tmp_path):
     import tiny
-    from imprompt.adapter.adapter import IPAdapter
+    from imprompt.adapter.ipadapter import IPAdapter
 
     other = IPAdapter.from_state_dict(tiny.random_adapter_state(tiny.tiny_unet("sdxl")))
     other.save_pretrained(tmp_path, "other.safetensors")

@@ -12,7 +12,7 @@ import tiny
 from imprompt.app.cli import main
 from imprompt.errors import ImpromptError, ModelError, UsageError
 from imprompt.generation.engine import Engine
-from imprompt.generation.request import EmbeddingRef, LoraRef, Request
+from imprompt.schema.request import EmbeddingRef, LoraRef, Request
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 
 from imprompt.errors import ModelError, UsageError
 from imprompt.generation.engine import Engine
-from imprompt.generation.request import Request
+from imprompt.schema.request import Request
 from tiny import tiny_sd
 
 FAR = {"int8": 0.02, "float8": 0.06, "gguf": 0.02}

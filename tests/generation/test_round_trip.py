@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from imprompt import words
-from imprompt.adapter.weighting import PROFILES
-from imprompt.generation import output
-from imprompt.generation.request import ImageRef, RegionRef, Request
+from imprompt.output import stills as output
+from imprompt.schema import options as words
+from imprompt.schema.profiles import PROFILES
+from imprompt.schema.request import ImageRef, RegionRef, Request
 
 share = st.floats(0, 1).map(lambda x: round(x, 4))
 number = st.floats(-10, 10).map(lambda x: round(x, 4))

@@ -10,12 +10,12 @@ from PIL import Image
 
 import controls
 import tiny
-from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.app.cli import main
 from imprompt.app.embed import embed
 from imprompt.errors import UsageError
-from imprompt.generation import output
-from imprompt.generation.request import ImageRef, RegionRef, Request
+from imprompt.output import stills as output
+from imprompt.schema.request import ImageRef, RegionRef, Request
 
 
 def drawn(engine, common, *images, **fields):

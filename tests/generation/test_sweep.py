@@ -9,9 +9,9 @@ from PIL import Image
 import imprompt
 from imprompt.app.cli import main
 from imprompt.errors import UsageError
-from imprompt.generation.output import read_request
-from imprompt.generation.request import ImageRef, Request
 from imprompt.generation.sweep import read_axis, spread
+from imprompt.output.stills import read_request
+from imprompt.schema.request import ImageRef, Request
 
 TWO = Request(prompt="a", images=[ImageRef(path="a.png"), ImageRef(path="b.png", start=0.5)], seed=3)
 

@@ -11,9 +11,9 @@ from PIL import Image
 import tiny
 from controls import saved, tiny_controlnet, tiny_sparse, tiny_union
 from imprompt.errors import AdapterMismatch, InputError, ModelError, UsageError
-from imprompt.generation import output
 from imprompt.generation.engine import Engine, generate
-from imprompt.generation.request import ControlRef, ImageRef, RegionRef, Request
+from imprompt.output import stills as output
+from imprompt.schema.request import ControlRef, ImageRef, RegionRef, Request
 
 FRAMES = 4
 
@@ -355,7 +355,7 @@ def test_a_video_that_fails_half_way_is_never_seen(engine, asked, tmp_path, monk
         raise InputError("ffmpeg died.")
 
     monkeypatch.setattr("imprompt.encoders.video.write_video", broken)
-    monkeypatch.setattr("imprompt.generation.output.find_ffmpeg", lambda: "ffmpeg")
+    monkeypatch.setattr("imprompt.output.stills.find_ffmpeg", lambda: "ffmpeg")
     with pytest.raises(InputError, match="died"):
         output.save(result, tmp_path / "clip.mp4")
     assert not list(tmp_path.iterdir())
@@ -480,7 +480,7 @@ def test_a_request_says_what_would_have_no_effect(fields, message):
 def test_the_seeds_set_up_is_a_scheduler_by_name(base):
     from diffusers import DDIMScheduler
 
-    from imprompt.generation.models import scheduler_for
+    from imprompt.generation.families import scheduler_for
 
     made = scheduler_for(tiny.tiny_sd(), "ddim-linear")
     assert isinstance(made, DDIMScheduler)

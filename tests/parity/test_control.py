@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 from controls import saved, tiny_controlnet, tiny_t2i, tiny_union
-from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.generation.control import control_call, controlled, find_controls, load_net
-from imprompt.generation.models import Base
-from imprompt.generation.request import ControlRef, Request
+from imprompt.generation.families import Base
+from imprompt.schema.request import ControlRef, Request
 from tiny import PICTURE, picture, random_adapter_state, tiny_encoder, tiny_sd, tiny_sdxl
 
 TOLERANCE = 1e-4

@@ -23,9 +23,9 @@ from diffusers import (
 )
 from PIL import Image
 
-from imprompt.adapter.adapter import IPAdapter
-from imprompt.adapter.checkpoint import convert
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.adapter.prompt import ImagePrompt
+from imprompt.checkpoints.checkpoint import convert
 from layouts import face
 from tiny import PICTURE, StateDict, picture, random_adapter_state, tiny_encoder, tiny_sd, tiny_sdxl
 

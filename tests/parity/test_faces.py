@@ -6,7 +6,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from faces import face_state, person
-from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.encoders.face import Faces
 from parity.test_diffusers import close, draw, pipeline, theirs
 from tiny import HIDDEN, StateDict

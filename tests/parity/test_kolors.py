@@ -15,13 +15,13 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from facemodels import photo, recogniser, scrfd
-from imprompt.adapter.adapter import IPAdapter
-from imprompt.adapter.checkpoint import convert
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.app import cli
+from imprompt.checkpoints.checkpoint import convert
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.face import OnnxFaces
 from imprompt.errors import AdapterMismatch, ModelError
-from imprompt.generation.models import find_base, load, load_adapter
+from imprompt.generation.families import find_base, load, load_adapter
 from layouts import face_plus
 from parity.test_diffusers import close, draw
 from tiny import (

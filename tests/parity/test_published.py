@@ -7,10 +7,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders.unet import UNet2DConditionLoadersMixin
 
-from imprompt.adapter.adapter import IPAdapter
-from imprompt.adapter.checkpoint import read
-from imprompt.adapter.projection import build_projection
+from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.checkpoints.checkpoint import read
 from imprompt.errors import AdapterMismatch
+from imprompt.projections.modules import build_projection
 from layouts import PUBLISHED, Layout
 
 

@@ -17,12 +17,12 @@ from diffusers import (
 )
 
 from controls import saved, tiny_controlnet, tiny_sparse
-from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.adapter.prompt import ImagePrompt
 from imprompt.generation.control import control_call, controlled, find_controls, load_net
-from imprompt.generation.models import Base
-from imprompt.generation.request import ControlRef, Request
+from imprompt.generation.families import Base
 from imprompt.generation.video import Motion, moving
+from imprompt.schema.request import ControlRef, Request
 from tiny import picture, random_adapter_state, tiny_encoder, tiny_motion, tiny_sd, tiny_sdxl
 
 FRAMES = 3

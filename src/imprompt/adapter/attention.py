@@ -29,8 +29,8 @@ from diffusers.models.attention_processor import (
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from imprompt.adapter.backbones.unet import CrossLayer, UNet, cross_attentions, text_projection
 from imprompt.adapter.guidance import WIDENED, Part, merged, widened
-from imprompt.adapter.layers import CrossLayer, UNet, cross_attentions, text_projection
 from imprompt.adapter.lora import FaceLora
 from imprompt.adapter.prompt import Row
 from imprompt.adapter.regions import Regional, Regions, encode_text, through
@@ -192,7 +192,7 @@ class Call:
 
 @runtime_checkable
 class Watch(Protocol):
-    """Who looks on while groups are read, see :mod:`imprompt.adapter.attribution`."""
+    """Who looks on while groups are read, see :mod:`imprompt.adapter.recorder`."""
 
     def read(
         self,
@@ -268,7 +268,7 @@ class Injection:
     @property
     def text_projection(self) -> Any | None:
         """What the UNet brings its text to its own width with, see
-        :func:`imprompt.adapter.layers.text_projection`."""
+        :func:`imprompt.adapter.backbones.unet.text_projection`."""
         unet = self._unet()
         return None if unet is None else text_projection(unet)
 

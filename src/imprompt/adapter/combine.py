@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from imprompt.errors import InputError, UsageError
-from imprompt.words import COMBINES, canonical, read_weights
+from imprompt.schema.options import COMBINES, canonical, read_weights
 
 Rule: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(features "N …", weights "N 1 …") → features "1 …"."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from imprompt.adapter.schedule import evaluate
 from imprompt.errors import UsageError
-from imprompt.words import Points
+from imprompt.schema.options import Points
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from imprompt.adapter.layers import CrossLayer
+from imprompt.adapter.backbones.unet import CrossLayer
 from imprompt.errors import AdapterMismatch, UsageError
 
 PARTS = ("q", "k", "v", "out")

@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from imprompt import words
+from imprompt.adapter.backbones.unet import CrossLayer
 from imprompt.adapter.frames import Track
-from imprompt.adapter.layers import CrossLayer
 from imprompt.adapter.schedule import When
-from imprompt.adapter.weighting import LayerWeights, Profile, layer_weights, read_profile
 from imprompt.errors import InputError, UsageError
-from imprompt.words import Curve, Points
+from imprompt.schema import options as words
+from imprompt.schema.options import Curve, Points
+from imprompt.schema.profiles import LayerWeights, Profile, layer_weights, read_profile
 
 
 @runtime_checkable
@@ -111,7 +111,7 @@ class ImagePrompt:
     scale: float = 1.0
     """Strength; 0 is exactly no prompt, 1 is as trained, and a negative number pushes away."""
     profile: Profile = "linear"
-    """How the scale is spread over the layers, see :mod:`imprompt.adapter.weighting`."""
+    """How the scale is spread over the layers, see :mod:`imprompt.schema.profiles`."""
     start: float = 0.0
     end: float = 1.0
     """The window [start, end) of the noise schedule in which it acts: 0 is pure noise, 1 the finished

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from imprompt.words import Points
+from imprompt.schema.options import Points
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from imprompt.adapter.attention import Injection, LiveTokens
+from imprompt.adapter.backbones.unet import UNet
 from imprompt.adapter.frames import track_of
 from imprompt.adapter.guidance import Part
-from imprompt.adapter.layers import UNet
 from imprompt.adapter.lora import FaceLora
 from imprompt.adapter.prompt import Picture, Row, check_feather, read_masks
 from imprompt.errors import AdapterMismatch, UsageError

@@ -20,7 +20,7 @@ from imprompt.errors import ImpromptError, InputError, ModelError, UsageError
 
 if TYPE_CHECKING:
     from imprompt.generation.engine import Result
-    from imprompt.generation.request import ControlRef, ImageRef, RegionRef, Request
+    from imprompt.schema.request import ControlRef, ImageRef, RegionRef, Request
 
 INTERRUPTED = 130
 _HURRIED = ("generate", "edit", "inpaint", "animate")
@@ -142,7 +142,7 @@ def _overview() -> str:
 
 
 def _drawing_flags(parser: argparse.ArgumentParser) -> None:
-    from imprompt.generation.request import ControlRef, ImageRef, RegionRef, Request
+    from imprompt.schema.request import ControlRef, ImageRef, RegionRef, Request
 
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps the epilog's lines
     said = [_options_of("--image", ImageRef), _options_of("--region", RegionRef)]
@@ -271,7 +271,7 @@ def _inpaint_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _animate_flags(parser: argparse.ArgumentParser) -> None:
-    from imprompt.generation.request import Request
+    from imprompt.schema.request import Request
 
     parser.add_argument("prompt", nargs="?", help="what to draw; may be left out with --image or --video")
     for name in ("frames", "fps", "motion", "video", "strength", "context", "shared_noise", "noise_path"):
@@ -288,7 +288,7 @@ def _drawing(task: str) -> Callable[[argparse.Namespace], None]:
 
 
 def _draw(task: str, flags: argparse.Namespace) -> None:
-    from imprompt.generation import output
+    from imprompt.output import stills as output
 
     request = _request(task, flags)
     if flags.save_control and not request.controls:
@@ -326,7 +326,7 @@ def _draw(task: str, flags: argparse.Namespace) -> None:
 
 def _check_pace(request: "Request") -> None:
     """Say before drawing that a GIF cannot hold the clip's pace; a video's own is looked up."""
-    from imprompt.generation.clips import check_pace
+    from imprompt.output.clips import check_pace
 
     pace = request.fps
     if pace is None and request.video is not None:
@@ -399,8 +399,8 @@ def _tune(flags: argparse.Namespace) -> None:
 
 
 def _request(task: str, flags: argparse.Namespace) -> "Request":
-    from imprompt.generation.output import read_request
-    from imprompt.generation.request import (
+    from imprompt.output.stills import read_request
+    from imprompt.schema.request import (
         ControlRef,
         EmbeddingRef,
         ImageRef,
@@ -446,7 +446,7 @@ def _request(task: str, flags: argparse.Namespace) -> "Request":
 
 
 def _target(given: str | None, task: str, request: "Request") -> Path:
-    from imprompt.generation.output import free_name, our_frames
+    from imprompt.output.stills import free_name, our_frames
 
     suffix = ".gif" if task == "animate" else ".png"
     if given is None:
@@ -487,7 +487,7 @@ def _info_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _info(flags: argparse.Namespace) -> None:
-    from imprompt.generation.output import read_record
+    from imprompt.output.stills import read_record
 
     record = read_record(flags.picture)
     if flags.json:
@@ -511,7 +511,7 @@ def _models_flags(parser: argparse.ArgumentParser) -> None:
 def _models(flags: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from imprompt.generation.catalogue import (
+    from imprompt.catalog.entries import (
         ADAPTERS,
         BASES,
         CONTROLS,
@@ -549,7 +549,7 @@ def _models(flags: argparse.Namespace) -> None:
             if name == flags.name or (flags.name in BASES and motion.family == BASES[flags.name].family)
         }
     if flags.commercial:
-        from imprompt.licences import commercial
+        from imprompt.catalog.licences import commercial
 
         bases = {name: row for name, row in bases.items() if commercial(row.licence)}
         adapters = {name: row for name, row in adapters.items() if commercial(row.licence)}
@@ -618,8 +618,8 @@ def _inspect_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(flags: argparse.Namespace) -> None:
-    from imprompt.adapter.checkpoint import inspect
-    from imprompt.generation.catalogue import fitting
+    from imprompt.catalog.entries import fitting
+    from imprompt.checkpoints.checkpoint import inspect
 
     found = inspect(flags.file, variant=flags.variant)
     fits = fitting(found.base)
@@ -641,8 +641,8 @@ def _convert_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert(flags: argparse.Namespace) -> None:
-    from imprompt.adapter.checkpoint import convert
-    from imprompt.generation.catalogue import ADAPTERS
+    from imprompt.catalog.entries import ADAPTERS
+    from imprompt.checkpoints.checkpoint import convert
 
     source = flags.source
     if source.lower().endswith(".ipadpt"):
@@ -651,7 +651,7 @@ def _convert(flags: argparse.Namespace) -> None:
         print(from_ipadpt(source, flags.target))
         return
     if source in ADAPTERS and not Path(source).exists():
-        from imprompt.generation.models import adapter_file
+        from imprompt.generation.families import adapter_file
 
         source = adapter_file(source)
     print(convert(source, flags.target, variant=flags.variant))

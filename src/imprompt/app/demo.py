@@ -14,9 +14,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from imprompt.evaluation.report import EMOJI, EvalSet, read_eval_set
-from imprompt.generation import output
 from imprompt.generation.engine import Engine
-from imprompt.generation.request import ControlRef, ImageRef, Request
+from imprompt.output import stills as output
+from imprompt.schema.request import ControlRef, ImageRef, Request
 
 CELL, GAP, MARGIN, HEAD = 128, 8, 24, 44
 _INK, _PALE, _LINE = (24, 24, 27), (113, 113, 122), (228, 228, 231)

@@ -81,8 +81,8 @@ def _memory() -> str:
 
 def _bundled() -> str:
     """The bundled model's weight files, each with the start of its sha256; or which are missing."""
-    from imprompt.generation.catalogue import ADAPTERS, BUNDLED
-    from imprompt.generation.models import EMOJI
+    from imprompt.catalog.entries import ADAPTERS, BUNDLED
+    from imprompt.generation.families import EMOJI
 
     parts = ("unet", "vae", "text_encoder", "image_encoder")
     missing = [part for part in parts if not list((EMOJI / part).glob("*.safetensors"))]
@@ -125,7 +125,7 @@ def _cache() -> str:
 
 def _here() -> str:
     """Names of the catalogue that need no download."""
-    from imprompt.generation.catalogue import ADAPTERS, BASES, cached
+    from imprompt.catalog.entries import ADAPTERS, BASES, cached
 
     bases = [name for name, row in BASES.items() if cached(row.repo, "model_index.json")]
     adapters = [name for name, row in ADAPTERS.items() if cached(row.repo, row.file)]
@@ -142,7 +142,7 @@ def _face_models() -> str:
 
 def _self_test() -> str:
     from imprompt.generation.engine import Engine
-    from imprompt.generation.request import ImageRef, Request
+    from imprompt.schema.request import ImageRef, Request
 
     started = time.monotonic()
     try:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from imprompt.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
-    from imprompt.adapter.adapter import IPAdapter
+    from imprompt.adapter.ipadapter import IPAdapter
     from imprompt.encoders.clip import ImageEncoder
-    from imprompt.generation.models import Base
+    from imprompt.generation.families import Base
 
 
 def embed(
@@ -30,13 +30,13 @@ def embed(
     base's default adapter. Raises :class:`UsageError`, :class:`InputError` and :class:`ModelError`; the file
     appears whole or not at all.
     """
-    from imprompt import words
     from imprompt.encoders import face as faces
     from imprompt.encoders.clip import ImageEncoder
     from imprompt.encoders.features import Saved, fingerprint, save
     from imprompt.encoders.framing import encode
     from imprompt.encoders.images import content_hash, load_image
-    from imprompt.generation.models import find_adapter, find_base, hush, load_adapter
+    from imprompt.generation.families import find_adapter, find_base, hush, load_adapter
+    from imprompt.schema import options as words
 
     framing = words.canonical("framing", framing, words.FRAMINGS)
     if Path(output).suffix.lower() != ".safetensors":
@@ -69,7 +69,7 @@ def encoder_of(encoder: str | None, base: str, adapter: str | None) -> "ImageEnc
     """The image encoder that a name means, else that of the adapter, else of the base. Raises as
     :func:`embed`."""
     from imprompt.encoders.clip import ImageEncoder
-    from imprompt.generation.models import find_adapter, find_base, load_adapter
+    from imprompt.generation.families import find_adapter, find_base, load_adapter
 
     if encoder is not None:
         return ImageEncoder.from_pretrained(encoder)
@@ -103,8 +103,8 @@ def from_ipadpt(source: str | Path, target: str | Path) -> Path:
     """
     import torch
 
-    from imprompt.adapter.files import unpickle
-    from imprompt.adapter.published import ENCODERS
+    from imprompt.checkpoints.files import unpickle
+    from imprompt.checkpoints.published import ENCODERS
     from imprompt.encoders import face
     from imprompt.encoders.clip import Features
     from imprompt.encoders.features import Saved, save

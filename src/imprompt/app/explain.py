@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 if TYPE_CHECKING:
-    from imprompt.adapter.attribution import Attribution
+    from imprompt.adapter.recorder import Attribution
 
 # Dark to bright through one hue after the other, readable in grey and by the colour-blind (as "inferno").
 _STOPS = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], np.float64)

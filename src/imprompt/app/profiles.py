@@ -9,9 +9,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from imprompt.adapter.layers import BlockKind, CrossLayer
-from imprompt.adapter.weighting import PROFILES, LayerWeights, Profile, layer_weights, read_profile
+from imprompt.adapter.backbones.unet import BlockKind, CrossLayer
 from imprompt.errors import ModelError
+from imprompt.schema.profiles import PROFILES, LayerWeights, Profile, layer_weights, read_profile
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _EMOJI = Path(__file__).parents[1] / "assets" / "emoji"
@@ -82,7 +82,7 @@ def layers_of(base: str) -> tuple[CrossLayer, ...]:
 
     ``base`` is a name of the catalogue, or a model's folder. Raises :class:`ModelError`.
     """
-    from imprompt.generation.catalogue import BASES
+    from imprompt.catalog.entries import BASES
 
     family = BASES[base].family if base in BASES else base
     if family in _PUBLISHED:

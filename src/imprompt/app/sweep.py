@@ -6,10 +6,10 @@ from pathlib import Path
 from PIL import Image
 
 from imprompt.evaluation.charts import grid
-from imprompt.generation import output
 from imprompt.generation.engine import Engine, Result
-from imprompt.generation.request import Request
 from imprompt.generation.sweep import Sweep, read_axis, spread
+from imprompt.output import stills as output
+from imprompt.schema.request import Request
 
 
 def sweep(

@@ -21,11 +21,11 @@ from imprompt.errors import InputError, UsageError
 from imprompt.evaluation.charts import grid, scatter
 from imprompt.evaluation.fidelity import Between, ByEncoder, ByJudge, Fidelity, choose, front
 from imprompt.evaluation.judge import Judge
-from imprompt.generation import output
 from imprompt.generation.engine import Engine, Result
-from imprompt.generation.models import EMOJI, find_base
-from imprompt.generation.request import ImageRef, Request
+from imprompt.generation.families import EMOJI, find_base
 from imprompt.generation.sweep import read_axis, spread
+from imprompt.output import stills as output
+from imprompt.schema.request import ImageRef, Request
 
 AXES = ("scale=0.3,0.6,0.9,1.2", "profile=linear,style,ease-out", "end=1,0.6")
 """What is tried when nothing is said."""

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from imprompt import licences
+from imprompt.catalog import licences
 from imprompt.encoders.clip import Features
 from imprompt.encoders.features import read_file, write_file
 from imprompt.errors import InputError, ModelError, first_line

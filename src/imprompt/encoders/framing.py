@@ -20,7 +20,7 @@ from torch import Tensor
 
 from imprompt.encoders.clip import Features
 from imprompt.errors import InputError
-from imprompt.words import FRAMINGS, NOISES, canonical
+from imprompt.schema.options import FRAMINGS, NOISES, canonical
 
 MEAN_COLOUR = (123, 117, 104)
 """Of CLIP's training pictures: what an encoder normalises to 0, hence says least about a border."""

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.adapter.prompt import ImagePrompt
 from imprompt.errors import ImpromptError, InputError
 from imprompt.evaluation.judge import Judge
@@ -41,8 +41,8 @@ from imprompt.evaluation.report import (
 )
 from imprompt.generation.annotate import edges
 from imprompt.generation.control import Control, control_call, controlled, find_controls, load_net
-from imprompt.generation.models import Base
-from imprompt.generation.request import ControlRef, Request
+from imprompt.generation.families import Base
+from imprompt.schema.request import ControlRef, Request
 
 FOLDER = "controlnet-canny"
 """Where a base keeps its canny ControlNet."""

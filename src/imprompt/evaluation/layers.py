@@ -28,8 +28,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from imprompt.adapter.adapter import IPAdapter
-from imprompt.adapter.layers import cross_attentions
+from imprompt.adapter.backbones.unet import cross_attentions
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.adapter.prompt import EncodedFaces, EncodedPictures, ImagePrompt, PromptFields
 from imprompt.errors import ImpromptError, InputError
 from imprompt.evaluation.charts import bars, grid

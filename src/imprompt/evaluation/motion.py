@@ -27,7 +27,7 @@ from imprompt.evaluation.judge import Judge, to_pixels
 from imprompt.evaluation.metrics import bootstrap, cosine, topk_hits
 from imprompt.evaluation.report import EMOJI, EvalSet, Figure, Report, Shown, read_eval_set
 from imprompt.generation.engine import Engine
-from imprompt.generation.request import Request
+from imprompt.schema.request import Request
 
 
 def frame_consistency(judge: Judge, frames: Sequence[Image.Image]) -> Tensor:

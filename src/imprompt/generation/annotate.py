@@ -34,7 +34,7 @@ _SEEN = 0.3  # from which score on a person or a joint counts, as in ViTPose's o
 
 
 def annotate(kind: str, picture: Image.Image) -> Image.Image:
-    """The map of one of :data:`~imprompt.generation.request.CONTROLS` for an RGB picture, of its size.
+    """The map of one of :data:`~imprompt.schema.request.CONTROLS` for an RGB picture, of its size.
 
     Raises as :func:`annotate_frames`.
     """

@@ -16,9 +16,8 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from imprompt import licences
-from imprompt.errors import ModelError, UsageError, first_line
-from imprompt.generation.catalogue import (
+from imprompt.catalog import licences
+from imprompt.catalog.entries import (
     BUNDLED,
     CONTROLS,
     DEFAULT_CONTROLS,
@@ -27,8 +26,9 @@ from imprompt.generation.catalogue import (
     ControlRow,
     named,
 )
-from imprompt.generation.models import EMOJI, Base
-from imprompt.generation.request import ControlRef, Request, Task
+from imprompt.errors import ModelError, UsageError, first_line
+from imprompt.generation.families import EMOJI, Base
+from imprompt.schema.request import ControlRef, Request, Task
 
 Net = Literal["controlnet", "union", "t2i", "sparse"]
 
@@ -176,7 +176,7 @@ def load_net(control: Control, dtype: Any) -> Any:
     """The control's model on the CPU, from safetensors only. Raises :class:`ModelError`."""
     import diffusers
 
-    from imprompt.generation.models import hush
+    from imprompt.generation.families import hush
 
     name = next(name for name, net in _CLASSES.items() if net == control.net)
     options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True}

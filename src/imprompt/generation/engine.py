@@ -23,10 +23,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from imprompt import words
-from imprompt.adapter.adapter import IPAdapter
-from imprompt.adapter.attribution import Attribution
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.adapter.prompt import EncodedFaces, EncodedPictures, ImagePrompt
+from imprompt.adapter.recorder import Attribution
 from imprompt.adapter.texts import TextRegion, TextRegions
 from imprompt.encoders import face as faces
 from imprompt.encoders.features import is_saved, joined, shown_name
@@ -46,7 +45,7 @@ from imprompt.generation.control import (
     named_controls,
 )
 from imprompt.generation.extras import add_embeddings, add_loras
-from imprompt.generation.models import (
+from imprompt.generation.families import (
     Base,
     find_adapter,
     find_base,
@@ -55,7 +54,8 @@ from imprompt.generation.models import (
     load_adapter,
     scheduler_for,
 )
-from imprompt.generation.request import ImageRef, Request, randomness
+from imprompt.schema import options as words
+from imprompt.schema.request import ImageRef, Request, randomness
 
 _KEPT_FEATURES = 64  # pictures whose features are remembered
 _LOST = 0.15  # share of a picture that may be cropped away unsaid

@@ -11,9 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from imprompt.adapter.files import load_tensors
+from imprompt.checkpoints.files import load_tensors
 from imprompt.errors import ModelError, UsageError, first_line
-from imprompt.generation.request import EmbeddingRef, LoraRef
+from imprompt.schema.request import EmbeddingRef, LoraRef
 
 
 def add_loras(pipe: Any, refs: Sequence[LoraRef]) -> None:

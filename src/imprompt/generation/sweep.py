@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from imprompt.errors import UsageError
-from imprompt.generation.request import ControlRef, EmbeddingRef, ImageRef, LoraRef, RegionRef, Request
+from imprompt.schema.request import ControlRef, EmbeddingRef, ImageRef, LoraRef, RegionRef, Request
 
 MOST = 256
 """Pictures one sweep may draw."""

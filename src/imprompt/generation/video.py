@@ -19,13 +19,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from imprompt import licences
+from imprompt.catalog import licences
+from imprompt.catalog.entries import BUNDLED, DEFAULT_MOTIONS, MOTIONS, MotionRow, named
 from imprompt.encoders.images import frame_count, load_frames
 from imprompt.encoders.video import SUFFIXES, read_video
 from imprompt.errors import AdapterMismatch, InputError, ModelError, UsageError, first_line
-from imprompt.generation.catalogue import BUNDLED, DEFAULT_MOTIONS, MOTIONS, MotionRow, named
-from imprompt.generation.models import EMOJI, Base, hush
-from imprompt.generation.request import Request
+from imprompt.generation.families import EMOJI, Base, hush
+from imprompt.schema.request import Request
 
 _CHUNK = 4  # frames that are decoded or encoded at a time
 _PIPELINES = {

@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from imprompt.errors import UsageError
-from imprompt.generation.request import findings
+from imprompt.schema.request import findings
 
 ANY_CAPTION = "*"
 """In ``captions``: every caption the picture has, of whatever kind."""

@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from imprompt.adapter.adapter import IPAdapter
-from imprompt.adapter.checkpoint import StateDict
+from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.checkpoints.checkpoint import StateDict
 from imprompt.errors import ImpromptError, ModelError, UsageError
 from imprompt.evaluation.rows import Rejected, read_rows
 from imprompt.training.cache import EncodedSet, encode_features, encode_latents, encode_texts
@@ -516,7 +516,7 @@ def _alphas(pipe: Any) -> Tensor:
 def _load_base(config: TrainConfig) -> Any:
     from diffusers import DiffusionPipeline
 
-    from imprompt.generation.models import find_base, hush
+    from imprompt.generation.families import find_base, hush
 
     source = find_base(config.base).source
     hush()

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from imprompt.adapter.adapter import IPAdapter
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.encoders.images import load_image
 from imprompt.training.cache import EncodedSet
 from imprompt.training.data import Plan, crop_to_shape, generator_for

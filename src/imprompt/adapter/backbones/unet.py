@@ -6,11 +6,11 @@ run: down, middle, up. Attention of motion modules (``motion_modules``, ``tempor
 never counted.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from imprompt.adapter.published import FAMILIES
+from imprompt.checkpoints.published import FAMILIES
 
 BlockKind = Literal["input", "middle", "output"]
 _KINDS: dict[str, BlockKind] = {"down_blocks": "input", "mid_block": "middle", "up_blocks": "output"}
@@ -100,15 +100,6 @@ def describe(count: int, cross_dim: int) -> str:
     """A layer count and token width in words, with the family's name where it is a published one."""
     family = FAMILIES.get((count, cross_dim))
     return f"{count} cross-attentions of width {cross_dim}" + (f" ({family})" if family else "")
-
-
-def block_counts(layers: Sequence[CrossLayer]) -> tuple[int, int, int]:
-    """How many attention blocks there are in the input, middle and output part: (6, 1, 9) for SD1.5."""
-    blocks = {layer.t: layer.kind for layer in layers}
-    input_, middle, output = (
-        sum(kind == part for kind in blocks.values()) for part in ("input", "middle", "output")
-    )
-    return input_, middle, output
 
 
 def _block_of(name: str) -> str:

@@ -2,9 +2,9 @@
 
 from torch import Tensor, nn
 
-from imprompt.adapter.projection import HEAD_WIDTH, skeleton
-from imprompt.adapter.published import VARIANTS
+from imprompt.checkpoints.published import VARIANTS
 from imprompt.errors import UsageError
+from imprompt.projections.modules import HEAD_WIDTH, skeleton
 
 
 def fresh_linear(feature_width: int, tokens: int, cross_dim: int) -> dict[str, Tensor]:

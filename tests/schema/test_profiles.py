@@ -9,9 +9,9 @@ from diffusers import UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imprompt.adapter.layers import CrossLayer, cross_attentions
-from imprompt.adapter.weighting import PROFILES, canonical, layer_weights, read_profile, roles
+from imprompt.adapter.backbones.unet import CrossLayer, cross_attentions
 from imprompt.errors import UsageError
+from imprompt.schema.profiles import PROFILES, canonical, layer_weights, read_profile, roles
 from tiny import tiny_unet
 
 

@@ -13,8 +13,8 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from imprompt.adapter.adapter import IPAdapter
-from imprompt.adapter.layers import cross_attentions
+from imprompt.adapter.backbones.unet import cross_attentions
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.adapter.prompt import ImagePrompt
 from imprompt.errors import (
     AdapterMismatch,

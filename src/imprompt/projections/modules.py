@@ -2,7 +2,7 @@
 
 Parameter names are the published ones, so ``state_dict()`` is a checkpoint's ``image_proj``. In: an image
 encoder's features, or a face embedding, or both. Out: tokens as wide as the base model's text. Which kind a
-file holds is decided in :mod:`imprompt.adapter.checkpoint`.
+file holds is decided in :mod:`imprompt.checkpoints.checkpoint`.
 
 Dimensions: ``N`` images, ``P`` patches (all tokens of the encoder), ``E`` width of a pooled or face
 embedding, ``W`` of hidden states, ``T`` tokens, ``C`` cross-attention width, ``F`` photos of one person,
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from imprompt.adapter.published import Feature, Variant
+from imprompt.checkpoints.published import Feature, Variant
 from imprompt.errors import EncoderMismatch, ModelError, UsageError
 
 HEAD_WIDTH = 64  # of every published resampler; its number of heads follows from to_q
@@ -42,7 +42,7 @@ class ImageProjection(nn.Module):
 
     @property
     def feature(self) -> Feature:
-        """What ``forward`` reads, see :class:`~imprompt.adapter.published.Variant`."""
+        """What ``forward`` reads, see :class:`~imprompt.checkpoints.published.Variant`."""
         return self.variant.feature
 
     @classmethod
@@ -274,7 +274,7 @@ KINDS: dict[str, type[ImageProjection]] = {
 
 @runtime_checkable
 class _Weights(Protocol):
-    """What is read of a :class:`~imprompt.adapter.checkpoint.Checkpoint`."""
+    """What is read of a :class:`~imprompt.checkpoints.checkpoint.Checkpoint`."""
 
     variant: Variant
     state: dict[str, dict[str, Tensor]]

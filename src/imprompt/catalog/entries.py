@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from imprompt.catalog.licences import KOLORS
 from imprompt.errors import UsageError
-from imprompt.licences import KOLORS
 
 Family = Literal["emoji", "sd15", "sd21", "sdxl", "kolors"]
 BUNDLED = "bundled"
@@ -379,6 +379,6 @@ def cached(repo: str, file: str) -> bool:
 
 
 def fitting(family: str) -> tuple[str, ...]:
-    """Names of the bases of a family, as :attr:`imprompt.adapter.checkpoint.Inspection.base` names it."""
+    """Names of the bases of a family, as :attr:`imprompt.checkpoints.checkpoint.Inspection.base` names it."""
     known = {"SD1.5": "sd15", "SD2": "sd21", "SDXL": "sdxl", "Kolors": "kolors", "emoji": "emoji"}
     return tuple(name for name, row in BASES.items() if row.family == known.get(family))

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from imprompt.adapter.attention import Call, Group
-from imprompt.adapter.layers import CrossLayer
+from imprompt.adapter.backbones.unet import CrossLayer
 from imprompt.errors import UsageError
 
 

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from imprompt.adapter import identify
-from imprompt.adapter.adapter import IPAdapter
-from imprompt.adapter.checkpoint import Checkpoint, convert, inspect, read, write
-from imprompt.adapter.files import digest
-from imprompt.adapter.published import PUBLISHED as TABLE
-from imprompt.adapter.published import VARIANTS, Published
+from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.checkpoints import identify
+from imprompt.checkpoints.checkpoint import Checkpoint, convert, inspect, read, write
+from imprompt.checkpoints.files import digest
+from imprompt.checkpoints.published import PUBLISHED as TABLE
+from imprompt.checkpoints.published import VARIANTS, Published
 from imprompt.errors import ImpromptError, ModelError, UsageError
 from layouts import PUBLISHED, SMALL, Layout, face_plus, layers, linear, lora, resampler, small, sparse
 from tiny import random_adapter_state, tiny_unet

@@ -2,7 +2,7 @@
 
 In: a ``.safetensors`` file or a state dict in the published layout (``image_proj`` and ``ip_adapter``). Out:
 a :class:`Checkpoint`, or one :class:`ModelError` that names the file, what is wrong and what to do. Pickles
-are opened by :func:`convert` alone. Tables of what exists are in :mod:`imprompt.adapter.published`.
+are opened by :func:`convert` alone. Tables of what exists are in :mod:`imprompt.checkpoints.published`.
 """
 
 import math
@@ -15,9 +15,9 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from imprompt import licences
-from imprompt.adapter.files import digest, flatten, load_pickle, load_tensors, read_header, save_tensors
-from imprompt.adapter.identify import (
+from imprompt.catalog import licences
+from imprompt.checkpoints.files import digest, flatten, load_pickle, load_tensors, read_header, save_tensors
+from imprompt.checkpoints.identify import (
     ALSO,
     KEY_VALUE,
     LORA,
@@ -31,7 +31,7 @@ from imprompt.adapter.identify import (
     identify,
     some,
 )
-from imprompt.adapter.published import FOREIGN, Published, Variant
+from imprompt.checkpoints.published import FOREIGN, Published, Variant
 from imprompt.errors import ModelError, UsageError
 
 StateDict: TypeAlias = dict[str, dict[str, Tensor]]
@@ -87,7 +87,7 @@ class Inspection:
     path: str
     bytes: int
     variant: str
-    """Name in :data:`~imprompt.adapter.published.VARIANTS`; two joined by ``or`` where the file is silent."""
+    """Name in ``published.VARIANTS``; two joined by ``or`` where the file is silent."""
     evidence: str
     """What that rests on: sha256, metadata, number format, file name, variant=, or keys and shapes."""
     published: tuple[str, ...]

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from imprompt.adapter.files import digest
-from imprompt.adapter.projection import skeleton
-from imprompt.adapter.published import ENCODERS, FAMILIES, PUBLISHED, VARIANTS, Published, Variant
+from imprompt.checkpoints.files import digest
+from imprompt.checkpoints.published import ENCODERS, FAMILIES, PUBLISHED, VARIANTS, Published, Variant
 from imprompt.errors import ModelError, UsageError
+from imprompt.projections.modules import skeleton
 
 Shape: TypeAlias = tuple[int, ...]
 Shapes: TypeAlias = Mapping[str, Mapping[str, Shape]]

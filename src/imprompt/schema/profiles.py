@@ -9,15 +9,20 @@ Numbers: ComfyUI_IPAdapter_plus's weight types (as published formulas) and Insta
 names.
 """
 
+from __future__ import annotations
+
 import difflib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
-from imprompt.adapter.layers import CrossLayer, block_counts
 from imprompt.errors import UsageError
+
+if TYPE_CHECKING:
+    from imprompt.adapter.backbones.unet import CrossLayer
 
 Profile = str | Sequence[float | int] | Mapping[str, object]
 """A profile's name (``NAME:FACTOR`` where it has a second part); weights in execution order, one a block or
@@ -351,3 +356,12 @@ def _number(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UsageError(f"profile: {name} is {value!r}; a finite number is expected.")
     return float(value)
+
+
+def block_counts(layers: Sequence[CrossLayer]) -> tuple[int, int, int]:
+    """How many attention blocks there are in the input, middle and output part: (6, 1, 9) for SD1.5."""
+    blocks = {layer.t: layer.kind for layer in layers}
+    input_, middle, output = (
+        sum(kind == part for kind in blocks.values()) for part in ("input", "middle", "output")
+    )
+    return input_, middle, output

@@ -9,10 +9,10 @@ import torch
 
 from facemodels import pack, photo
 from faces import face_state, person
-from imprompt.adapter.adapter import IPAdapter
-from imprompt.adapter.checkpoint import read
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.adapter.prompt import ImagePrompt
-from imprompt.adapter.published import PUBLISHED
+from imprompt.checkpoints.checkpoint import read
+from imprompt.checkpoints.published import PUBLISHED
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.face import Faces, OnnxFaces, save
 from imprompt.errors import EncoderMismatch, ImpromptError, InputError, UsageError

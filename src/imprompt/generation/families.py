@@ -17,12 +17,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from imprompt import licences
-from imprompt.adapter.adapter import IPAdapter
-from imprompt.adapter.files import digest
+from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.catalog import licences
+from imprompt.catalog.entries import ADAPTERS, BASES, BUNDLED, DEFAULT_ADAPTERS, BaseRow, Family, named
+from imprompt.checkpoints.files import digest
 from imprompt.errors import ModelError, UsageError, first_line
-from imprompt.generation.catalogue import ADAPTERS, BASES, BUNDLED, DEFAULT_ADAPTERS, BaseRow, Family, named
-from imprompt.generation.request import SCHEDULERS, Task
+from imprompt.schema.request import SCHEDULERS, Task
 
 EMOJI = Path(__file__).parents[1] / "assets" / "emoji"
 """The bundled model's folder."""
@@ -248,7 +248,7 @@ def find_adapter(name: str | None, base: Base) -> str:
 
 def load_adapter(name: str) -> IPAdapter:
     """The adapter by alias, file, folder, or ``owner/name[/folder]/file.safetensors`` of the hub. Raises
-    :class:`ModelError` when it is missing, damaged, a pickle or not to be used (:mod:`imprompt.licences`)."""
+    :class:`ModelError` when it is missing, damaged, a pickle or not to be used here."""
     if name in ADAPTERS:
         row = ADAPTERS[name]
         if row.repo == BUNDLED:

@@ -19,8 +19,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from imprompt.encoders.video import find_ffmpeg
 from imprompt.errors import InputError, UsageError
-from imprompt.generation.clips import SUFFIXES, check_pace, read_text, write_clip, write_frames
-from imprompt.generation.request import Request, Task
+from imprompt.output.clips import SUFFIXES, check_pace, read_text, write_clip, write_frames
+from imprompt.schema.request import Request, Task
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 """File name suffix → format that can be written."""

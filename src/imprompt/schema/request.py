@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from imprompt import words
-from imprompt.adapter.weighting import PROFILES, read_profile
 from imprompt.errors import UsageError
+from imprompt.schema import options as words
+from imprompt.schema.profiles import PROFILES, read_profile
 
 SCHEDULERS: dict[str, tuple[str, dict[str, object]]] = {
     "ddim": ("DDIMScheduler", {}),

@@ -2,7 +2,7 @@
 
 All frames of a GIF share one palette, so that colours do not flicker from frame to frame, and times are
 rounded so that the whole lasts as long as it should. Files are written whole or not at all by
-:mod:`imprompt.generation.output`, which calls this; the texts come from there too.
+:mod:`imprompt.output.stills`, which calls this; the texts come from there too.
 """
 
 import json

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from imprompt.adapter.files import digest, load_tensors, read_header, save_tensors
+from imprompt.checkpoints.files import digest, load_tensors, read_header, save_tensors
 from imprompt.errors import ModelError
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b.c": torch.ones(4, dtype=torch.float16)}

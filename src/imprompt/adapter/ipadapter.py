@@ -18,19 +18,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from imprompt import licences, words
 from imprompt.adapter.attention import Injection, LiveTokens
-from imprompt.adapter.attribution import Recorder
-from imprompt.adapter.checkpoint import Checkpoint, StateDict, read, write
+from imprompt.adapter.backbones.unet import UNet, cross_attentions, describe, text_projection
 from imprompt.adapter.combine import combine, shares
-from imprompt.adapter.facial import FaceInput, FaceReaderLike, refuse_face_fields
+from imprompt.adapter.faces import FaceInput, FaceReaderLike, refuse_face_fields
 from imprompt.adapter.frames import track_of
-from imprompt.adapter.fresh import fresh_linear, fresh_resampler
 from imprompt.adapter.guidance import Part
-from imprompt.adapter.layers import UNet, cross_attentions, describe, text_projection
-from imprompt.adapter.locate import PUBLISHED_ENCODERS, EncoderPlace, locate
 from imprompt.adapter.lora import PARTS, FaceLora, LowRank
-from imprompt.adapter.projection import ImageProjection, build_projection
 from imprompt.adapter.prompt import (
     EncodedFaces,
     EncodedPictures,
@@ -44,8 +38,15 @@ from imprompt.adapter.prompt import (
     as_prompts,
     read_masks,
 )
+from imprompt.adapter.recorder import Recorder
 from imprompt.adapter.regions import encode_text
+from imprompt.catalog import licences
+from imprompt.checkpoints.checkpoint import Checkpoint, StateDict, read, write
+from imprompt.checkpoints.locate import PUBLISHED_ENCODERS, EncoderPlace, locate
 from imprompt.errors import AdapterMismatch, EncoderMismatch, InputError, UsageError
+from imprompt.projections.init import fresh_linear, fresh_resampler
+from imprompt.projections.modules import ImageProjection, build_projection
+from imprompt.schema import options as words
 
 EncoderLike: TypeAlias = PictureEncoder | str | Path | None
 _HALVES = ("down", "up")
@@ -114,8 +115,8 @@ class IPAdapter:
         adapter's ``face_embedder`` is one of :mod:`imprompt.encoders.face`, or a folder of its models. The
         hub is asked only for these files and not at all under ``HF_HUB_OFFLINE``. ``variant`` says what the
         file is where its weights leave that open. ``torch_dtype`` ``None`` keeps the stored number format.
-        Raises :class:`ModelError` for what is missing or damaged (and, see :mod:`imprompt.licences`, not for
-        commercial use), :class:`EncoderMismatch` for a wrong encoder.
+        Raises :class:`ModelError` for what is missing or damaged or, by :mod:`imprompt.catalog.licences`, not for
+        commercial use, :class:`EncoderMismatch` for a wrong encoder.
         """
         path, places = locate(str(repo_or_folder_or_file), subfolder, weight_name)
         checkpoint = read(path, variant=variant)

@@ -12,10 +12,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from imprompt import words
-from imprompt.adapter.checkpoint import Checkpoint
 from imprompt.adapter.prompt import EncodedFaces, FaceReader, ImagePrompt, Picture, PictureEncoder
+from imprompt.checkpoints.checkpoint import Checkpoint
 from imprompt.errors import EncoderMismatch, UsageError
+from imprompt.schema import options as words
 
 FaceReaderLike: TypeAlias = FaceReader | str | Path | None
 
