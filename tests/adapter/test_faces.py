@@ -11,8 +11,8 @@ from facemodels import pack, photo
 from faces import face_state, person
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.adapter.prompt import ImagePrompt
+from imprompt.catalog.published import PUBLISHED
 from imprompt.checkpoints.checkpoint import read
-from imprompt.checkpoints.published import PUBLISHED
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.face import Faces, OnnxFaces, save
 from imprompt.errors import EncoderMismatch, ImpromptError, InputError, UsageError

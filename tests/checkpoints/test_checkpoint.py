@@ -11,11 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.catalog.published import PUBLISHED as TABLE
+from imprompt.catalog.published import VARIANTS, Published
 from imprompt.checkpoints import identify
 from imprompt.checkpoints.checkpoint import Checkpoint, convert, inspect, read, write
 from imprompt.checkpoints.files import digest
-from imprompt.checkpoints.published import PUBLISHED as TABLE
-from imprompt.checkpoints.published import VARIANTS, Published
 from imprompt.errors import ImpromptError, ModelError, UsageError
 from layouts import PUBLISHED, SMALL, Layout, face_plus, layers, linear, lora, resampler, small, sparse
 from tiny import random_adapter_state, tiny_unet

@@ -5,8 +5,8 @@ import torch
 from diffusers.loaders.unet import UNet2DConditionLoadersMixin
 from torch import nn
 
+from imprompt.catalog.published import VARIANTS
 from imprompt.checkpoints.checkpoint import read
-from imprompt.checkpoints.published import VARIANTS
 from imprompt.errors import EncoderMismatch, ModelError, UsageError
 from imprompt.projections.modules import FaceResamplerProjection, ImageProjection, build_projection, skeleton
 from layouts import Shapes, face, face_plus, full_face, layers, linear, resampler

@@ -115,7 +115,7 @@ class IPAdapter:
         adapter's ``face_embedder`` is one of :mod:`imprompt.encoders.face`, or a folder of its models. The
         hub is asked only for these files and not at all under ``HF_HUB_OFFLINE``. ``variant`` says what the
         file is where its weights leave that open. ``torch_dtype`` ``None`` keeps the stored number format.
-        Raises :class:`ModelError` for what is missing or damaged or, by :mod:`imprompt.catalog.licences`, not for
+        Raises :class:`ModelError` for what is missing, damaged or (see ``catalog.licences``) not for
         commercial use, :class:`EncoderMismatch` for a wrong encoder.
         """
         path, places = locate(str(repo_or_folder_or_file), subfolder, weight_name)

@@ -103,8 +103,8 @@ def from_ipadpt(source: str | Path, target: str | Path) -> Path:
     """
     import torch
 
+    from imprompt.catalog.published import ENCODERS
     from imprompt.checkpoints.files import unpickle
-    from imprompt.checkpoints.published import ENCODERS
     from imprompt.encoders import face
     from imprompt.encoders.clip import Features
     from imprompt.encoders.features import Saved, save

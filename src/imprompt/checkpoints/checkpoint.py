@@ -2,7 +2,7 @@
 
 In: a ``.safetensors`` file or a state dict in the published layout (``image_proj`` and ``ip_adapter``). Out:
 a :class:`Checkpoint`, or one :class:`ModelError` that names the file, what is wrong and what to do. Pickles
-are opened by :func:`convert` alone. Tables of what exists are in :mod:`imprompt.checkpoints.published`.
+are opened by :func:`convert` alone. Tables of what exists are in :mod:`imprompt.catalog.published`.
 """
 
 import math
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from imprompt.catalog import licences
+from imprompt.catalog.published import FOREIGN, Published, Variant
 from imprompt.checkpoints.files import digest, flatten, load_pickle, load_tensors, read_header, save_tensors
 from imprompt.checkpoints.identify import (
     ALSO,
@@ -31,7 +32,6 @@ from imprompt.checkpoints.identify import (
     identify,
     some,
 )
-from imprompt.checkpoints.published import FOREIGN, Published, Variant
 from imprompt.errors import ModelError, UsageError
 
 StateDict: TypeAlias = dict[str, dict[str, Tensor]]

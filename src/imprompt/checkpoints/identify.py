@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from imprompt.catalog.published import ENCODERS, FAMILIES, PUBLISHED, VARIANTS, Published, Variant
 from imprompt.checkpoints.files import digest
-from imprompt.checkpoints.published import ENCODERS, FAMILIES, PUBLISHED, VARIANTS, Published, Variant
 from imprompt.errors import ModelError, UsageError
 from imprompt.projections.modules import skeleton
 

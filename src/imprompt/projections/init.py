@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from imprompt.checkpoints.published import VARIANTS
+from imprompt.catalog.published import VARIANTS
 from imprompt.errors import UsageError
 from imprompt.projections.modules import HEAD_WIDTH, skeleton
 

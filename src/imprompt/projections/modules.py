@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from imprompt.checkpoints.published import Feature, Variant
+from imprompt.catalog.published import Feature, Variant
 from imprompt.errors import EncoderMismatch, ModelError, UsageError
 
 HEAD_WIDTH = 64  # of every published resampler; its number of heads follows from to_q
@@ -42,7 +42,7 @@ class ImageProjection(nn.Module):
 
     @property
     def feature(self) -> Feature:
-        """What ``forward`` reads, see :class:`~imprompt.checkpoints.published.Variant`."""
+        """What ``forward`` reads, see :class:`~imprompt.catalog.published.Variant`."""
         return self.variant.feature
 
     @classmethod

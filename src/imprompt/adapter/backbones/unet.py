@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from imprompt.checkpoints.published import FAMILIES
+from imprompt.catalog.published import FAMILIES
 
 BlockKind = Literal["input", "middle", "output"]
 _KINDS: dict[str, BlockKind] = {"down_blocks": "input", "mid_block": "middle", "up_blocks": "output"}
