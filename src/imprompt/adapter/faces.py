@@ -15,7 +15,7 @@ from torch import Tensor
 from imprompt.adapter.prompt import EncodedFaces, FaceReader, ImagePrompt, Picture, PictureEncoder
 from imprompt.checkpoints.checkpoint import Checkpoint
 from imprompt.errors import EncoderMismatch, UsageError
-from imprompt.schema import options as words
+from imprompt.schema import options
 
 FaceReaderLike: TypeAlias = FaceReader | str | Path | None
 
@@ -63,7 +63,7 @@ class FaceInput:
         from imprompt.encoders.features import is_saved
         from imprompt.encoders.images import load_image
 
-        number, parts = words.read_face(face), []
+        number, parts = options.read_face(face), []
         for picture in pictures:
             if is_saved(picture):
                 parts.append(faces.load(str(picture)))

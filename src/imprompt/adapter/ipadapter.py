@@ -46,7 +46,7 @@ from imprompt.checkpoints.locate import PUBLISHED_ENCODERS, EncoderPlace, locate
 from imprompt.errors import AdapterMismatch, EncoderMismatch, InputError, UsageError
 from imprompt.projections.init import fresh_linear, fresh_resampler
 from imprompt.projections.modules import ImageProjection, build_projection
-from imprompt.schema import options as words
+from imprompt.schema import options
 
 EncoderLike: TypeAlias = PictureEncoder | str | Path | None
 _HALVES = ("down", "up")
@@ -420,18 +420,18 @@ class IPAdapter:
             refuse_face_fields(prompt, self.checkpoint.name)
         else:
             self._face.check_fields(prompt)
-        rule = words.canonical("combine", prompt.combine, words.COMBINES)
+        rule = options.canonical("combine", prompt.combine, options.COMBINES)
         zeros, stated = None, None
         if prompt.tokens is not None:
             sets = self._tokens_given(prompt.tokens)
-            weights = words.read_weights(rule, len(sets), prompt.weights)
+            weights = options.read_weights(rule, len(sets), prompt.weights)
             sets = combine(sets, rule, weights)
             if isinstance(prompt.negative, Tensor):
                 stated = self._tokens_given(prompt.negative).flatten(0, 1)
         else:
             shown = prompt.features if prompt.features is not None else prompt.pictures
             features, patches, zeros = self._features(shown, prompt)
-            weights = words.read_weights(rule, len(features), prompt.weights)
+            weights = options.read_weights(rule, len(features), prompt.weights)
             features = combine(features, rule, weights)
             if rule != "concat" and self._face is not None:
                 features = self._face.normed(features)  # as each face's own embedding was
@@ -440,7 +440,7 @@ class IPAdapter:
             )
         negative = self._negative(prompt, zeros) if stated is None else stated
         if prompt.select is not None:
-            chosen = list(words.read_selection(prompt.select, sets.shape[1]))
+            chosen = list(options.read_selection(prompt.select, sets.shape[1]))
             if negative is not None and stated is None:
                 negative = negative.unflatten(0, (-1, sets.shape[1]))[:, chosen].flatten(0, 1)
             sets = sets[:, chosen]
@@ -456,13 +456,13 @@ class IPAdapter:
             prompt.start,
             prompt.end,
             mask,
-            curve=words.read_curve(prompt.curve),
-            scaling=words.canonical("scaling", prompt.scaling, words.SCALINGS),
+            curve=options.read_curve(prompt.curve),
+            scaling=options.canonical("scaling", prompt.scaling, options.SCALINGS),
             shares=shares(weights, sets.shape[1]) if rule == "concat" else None,
             text=None if prompt.text is None else self._text(prompt.text),
             track=track_of(
                 prompt.at,
-                words.read_curve(prompt.frame_curve),
+                options.read_curve(prompt.frame_curve),
                 masks,
                 pictures=len(sets),
                 plain=rule == "concat" and len(set(weights)) == 1,

@@ -23,7 +23,7 @@ from imprompt.adapter.backbones.unet import CrossLayer
 from imprompt.adapter.frames import Track
 from imprompt.adapter.schedule import When
 from imprompt.errors import InputError, UsageError
-from imprompt.schema import options as words
+from imprompt.schema import options
 from imprompt.schema.options import Curve, Points
 from imprompt.schema.profiles import LayerWeights, Profile, layer_weights, read_profile
 
@@ -137,7 +137,7 @@ class ImagePrompt:
     sharpen: float = 0.0
     """How much pictures are sharpened at the encoder's size, 0 to 1."""
     curve: Curve = "constant"
-    """A factor over the schedule, beside the window: a name of ``words.CURVES`` or points (fraction,
+    """A factor over the schedule, beside the window: a name of ``options.CURVES`` or points (fraction,
     factor)."""
     scaling: str = "v-only"
     """Where the strength enters, see :mod:`imprompt.adapter.scaling`. Window, curve and mask act on what is
@@ -178,14 +178,14 @@ class ImagePrompt:
             raise UsageError("text is said inside a mask; give a mask, or say it in the pipeline's prompt.")
         check_feather(self.feather)
         read_profile(self.profile)
-        words.read_curve(self.curve)
-        words.canonical("scaling", self.scaling, words.SCALINGS)
-        combine = words.canonical("combine", self.combine, words.COMBINES)
+        options.read_curve(self.curve)
+        options.canonical("scaling", self.scaling, options.SCALINGS)
+        combine = options.canonical("combine", self.combine, options.COMBINES)
         if self.image is not None:
-            words.read_weights(combine, len(self.pictures), self.weights)
-        elif words.canonical("framing", self.framing, words.FRAMINGS) != "crop":
+            options.read_weights(combine, len(self.pictures), self.weights)
+        elif options.canonical("framing", self.framing, options.FRAMINGS) != "crop":
             raise UsageError(f"framing {self.framing!r} is for pictures; features and tokens have none.")
-        words.canonical("framing", self.framing, words.FRAMINGS)
+        options.canonical("framing", self.framing, options.FRAMINGS)
         _check_number("sharpen", self.sharpen)
         if not 0 <= self.sharpen <= 1 or (self.sharpen and self.image is None):
             raise UsageError(f"sharpen is {self.sharpen}; from 0 to 1 is expected, and only for pictures.")
@@ -194,11 +194,11 @@ class ImagePrompt:
                 f"combine {self.combine!r} acts on features; tokens are joined. Give features or images."
             )
         if self.select is not None:
-            words.read_selection(self.select)
-        words.read_curve(self.frame_curve)
+            options.read_selection(self.select)
+        options.read_curve(self.frame_curve)
         if self.at is not None:
             Track(tuple(self.at))
-        if words.read_face(self.face) and isinstance(self.features, Tensor):
+        if options.read_face(self.face) and isinstance(self.features, Tensor):
             raise UsageError(f"face {self.face!r} is for pictures; these features are of one face each.")
         if self.s_scale is not None:
             _check_number("s_scale", self.s_scale)

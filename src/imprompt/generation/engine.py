@@ -13,7 +13,7 @@ import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -54,7 +54,8 @@ from imprompt.generation.families import (
     load_adapter,
     scheduler_for,
 )
-from imprompt.schema import options as words
+from imprompt.generation.steps import OnStep, Step, reported
+from imprompt.schema import options
 from imprompt.schema.request import ImageRef, Request, randomness
 
 _KEPT_FEATURES = 64  # pictures whose features are remembered
@@ -129,17 +130,18 @@ class Engine:
         *,
         pictures: Mapping[str, Image.Image] | None = None,
         explain: bool = False,
+        on_step: OnStep | None = None,
     ) -> Result:
         """Draw a request. Names in it are looked up in ``pictures`` first, then as files. With ``explain`` it
         is measured where each image prompt acts (:attr:`Result.attributions`), which draws the same and takes
-        longer.
+        longer. ``on_step`` is called after each denoising step; what it raises ends the drawing.
 
         Raises :class:`InputError` for pictures that cannot be used, :class:`UsageError` and
         :class:`ModelError` for what does not fit together, and :class:`ModelError` when a picture comes out
         as NaN or empty, or memory does not suffice; nothing stays attached to the base then.
         """
         try:
-            return self._run(request, pictures or {}, explain)
+            return self._run(request, pictures or {}, explain, on_step)
         except (MemoryError, RuntimeError) as error:
             if not _of_memory(error):
                 raise
@@ -149,6 +151,25 @@ class Engine:
                 "GPU --dtype float16 or --offload model."
             ) from error
 
+    def run_batch(
+        self,
+        requests: Sequence[Request],
+        *,
+        pictures: Mapping[str, Image.Image] | None = None,
+        on_step: OnStep | None = None,
+    ) -> list[Result]:
+        """Draw several requests; each result is that of :meth:`run`. In ``on_step`` pictures are counted over
+        all requests.
+
+        Raises as :meth:`run`, and then returns none of the results.
+        """
+        total, before, results = sum(request.count for request in requests), 0, []
+        for request in requests:
+            told = None if on_step is None else _counted_on(on_step, before, total)
+            results.append(self.run(request, pictures=pictures, on_step=told))
+            before += request.count
+        return results
+
     def release(self) -> None:
         """Forget the base, the adapter and all features."""
         self._pipes, self._nets, self._loaded, self._adapters = {}, {}, None, {}
@@ -157,7 +178,9 @@ class Engine:
 
     # ---- private
 
-    def _run(self, request: Request, pictures: Mapping[str, Image.Image], explain: bool) -> Result:
+    def _run(
+        self, request: Request, pictures: Mapping[str, Image.Image], explain: bool, on_step: OnStep | None
+    ) -> Result:
         clock = [time.perf_counter()]
         if explain and not request.images:
             raise UsageError("explain: there is no image prompt to explain; give one in `images`.")
@@ -218,16 +241,18 @@ class Engine:
             images: list[Image.Image] = []
             for index in range(request.count):
                 pipe.scheduler = scheduler_for(pipe, request.scheduler)
-                if explain:
-                    with next(iter(adapters.values())).watched() as recorder:
+                with reported(pipe, on_step, index, request.count):
+                    if explain:
+                        with next(iter(adapters.values())).watched() as recorder:
+                            images.append(self._draw(pipe, call, request, index))
+                        attributions.append(recorder.result())
+                    elif request.task == "animate":
+                        images += self._draw_clip(pipe, call, request, shown, index)
+                    else:
                         images.append(self._draw(pipe, call, request, index))
-                    attributions.append(recorder.result())
-                elif request.task == "animate":
-                    images += self._draw_clip(pipe, call, request, shown, index)
-                else:
-                    images.append(self._draw(pipe, call, request, index))
         finally:
             pipe.scheduler = own
+            pipe.maybe_free_model_hooks()  # a drawing that was ended leaves offloaded parts on the device
             for adapter in adapters.values():
                 adapter.clear_prompt()
                 adapter.set_guidance(None)
@@ -391,7 +416,7 @@ class Engine:
     ) -> torch.Tensor | EncodedFaces | None:
         """Features of what the unconditional half sees, where the request says so."""
         if ref.noise is not None:
-            kind, strength = words.read_noise(ref.noise)
+            kind, strength = options.read_noise(ref.noise)
             # One noise whatever the seed: pictures are prompts, and prompts are the same for every seed.
             spoiled = noisy(shown.prompts[ref.path], kind, strength)
             found = self._encode_pictures(adapter, [spoiled], ref)
@@ -474,6 +499,15 @@ class Engine:
             names = dict.fromkeys(shown_name(getattr(tower, "name", "none")) for tower in towers)
             said["encoder"] = ", ".join(names) or "none"
         return said
+
+
+def _counted_on(on_step: OnStep, before: int, total: int) -> OnStep:
+    """``on_step`` for a part of several drawings, of which ``before`` pictures are drawn already."""
+
+    def told(step: Step) -> None:
+        on_step(replace(step, picture=before + step.picture, pictures=total))
+
+    return told
 
 
 def _reads_faces(adapter: IPAdapter) -> bool:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from imprompt.errors import UsageError
-from imprompt.schema import options as words
+from imprompt.schema import options
 from imprompt.schema.profiles import PROFILES, read_profile
 
 SCHEDULERS: dict[str, tuple[str, dict[str, object]]] = {
@@ -131,23 +131,23 @@ class ImageRef(_Strict):
     )
     combine: str = Field(
         default="concat",
-        description="how the pictures of one prompt become one: " + ", ".join(words.COMBINES),
+        description="how the pictures of one prompt become one: " + ", ".join(options.COMBINES),
     )
     framing: str = Field(
         default="crop",
         description="how a picture that is not square becomes the encoder's square: "
-        + ", ".join(words.FRAMINGS),
+        + ", ".join(options.FRAMINGS),
     )
     sharpen: float = Field(
         default=0.0, ge=0, le=1, description="how much the picture is sharpened at the encoder's size"
     )
     curve: str = Field(
         default="constant",
-        description=f"a factor over the schedule: {', '.join(words.CURVES)}, or points as 0:1,0.5:0.2,1:0 "
+        description=f"a factor over the schedule: {', '.join(options.CURVES)}, or points as 0:1,0.5:0.2,1:0 "
         "(fraction, factor)",
     )
     scaling: str = Field(
-        default="v-only", description="where the strength enters: " + ", ".join(words.SCALINGS)
+        default="v-only", description="where the strength enters: " + ", ".join(options.SCALINGS)
     )
     select: str | None = Field(
         default=None, description="which tokens of the picture are shown, such as 0-3,8; None: all"
@@ -176,7 +176,8 @@ class ImageRef(_Strict):
     )
     noise: str | None = Field(
         default=None,
-        description=f"avoid this picture's own textures: {', '.join(words.NOISES)}, with :strength (0 to 1)",
+        description=f"avoid this picture's own textures: {', '.join(options.NOISES)}, with :strength (0 to "
+        "1)",
     )
 
     @field_validator("profile", mode="before")
@@ -194,33 +195,33 @@ class ImageRef(_Strict):
     @field_validator("combine", "framing", "scaling")
     @classmethod
     def _word_is_known(cls, value: str, info: Any) -> str:
-        known = {"combine": words.COMBINES, "framing": words.FRAMINGS, "scaling": words.SCALINGS}
-        return words.canonical(info.field_name, value, known[info.field_name])
+        known = {"combine": options.COMBINES, "framing": options.FRAMINGS, "scaling": options.SCALINGS}
+        return options.canonical(info.field_name, value, known[info.field_name])
 
     @field_validator("curve", "frame_curve")
     @classmethod
     def _curve_is_known(cls, value: str) -> str:
-        words.read_curve(value)
+        options.read_curve(value)
         return value
 
     @field_validator("noise")
     @classmethod
     def _noise_is_known(cls, value: str | None) -> str | None:
         if value is not None:
-            words.read_noise(value)
+            options.read_noise(value)
         return value
 
     @field_validator("select")
     @classmethod
     def _selection_is_readable(cls, value: str | None) -> str | None:
         if value is not None:
-            words.read_selection(value)
+            options.read_selection(value)
         return value
 
     @field_validator("face")
     @classmethod
     def _face_is_known(cls, value: str) -> str:
-        words.read_face(value)
+        options.read_face(value)
         return value
 
     @field_validator("end")
@@ -236,8 +237,8 @@ class ImageRef(_Strict):
 
         Raises :class:`UsageError` naming the option that is unknown, doubled or no number.
         """
-        path, *options = re.split(r",(?=\s*[A-Za-z_]+=)", text)
-        values = _options(f"--image '{text}'", options, _IMAGE_OPTIONS)
+        path, *said = re.split(r",(?=\s*[A-Za-z_]+=)", text)
+        values = _options(f"--image '{text}'", said, _IMAGE_OPTIONS)
         try:
             # Not model_validate, in which a UsageError, being a ValueError, would be wrapped once more.
             return cls(path=path, **values)
@@ -281,7 +282,7 @@ class ControlRef(_Strict):
     @field_validator("kind")
     @classmethod
     def _kind_is_known(cls, value: str) -> str:
-        return words.canonical("kind", value, CONTROLS)
+        return options.canonical("kind", value, CONTROLS)
 
     @field_validator("end")
     @classmethod
@@ -307,8 +308,8 @@ class ControlRef(_Strict):
                 f"--control '{text}': KIND:PATH is expected, such as canny:{text or 'edges.png'}; kinds are "
                 f"{', '.join(CONTROLS)}."
             )
-        path, *options = re.split(r",(?=\s*[A-Za-z_]+=)", rest)
-        values = _options(f"--control '{text}'", options, _CONTROL_OPTIONS)
+        path, *said = re.split(r",(?=\s*[A-Za-z_]+=)", rest)
+        values = _options(f"--control '{text}'", said, _CONTROL_OPTIONS)
         try:
             return cls(kind=kind, path=path, **values)
         except UsageError as error:
@@ -318,10 +319,10 @@ class ControlRef(_Strict):
 _CONTROL_OPTIONS = tuple(name for name in ControlRef.model_fields if name not in ("kind", "path"))
 
 
-def _options(where: str, options: list[str], known: tuple[str, ...]) -> dict[str, Any]:
+def _options(where: str, said: list[str], known: tuple[str, ...]) -> dict[str, Any]:
     """``key=value`` options of a flag, each once. Raises :class:`UsageError`."""
     values: dict[str, Any] = {}
-    for option in options:
+    for option in said:
         key, _, value = option.strip().partition("=")
         if key not in known:
             raise UsageError(f"{where}: unknown option '{key}'; known are {', '.join(known)}.")
@@ -382,11 +383,11 @@ _Ref = TypeVar("_Ref", bound=_Strict)
 
 def _parsed(kind: type[_Ref], text: str, flag: str) -> _Ref:
     """``FIRST[,key=value]…``, where the first is the record's first field."""
-    said, *options = re.split(r",(?=\s*[A-Za-z_]+=)", text)
-    first, *known = kind.model_fields
-    values = _options(f"{flag} '{text}'", options, tuple(known))
+    first, *said = re.split(r",(?=\s*[A-Za-z_]+=)", text)
+    name, *known = kind.model_fields
+    values = _options(f"{flag} '{text}'", said, tuple(known))
     try:
-        return kind(**{first: said}, **values)
+        return kind(**{name: first}, **values)
     except UsageError as error:
         raise UsageError(f"{flag} '{text}': {error}") from error
 
@@ -587,13 +588,13 @@ class Request(_Strict):
             saved = any(_is_saved(ref.path) for ref in group)  # of how many pictures is not known yet
             try:
                 if not saved:
-                    words.read_weights(group[0].combine, len(group), [ref.weight for ref in group])
+                    options.read_weights(group[0].combine, len(group), [ref.weight for ref in group])
             except UsageError as error:
                 found.append(f"images: {error}")
             for name in ("framing", "sharpen"):
                 if saved and getattr(group[0], name) != ImageRef.model_fields[name].default:
                     found.append(f"{name}: has no effect on saved features; say it when embedding.")
-            if saved and words.read_face(group[0].face):
+            if saved and options.read_face(group[0].face):
                 found.append("face: has no effect on saved faces; say it when embedding.")
             if group[0].noise is not None and (group[0].negative or _is_saved(group[0].path)):
                 found.append(
