@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from imprompt.adapter.ipadapter import IPAdapter
     from imprompt.adapter.prompt import ImagePrompt
     from imprompt.adapter.texts import TextRegion, TextRegions
-    from imprompt.app.embed import embed
+    from imprompt.app.embedding import embed
     from imprompt.app.sweep import sweep
-    from imprompt.app.tune import Tuned, tune
+    from imprompt.app.tuning import Tuned, tune
     from imprompt.generation.engine import Engine, Result, generate
     from imprompt.schema.request import ImageRef, RegionRef, Request
 
@@ -27,10 +27,10 @@ _HOMES = {
     "Engine": "imprompt.generation.engine",
     "Result": "imprompt.generation.engine",
     "generate": "imprompt.generation.engine",
-    "embed": "imprompt.app.embed",
+    "embed": "imprompt.app.embedding",
     "sweep": "imprompt.app.sweep",
-    "tune": "imprompt.app.tune",
-    "Tuned": "imprompt.app.tune",
+    "tune": "imprompt.app.tuning",
+    "Tuned": "imprompt.app.tuning",
     "ImageRef": "imprompt.schema.request",
     "RegionRef": "imprompt.schema.request",
     "Request": "imprompt.schema.request",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from imprompt.app.doctor import advice, look
+from imprompt.app.diagnosis import advice, look
 
 
 def test_what_is_found_is_said_in_words() -> None:

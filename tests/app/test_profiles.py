@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 
 from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.app.cli import main
-from imprompt.app.profiles import charts, layers_from, layers_of, tables
+from imprompt.app.profile_charts import charts, layers_from, layers_of, tables
 from imprompt.errors import UsageError
 from imprompt.schema.profiles import PROFILES, layer_weights
 from tiny import tiny_unet

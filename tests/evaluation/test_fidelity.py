@@ -113,7 +113,7 @@ def test_tuning_writes_the_chosen_request_the_plot_and_the_sheet(
     tuned_base, pictures, tmp_path, capsys, monkeypatch
 ) -> None:
     monkeypatch.setattr(
-        "imprompt.app.tune._between",
+        "imprompt.app.tuning._between",
         lambda request, text, picture: Between.of(ByDistance(text), text, picture),
     )
     words = ["tune", "a cat", "--image", str(pictures / "ref.png"), "--base", tuned_base["base"]]

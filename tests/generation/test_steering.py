@@ -12,7 +12,7 @@ import controls
 import tiny
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.app.cli import main
-from imprompt.app.embed import embed
+from imprompt.app.embedding import embed
 from imprompt.errors import UsageError
 from imprompt.output import stills as output
 from imprompt.schema.request import ImageRef, RegionRef, Request

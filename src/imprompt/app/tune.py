@@ -1,180 +1,49 @@
-"""``imprompt tune``: which scale, profile and window give most of a text and of a picture at once.
+"""``imprompt tune``: find the settings that keep most of a text and of a picture."""
 
-Settings are a sweep like any other; each is drawn with a few seeds and measured (``evaluation.fidelity``). A
-folder gets ``best.png`` and ``best.json`` (the chosen request, to be repeated with ``--from``), ``front.png``
-(the plot), ``sheet.png`` (the pictures on the front, and the ends) and ``tune.json`` (all figures).
-"""
-
+import argparse
 import json
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import sys
 
-from PIL import Image
+from imprompt.app import generate
 
-from imprompt.app.embed import encoder_of
-from imprompt.encoders.features import is_saved
-from imprompt.encoders.images import load_image
-from imprompt.errors import InputError, UsageError
-from imprompt.evaluation.charts import grid, scatter
-from imprompt.evaluation.fidelity import Between, ByEncoder, ByJudge, Fidelity, choose, front
-from imprompt.evaluation.judge import Judge
-from imprompt.generation.engine import Engine, Result
-from imprompt.generation.families import EMOJI, find_base
-from imprompt.generation.sweep import read_axis, spread
-from imprompt.output import stills as output
-from imprompt.schema.request import ImageRef, Request
-
-AXES = ("scale=0.3,0.6,0.9,1.2", "profile=linear,style,ease-out", "end=1,0.6")
-"""What is tried when nothing is said."""
-_SHOWN = 7  # settings of the front on the sheet, beside the chosen one
+HELP = "find the settings that keep most of a text and of a picture"
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """The chosen request, what was measured, and the files."""
-
-    request: Request
-    fidelity: Fidelity
-    label: str
-    measure: str
-    paths: tuple[Path, ...]
-
-
-def tune(
-    request: Request,
-    folder: str | Path,
-    *,
-    axes: Sequence[str] = AXES,
-    prefer: float = 0.5,
-    engine: Engine | None = None,
-    say: Callable[[str], None] = print,
-) -> Tuned:
-    """Draw ``request`` with every setting of ``axes`` (``FIELD=VALUE,…``) and ``request.count`` seeds, and
-    choose.
-
-    ``prefer`` is the picture's weight against the text's. Raises :class:`UsageError` for a request without
-    text or picture, :class:`InputError` when both ends look the same; nothing is written then.
-    """
-    if not request.prompt or not request.images:
-        raise UsageError("tune: weighs a text against a picture; give both.")
-    if saved := next((ref.path for ref in request.images if is_saved(ref.path)), None):
-        raise UsageError(f"tune: compares drawings with the picture itself; '{saved}' holds only features.")
-    if not 0 <= prefer <= 1:
-        raise UsageError(f"prefer is {prefer}; from 0 (the text) to 1 (the picture) is expected.")
-    folder, engine = Path(folder), engine or Engine()
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"'{folder}' is no folder.")
-    asked = spread(request, [read_axis(text) for text in axes])
-    seeds = request.count
-    # The sweep's last axis is the seed, which turns slowest: setting i is at i, i + settings, …
-    settings = len(asked.requests) // seeds
-    shared = asked.requests[0].replace(count=seeds)
-    of_images = dict.fromkeys(("scale", "adapter", "image_guidance"))
-    say(f"drawing {settings} settings and the two ends, with {seeds} seed{'s' * (seeds > 1)} each")
-    text_alone = engine.run(shared.replace(images=(), **of_images)).images
-    bare = [ImageRef(path=ref.path, adapter=ref.adapter, framing=ref.framing) for ref in request.images]
-    alone = shared.replace(prompt="", scale=1.0, images=bare)
-    picture_alone = engine.run(alone).images
-    between = _between(request, text_alone, picture_alone)
-    results = [engine.run(one) for one in asked.requests]
-    drawn = [[result.images[0] for result in results[i::settings]] for i in range(settings)]
-    found = [between(images) for images in drawn]
-    measure = between.measure.name
-    chosen, ahead = choose(found, prefer), front(found)
-    for share, what in ((found[chosen].text, "text"), (found[chosen].picture, "picture")):
-        if share <= 0:
-            way = "smaller" if what == "text" else "larger"
-            say(f"no setting has anything of the {what} by this measure; try {way} scales with --sweep")
-    labels = [" · ".join(said[: len(axes)]) for said in asked.labels[:settings]]
-    paths = _write(folder, results[chosen], found, labels, chosen, ahead, measure, seeds, prefer)
-    step = max(1, -(-len(ahead) // _SHOWN))
-    few = sorted({*ahead[::step], chosen}, key=ahead.index)
-    said = [
-        f"{labels[i]} · text {found[i].text:.2f} · picture {found[i].picture:.2f}".replace(" · ", "\n")
-        for i in few
-    ]
-    shown = [load_image(Path(ref.path).expanduser()) for ref in request.images]
-    pages = [
-        [text_alone[s], *(drawn[i][s] for i in few), picture_alone[s], shown[s % len(shown)]]
-        for s in range(seeds)
-    ]
-    sheet = grid(
-        [image for page in pages for image in page],
-        ["text alone", *said, "picture alone", "the picture"],
-        [f"seed {asked.requests[s * settings].seed}" for s in range(seeds)],
-        title=f"“{request.prompt}”: the front, from the text to the picture; framed: the chosen setting",
-        marked=1 + few.index(chosen),
-    )
-    sheet.save(folder / "sheet.png")
-    return Tuned(
-        results[chosen].request, found[chosen], labels[chosen], measure, (*paths, folder / "sheet.png")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    generate.add_arguments(parser)
+    parser.add_argument(
+        "--prefer",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help="0: all for the text, 1: for the picture; default 0.5",
     )
 
 
-def _between(
-    request: Request, text_alone: Sequence[Image.Image], picture_alone: Sequence[Image.Image]
-) -> Between:
-    """By the adapter's encoder; of the text by the bundled model's judge where it knows the concept and tells
-    the ends apart."""
-    references = [load_image(Path(ref.path).expanduser()) for ref in request.images]
-    name = request.adapter or find_base(request.base).defaults.adapter
-    seen = ByEncoder.of(encoder_of(None, request.base, name), text_alone, references)
-    place = EMOJI / "judge.safetensors"
-    if request.base == "emoji" and place.is_file():
-        judged = ByJudge.of(Judge.load(place), request.prompt, seen)
-        if judged is not None:
-            with suppress(InputError):
-                return Between.of(judged, text_alone, picture_alone)
-    return Between.of(seen, text_alone, picture_alone)
+def run(args: argparse.Namespace) -> int:
+    from imprompt.app.drawing import make_engine, read_request, refuse_with
 
+    request = read_request("generate", args)
+    refuse_with(args, "goes with a single request; repeat the chosen one with it")
+    if args.count is None:
+        request = request.replace(count=2)
 
-def _write(
-    folder: Path,
-    best: Result,
-    found: Sequence[Fidelity],
-    labels: Sequence[str],
-    chosen: int,
-    ahead: Sequence[int],
-    measure: str,
-    seeds: int,
-    prefer: float,
-) -> list[Path]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = output.save(best, folder / "best.png")
-        figures: dict[str, Any] = {
-            "measure": measure,
-            "seeds": seeds,
-            "prefer": prefer,
-            "chosen": labels[chosen],
-            "settings": [
-                {"setting": label, "text": one.text, "picture": one.picture, "front": i in ahead}
-                for i, (label, one) in enumerate(zip(labels, found, strict=True))
-            ],
-        }
-        for name, text in (
-            ("best", best.request.to_json()),
-            ("tune", json.dumps(figures, indent=2, ensure_ascii=False)),
-        ):
-            (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-            paths.append(folder / f"{name}.json")
-        groups = [label.partition(" · ")[2] or "settings" for label in labels]
-        plot = scatter(
-            [(one.text, one.picture) for one in found],
-            groups,
-            title=f"Text and picture by the {measure}, {seeds} seed{'s' * (seeds > 1)}; ringed: chosen",
-            titles=(
-                "of the text (0: the picture alone, 1: the text alone)",
-                "of the picture (0: the text alone, 1: the picture alone)",
-            ),
-            front=ahead,
-            marked=chosen,
-            labels=[label.partition(" · ")[0] for label in labels],
-        )
-        plot.save(folder / "front.png")
-    except OSError as error:
-        raise InputError(f"cannot write into '{folder}' ({error.strerror or error}).") from error
-    return [*paths, folder / "front.png"]
+    from imprompt.app.tuning import AXES, tune
+
+    tuned = tune(
+        request,
+        args.output or "tune",
+        axes=args.sweep or AXES,
+        prefer=args.prefer,
+        engine=make_engine(args),
+        say=lambda line: print(f"imprompt: {line}", file=sys.stderr),
+    )
+    files = [str(path) for path in tuned.paths]
+    if args.json:
+        fidelity = {"text": tuned.fidelity.text, "picture": tuned.fidelity.picture}
+        print(json.dumps({"files": files, "chosen": tuned.label, "measure": tuned.measure, **fidelity}))
+        return 0
+    print("\n".join(files))
+    kept = f"{tuned.fidelity.text:.2f} of the text, {tuned.fidelity.picture:.2f} of the picture"
+    print(f"imprompt: {tuned.label}: {kept}, by the {tuned.measure}", file=sys.stderr)
+    return 0

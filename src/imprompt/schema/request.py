@@ -448,7 +448,8 @@ class Request(_Strict):
         default=None,
         gt=0,
         le=1,
-        description="edit, inpaint: share of the schedule that is redrawn; None: 0.6 for edit, 1 for inpaint",
+        description="edit, inpaint, animate: share of the schedule that is redrawn; None: 0.6 for edit, 1 "
+        "for inpaint",
     )
     scale: float | None = Field(
         default=None,

@@ -1,0 +1,33 @@
+"""``imprompt convert``: rewrite a pickled adapter, or saved features, as safetensors."""
+
+import argparse
+from pathlib import Path
+
+HELP = "convert a pickled adapter, or .ipadpt features, to safetensors"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        help="a .bin, .ckpt or .pt adapter, a training checkpoint, an .ipadpt file, or an adapter's alias",
+    )
+    parser.add_argument("target", help="the .safetensors file to write")
+    parser.add_argument("--variant", help="the adapter's variant, where its weights leave that open")
+
+
+def run(args: argparse.Namespace) -> int:
+    from imprompt.catalog.entries import ADAPTERS
+    from imprompt.checkpoints.checkpoint import convert
+
+    source = args.source
+    if source.lower().endswith(".ipadpt"):
+        from imprompt.app.embedding import from_ipadpt
+
+        print(from_ipadpt(source, args.target))
+        return 0
+    if source in ADAPTERS and not Path(source).exists():
+        from imprompt.generation.families import adapter_file
+
+        source = adapter_file(source)
+    print(convert(source, args.target, variant=args.variant))
+    return 0

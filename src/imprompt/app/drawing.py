@@ -1,0 +1,226 @@
+"""What the drawing commands and ``tune`` share: flags → request → files and a summary."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from imprompt.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from imprompt.generation.engine import Engine, Result
+    from imprompt.schema.request import Request
+
+
+def add_drawing_arguments(parser: argparse.ArgumentParser, task: str) -> None:
+    """Add the flags of a drawing command: the request's fields, then what is done with it."""
+    from imprompt.app.flags import add_request_flags, describe_options
+    from imprompt.schema.request import ControlRef, ImageRef, RegionRef, Request
+
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps the epilog's lines
+    parser.epilog = "\n\n".join(
+        [
+            describe_options("--image", ImageRef, ("path",)),
+            describe_options("--region", RegionRef, ("text",)),
+            describe_options("--control", ControlRef, ("kind", "path")),
+        ]
+    )
+    add_request_flags(parser, Request, task)
+    parser.add_argument(
+        "--save-control", action="store_true", help="also write the map that each control followed"
+    )
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        metavar="FIELD=VALUE,…",
+        help="draw with each value, and with all combinations when repeated, and put all on one page; a "
+        "field of the request, or of its images (profile, image2.scale)",
+    )
+    parser.add_argument(
+        "--from",
+        dest="again",
+        metavar="PICTURE",
+        help="repeat the request inside that picture, or in a .json file; other flags change it",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="PATH",
+        help=".png, .jpg or .webp, or a folder; animate: .gif, .webp, .mp4, or a folder of frames; default: "
+        "an unused name here",
+    )
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="also draw where, in which layers and when each image prompt acted",
+    )
+    parser.add_argument("--json", action="store_true", help="print files, request and timings as JSON")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+
+
+def draw(task: str, args: argparse.Namespace) -> int:
+    """Run a drawing command: read the request, draw, write the files, print their names."""
+    from imprompt.output import stills as output
+
+    request = read_request(task, args)
+    if args.save_control and not request.controls:
+        raise UsageError("--save-control: there is no control to save; give one with --control.")
+    if args.sweep:
+        return _sweep(task, args, request)
+    target = target_path(args.output, task, request)
+    output.check_target(target, request.task, request.count)
+    if args.save_control:
+        output.check_maps(request, target)
+    if target.suffix.lower() == ".gif":
+        _check_gif_pace(request)
+
+    result = make_engine(args).run(request, explain=args.explain)
+    paths = output.save(result, target)
+    if args.explain:
+        from imprompt.app.explain import explain
+
+        for found, image, path in zip(result.attributions, result.images, tuple(paths), strict=True):
+            paths = [*paths, *explain(found, image, path)]
+    if args.save_control:
+        paths = [*paths, *output.save_maps(result.maps, result.request, target)]
+    print_notes([result])
+    if args.json:
+        print(json.dumps(to_dict(result, paths)))
+    else:
+        print("\n".join(map(str, paths)))
+        _print_summary(result)
+    return 0
+
+
+def read_request(task: str, args: argparse.Namespace) -> "Request":
+    """The request that the flags describe, or ``--from``'s with their changes. Raises :class:`UsageError`."""
+    from imprompt.schema.request import ControlRef, EmbeddingRef, ImageRef, LoraRef, RegionRef, Request
+
+    stated: dict[str, object] = {
+        name: value
+        for name, value in vars(args).items()
+        if name in Request.model_fields and value is not None
+    }
+    if getattr(args, "picture", None) is not None:
+        stated["image"] = args.picture
+    readers: dict[str, Callable[[str], object]] = {
+        "images": ImageRef.parse,
+        "regions": RegionRef.parse,
+        "controls": ControlRef.parse,
+        "loras": LoraRef.parse,
+        "embeddings": EmbeddingRef.parse,
+    }
+    for name, read in readers.items():
+        if name in stated:
+            stated[name] = tuple(read(text) for text in getattr(args, name))
+    if args.again is None:
+        return Request.from_mapping({"task": task, **stated})
+    before = _earlier_request(args.again)
+    if before.task != task:
+        raise UsageError(
+            f"'{args.again}' was made with 'imprompt {before.task}': repeat it with 'imprompt {before.task} "
+            f"--from {args.again}'."
+        )
+    if stated.keys() & {"images", "regions", "controls", "image", "mask", "video"}:
+        stated["hashes"] = {}
+    return before.replace(**stated)
+
+
+def _earlier_request(source: str) -> "Request":
+    from imprompt.output.stills import read_request
+    from imprompt.schema.request import Request
+
+    if not source.endswith(".json"):
+        return read_request(source)
+    try:
+        return Request.from_json(Path(source).read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read '{source}' ({error.strerror or error}).") from error
+
+
+def make_engine(args: argparse.Namespace) -> "Engine":
+    """An engine with a progress bar, unless ``--quiet`` or nobody looks at a terminal."""
+    from imprompt.generation.engine import Engine
+
+    return Engine(quiet=args.quiet or not sys.stderr.isatty())
+
+
+def target_path(given: str | None, task: str, request: "Request") -> Path:
+    """The file or folder to write to: ``-o``, or an unused name in it, or an unused name here."""
+    from imprompt.output.stills import free_name, our_frames
+
+    suffix = ".gif" if task == "animate" else ".png"
+    if given is None:
+        return free_name(Path(), task, request.count, suffix)
+    if task == "animate" and our_frames(Path(given)):
+        return Path(given)
+    if given.endswith(("/", "\\")) or Path(given).is_dir():
+        return free_name(Path(given), task, request.count, suffix)
+    return Path(given)
+
+
+def to_dict(result: "Result", paths: Sequence[Path]) -> dict[str, object]:
+    """What ``--json`` prints of one result."""
+    return {
+        "files": [str(path) for path in paths],
+        "request": json.loads(result.request.to_json()),
+        "provenance": result.provenance,
+        "timings": result.timings,
+        "notes": list(result.notes),
+    }
+
+
+def print_notes(results: Sequence["Result"]) -> None:
+    """Print each note of the results once."""
+    for note in dict.fromkeys(note for result in results for note in result.notes):
+        print(f"imprompt: {note}", file=sys.stderr)
+
+
+def _print_summary(result: "Result") -> None:
+    request, took = result.request, result.timings
+    assert request.size is not None  # filled in when drawn
+    seconds = took["load"] + took["encode"] + took["draw"]
+    print(
+        f"imprompt: {len(result.images)} × {request.size[0]}×{request.size[1]}, seed {request.seed}, "
+        f"{request.steps} steps, {seconds:.1f} s (loading {took['load']:.1f})",
+        file=sys.stderr,
+    )
+
+
+def _check_gif_pace(request: "Request") -> None:
+    """Refuse before drawing a frame rate that a GIF cannot hold; a video's own is looked up."""
+    from imprompt.output.clips import check_pace
+
+    fps = request.fps
+    if fps is None and request.video is not None:
+        from imprompt.generation.video import read_film
+
+        fps = read_film(Path(request.video).expanduser(), request.video)[1]
+    if fps is not None:
+        check_pace(".gif", fps)
+
+
+def _sweep(task: str, args: argparse.Namespace, request: "Request") -> int:
+    from imprompt.app.sweep import sweep
+    from imprompt.generation.sweep import read_axis, spread
+
+    refuse_with(args, "goes with a single request; leave --sweep out")
+    count = len(spread(request, [read_axis(text) for text in args.sweep]).requests)
+    target = target_path(args.output, task, request.replace(count=min(count, 100)))
+    results, paths = sweep(request, args.sweep, target, engine=make_engine(args))
+    print_notes(results)
+    if args.json:
+        pictures = [to_dict(result, [path]) for result, path in zip(results, paths, strict=False)]
+        print(json.dumps({"pictures": pictures, "grid": str(paths[-1])}))
+    else:
+        print("\n".join(map(str, paths)))
+    return 0
+
+
+def refuse_with(args: argparse.Namespace, reason: str) -> None:
+    """Raise :class:`UsageError` for flags that only make sense for a single request."""
+    for flag in ("explain", "save_control"):
+        if getattr(args, flag):
+            raise UsageError(f"--{flag.replace('_', '-')}: {reason}.")

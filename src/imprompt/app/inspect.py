@@ -1,0 +1,26 @@
+"""``imprompt inspect``: identify an adapter file."""
+
+import argparse
+import json
+
+HELP = "identify an adapter file and check that it is intact"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="an adapter's .safetensors file")
+    parser.add_argument("--variant", help="read it as this variant or published file")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    from imprompt.catalog.entries import fitting
+    from imprompt.checkpoints.checkpoint import inspect
+
+    found = inspect(args.file, variant=args.variant)
+    fits = fitting(found.base)
+    if args.json:
+        print(json.dumps(found.to_dict() | {"fits": fits}))
+    else:
+        print(found)
+        print(f"{'fits':<14}{', '.join(fits) or 'no base in the catalogue'}")
+    return 0

@@ -1,0 +1,124 @@
+"""``imprompt models``: list the catalogue."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from imprompt.errors import ModelError, UsageError
+
+HELP = "list the bases, adapters, controls and motion adapters that have an alias"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", help="one alias; a base also lists what fits it")
+    parser.add_argument("--vocabulary", action="store_true", help="the words that the bundled model knows")
+    parser.add_argument(
+        "--commercial", action="store_true", help="only what its licence allows commercial use of"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.vocabulary:
+        if args.name not in (None, "emoji"):
+            raise UsageError(
+                f"--vocabulary: only the bundled model 'emoji' has a list of words, not '{args.name}'."
+            )
+        _print_vocabulary(as_json=args.json)
+        return 0
+    tables = _tables(args.name, commercial_only=args.commercial)
+    if args.json:
+        print(
+            json.dumps(
+                {name: {k: asdict(row) | _cached(row) for k, row in t.items()} for name, t in tables.items()}
+            )
+        )
+    else:
+        _print_tables(tables)
+    return 0
+
+
+def _tables(name: str | None, *, commercial_only: bool) -> dict[str, dict[str, Any]]:
+    """Kind → alias → row: everything, or ``name`` and what fits it. Raises :class:`UsageError`."""
+    from imprompt.catalog.entries import ADAPTERS, BASES, CONTROLS, MOTIONS, named
+    from imprompt.catalog.licences import commercial
+
+    tables: dict[str, dict[str, Any]] = {
+        "bases": dict(BASES),
+        "adapters": dict(ADAPTERS),
+        "controls": dict(CONTROLS),
+        "motions": dict(MOTIONS),
+    }
+    if name is not None:
+        named(
+            {k: row for t in tables.values() for k, row in t.items()},
+            name,
+            "model",
+            "no name for the whole list",
+        )
+    family = BASES[name].family if name in BASES else None
+
+    def kept(kind: str, alias: str, row: Any) -> bool:
+        fits = name in (None, alias) or (kind != "bases" and row.family == family)
+        return fits and (commercial(row.licence) or not commercial_only)
+
+    return {kind: {k: row for k, row in t.items() if kept(kind, k, row)} for kind, t in tables.items()}
+
+
+def _cached(row: Any) -> dict[str, bool]:
+    """Whether a base or adapter is on this machine; nothing for other rows."""
+    from imprompt.catalog.entries import AdapterRow, BaseRow, cached
+
+    if not isinstance(row, BaseRow | AdapterRow):
+        return {}
+    return {"cached": cached(row.repo, row.file if isinstance(row, AdapterRow) else "model_index.json")}
+
+
+def _print_tables(tables: dict[str, dict[str, Any]]) -> None:
+    from imprompt.catalog.entries import DEFAULT_ADAPTERS, DEFAULT_MOTIONS
+
+    defaults = {*DEFAULT_ADAPTERS.values(), *DEFAULT_MOTIONS.values()}
+    headings = {
+        "bases": "bases (--base; + is on this machine)",
+        "adapters": "adapters (--adapter; * is its base's default, + is on this machine)",
+        "controls": "controls (--control KIND:PATH,model=NAME; default: the base's model for the kind)",
+        "motions": "motion adapters (--motion; * is its base's default)",
+    }
+    for kind, table in tables.items():
+        if table:
+            print(headings[kind])
+        for name, row in table.items():
+            star = "*" if kind in ("adapters", "motions") and name in defaults else " "
+            here = "+" if _cached(row).get("cached") else " "
+            print(
+                f"{star}{here} {name:<27} {row.family:<6} {_describe(kind, row)}; {row.licence}; {row.repo}"
+            )
+
+
+def _describe(kind: str, row: Any) -> str:
+    """What sets a row apart: size, kinds of control, what else it needs."""
+    if kind == "bases":
+        return f"{row.size} px; {row.note}"
+    if kind == "controls":
+        return f"{', '.join(row.modes)}{f' ({row.note})' if row.note else ''}; {row.megabytes} MB"
+    face = f"; faces by {row.face_pack}" if kind == "adapters" and row.face_pack else ""
+    pickled = "; a pickle: run imprompt convert first" if kind == "adapters" and row.pickled else ""
+    return f"{row.note}; {row.megabytes} MB{face}{pickled}"
+
+
+def _print_vocabulary(*, as_json: bool) -> None:
+    path = Path(__file__).parents[1] / "assets" / "emoji" / "vocabulary.json"
+    if not path.is_file():
+        raise ModelError("the bundled model's vocabulary.json is missing; install imprompt again.")
+    text = path.read_text(encoding="utf-8")
+    if as_json:
+        print(text.strip())
+        return
+    known = json.loads(text)
+    concepts = [name.replace("-", " ") for name in known["concepts"]]  # as in the training captions
+    print(f"{len(concepts)} concepts: {', '.join(concepts)}")
+    print(f"{len(known['styles'])} styles: {', '.join(known['styles'])}")
+    article = "an" if concepts[0][0] in "aeiou" else "a"
+    print(f'Use both in a prompt: "{article} {concepts[0]}, {known["styles"][0]} style".')
