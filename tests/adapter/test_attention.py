@@ -16,9 +16,9 @@ from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, SlicedAttnProcessor
 from torch import Tensor, nn
 
-from imprompt.adapter.attention import DecoupledAttention, Injection, LiveTokens, Part
+from imprompt.adapter.attention import Branch, DecoupledAttention, Injection, TrainingTokens
 from imprompt.adapter.backbones.unet import cross_attentions
-from imprompt.adapter.prompt import Row
+from imprompt.adapter.prompt import CompiledPrompt
 from imprompt.errors import AdapterMismatch, ImpromptError, UsageError
 from tiny import TEXT_WIDTH, random_adapter_state, tiny_unet
 
@@ -31,12 +31,12 @@ class Weights:
 
     unet: UNet2DConditionModel
     seed: int = 3
-    samples: tuple[tuple[Row, ...], ...] = ()
-    live: LiveTokens | None = None
-    parts: tuple[Part, ...] | None = None
+    samples: tuple[tuple[CompiledPrompt, ...], ...] = ()
+    training: TrainingTokens | None = None
+    branches: tuple[Branch, ...] | None = None
     guidance: tuple[float, float | None] | None = None
     lora: None = None
-    beside_text: bool = False
+    uses_text_projection: bool = False
     asked: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -51,21 +51,21 @@ class Weights:
         return self.layers[f"{index}.to_k_ip"], self.layers[f"{index}.to_v_ip"]
 
 
-def row(seed: int = 0, tokens: int = 4, negative: int | None = 4, **fields: object) -> Row:
+def row(seed: int = 0, tokens: int = 4, negative: int | None = 4, **fields: object) -> CompiledPrompt:
     random = torch.Generator().manual_seed(seed)
     steering = {"scale": 1.0, "profile": "linear", "start": 0.0, "end": 1.0, "mask": None} | fields
     shown = torch.randn(tokens, WIDTH, generator=random)
     hidden = None if negative is None else torch.randn(negative, WIDTH, generator=random)
-    return Row(tokens=shown, negative=hidden, **steering)
+    return CompiledPrompt(tokens=shown, negative=hidden, **steering)
 
 
-def alone_with(tokens: Tensor, profile: list[float] | str = "linear") -> Row:
+def alone_with(tokens: Tensor, profile: list[float] | str = "linear") -> CompiledPrompt:
     """Tokens alone, for every part of the batch."""
     return replace(row(profile=profile), tokens=tokens, negative=None)
 
 
 def put(
-    unet: UNet2DConditionModel, *prompts: Row, pipe: object = None, seed: int = 3
+    unet: UNet2DConditionModel, *prompts: CompiledPrompt, pipe: object = None, seed: int = 3
 ) -> tuple[Injection, Weights]:
     source = Weights(unet, seed, samples=(prompts,) if prompts else ())
     injection = Injection.into(unet, pipe)
@@ -166,7 +166,7 @@ def test_keys_and_values_follow_a_unet_that_changes_its_number_format(unet: UNet
     ids=["none", "scale", "empty window", "outside the window", "profile"],
 )
 def test_no_strength_in_any_form_equals_no_adapter_bit_for_bit(
-    unet: UNet2DConditionModel, prompts: tuple[Row, ...]
+    unet: UNet2DConditionModel, prompts: tuple[CompiledPrompt, ...]
 ) -> None:
     without = draw(unet)
     put(unet, *prompts)
@@ -263,7 +263,11 @@ def test_each_part_of_a_guided_batch_sees_its_own_tokens(
     positive = draw(unet, noise(2), states=text(2))
     shown = source.samples[0][0]
     source.samples = (
-        (row() if shown.negative is None else Row(shown.negative, None, 1.0, "linear", 0.0, 1.0, None),),
+        (
+            row()
+            if shown.negative is None
+            else CompiledPrompt(shown.negative, None, 1.0, "linear", 0.0, 1.0, None),
+        ),
     )
     injection.invalidate()
     negative = draw(unet, noise(2), states=text(2))
@@ -287,11 +291,11 @@ def test_guidance_may_end_in_the_middle_of_a_run(unet: UNet2DConditionModel) -> 
 
 def test_a_negated_layer_shows_the_picture_to_the_negative_half_only(unet: UNet2DConditionModel) -> None:
     injection, source = put(unet, row(profile="composition precise"))
-    source.parts = ("negative", "positive")
+    source.branches = ("uncond", "cond")
     precise = draw(unet, torch.cat([noise()] * 2), states=torch.cat([text()] * 2))
     others = [0.0, 0.1, 0.1, 0.1]  # t = 0 is the composition block of this UNet, 1 the middle, 2 and 3 go up
     plain = row()
-    source.parts = ("positive",)
+    source.branches = ("cond",)
 
     def alone(tokens: Tensor, profile: list[float]) -> Tensor:
         source.samples = ((alone_with(tokens, profile),),)
@@ -325,14 +329,14 @@ def test_every_sample_of_a_batch_is_drawn_as_it_is_alone(
     unet: UNet2DConditionModel, images: int, guided: bool, timestep: int
 ) -> None:
     injection, source = put(unet)
-    source.parts = ("negative", "positive") if guided else ("positive",)
+    source.branches = ("uncond", "cond") if guided else ("cond",)
     count = len(SAMPLES) * images
     noises, texts = noise(count), text(count)
 
-    def drawn(samples: tuple[tuple[Row, ...], ...], pick: slice) -> Tensor:
+    def drawn(samples: tuple[tuple[CompiledPrompt, ...], ...], pick: slice) -> Tensor:
         source.samples = samples if any(samples) else ()
         injection.invalidate()
-        parts = len(source.parts)
+        parts = len(source.branches)
         return draw(
             unet, torch.cat([noises[pick]] * parts), timestep, torch.cat([texts[pick]] * parts)
         ).unflatten(0, (parts, -1))
@@ -417,7 +421,7 @@ def test_a_batch_that_cannot_be_told_apart_is_refused(
 def test_guidance_without_negative_tokens_is_refused(unet: UNet2DConditionModel) -> None:
     _, source = put(unet, row(negative=None))
     draw(unet)
-    source.parts = ("negative", "positive")
+    source.branches = ("uncond", "cond")
     with pytest.raises(UsageError, match="negative="):
         draw(unet, noise(2))
 
@@ -433,13 +437,13 @@ def test_live_tokens_equal_a_set_prompt_and_carry_gradients(unet: UNet2DConditio
     injection, source = put(unet, prompt)
     wanted = draw(unet, noise(2))
     tokens = prompt.tokens.expand(2, -1, -1).clone().requires_grad_()
-    source.live = LiveTokens(tokens, torch.tensor([0.6, 0.6]))
+    source.training = TrainingTokens(tokens, torch.tensor([0.6, 0.6]))
     out = unet(noise(2), 500, text(2)).sample
     torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
     out.square().mean().backward()
     assert tokens.grad.abs().sum() > 0
     assert all(part.weight.grad.abs().sum() > 0 for part in source.layers.values())
-    source.live = None
+    source.training = None
     injection.invalidate()
     assert same(draw(unet, noise(2)), wanted)
 
@@ -451,7 +455,7 @@ def test_live_tokens_work_under_gradient_checkpointing(unet: UNet2DConditionMode
         unet.train()
         (unet.enable_gradient_checkpointing if checkpointing else unet.disable_gradient_checkpointing)()
         tokens = row().tokens[None].clone().requires_grad_()
-        source.live = LiveTokens(tokens)
+        source.training = TrainingTokens(tokens)
         unet(noise(), 500, text()).sample.square().mean().backward()
         gradients.append(tokens.grad)
     torch.testing.assert_close(gradients[0], gradients[1])
@@ -513,7 +517,7 @@ assert len({float(out.sum()) for out in outs}) == 4  # three strengths in the wi
 def test_a_compiled_unet_is_one_graph_and_a_new_strength_compiles_nothing_anew(attached: str) -> None:
     # In a process of its own: the run-time type check of this one is nothing that can be traced.
     here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent), *sys.path])}
     done = subprocess.run(
         [sys.executable, "-c", COMPILING, attached], env=environment, capture_output=True, text=True
     )
@@ -525,12 +529,12 @@ def test_dropping_the_unet_frees_all_of_it_at_once() -> None:
     put(holder[0], row())[1].unet = None  # the test's own reference, from the source back to the UNet
     draw(holder[0])
     inside = holder[0].get_submodule(cross_attentions(holder[0])[0].name).processor
-    watched = [weakref.ref(inside.injection), weakref.ref(inside)]
+    recording = [weakref.ref(inside.injection), weakref.ref(inside)]
     del inside
     gc.collect()
     gc.disable()  # adapters hold hundreds of megabytes: nothing may wait for the cycle collector
     try:
         holder.clear()
-        assert [ref() for ref in watched] == [None, None]
+        assert [ref() for ref in recording] == [None, None]
     finally:
         gc.enable()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from imprompt.adapter.combine import combine, shares, slerp
+from imprompt.adapter.combine import combine, log_weight_bias, slerp
 from imprompt.errors import InputError, UsageError
 from imprompt.schema.options import COMBINES, read_weights
 
@@ -78,14 +78,14 @@ def test_a_weight_in_concat_is_showing_the_picture_that_often() -> None:
     thrice = torch.cat((a, a, a, b))
     expected = torch.softmax(query @ thrice.T, -1) @ thrice
     both = torch.cat((a, b))
-    bias = shares([3.0, 1.0], 3)
+    bias = log_weight_bias([3.0, 1.0], 3)
     assert bias is not None
     torch.testing.assert_close(torch.softmax(query @ both.T + bias, -1) @ both, expected)
 
 
 def test_equal_shares_need_no_bias() -> None:
-    assert shares([1.0, 1.0], 4) is None
-    assert shares([0.3, 0.0, 0.3], 4) is None
+    assert log_weight_bias([1.0, 1.0], 4) is None
+    assert log_weight_bias([0.3, 0.0, 0.3], 4) is None
 
 
 def test_slerp_turns_evenly_and_keeps_length() -> None:

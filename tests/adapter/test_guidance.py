@@ -93,15 +93,15 @@ def test_the_result_is_the_published_sum_of_three_evaluations(guided: bool) -> N
         adapter.batch(guidance=parts)  # type: ignore[arg-type]
         return unet(sample.repeat(len(parts), 1, 1, 1), 500, torch.cat(texts), return_dict=False)[0]
 
-    nothing, alone, both = call(("negative",), empty), call(("negative",), text), call(("positive",), text)
+    nothing, alone, both = call(("uncond",), empty), call(("uncond",), text), call(("cond",), text)
     s_text, s_image = (6.0, 2.5) if guided else (1.0, 2.5)
     expected = nothing + s_text * (alone - nothing) + s_image * (both - alone)
     adapter.set_guidance(s_image, text=s_text)
     if guided:
-        e_nothing, e_text = call(("negative", "positive"), empty, text).chunk(2)
+        e_nothing, e_text = call(("uncond", "cond"), empty, text).chunk(2)
         result = e_nothing + s_text * (e_text - e_nothing)
     else:
-        result = call(("positive",), text)
+        result = call(("cond",), text)
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -153,7 +153,7 @@ def test_what_cannot_be_widened_is_said() -> None:
     adapter = IPAdapter.from_state_dict(random_adapter_state(unet)).attach(unet)
     adapter.set_prompt(torch.zeros(24))
     sample, text = torch.zeros(3, 4, 8, 8), torch.zeros(3, 5, TEXT_WIDTH)
-    adapter.batch(guidance=["negative", "positive", "positive"])
+    adapter.batch(guidance=["uncond", "cond", "cond"])
     adapter.set_guidance(3.0)
     with pytest.raises(UsageError, match="negative, positive, positive"):
         unet(sample, 500, text)

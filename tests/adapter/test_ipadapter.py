@@ -87,12 +87,12 @@ def test_a_hundred_times_on_and_off_leave_nothing_behind(
     adapter.attach(pipe).set_prompt(picture(1))
     assert not np.array_equal(draw(pipe), before)
     assert pipe.unet.state_dict().keys() == state.keys(), "adapter weights must not become the UNet's"
-    watched = weakref.ref(pipe.unet.attn_processors[next(n for n in found if "attn2" in n)])
+    recording = weakref.ref(pipe.unet.attn_processors[next(n for n in found if "attn2" in n)])
     adapter.detach()
     assert np.array_equal(draw(pipe), before)
     assert all(found[name] is processor for name, processor in pipe.unet.attn_processors.items())
     assert not pipe.unet._forward_pre_hooks
-    assert watched() is None
+    assert recording() is None
     assert not adapter.attached
     adapter.detach()  # once more is nothing
 
@@ -103,14 +103,14 @@ def test_an_adapter_and_its_pipeline_free_each_other_without_the_cycle_collector
     adapter = IPAdapter.from_state_dict(random_adapter_state(pipe.unet)).attach(pipe)
     adapter.set_prompt(picture(1))
     draw(pipe)
-    watched = weakref.ref(adapter)
+    recording = weakref.ref(adapter)
     gc.collect()
     gc.disable()
     try:
         del adapter
-        assert watched() is not None, "the pipeline it is attached to keeps it"
+        assert recording() is not None, "the pipeline it is attached to keeps it"
         pipe.unet = None
-        assert watched() is None
+        assert recording() is None
     finally:
         gc.enable()
 
@@ -312,7 +312,7 @@ def test_a_bare_unet_is_told_its_batch(adapter: IPAdapter) -> None:
         shown = unet(sample, 500, states).sample
         adapter.batch(guidance=True)
         both = unet(sample.repeat(2, 1, 1, 1), 500, states.repeat(2, 1, 1)).sample
-        adapter.batch(guidance=("positive", "negative"))
+        adapter.batch(guidance=("cond", "uncond"))
         swapped = unet(sample.repeat(2, 1, 1, 1), 500, states.repeat(2, 1, 1)).sample
     torch.testing.assert_close(both[1:], shown)
     torch.testing.assert_close(swapped, both.flip(0))

@@ -239,9 +239,9 @@ def test_what_is_watched_is_drawn_as_ever_and_measured(
     prompts = [ImagePrompt(image=picture(1), mask=left), ImagePrompt(image=picture(2), start=0.6)]
     adapter.set_prompt(prompts)
     unwatched = [draw(unet, t) for t in (900.0, 100.0)]
-    with adapter.watched() as recorder:
-        watched = [draw(unet, t) for t in (900.0, 100.0)]
-    assert all(torch.equal(a, b) for a, b in zip(unwatched, watched, strict=True))
+    with adapter.recording() as recorder:
+        recording = [draw(unet, t) for t in (900.0, 100.0)]
+    assert all(torch.equal(a, b) for a, b in zip(unwatched, recording, strict=True))
     found = recorder.result()
     assert found.steps == pytest.approx((0.1, 0.9))
     assert found.maps.shape == (2, 8, 8)
@@ -250,7 +250,7 @@ def test_what_is_watched_is_drawn_as_ever_and_measured(
     assert not found.strength[1, 0].any()
     assert (found.strength[1, 1] > 0).all()
     adapter.set_prompt(replace(prompts[0], scale=2.0))
-    with adapter.watched() as recorder:
+    with adapter.recording() as recorder:
         draw(unet, 900.0)
     # The query is other behind the first layer, so only there is the length exactly twice.
     torch.testing.assert_close(recorder.result().strength[0, 0, 0], 2 * found.strength[0, 0, 0])
@@ -258,7 +258,7 @@ def test_what_is_watched_is_drawn_as_ever_and_measured(
 
 def test_nothing_shown_is_nothing_to_explain(unet: UNet2DConditionModel, adapter: IPAdapter) -> None:
     adapter.clear_prompt()
-    with adapter.watched() as recorder:
+    with adapter.recording() as recorder:
         draw(unet)
     with pytest.raises(UsageError, match="nothing to explain"):
         recorder.result()

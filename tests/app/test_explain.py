@@ -25,7 +25,7 @@ def test_colours_run_from_dark_to_bright() -> None:
 
 
 def test_each_prompt_gets_a_map_and_a_chart(tmp_path: Path) -> None:
-    layers = tuple(sorted(cross_attentions(tiny_unet("sdxl")), key=lambda layer: layer.t))
+    layers = tuple(sorted(cross_attentions(tiny_unet("sdxl")), key=lambda layer: layer.block_index))
     found = Attribution(layers, (0.1, 0.5), torch.rand(2, 2, len(layers)), torch.rand(2, 8, 8))
     paths = explain(found, Image.new("RGB", (64, 48)), tmp_path / "owl.png")
     assert [p.name for p in paths] == [f"owl-{kind}-{g}.png" for g in (1, 2) for kind in ("where", "when")]

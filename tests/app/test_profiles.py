@@ -24,7 +24,7 @@ def test_layers_of_a_configuration_are_the_unets(family: str) -> None:
 @pytest.mark.parametrize(("family", "layers", "blocks"), [("sd15", 16, 16), ("sdxl", 70, 11)])
 def test_published_families_have_their_layers(family: str, layers: int, blocks: int) -> None:
     found = layers_of(family)
-    assert (len(found), len({layer.t for layer in found})) == (layers, blocks)
+    assert (len(found), len({layer.block_index for layer in found})) == (layers, blocks)
     if family == "sd15":
         with torch.device("meta"):
             assert found == cross_attentions(UNet2DConditionModel(cross_attention_dim=768))
@@ -43,7 +43,9 @@ def test_numbers_for_machines_are_the_profiles(capsys: pytest.CaptureFixture[str
     assert main(["profiles", "Ease In", "--base", "sdxl", "--json"]) == 0
     (weights,) = (row["weights"] for row in json.loads(capsys.readouterr().out).values())
     layers = layers_of("sdxl")
-    expected = dict(zip((x.t for x in layers), layer_weights("ease-in", layers).weights, strict=True))
+    expected = dict(
+        zip((x.block_index for x in layers), layer_weights("ease-in", layers).weights, strict=True)
+    )
     assert weights == [expected[t] for t in range(11)]
     assert tables("sdxl", "style-transfer-precise")["style-transfer-precise"]["negated"] == [3]
 

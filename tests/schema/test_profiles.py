@@ -47,7 +47,7 @@ def sdxl() -> tuple[CrossLayer, ...]:
 def by_t(profile: object, layers: tuple[CrossLayer, ...]) -> list[float]:
     weights = {}
     for layer, weight in zip(layers, layer_weights(profile, layers).weights, strict=True):
-        assert weights.setdefault(layer.t, weight) == weight
+        assert weights.setdefault(layer.block_index, weight) == weight
     return [weights[t] for t in range(len(weights))]
 
 
@@ -60,16 +60,16 @@ def test_published_numbers_follow_diffusers_order_and_t_follows_execution(
 ) -> None:
     assert [layer.index for layer in sd15] == list(range(1, 32, 2))
     assert [layer.index for layer in sdxl] == list(range(1, 140, 2))
-    sd15_places = {layer.index: (layer.block, layer.t, layer.level, layer.width) for layer in sd15}
+    sd15_places = {layer.index: (layer.block, layer.block_index, layer.level, layer.width) for layer in sd15}
     assert sd15_places[11] == ("down_blocks.2.attentions.1", 5, 2, 1280)
     assert sd15_places[13] == ("up_blocks.1.attentions.0", 7, 2, 1280)
     assert sd15_places[27] == ("up_blocks.3.attentions.1", 14, 0, 320)
     assert sd15_places[31] == ("mid_block.attentions.0", 6, 3, 1280)
-    blocks = {layer.block: layer.t for layer in sdxl}
+    blocks = {layer.block: layer.block_index for layer in sdxl}
     assert [blocks[name] for name in ("down_blocks.2.attentions.1", "mid_block.attentions.0")] == [3, 4]
     style = [layer.index for layer in sdxl if layer.block == "up_blocks.0.attentions.1"]
     assert style == list(range(69, 88, 2))
-    assert [layer.level for layer in sdxl if layer.t in (0, 2, 4, 5, 8)][:1] == [1]
+    assert [layer.level for layer in sdxl if layer.block_index in (0, 2, 4, 5, 8)][:1] == [1]
 
 
 def test_map_profiles_of_sdxl_are_the_published_blocks(sdxl: tuple[CrossLayer, ...]) -> None:
@@ -123,10 +123,10 @@ def test_precise_profiles_negate_where_the_image_must_not_act(sdxl: tuple[CrossL
     style, composition = (
         layer_weights(f"{name} precise", sdxl) for name in ("style transfer", "composition")
     )
-    assert {layer.t for layer, on in zip(sdxl, style.negated, strict=True) if on} == {3}
-    assert {layer.t for layer, on in zip(sdxl, composition.negated, strict=True) if on} == set(range(11)) - {
-        3
-    }
+    assert {layer.block_index for layer, on in zip(sdxl, style.negated, strict=True) if on} == {3}
+    assert {layer.block_index for layer, on in zip(sdxl, composition.negated, strict=True) if on} == set(
+        range(11)
+    ) - {3}
     assert not any(layer_weights("style", sdxl).negated)
 
 
@@ -134,7 +134,7 @@ def test_precise_profiles_negate_where_the_image_must_not_act(sdxl: tuple[CrossL
 def test_any_unet_has_roles_by_position(family: str) -> None:
     layers = cross_attentions(tiny_unet(family))
     found = roles(layers)
-    kinds = {layer.t: layer.kind for layer in layers}
+    kinds = {layer.block_index: layer.kind for layer in layers}
     assert {kinds[t] for t in found.composition} == {"input"}
     assert max(found.composition.values()) == 1
     assert {kinds[t] for t in found.instant_style} == {"output"}
@@ -231,7 +231,7 @@ def test_the_compositions_own_weight_follows_the_published_tables(
     }
     for name, table in expected.items():
         weights = layer_weights(f"{name}:{w}", layers).weights
-        assert weights == pytest.approx([table.get(layer.t, 0.0) for layer in layers]), name
+        assert weights == pytest.approx([table.get(layer.block_index, 0.0) for layer in layers]), name
 
 
 @pytest.mark.parametrize(

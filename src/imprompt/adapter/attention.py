@@ -30,13 +30,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from imprompt.adapter.backbones.unet import CrossLayer, UNet, cross_attentions, text_projection
-from imprompt.adapter.guidance import WIDENED, Part, merged, widened
+from imprompt.adapter.batch import MaskGrids, PaddedTokens
+from imprompt.adapter.guidance import WIDENED, Branch, merged, widened
 from imprompt.adapter.lora import FaceLora
-from imprompt.adapter.prompt import Row
-from imprompt.adapter.regions import Regional, Regions, encode_text, through
+from imprompt.adapter.prompt import CompiledPrompt
+from imprompt.adapter.regions import Regional, Regions, encode_text, project_text
 from imprompt.adapter.scaling import strengthened
 from imprompt.adapter.schedule import Gate, When
-from imprompt.adapter.stacks import MaskGrids, Stack
 from imprompt.errors import AdapterMismatch, ImpromptError, UsageError
 
 # All compute the same attention, so the text beside the image may be read by one as well as by another.
@@ -51,7 +51,7 @@ _SCHEDULE = 1000  # training timesteps, when no scheduler says otherwise
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Group:
+class ImageKV:
     """One softmax over image tokens at one layer, for every row of the batch; the strength is inside
     ``value``."""
 
@@ -76,7 +76,7 @@ class Group:
 
 
 class DecoupledAttention:
-    """A cross-attention's processor: text as ever, plus what this layer's :class:`Group` s contribute.
+    """A cross-attention's processor: text as ever, plus what this layer's :class:`ImageKV` s contribute.
 
     Without groups it is the previous processor itself, so that an empty prompt changes not one bit.
     """
@@ -85,7 +85,7 @@ class DecoupledAttention:
         self.previous = previous
         self.injection = injection
         self.layer = layer
-        self.groups: tuple[Group, ...] = ()
+        self.groups: tuple[ImageKV, ...] = ()
         self.regional: Regional | None = None
 
     def __call__(
@@ -125,12 +125,12 @@ class DecoupledAttention:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
         if self.regional is not None:
             out = self.regional.read(attn, query, out)
-        watch = self.injection.watch
-        if watch is None:
+        recorder = self.injection.recorder
+        if recorder is None:
             for group in self.groups:
                 out = out + group.read(query)
         else:
-            out = watch.read(self.layer, attn, self.groups, query, out)
+            out = recorder.read(self.layer, attn, self.groups, query, out)
 
         out = out.transpose(1, 2).flatten(2).to(query.dtype)
         out = attn.to_out[1](attn.to_out[0](out))
@@ -142,7 +142,7 @@ class DecoupledAttention:
 
 
 @dataclass(frozen=True, eq=False)
-class LiveTokens:
+class TrainingTokens:
     """Tokens in training: one set for each row of the UNet's batch, with the graph kept."""
 
     tokens: Float[Tensor, "B T C"]
@@ -150,13 +150,13 @@ class LiveTokens:
 
 
 @runtime_checkable
-class Source(Protocol):
+class PromptSource(Protocol):
     """What an injection reads of an adapter."""
 
-    samples: tuple[tuple[Row, ...], ...]
+    samples: tuple[tuple[CompiledPrompt, ...], ...]
     """For each sample its prompts; one sample stands for all; none means nothing is set."""
-    live: LiveTokens | None
-    parts: tuple[Part, ...] | None
+    training: TrainingTokens | None
+    branches: tuple[Branch, ...] | None
     """The layout of the batch, when the user stated it."""
     guidance: tuple[float, float | None] | None
     """Guidance for the image and the text's (``None``: the pipeline's), when the image has one of its own."""
@@ -164,7 +164,7 @@ class Source(Protocol):
     """What it adds to the UNet's own attention while it shows something."""
 
     @property
-    def beside_text(self) -> bool:
+    def uses_text_projection(self) -> bool:
         """Whether its tokens go through the UNet's own projection of the text (Kolors' FaceID-Plus)."""
 
     def key_value(self, index: int) -> tuple[nn.Linear, nn.Linear]:
@@ -181,13 +181,13 @@ class Call:
     width: int
     device: torch.device
     dtype: torch.dtype
-    parts: tuple[Part, ...]
+    branches: tuple[Branch, ...]
     schedule: int
 
     @property
     def samples(self) -> int:
         """Pictures that are drawn at once, each guided one counted once."""
-        return self.batch // len(self.parts)
+        return self.batch // len(self.branches)
 
 
 @runtime_checkable
@@ -198,11 +198,11 @@ class Watch(Protocol):
         self,
         layer: CrossLayer,
         attention: Attention,
-        groups: Sequence[Group],
+        groups: Sequence[ImageKV],
         query: Float[Tensor, "B H L D"],
         text: Float[Tensor, "B H L D"],
     ) -> Float[Tensor, "B H L D"]:
-        """``text`` plus what the groups contribute, exactly as without a watch."""
+        """``text`` plus what the groups contribute, exactly as without a recorder."""
 
     def step(self, timestep: Tensor, call: Call, layers: Sequence[CrossLayer]) -> None:
         """The UNet is about to run."""
@@ -216,8 +216,8 @@ class Injection:
     """
 
     layers: tuple[CrossLayer, ...]
-    sources: list[Source] = field(default_factory=list)
-    watch: Watch | None = None
+    sources: list[PromptSource] = field(default_factory=list)
+    recorder: Watch | None = None
     _unet: "weakref.ref[UNet]" = field(init=False)
     _pipe: "weakref.ref[object] | None" = None
     _hook: Any = None
@@ -277,13 +277,13 @@ class Injection:
         :func:`imprompt.adapter.regions.encode_text`."""
         projection = self.text_projection
         width = self.layers[0].cross_dim if projection is None else projection.in_features
-        return through(projection, encode_text(self.pipe, text, width))
+        return project_text(projection, encode_text(self.pipe, text, width))
 
     def serves(self, unet: UNet) -> bool:
         """Whether it is ``unet`` that this injection sits in."""
         return self._unet() is unet
 
-    def remove(self, source: Source) -> None:
+    def remove(self, source: PromptSource) -> None:
         """Take one adapter away; with the last, put back the very processors that were found."""
         self.sources = [other for other in self.sources if other is not source]
         self.invalidate()
@@ -318,25 +318,25 @@ class Injection:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The forward pre-hook: see that the groups fit this call, and open or close the windows."""
         self._merge = None
-        live = any(source.live is not None for source in self.sources)
+        live = any(source.training is not None for source in self.sources)
         if not live and not any(source.samples for source in self.sources):
             return None
         call = self._read(args[0] if args else kwargs["sample"])
         ratio = None if live else self._guidance(call)
         if ratio is not None:
-            rows, parts = {call.batch, call.batch * call.frames}, len(call.parts)
+            rows, parts = {call.batch, call.batch * call.frames}, len(call.branches)
             args, kwargs = widened(args, rows, parts), widened(kwargs, rows, parts)
             self._merge = parts + 1, ratio
-            call = replace(call, batch=call.batch + call.samples, parts=WIDENED[call.parts])
+            call = replace(call, batch=call.batch + call.samples, branches=WIDENED[call.branches])
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         if live or call != self._built:
             self._build(call)
-        if self._gates or self.watch is not None:
+        if self._gates or self.recorder is not None:
             timestep = torch.as_tensor(timestep, device=call.device, dtype=torch.float32)
             for gate in self._gates:
                 gate.update(timestep)
-            if self.watch is not None:
-                self.watch.step(timestep, call, self.layers)
+            if self.recorder is not None:
+                self.recorder.step(timestep, call, self.layers)
         return None if ratio is None else (args, kwargs)
 
     def _after(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -352,13 +352,13 @@ class Injection:
             raise UsageError(
                 f"adapters on one UNet share their guidance; set are {', '.join(map(str, stated))}."
             )
-        if call.parts not in WIDENED:
+        if call.branches not in WIDENED:
             raise UsageError(
                 f"guidance for the image needs a batch of a negative and a positive part, or of the positive "
-                f"alone; this pipeline's is {', '.join(call.parts)}."
+                f"alone; this pipeline's is {', '.join(call.branches)}."
             )
         ((image, text),) = stated
-        if text is None and "negative" in call.parts:
+        if text is None and "uncond" in call.branches:
             text = getattr(self.pipe, "guidance_scale", None)
             if text is None:
                 raise UsageError("guidance for the image: the text's cannot be read here; pass text= too.")
@@ -376,23 +376,23 @@ class Injection:
             width=sample.shape[-1],
             device=device,
             dtype=torch.get_autocast_dtype(device.type) if autocast else sample.dtype,
-            parts=self._parts(pipe),
+            branches=self._branches(pipe),
             schedule=_SCHEDULE if scheduler is None else scheduler.config.num_train_timesteps,
         )
-        if call.batch % len(call.parts):
+        if call.batch % len(call.branches):
             raise UsageError(
-                f"the UNet is called with a batch of {call.batch}, which {len(call.parts)} parts "
-                f"({', '.join(call.parts)}) cannot share; state the layout with adapter.batch(guidance=…)."
+                f"the UNet is called with a batch of {call.batch}, which {len(call.branches)} parts "
+                f"({', '.join(call.branches)}) cannot share; state the layout with adapter.batch(guidance=…)."
             )
         return call
 
-    def _parts(self, pipe: object | None) -> tuple[Part, ...]:
+    def _branches(self, pipe: object | None) -> tuple[Branch, ...]:
         """The layout of the batch: as stated, else as the pipeline's guidance flags say, else no guidance."""
         for source in self.sources:
-            if source.parts is not None:
-                return source.parts
+            if source.branches is not None:
+                return source.branches
         if self._pipe is None:
-            return ("positive",)
+            return ("cond",)
         if pipe is None:
             raise UsageError(
                 "the pipeline that the adapter was attached to is gone, but its UNet is still called; "
@@ -406,11 +406,11 @@ class Injection:
                 "has no such flag. Attach to the pipeline you call, or state adapter.batch(guidance=…)."
             ) from None
         if guided and hasattr(type(pipe), "image_guidance_scale"):  # InstructPix2Pix: text+image, image, none
-            return ("positive", "negative", "negative")
-        positive: tuple[Part, ...] = ("positive",)
+            return ("cond", "uncond", "uncond")
+        positive: tuple[Branch, ...] = ("cond",)
         if getattr(pipe, "do_perturbed_attention_guidance", False):
             positive *= 2
-        return ("negative", *positive) if guided else positive
+        return ("uncond", *positive) if guided else positive
 
     def _build(self, call: Call) -> None:
         """Compute every layer's groups for ``call``."""
@@ -422,16 +422,16 @@ class Injection:
             )
         processors = {layer.name: pair for layer, pair in zip(self.layers, found, strict=True)}
         self._gates, regions = [], Regions()
-        groups: dict[str, list[Group]] = {layer.name: [] for layer in self.layers}
+        groups: dict[str, list[ImageKV]] = {layer.name: [] for layer in self.layers}
         heads = {name: attention.heads for name, (attention, _) in processors.items()}
         prompt = 0
         for source in self.sources:
             if source.lora is not None:
-                source.lora.show(None if source.live is not None else source.samples, call)
-            if source.live is not None:
-                live = replace(source.live, tokens=self._projected(source, source.live.tokens))
+                source.lora.show(None if source.training is not None else source.samples, call)
+            if source.training is not None:
+                live = replace(source.training, tokens=self._projected(source, source.training.tokens))
                 for layer in self.layers:
-                    groups[layer.name].append(_live_group(source, live, layer, heads[layer.name], call))
+                    groups[layer.name].append(_training_kv(source, live, layer, heads[layer.name], call))
                 continue
             # No autograd graph and no inference tensors: the groups outlive the call that makes them.
             with (
@@ -439,8 +439,8 @@ class Injection:
                 torch.no_grad(),
                 torch.autocast(call.device.type, enabled=False),
             ):
-                for rows in _columns(source.samples):
-                    self._add_column(groups, regions, source, rows, heads, call, prompt)
+                for rows in _prompt_slots(source.samples):
+                    self._add_prompt_slot(groups, regions, source, rows, heads, call, prompt)
                     prompt += 1
         with torch.inference_mode(False), torch.no_grad():
             regional = {x.name: regions.at(x.size(call.height, call.width)) for x in self.layers}
@@ -448,12 +448,12 @@ class Injection:
             processor.groups, processor.regional = tuple(groups[name]), regional[name]
         self._built = call
 
-    def _add_column(
+    def _add_prompt_slot(
         self,
-        groups: dict[str, list[Group]],
+        groups: dict[str, list[ImageKV]],
         regions: Regions,
-        source: Source,
-        rows: Sequence[Row | None],
+        source: PromptSource,
+        rows: Sequence[CompiledPrompt | None],
         heads: Mapping[str, int],
         call: Call,
         prompt: int,
@@ -464,9 +464,9 @@ class Injection:
                 f"prompts are set for {len(rows)} samples, but {call.samples} are drawn; "
                 "the pipeline's batch must be a multiple of the number of samples that have prompts."
             )
-        parts: list[Part] = ["negative" if part == "text" else part for part in call.parts]
+        parts: list[Branch] = ["uncond" if part == "text" else part for part in call.branches]
         kinds = tuple(dict.fromkeys(parts))
-        if "negative" in kinds and any(row is not None and row.negative is None for row in rows):
+        if "uncond" in kinds and any(row is not None and row.negative is None for row in rows):
             raise UsageError(
                 "guidance needs the image prompt's negative tokens, which bare features of this variant "
                 "cannot give: pass negative= (the encoder's features of an all-zero input), or a picture."
@@ -490,27 +490,27 @@ class Injection:
         order = torch.tensor(
             [kinds.index(part) * len(rows) + m for part in parts for m in sample_of], device=call.device
         )
-        says = [part != "negative" for part in call.parts for _ in sample_of]
+        says = [part != "uncond" for part in call.branches for _ in sample_of]
         regions.add(rows, sample_of * len(parts), says, masks)
-        stacks: dict[tuple[bool, ...], Stack] = {}
+        stacks: dict[tuple[bool, ...], PaddedTokens] = {}
         for i, layer in enumerate(self.layers):
             weights = [0.0 if s is None else s.weights[i] for s in spread]
             negated = tuple(s is not None and s.negated[i] for s in spread)
             strengths = [
-                0.0 if kind == "positive" and not_ else weight
+                0.0 if kind == "cond" and not_ else weight
                 for kind in kinds
                 for weight, not_ in zip(weights, negated, strict=True)
             ]
             if not any(strengths):
                 continue  # structurally no prompt here: the layer keeps its own processor, bit for bit
             if negated not in stacks:
-                made = Stack.of(rows, kinds, negated, call.device)
+                made = PaddedTokens.of(rows, kinds, negated, call.device)
                 stacks[negated] = replace(made, tokens=self._projected(source, made.tokens))
             stack = stacks[negated]
             key, value = _key_value(source, layer, stack.tokens, heads[layer.name], call)
             key, value = strengthened(key, value, strengths, modes, stack.present)
             groups[layer.name].append(
-                Group(
+                ImageKV(
                     key=key[order].to(call.dtype),
                     value=value[order].to(call.dtype),
                     bias=None if stack.bias is None else stack.bias[order].to(call.dtype),
@@ -522,18 +522,18 @@ class Injection:
         if gate is not None:
             self._gates.append(gate)
 
-    def _projected(self, source: Source, tokens: Float[Tensor, "S T E"]) -> Float[Tensor, "S T C"]:
-        return through(self.text_projection if source.beside_text else None, tokens)
+    def _projected(self, source: PromptSource, tokens: Float[Tensor, "S T E"]) -> Float[Tensor, "S T C"]:
+        return project_text(self.text_projection if source.uses_text_projection else None, tokens)
 
 
-def _columns(samples: Sequence[Sequence[Row]]) -> list[tuple[Row | None, ...]]:
+def _prompt_slots(samples: Sequence[Sequence[CompiledPrompt]]) -> list[tuple[CompiledPrompt | None, ...]]:
     """The g-th prompt of every sample, for each g; samples with fewer have none there."""
     depth = max((len(rows) for rows in samples), default=0)
     return [tuple(rows[g] if g < len(rows) else None for rows in samples) for g in range(depth)]
 
 
 def _key_value(
-    source: Source, layer: CrossLayer, tokens: Float[Tensor, "S T C"], heads: int, call: Call
+    source: PromptSource, layer: CrossLayer, tokens: Float[Tensor, "S T C"], heads: int, call: Call
 ) -> tuple[Float[Tensor, "S H T D"], Float[Tensor, "S H T D"]]:
     """Keys and values of the tokens, in the finer of the weights' and the UNet's number format."""
     to_k, to_v = source.key_value(layer.index)
@@ -543,7 +543,9 @@ def _key_value(
     return _split(key, heads), _split(value, heads)
 
 
-def _live_group(source: Source, live: LiveTokens, layer: CrossLayer, heads: int, call: Call) -> Group:
+def _training_kv(
+    source: PromptSource, live: TrainingTokens, layer: CrossLayer, heads: int, call: Call
+) -> ImageKV:
     if live.tokens.shape[0] != call.batch:
         raise UsageError(
             f"training tokens are for {live.tokens.shape[0]} rows, the UNet is called with {call.batch}."
@@ -551,7 +553,7 @@ def _live_group(source: Source, live: LiveTokens, layer: CrossLayer, heads: int,
     key, value = _key_value(source, layer, live.tokens, heads, call)
     scale = torch.as_tensor(live.scale, device=call.device, dtype=value.dtype)
     value = value * scale.reshape(-1, 1, 1, 1)
-    return Group(key.to(call.dtype), value.to(call.dtype))
+    return ImageKV(key.to(call.dtype), value.to(call.dtype))
 
 
 def _split(x: Float[Tensor, "B T HD"], heads: int) -> Float[Tensor, "B H T D"]:

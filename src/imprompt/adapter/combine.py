@@ -64,7 +64,7 @@ def combine(
 ) -> Float[Tensor, "M ..."]:
     """The features of ``N`` pictures as those of one, by a rule of ``words.COMBINES``.
 
-    ``concat`` leaves out those with weight 0 and changes nothing else (see :func:`shares`).
+    ``concat`` leaves out those with weight 0 and changes nothing else (see :func:`log_weight_bias`).
 
     ``add``: Σwᵢeᵢ; ``subtract``: w₀e₀ minus the mean of the other wᵢeᵢ; ``average``: Σwᵢeᵢ/Σwᵢ;
     ``norm-average``: mean of wᵢeᵢ/‖we‖ with the norm across pictures; ``max``, ``min`` of wᵢeᵢ; ``slerp`` of
@@ -84,7 +84,7 @@ def combine(
     return _RULES[name](exact, weight).to(features.dtype)
 
 
-def shares(weights: Sequence[float], tokens: int) -> Float[Tensor, "T"] | None:
+def log_weight_bias(weights: Sequence[float], tokens: int) -> Float[Tensor, "T"] | None:
     """What is added to the attention logits of concatenated pictures of ``tokens`` tokens each: log wᵢ.
 
     A softmax over a key shown w times is the softmax with log w added to its logit. Pictures of weight 0 are

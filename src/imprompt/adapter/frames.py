@@ -1,8 +1,9 @@
 """Image prompts in time: how one prompt varies over the frames of a video.
 
 A :class:`Track` says at which frames a prompt's pictures stand, how its strength changes from frame to frame,
-and its mask in each. A row with a track becomes one ordinary row a frame (``Row.over_frames``), so that to
-the attention frames are rows of the one table of keys and values, like samples.
+and its mask in each. A prompt with a track becomes one ordinary prompt a frame
+(``CompiledPrompt.over_frames``), so that to the attention frames are
+rows of the one table of keys and values, like samples.
 
 Dimensions: K key pictures, T tokens of each, C token width, F frames.
 """

@@ -15,13 +15,13 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-Part: TypeAlias = Literal["negative", "positive", "text"]
+Branch: TypeAlias = Literal["uncond", "cond", "text"]
 """What a stretch of the UNet's batch is: guidance runs the unconditional (negative) samples first. ``text``
 is the positive text beside negative image tokens."""
 
-WIDENED: dict[tuple[Part, ...], tuple[Part, ...]] = {
-    ("negative", "positive"): ("negative", "text", "positive"),
-    ("positive",): ("text", "positive"),
+WIDENED: dict[tuple[Branch, ...], tuple[Branch, ...]] = {
+    ("uncond", "cond"): ("uncond", "text", "cond"),
+    ("cond",): ("text", "cond"),
 }
 """The batch's layout → that with the text alone, just before what it is compared with."""
 

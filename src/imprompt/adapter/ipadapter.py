@@ -18,14 +18,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from imprompt.adapter.attention import Injection, LiveTokens
+from imprompt.adapter.attention import Injection, TrainingTokens
 from imprompt.adapter.backbones.unet import UNet, cross_attentions, describe, text_projection
-from imprompt.adapter.combine import combine, shares
+from imprompt.adapter.combine import combine, log_weight_bias
 from imprompt.adapter.faces import FaceInput, FaceReaderLike, refuse_face_fields
 from imprompt.adapter.frames import track_of
-from imprompt.adapter.guidance import Part
+from imprompt.adapter.guidance import Branch
 from imprompt.adapter.lora import PARTS, FaceLora, LowRank
 from imprompt.adapter.prompt import (
+    CompiledPrompt,
     EncodedFaces,
     EncodedPictures,
     FaceReader,
@@ -34,7 +35,6 @@ from imprompt.adapter.prompt import (
     PictureEncoder,
     PromptFields,
     PromptLike,
-    Row,
     as_prompts,
     read_masks,
 )
@@ -74,9 +74,9 @@ class IPAdapter:
         self.module = nn.ModuleDict({"image_proj": self.projection, "ip_adapter": numbered})
         self.module.requires_grad_(False).eval()
         self.checkpoint = replace(checkpoint, state={"image_proj": {}, "ip_adapter": {}}, lora={})
-        self.samples: tuple[tuple[Row, ...], ...] = ()
-        self.live: LiveTokens | None = None
-        self.parts: tuple[Part, ...] | None = None
+        self.samples: tuple[tuple[CompiledPrompt, ...], ...] = ()
+        self.training: TrainingTokens | None = None
+        self.branches: tuple[Branch, ...] | None = None
         self.guidance: tuple[float, float | None] | None = None
         self._injection: weakref.ref[Injection] | None = None
         self._places: tuple[EncoderPlace, ...] = ()
@@ -234,9 +234,9 @@ class IPAdapter:
     # ---- on a model
 
     @property
-    def beside_text(self) -> bool:
+    def uses_text_projection(self) -> bool:
         """Whether its tokens go through the UNet's own projection of the text (Kolors' FaceID-Plus)."""
-        return self.projection.variant.beside_text
+        return self.projection.variant.uses_text_projection
 
     @property
     def attached(self) -> bool:
@@ -292,16 +292,16 @@ class IPAdapter:
         if injection is not None:
             injection.remove(self)
 
-    def batch(self, *, guidance: bool | Sequence[Part] | None) -> None:
+    def batch(self, *, guidance: bool | Sequence[Branch] | None) -> None:
         """State how the UNet's batch is laid out, where no pipeline tells: with ``guidance`` the negative
         samples come first. A sequence names each equal part; ``None`` goes back to asking the pipeline (a
         bare UNet: no guidance). Raises :class:`UsageError` for other parts."""
         if isinstance(guidance, bool):
-            self.parts = ("negative", "positive") if guidance else ("positive",)
-        elif guidance is not None and (not guidance or not set(guidance) <= {"negative", "positive"}):
-            raise UsageError(f"parts of a batch are 'negative' and 'positive'; got {guidance!r}.")
+            self.branches = ("uncond", "cond") if guidance else ("cond",)
+        elif guidance is not None and (not guidance or not set(guidance) <= {"uncond", "cond"}):
+            raise UsageError(f"parts of a batch are 'uncond' and 'positive'; got {guidance!r}.")
         else:
-            self.parts = None if guidance is None else tuple(guidance)
+            self.branches = None if guidance is None else tuple(guidance)
         self._invalidate()
 
     def set_guidance(self, image: float | None, *, text: float | None = None) -> None:
@@ -363,25 +363,25 @@ class IPAdapter:
         """
         if tokens.shape[-1] != self.projection.cross_dim:
             raise self._token_mismatch(tokens)
-        self.live = LiveTokens(tokens, scale)
+        self.training = TrainingTokens(tokens, scale)
         try:
             yield
         finally:
-            self.live = None
+            self.training = None
             self._invalidate()
 
     @contextmanager
-    def watched(self) -> Iterator[Recorder]:
+    def recording(self) -> Iterator[Recorder]:
         """While open, it is measured where the prompts of all adapters on this UNet act: draw inside, then
         ask the recorder for its ``result()``. Raises :class:`UsageError` when the adapter is not attached."""
         injection = self._injected()
         if injection is None:
-            raise UsageError("attach() the adapter before what it does can be watched.")
-        before, injection.watch = injection.watch, Recorder()
+            raise UsageError("attach() the adapter before what it does can be recording.")
+        before, injection.recorder = injection.recorder, Recorder()
         try:
-            yield injection.watch
+            yield injection.recorder
         finally:
-            injection.watch = before
+            injection.recorder = before
 
     @property
     def image_encoder(self) -> PictureEncoder | None:
@@ -414,7 +414,7 @@ class IPAdapter:
         self.samples = rows if any(rows) else ()
         self._invalidate()
 
-    def _row(self, prompt: ImagePrompt) -> Row:
+    def _row(self, prompt: ImagePrompt) -> CompiledPrompt:
         mask, masks = read_masks(prompt.mask, prompt.feather)
         if self._face is None:
             refuse_face_fields(prompt, self.checkpoint.name)
@@ -448,7 +448,7 @@ class IPAdapter:
         if negative is not None and len(tokens) % len(negative) == 0:
             # The same tokens repeated give the same attention; equal lengths need no padding.
             negative = negative.repeat(len(tokens) // len(negative), 1)
-        return Row(
+        return CompiledPrompt(
             tokens,
             negative,
             float(prompt.scale),
@@ -458,7 +458,7 @@ class IPAdapter:
             mask,
             curve=options.read_curve(prompt.curve),
             scaling=options.canonical("scaling", prompt.scaling, options.SCALINGS),
-            shares=shares(weights, sets.shape[1]) if rule == "concat" else None,
+            log_weight_bias=log_weight_bias(weights, sets.shape[1]) if rule == "concat" else None,
             text=None if prompt.text is None else self._text(prompt.text),
             track=track_of(
                 prompt.at,
@@ -660,7 +660,7 @@ class IPAdapter:
                 f"one of {kolors}: layers of the same shapes that mean other things. Use an adapter trained "
                 "for this base."
             )
-        if self.beside_text and (text is None or text.in_features != self.projection.cross_dim):
+        if self.uses_text_projection and (text is None or text.in_features != self.projection.cross_dim):
             raise AdapterMismatch(
                 f"adapter '{self.checkpoint.name}' makes tokens of width {self.projection.cross_dim} that go "
                 f"through a Kolors UNet's projection of its text; {name} has none of that width."

@@ -24,7 +24,7 @@ PARTS = ("q", "k", "v", "out")
 
 @runtime_checkable
 class Shows(Protocol):
-    """Of a prompt: whether it acts at all, see :class:`imprompt.adapter.prompt.Row`."""
+    """Of a prompt: whether it acts at all, see :class:`imprompt.adapter.prompt.CompiledPrompt`."""
 
     @property
     def acts(self) -> bool: ...
@@ -39,7 +39,7 @@ class Batch(Protocol):
     @property
     def frames(self) -> int: ...
     @property
-    def parts(self) -> Sequence[object]: ...
+    def branches(self) -> Sequence[object]: ...
     @property
     def device(self) -> torch.device: ...
 
@@ -117,8 +117,8 @@ class FaceLora:
         if len(set(acting)) < 2:
             self._factor = self.scale if any(acting) else 0.0
             return
-        each = call.batch // len(call.parts) // len(acting)
-        spread = [float(acts) for acts in acting for _ in range(each * call.frames)] * len(call.parts)
+        each = call.batch // len(call.branches) // len(acting)
+        spread = [float(acts) for acts in acting for _ in range(each * call.frames)] * len(call.branches)
         self._factor = self.scale * torch.tensor(spread, device=call.device).reshape(-1, 1, 1)
 
     def _hook(self, low: LowRank) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:

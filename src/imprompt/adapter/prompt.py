@@ -2,9 +2,9 @@
 attention.
 
 :class:`ImagePrompt` is a request and holds whatever the user has: pictures, an encoder's features or finished
-tokens. :func:`as_prompts` reads the short forms. A :class:`Row` is its result: tokens of one softmax, and
-what steers them. Several prompts are several rows, whose outputs add up; several pictures of one prompt share
-a row.
+tokens. :func:`as_prompts` reads the short forms. A :class:`CompiledPrompt` is its result: tokens of one
+softmax, and what steers them. The outputs of several prompts add up; several pictures of one prompt share a
+softmax.
 """
 
 import math
@@ -278,7 +278,7 @@ def as_prompts(value: PromptLike, fields: PromptFields) -> tuple[ImagePrompt, ..
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class CompiledPrompt:
     """An image prompt made ready: the tokens of one softmax and what steers them."""
 
     tokens: Float[Tensor, "T C"]
@@ -291,8 +291,8 @@ class Row:
     mask: Float[Tensor, "1 1 H W"] | None
     curve: Points = ((0.0, 1.0),)
     scaling: str = "v-only"
-    shares: Float[Tensor, "T"] | None = None
-    """Added to the tokens' logits, see :func:`imprompt.adapter.combine.shares`."""
+    log_weight_bias: Float[Tensor, "T"] | None = None
+    """Added to the tokens' logits, see :func:`imprompt.adapter.combine.log_weight_bias`."""
     text: Float[Tensor, "Tt D"] | None = None
     """Embeddings of what is said inside the mask, see :mod:`imprompt.adapter.regions`; as wide as the
     cross-attention."""
@@ -315,7 +315,7 @@ class Row:
         """Its place in time."""
         return When(self.start, self.end, self.curve)
 
-    def over_frames(self, frames: int) -> "list[Row]":
+    def over_frames(self, frames: int) -> "list[CompiledPrompt]":
         """The row of each frame of a clip. Raises :class:`UsageError` when the clip cannot follow the
         track."""
         track = self.track

@@ -17,7 +17,7 @@ from diffusers.models.attention_processor import Attention
 from jaxtyping import Float
 from torch import Tensor
 
-from imprompt.adapter.attention import Call, Group
+from imprompt.adapter.attention import Call, ImageKV
 from imprompt.adapter.backbones.unet import CrossLayer
 from imprompt.errors import UsageError
 
@@ -37,7 +37,7 @@ class Attribution:
 
 @dataclass(eq=False)
 class Recorder:
-    """A watch for :attr:`imprompt.adapter.attention.Injection.watch`; of guidance the positive half counts.
+    """Measures what each prompt adds while :attr:`Injection.recorder` is set; only cond rows count.
 
     Put it there before drawing, take it away afterwards, and ask for :meth:`result`.
     """
@@ -60,7 +60,7 @@ class Recorder:
         self,
         layer: CrossLayer,
         attention: Attention,
-        groups: Sequence[Group],
+        groups: Sequence[ImageKV],
         query: Float[Tensor, "B H L D"],
         text: Float[Tensor, "B H L D"],
     ) -> Float[Tensor, "B H L D"]:
@@ -77,7 +77,7 @@ class Recorder:
         """What was measured until now. Raises :class:`UsageError` when nothing was drawn with a prompt."""
         if self._call is None or not self._maps:
             raise UsageError("there is nothing to explain: no image prompt acted while this was watched.")
-        layers = tuple(sorted(self._layers, key=lambda layer: layer.t))
+        layers = tuple(sorted(self._layers, key=lambda layer: layer.block_index))
         prompts = range(1 + max(self._maps))
         zero = torch.zeros(())
         strength = [
@@ -99,10 +99,8 @@ class Recorder:
     def _length(self, attention: Attention, values: Float[Tensor, "B H L D"]) -> Float[Tensor, "L"]:
         """Lengths behind the output projection (without its bias), averaged over the positive rows."""
         assert self._call is not None
-        parts = self._call.parts
-        rows = values.unflatten(0, (len(parts), -1))[
-            [i for i, part in enumerate(parts) if part == "positive"]
-        ]
+        parts = self._call.branches
+        rows = values.unflatten(0, (len(parts), -1))[[i for i, part in enumerate(parts) if part == "cond"]]
         flat = rows.flatten(0, 1).transpose(1, 2).flatten(2)
         project = attention.to_out[0]  # called, not read: its weights may be elsewhere until then
         return (project(flat) - project(torch.zeros_like(flat[:1, :1]))).float().norm(dim=-1).mean(0)

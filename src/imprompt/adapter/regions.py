@@ -18,8 +18,8 @@ from diffusers.models.attention_processor import Attention
 from jaxtyping import Float
 from torch import Tensor
 
-from imprompt.adapter.prompt import Row
-from imprompt.adapter.stacks import MaskGrids
+from imprompt.adapter.batch import MaskGrids
+from imprompt.adapter.prompt import CompiledPrompt
 from imprompt.errors import InputError, UsageError
 
 
@@ -61,7 +61,11 @@ class Regions:
     _made: dict[tuple[int, int], Regional] = field(default_factory=dict)
 
     def add(
-        self, rows: Sequence[Row | None], sample_of: Sequence[int], active: Sequence[bool], masks: MaskGrids
+        self,
+        rows: Sequence[CompiledPrompt | None],
+        sample_of: Sequence[int],
+        active: Sequence[bool],
+        masks: MaskGrids,
     ) -> None:
         """One prompt of every sample: row ``b`` of the batch shows sample ``sample_of[b]``, and reads texts
         where ``active``."""
@@ -98,7 +102,7 @@ class Regions:
         return self._made[size]
 
 
-def through(projection: Any | None, states: Float[Tensor, "*B E"]) -> Float[Tensor, "*B C"]:
+def project_text(projection: Any | None, states: Float[Tensor, "*B E"]) -> Float[Tensor, "*B C"]:
     """States as wide as a Kolors UNet's text brought to its cross-attentions' width by its own
     ``projection``; ``None``: they are."""
     if projection is None:

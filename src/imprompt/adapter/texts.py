@@ -13,12 +13,12 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from imprompt.adapter.attention import Injection, LiveTokens
+from imprompt.adapter.attention import Injection, TrainingTokens
 from imprompt.adapter.backbones.unet import UNet
 from imprompt.adapter.frames import track_of
-from imprompt.adapter.guidance import Part
+from imprompt.adapter.guidance import Branch
 from imprompt.adapter.lora import FaceLora
-from imprompt.adapter.prompt import Picture, Row, check_feather, read_masks
+from imprompt.adapter.prompt import CompiledPrompt, Picture, check_feather, read_masks
 from imprompt.errors import AdapterMismatch, UsageError
 
 
@@ -49,12 +49,12 @@ class TextRegions:
     """
 
     def __init__(self) -> None:
-        self.samples: tuple[tuple[Row, ...], ...] = ()
-        self.live: LiveTokens | None = None
-        self.parts: tuple[Part, ...] | None = None
+        self.samples: tuple[tuple[CompiledPrompt, ...], ...] = ()
+        self.training: TrainingTokens | None = None
+        self.branches: tuple[Branch, ...] | None = None
         self.guidance: tuple[float, float | None] | None = None
         self.lora: FaceLora | None = None
-        self.beside_text = False
+        self.uses_text_projection = False
         self._injection: weakref.ref[Injection] | None = None
 
     def key_value(self, index: int) -> NoReturn:
@@ -108,10 +108,10 @@ class TextRegions:
             injection.remove(self)
 
 
-def _row(region: TextRegion, text: Tensor) -> Row:
+def _row(region: TextRegion, text: Tensor) -> CompiledPrompt:
     mask, masks = read_masks(region.mask, region.feather)
     silent = text.new_zeros(1, text.shape[-1])  # of strength 0, so that no layer gets a group for it
-    return Row(
+    return CompiledPrompt(
         tokens=silent,
         negative=silent,
         scale=0.0,

@@ -52,7 +52,9 @@ def charts(base: str, profile: str | None = None) -> str:
         lines.append(f"{name:<{width}}  {_by_part(layers, [_bar(share / top) for share in shares])}")
         if any(negated):
             lines.append(f"{'':<{width}}  {_by_part(layers, ['!' if n else ' ' for n in negated])}".rstrip())
-    blocks = list(dict.fromkeys((layer.t, layer.block) for layer in sorted(layers, key=lambda x: x.t)))
+    blocks = list(
+        dict.fromkeys((x.block_index, x.block) for x in sorted(layers, key=lambda x: x.block_index))
+    )
     if profile is not None:
         ((shares, negated),) = (_by_block(layers, spread) for spread in named.values())
         lines += [
@@ -146,17 +148,17 @@ def _by_block(layers: Sequence[CrossLayer], spread: LayerWeights) -> tuple[list[
     """Share and negation of each block in execution order: the mean of its layers, where they differ."""
     rows: dict[int, list[tuple[float, bool]]] = {}
     for layer, share, not_ in zip(layers, spread.weights, spread.negated, strict=True):
-        rows.setdefault(layer.t, []).append((share, not_))
+        rows.setdefault(layer.block_index, []).append((share, not_))
     blocks = [rows[t] for t in sorted(rows)]
     return [mean(share for share, _ in block) for block in blocks], [block[0][1] for block in blocks]
 
 
 def _labels(layers: Sequence[CrossLayer]) -> list[str]:
-    return [str(t % 10) for t in sorted({layer.t for layer in layers})]
+    return [str(t % 10) for t in sorted({layer.block_index for layer in layers})]
 
 
 def _by_part(layers: Sequence[CrossLayer], cells: Sequence[str]) -> str:
-    kinds = {layer.t: layer.kind for layer in layers}
+    kinds = {layer.block_index: layer.kind for layer in layers}
     parts = [
         "".join(cell for t, cell in enumerate(cells) if kinds[t] == kind)
         for kind in ("input", "middle", "output")

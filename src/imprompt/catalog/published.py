@@ -31,7 +31,7 @@ class Variant:
     """FaceID-PlusV2: ``tokens = face tokens + s_scale · resampled``, where Plus has only the second term."""
     crop: Literal["aligned", "square"] = "aligned"
     """The look beside a face embedding: of the upright face, or of the square around its box."""
-    beside_text: bool = False
+    uses_text_projection: bool = False
     """Whether tokens are as wide as the text before the UNet's own projection, and go through it."""
 
 
@@ -78,7 +78,7 @@ VARIANTS = {
             "raw",
             shortcut=True,
             crop="square",
-            beside_text=True,
+            uses_text_projection=True,
         ),
     )
 }

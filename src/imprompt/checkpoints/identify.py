@@ -59,7 +59,7 @@ class Layout:
     def family(self) -> str:
         """The base family these layers belong to, ``other`` for none of the published ones."""
         if self.cross_dim == 2048 and (
-            self.variants[0].beside_text
+            self.variants[0].uses_text_projection
             or (self.variants[0].name == "resampler" and self.feature_width == 1024)
         ):
             return "Kolors"  # SDXL's UNet; of those with this layout only Kolors' adapter reads ViT-L
@@ -279,7 +279,7 @@ def _as_asked(layout: Layout, rows: Sequence[Published], name: str, asked: str) 
 
 def _same_modules(one: Variant, other: Variant) -> bool:
     """Whether both have the same weights, and so one may be read as the other."""
-    return (one.projection, one.beside_text) == (other.projection, other.beside_text)
+    return (one.projection, one.uses_text_projection) == (other.projection, other.uses_text_projection)
 
 
 def _by_numbers(rows: list[Published], dtypes: Mapping[str, str]) -> list[Published]:

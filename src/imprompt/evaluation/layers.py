@@ -173,7 +173,9 @@ def _say(line: str) -> None:
 def ablate(bench: Bench, say: Callable[[str], None] = _say) -> dict[str, Any]:
     """Each block alone, and all without it, at scale 1: the figures, and each block's share of the effect."""
     layers = cross_attentions(bench.pipe.unet)
-    blocks = list(dict.fromkeys((x.t, x.block) for x in sorted(layers, key=lambda x: x.t)))
+    blocks = list(
+        dict.fromkeys((x.block_index, x.block) for x in sorted(layers, key=lambda x: x.block_index))
+    )
     count = len(blocks)
     nothing, everything = bench.measure([0.0] * count, 1.0), bench.measure([1.0] * count, 1.0)
     say(f"no image {_row(nothing)}; all blocks {_row(everything)}")

@@ -243,7 +243,7 @@ class Engine:
                 pipe.scheduler = scheduler_for(pipe, request.scheduler)
                 with reported(pipe, on_step, index, request.count):
                     if explain:
-                        with next(iter(adapters.values())).watched() as recorder:
+                        with next(iter(adapters.values())).recording() as recorder:
                             images.append(self._draw(pipe, call, request, index))
                         attributions.append(recorder.result())
                     elif request.task == "animate":

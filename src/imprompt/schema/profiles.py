@@ -159,10 +159,11 @@ def layer_weights(profile: Profile, layers: Sequence[CrossLayer]) -> LayerWeight
         apart = _SECOND.get(name, lambda t, r: False)
         return LayerWeights(
             tuple(
-                PROFILES[name](x.t, x.kind, where) * (float(factor or 1) if apart(x.t, where) else 1.0)
+                PROFILES[name](x.block_index, x.kind, where)
+                * (float(factor or 1) if apart(x.block_index, where) else 1.0)
                 for x in layers
             ),
-            tuple(negated(layer.t, where) for layer in layers),
+            tuple(negated(layer.block_index, where) for layer in layers),
         )
     weights = _by_pattern(profile, layers) if isinstance(profile, Mapping) else _in_order(profile, layers)
     return LayerWeights(weights, (False,) * len(layers))
@@ -262,7 +263,9 @@ def roles(layers: Sequence[CrossLayer]) -> Roles:
     known = _FAMILIES.get(block_counts(layers))
     if known is not None:
         return known
-    blocks = sorted({(layer.t, layer.kind, layer.block.rsplit(".attentions.", 1)[0]) for layer in layers})
+    blocks = sorted(
+        {(layer.block_index, layer.kind, layer.block.rsplit(".attentions.", 1)[0]) for layer in layers}
+    )
     inputs = [(t, stage) for t, kind, stage in blocks if kind == "input"]
     outputs = [(t, stage) for t, kind, stage in blocks if kind == "output"]
     deepest = [t for t, stage in inputs if stage == inputs[-1][1]]
@@ -282,11 +285,11 @@ def roles(layers: Sequence[CrossLayer]) -> Roles:
 def _in_order(weights: Sequence[float], layers: Sequence[CrossLayer]) -> tuple[float, ...]:
     numbers = [_number(weight, f"weight {i}") for i, weight in enumerate(weights)]
     running = sorted(
-        range(len(layers)), key=lambda i: layers[i].t
+        range(len(layers)), key=lambda i: layers[i].block_index
     )  # stable: layers inside a block keep order
-    blocks = 1 + max(layer.t for layer in layers)
+    blocks = 1 + max(layer.block_index for layer in layers)
     if len(numbers) == blocks:
-        return tuple(numbers[layer.t] for layer in layers)
+        return tuple(numbers[layer.block_index] for layer in layers)
     if len(numbers) == len(layers):
         by_layer = dict(zip(running, numbers, strict=True))
         return tuple(by_layer[i] for i in range(len(layers)))
@@ -360,7 +363,7 @@ def _number(value: object, name: str) -> float:
 
 def block_counts(layers: Sequence[CrossLayer]) -> tuple[int, int, int]:
     """How many attention blocks there are in the input, middle and output part: (6, 1, 9) for SD1.5."""
-    blocks = {layer.t: layer.kind for layer in layers}
+    blocks = {layer.block_index: layer.kind for layer in layers}
     input_, middle, output = (
         sum(kind == part for kind in blocks.values()) for part in ("input", "middle", "output")
     )

@@ -40,7 +40,7 @@ class CrossLayer:
     """Module path, e.g. ``down_blocks.1.attentions.0.transformer_blocks.0.attn2``."""
     index: int
     """Published number ``N`` of ``ip_adapter.N.to_k_ip.weight``: odd, from 1."""
-    t: int
+    block_index: int
     """Position of its attention block in execution order, from 0; layers of one block share it."""
     kind: BlockKind
     level: int
@@ -78,7 +78,7 @@ def cross_attentions(unet: UNet) -> tuple[CrossLayer, ...]:
             CrossLayer(
                 name=name,
                 index=2 * position + 1,
-                t=blocks.index(_block_of(name)),
+                block_index=blocks.index(_block_of(name)),
                 kind=_KINDS[stage],
                 level=levels[stage if stage == "mid_block" else ".".join(name.split(".")[:2])],
                 width=attention.to_k.out_features,

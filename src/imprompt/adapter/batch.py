@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from imprompt.adapter.prompt import Row, resize_mask
+from imprompt.adapter.prompt import CompiledPrompt, resize_mask
 
 
 @dataclass(frozen=True, eq=False)
-class Stack:
+class PaddedTokens:
     """Token sequences side by side: first all samples of one kind, then of the other."""
 
     tokens: Float[Tensor, "S T C"]
@@ -25,16 +25,20 @@ class Stack:
 
     @classmethod
     def of(
-        cls, rows: Sequence[Row | None], kinds: Sequence[str], negated: Sequence[bool], device: torch.device
-    ) -> "Stack":
+        cls,
+        rows: Sequence[CompiledPrompt | None],
+        kinds: Sequence[str],
+        negated: Sequence[bool],
+        device: torch.device,
+    ) -> "PaddedTokens":
         """``rows`` for each of ``kinds``; where ``negated``, a row's tokens serve the negative kind."""
         sequences: list[Tensor | None] = []
         shares: list[Tensor | None] = []
         for kind in kinds:
             for row, not_ in zip(rows, negated, strict=True):
-                swapped = kind == "negative" and not not_
+                swapped = kind == "uncond" and not not_
                 sequences.append(None if row is None else row.negative if swapped else row.tokens)
-                shares.append(None if row is None or swapped else row.shares)
+                shares.append(None if row is None or swapped else row.log_weight_bias)
         shown = [sequence for sequence in sequences if sequence is not None]
         longest, width = max(len(sequence) for sequence in shown), shown[0].shape[-1]
         dtype = shown[0].dtype
@@ -58,7 +62,11 @@ class MaskGrids:
     """The masks of one softmax on each resolution's grid, made once for each."""
 
     def __init__(
-        self, rows: Sequence[Row | None], order: list[int], device: torch.device, dtype: torch.dtype
+        self,
+        rows: Sequence[CompiledPrompt | None],
+        order: list[int],
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self._masks = [None if row is None else row.mask for row in rows]
         self._order, self.device, self.dtype = order, device, dtype
