@@ -1,0 +1,150 @@
+"""Reading what clients send: JSON within limits, multipart, base64 pictures, and requests that stay inside.
+
+No client names a file, a folder, a URL or a device of the server: pictures are ids of the store, models are
+names that the server offers.
+"""
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException
+from starlette.requests import Request as HTTPRequest
+
+from imprompt.app.server.problems import Problem, problem_of
+from imprompt.app.server.settings import Settings
+from imprompt.app.server.store import ID
+from imprompt.catalog.entries import ADAPTERS, BASES, CONTROLS, MOTIONS
+from imprompt.errors import ImpromptError, UsageError
+from imprompt.io import read_json
+from imprompt.schema.request import Request
+
+_OWN = ("device", "dtype", "offload", "quantize", "face_model", "hashes", "embeddings")
+"""Fields that are the server's own affair."""
+_DATA_URL = re.compile(r"data:image/(?:png|jpeg|webp|gif|bmp|avif|\*);base64,", re.IGNORECASE)
+
+
+async def json_body(http: HTTPRequest, settings: Settings) -> dict[str, Any]:
+    """The JSON object in the body. Raises :class:`Problem`."""
+    kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise Problem(415, "media_type", "the body must be JSON, with Content-Type: application/json.")
+    return parsed(await http.body(), settings)
+
+
+def parsed(text: bytes | str, settings: Settings) -> dict[str, Any]:
+    """A JSON object, within the limits. Raises :class:`Problem`."""
+    limits = settings.limits
+    try:
+        found: dict[str, Any] = read_json(
+            text, "body", error=UsageError, max_bytes=limits.body_bytes, max_depth=limits.json_depth
+        )
+    except UsageError as error:
+        raise Problem(400, "bad_json", str(error)) from error
+    return found
+
+
+async def form_body(http: HTTPRequest, settings: Settings) -> FormData:
+    """The parts of a multipart body. Raises :class:`Problem`."""
+    if not http.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        raise Problem(415, "media_type", "the body must be multipart/form-data.")
+    parts = settings.limits.parts
+    try:
+        return await http.form(max_files=parts, max_fields=parts, max_part_size=settings.limits.json_bytes)
+    except MultiPartException as error:
+        raise Problem(400, "bad_multipart", f"the body is no valid multipart/form-data ({error}).") from error
+    except (ValueError, KeyError, UnicodeError) as error:
+        raise Problem(400, "bad_multipart", "the body is no valid multipart/form-data.") from error
+
+
+def texts(form: FormData) -> dict[str, str]:
+    """The parts that are no files."""
+    return {name: value for name, value in form.multi_items() if isinstance(value, str)}
+
+
+def uploads(form: FormData, *names: str) -> list[UploadFile]:
+    """The files among the parts with one of these names, in order."""
+    return [value for name, value in form.multi_items() if name in names and isinstance(value, UploadFile)]
+
+
+def decoded_picture(value: object, field: str) -> bytes:
+    """The bytes of a picture in base64, bare or as a data URL. Raises :class:`Problem`."""
+    if not isinstance(value, str) or not value:
+        raise Problem(422, "bad_picture", f"{field}: a picture in base64 is expected.", field)
+    if value.startswith("data:"):
+        match = _DATA_URL.match(value[:64])
+        if match is None:
+            raise Problem(422, "bad_picture", f"{field}: this data URL is no picture in base64.", field)
+        value = value[match.end() :]
+    elif "://" in value[:16]:
+        raise Problem(422, "bad_picture", f"{field}: pictures are not fetched from URLs; send base64.", field)
+    try:
+        return base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Problem(422, "bad_picture", f"{field}: this is not base64 ({error}).", field) from error
+
+
+def read_request(values: Mapping[str, Any], settings: Settings) -> Request:
+    """A client's request, valid and within what the server offers. Raises :class:`Problem`."""
+    values = dict(values)
+    values.setdefault("base", settings.base)
+    for name in _OWN:
+        default = Request.model_fields[name].get_default(call_default_factory=True)
+        if values.pop(name, default) not in (default, None, [], {}):
+            raise Problem(422, "not_offered", f"{name}: this is decided by the server; leave it out.", name)
+    try:
+        request = Request.from_mapping(values)
+    except ImpromptError as error:
+        problem = problem_of(error)
+        problem.status = 422
+        raise problem from error
+    _check_names(request, settings)
+    _check_limits(request, settings)
+    for name in request.files:
+        if not ID.fullmatch(name):
+            raise Problem(
+                422, "unknown_picture", f"'{name[:80]}' is no picture's id; upload the picture first.", "images"
+            )
+    return request
+
+
+def _check_names(request: Request, settings: Settings) -> None:
+    """Raises :class:`Problem` for models that the server does not offer."""
+    _offered("base", request.base, {**BASES, **settings.bases})
+    adapters = {**ADAPTERS, **settings.adapters}
+    if request.adapter is not None:
+        _offered("adapter", request.adapter, adapters)
+    for image in request.images:
+        if image.adapter is not None:
+            _offered("images.adapter", image.adapter, adapters)
+    for lora in request.loras:
+        _offered("loras.path", lora.path, settings.loras)
+    for control in request.controls:
+        if control.model is not None:
+            _offered("controls.model", control.model, CONTROLS)
+    if request.motion is not None:
+        _offered("motion", request.motion, MOTIONS)
+
+
+def _offered(field: str, name: str, known: Mapping[str, object]) -> None:
+    if name not in known:
+        raise Problem(422, "not_offered", f"{field}: '{name[:80]}' is not offered by this server.", field)
+
+
+def _check_limits(request: Request, settings: Settings) -> None:
+    """Raises :class:`Problem` for more work than one job may make."""
+    limits = settings.limits
+    asked: list[tuple[str, int | None, int]] = [
+        ("count", request.count, limits.count),
+        ("steps", request.steps, limits.steps),
+        ("frames", request.frames, limits.frames),
+        ("size", max(request.size) if request.size else None, limits.side),
+    ]
+    for field, value, most in asked:
+        if value is not None and value > most:
+            raise Problem(422, "over_limit", f"{field}: {value} is asked, this server draws {most}.", field)
+
+

@@ -1,0 +1,40 @@
+"""Errors as HTTP answers: status, a code that programs can test, a message for people, the field at fault."""
+
+import re
+from dataclasses import dataclass, field
+
+from imprompt.errors import Cancelled, ImpromptError, InputError, ModelError, UsageError
+
+_FIELD = re.compile(r"^([a-z_]+(?:\.[a-z0-9_]+)*): ")
+
+
+@dataclass
+class Problem(Exception):
+    """An answer other than 2xx, raised anywhere below a route."""
+
+    status: int
+    code: str
+    message: str
+    field: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, str | None]:
+        """The value of ``error`` in the answer."""
+        return {"code": self.code, "message": self.message, "field": self.field}
+
+
+_CODES: tuple[tuple[type[ImpromptError], str], ...] = (
+    (Cancelled, "cancelled"),
+    (UsageError, "invalid_request"),
+    (InputError, "bad_picture"),
+    (ModelError, "model_error"),
+    (ImpromptError, "error"),
+)
+
+
+def problem_of(error: ImpromptError) -> Problem:
+    """What to answer for one of the library's own errors."""
+    message = " ".join(str(error).split())
+    code = next(code for kind, code in _CODES if isinstance(error, kind))
+    named = _FIELD.match(message)
+    return Problem(error.http_status, code, message, named[1] if named else None)

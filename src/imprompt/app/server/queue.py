@@ -1,0 +1,466 @@
+"""Which job is drawn when, by which worker, together with which others; and telling those who listen.
+
+A job is accepted when its row is in the journal. Clients take turns; within a client it is first come, first
+served. Jobs that differ only in texts, image prompts and seed are drawn as one batch. A job whose worker died
+is tried once more, alone. Everything here runs on the event loop; the journal on a thread of its own.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal, ParamSpec, TypeVar
+
+from imprompt.app.server import messages as say
+from imprompt.app.server.metrics import Metrics
+from imprompt.app.server.problems import Problem
+from imprompt.app.server.settings import Settings
+from imprompt.app.server.store import Store
+from imprompt.app.server.workers import Worker
+from imprompt.schema.request import Request
+
+log = logging.getLogger("imprompt.server")
+
+State = Literal["queued", "running", "done", "failed", "cancelled"]
+FINISHED = ("done", "failed", "cancelled")
+ATTEMPTS = 2
+"""How often a job may take its worker down."""
+_REMEMBERED = 256  # finished jobs kept in memory; older ones are read from the journal
+_KEEP_ALIVE_SECONDS = 15.0
+
+_P, _T = ParamSpec("_P"), TypeVar("_T")
+
+
+@dataclass
+class Job:
+    """One accepted job, and everything that becomes of it."""
+
+    id: str
+    client: str
+    request: Request
+    suffix: str = ".png"
+    previews: bool = True
+    state: State = "queued"
+    attempts: int = 0
+    number: int = 0
+    """Order of acceptance."""
+    created: float = field(default_factory=time.time)
+    started: float | None = None
+    finished: float | None = None
+    step: int = 0
+    steps: int = 0
+    preview: bytes | None = None
+    pictures: list[dict[str, Any]] = field(default_factory=list)
+    record: dict[str, Any] | None = None
+    """The complete request, when done."""
+    notes: list[str] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)
+    batch: int = 0
+    error: dict[str, Any] | None = None
+    status: int = 500
+    """HTTP status that goes with :attr:`error`."""
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition, repr=False)
+    version: int = 0
+    """Goes up with every change, so that a listener misses none."""
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will happen."""
+        return self.state in FINISHED
+
+    def body(self) -> dict[str, Any]:
+        """What the journal keeps beside the request."""
+        names = ("suffix", "previews", "started", "finished", "pictures", "record", "notes", "timings",
+                 "batch", "error", "status")  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def restored(cls, row: Mapping[str, Any]) -> "Job":
+        """A job from its row in the journal."""
+        request = Request.from_json(row["request"])
+        return cls(
+            row["id"], row["client"], request, state=row["state"], attempts=row["attempts"],
+            number=row["number"], created=row["created"], **json.loads(row["body"]),
+        )  # fmt: skip
+
+
+class Queue:
+    """All jobs of the server and the workers that draw them."""
+
+    def __init__(self, settings: Settings, store: Store, metrics: Metrics) -> None:
+        self.settings, self.store, self.metrics = settings, store, metrics
+        self.draining = False
+        self.workers: list[Worker] = []
+        self._waiting: list[Job] = []
+        self._active: dict[str, Job] = {}
+        self._recent: OrderedDict[str, Job] = OrderedDict()
+        self._served: dict[str, float] = {}
+        """Client → when a job of theirs was last started."""
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        self._writes: set[asyncio.Task[None]] = set()
+        self._accepting = 0
+        self._rate: float | None = None
+        """Seconds for a million pixel-steps, as lately measured."""
+
+    # ---- life
+
+    async def start(self) -> None:
+        """Take up what an earlier server left, and start the workers."""
+        for row in await self.blocking(self.store.unfinished):
+            job = Job.restored(row)
+            self._active[job.id] = job
+            if job.state == "running" and job.attempts >= ATTEMPTS:
+                self._end(job, "failed", error=_died_error())
+                continue
+            job.state = "queued"
+            self._waiting.append(job)
+        for device in self.settings.devices:
+            setup = say.Setup(
+                self.store.pictures, self.settings.folder / "scratch", device, self.settings.dtype,
+                self.settings.offload, self.settings.base,
+                {"bases": self.settings.bases, "adapters": self.settings.adapters, "loras": self.settings.loras},
+            )  # fmt: skip
+            worker = Worker(setup, self._heard, self._worker_died)
+            worker.start()
+            self.workers.append(worker)
+
+    async def stop(self, drain_seconds: float) -> None:
+        """Let running jobs finish, leave the waiting ones in the journal, end the workers."""
+        self.draining = True
+        end = time.monotonic() + drain_seconds
+        while time.monotonic() < end and any(worker.jobs for worker in self.workers):
+            await asyncio.sleep(0.05)
+        for job in [job for job in self._active.values() if job.state == "running"]:
+            job.attempts = max(0, job.attempts - 1)  # that we ended it is no fault of its own
+            self._journal(job, "queued")
+        await asyncio.gather(*(worker.stop(5) for worker in self.workers))
+        for job in self._active.values():
+            self._changed(job)
+        await asyncio.gather(*self._writes, return_exceptions=True)
+        await self.blocking(self.store.close)
+        self._disk.shutdown()
+
+    async def blocking(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Run one of the store's methods on its thread."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._disk, lambda: call(*args, **kwargs))
+
+    @property
+    def ready(self) -> bool:
+        """Whether a worker has loaded its base."""
+        return any(worker.ready for worker in self.workers) and not self.draining
+
+    @property
+    def waiting(self) -> int:
+        """How many jobs wait."""
+        return len(self._waiting)
+
+    # ---- jobs
+
+    def check_room(self, client: str) -> None:
+        """Raises :class:`Problem` when the queue is full, for all or for this client, or the server ends."""
+        if self.draining:
+            raise Problem(503, "draining", "the server is shutting down.", headers={"Retry-After": "10"})
+        limits = self.settings.limits
+        wait = {"Retry-After": str(max(1, min(60, round(self.estimate() or 2))))}
+        if len(self._waiting) + self._accepting >= limits.queue:
+            self.metrics.rejected.inc()
+            raise Problem(429, "queue_full", f"{limits.queue} jobs are waiting already.", headers=wait)
+        if sum(job.client == client for job in self._waiting) >= limits.client_share:
+            self.metrics.rejected.inc()
+            text = f"{limits.client_share} jobs of yours are waiting already."
+            raise Problem(429, "client_share", text, headers=wait)
+
+    async def submit(
+        self, request: Request, client: str, *, suffix: str = ".png", previews: bool = True,
+        key: str | None = None,
+    ) -> tuple[Job, bool]:  # fmt: skip
+        """Accept a job. Returns it and True, or the one accepted earlier under this ``key`` and False.
+
+        Raises :class:`Problem` when there is no room, ``key`` was used for another request, or the journal
+        cannot be written.
+        """
+        if key is None:
+            self.check_room(client)
+        job = Job(secrets.token_hex(12), client, request, suffix, previews)
+        self._accepting += 1
+        try:
+            if key is not None and (known := await self._known(client, key, job)) is not None:
+                return known, False
+            self.check_room(client) if key is not None else None
+            identity, new = await self.blocking(
+                self.store.add, job.id, client, key, request.to_json(), job.body()
+            )
+        finally:
+            self._accepting -= 1
+        if not new:
+            return await self._same(identity, job), False
+        job.number = (await self.blocking(self.store.job, job.id))["number"]  # type: ignore[index]
+        self._active[job.id] = job
+        self._waiting.append(job)
+        self._assign()
+        for other in self._waiting:
+            self._changed(other)
+        return job, True
+
+    async def _known(self, client: str, key: str, job: Job) -> Job | None:
+        identity = await self.blocking(self.store.keyed, client, key)
+        return None if identity is None else await self._same(identity, job)
+
+    async def _same(self, identity: str, job: Job) -> Job:
+        """The job accepted under a key used again, if it is the same. Raises :class:`Problem`."""
+        known = await self.find(identity)
+        if known.request != job.request or known.suffix != job.suffix:
+            raise Problem(409, "key_reused", "this Idempotency-Key was sent with another request.")
+        return known
+
+    async def find(self, identity: str) -> Job:
+        """A job by its id. Raises :class:`Problem` for an unknown one."""
+        found = self._active.get(identity) or self._recent.get(identity)
+        if found is None:
+            row = await self.blocking(self.store.job, identity)
+            if row is None:
+                raise Problem(404, "unknown_job", "there is no such job.")
+            found = Job.restored(row)
+        return found
+
+    async def cancel(self, job: Job) -> None:
+        """Stop a job within a step; of a finished one nothing is changed. Raises :class:`Problem` for it."""
+        if job.state in ("done", "failed"):
+            raise Problem(409, "finished", f"the job is {job.state} already.")
+        if job.over:
+            return
+        for worker in self.workers:
+            if job.id in worker.jobs:
+                worker.cancel(job.id)
+        self._end(job, "cancelled")
+
+    async def forget(self, job: Job) -> None:
+        """Delete a finished job and its pictures."""
+        if not job.over:
+            raise Problem(409, "not_finished", "cancel the job first.")
+        self._recent.pop(job.id, None)
+        await self.blocking(self.store.forget, job.id)
+
+    def position(self, job: Job) -> int:
+        """How many jobs are drawn before this one."""
+        return self._waiting.index(job) if job in self._waiting else 0
+
+    def estimate(self, job: Job | None = None) -> float | None:
+        """Seconds until a job is done, or until the queue is empty; ``None`` before anything was drawn."""
+        if self._rate is None:
+            return None
+        running = [one for one in self._active.values() if one.state == "running"]
+        left = sum(_work(one) * (1 - one.step / max(1, one.steps)) for one in running if one is not job)
+        if job is not None and job.state == "running":
+            return round(self._rate * _work(job) * (1 - job.step / max(1, job.steps)), 2)
+        ahead = self._waiting if job is None else self._waiting[: self.position(job) + 1]
+        return round(self._rate * (left + sum(map(_work, ahead))) / max(1, len(self.workers)), 2)
+
+    async def changes(self, job: Job) -> AsyncIterator[Job | None]:
+        """The job after every change until it is over or the server ends; ``None`` now and then between."""
+        seen = -1
+        while True:
+            if job.version != seen:
+                seen = job.version
+                yield job
+                if job.over or (self.draining and job.state == "queued"):
+                    return
+            async with job.changed:
+                try:
+                    await asyncio.wait_for(
+                        job.changed.wait_for(lambda: job.version != seen), _KEEP_ALIVE_SECONDS
+                    )
+                except TimeoutError:
+                    yield None
+
+    async def finish(self, job: Job) -> Job:
+        """Wait until a job is over."""
+        async for _ in self.changes(job):
+            pass
+        return job
+
+    # ---- drawing
+
+    def _assign(self) -> None:
+        """Give every free worker something to draw."""
+        if self.draining:
+            return
+        for worker in sorted(self.workers, key=lambda worker: worker.jobs != ()):
+            if worker.free and self._waiting:
+                batch = self._next_batch(worker)
+                for job in batch:
+                    self._waiting.remove(job)
+                    job.state, job.started = "running", time.time()
+                    job.attempts += 1
+                    job.step = job.steps = 0
+                    self.metrics.waited.observe(job.started - job.created)
+                    self._journal(job, "running")
+                    self._changed(job)
+                worker.base = batch[0].request.base
+                self._served[batch[0].client] = time.monotonic()
+                self.metrics.batch_size.observe(len(batch))
+                worker.draw(tuple(_task(job) for job in batch))
+        for client in self._served.keys() - {job.client for job in self._active.values()}:
+            del self._served[client]
+
+    def _next_batch(self, worker: Worker) -> list[Job]:
+        """The next job in turn, and the others that can be drawn with it."""
+        heads: dict[str, Job] = {}
+        for job in self._waiting:
+            heads.setdefault(job.client, job)
+        first = min(heads.values(), key=lambda job: (self._served.get(job.client, 0.0), job.number))
+        key = batch_key(first)
+        if key is None:
+            return [first]
+        others = [job for job in self._waiting if job is not first and batch_key(job) == key]
+        return [first, *others[: self.settings.limits.batch - 1]]
+
+    def _heard(self, worker: Worker, message: object) -> None:
+        """A worker said something."""
+        match message:
+            case say.Stepped():
+                self._stepped(message)
+            case say.Drawn():
+                self._drawn(message)
+            case say.Failed():
+                if (job := self._running(message.id)) is not None:
+                    error = Problem(message.status, message.code, message.message, message.field)
+                    self._end(job, "failed", error=error)
+            case say.Cancelled():
+                if (job := self._running(message.id)) is not None:
+                    self._end(job, "cancelled")
+            case say.Ready() | say.Free():
+                self._assign()
+            case _:
+                log.error("a worker said %r", message)
+
+    def _running(self, identity: str) -> Job | None:
+        job = self._active.get(identity)
+        return job if job is not None and job.state == "running" else None
+
+    def _stepped(self, message: say.Stepped) -> None:
+        job = self._running(message.id)
+        if job is None:
+            return
+        self.metrics.steps.inc(max(0, message.step - job.step))
+        job.step, job.steps = message.step, message.steps
+        job.preview = message.preview or job.preview
+        self._changed(job)
+
+    def _drawn(self, message: say.Drawn) -> None:
+        job = self._running(message.id)
+        if job is None:
+            return
+        job.pictures, job.record = list(message.pictures), json.loads(message.request)
+        job.notes, job.timings, job.batch = list(message.notes), message.timings, message.batch
+        work = _work(job, job.record)
+        if work and "draw" in message.timings:
+            rate = message.timings["draw"] / work / message.batch
+            self._rate = rate if self._rate is None else 0.7 * self._rate + 0.3 * rate
+        self._end(job, "done")
+
+    def _worker_died(self, worker: Worker) -> None:
+        """Its jobs are tried once more, each alone."""
+        self.metrics.deaths.inc()
+        for identity in reversed(worker.jobs):
+            job = self._running(identity)
+            if job is None:
+                continue
+            if job.attempts >= ATTEMPTS:
+                self._end(job, "failed", error=_died_error())
+                continue
+            job.state = "queued"
+            self._waiting.insert(0, job)
+            self._journal(job, "queued")
+            self._changed(job)
+
+    def _end(self, job: Job, state: State, *, error: Problem | None = None) -> None:
+        """Finish a job; listeners are told when the journal knows."""
+        job.state, job.finished, job.preview = state, time.time(), None
+        if error is not None:
+            job.error, job.status = error.to_dict(), error.status
+        with contextlib.suppress(ValueError):
+            self._waiting.remove(job)
+        self.metrics.finished.labels(state).inc()
+        self.metrics.latency.observe(job.finished - job.created)
+        self._active.pop(job.id, None)
+        self._recent[job.id] = job
+        while len(self._recent) > _REMEMBERED:
+            self._recent.popitem(last=False)
+        log.info(
+            "job", extra={
+                "job": job.id, "state": state, "base": job.request.base, "task": job.request.task,
+                "seconds": round(job.finished - job.created, 3), "batch": job.batch,
+                **({"error": job.error["code"]} if job.error else {}),
+                **({"prompt": job.request.prompt} if self.settings.log_prompts else {}),
+            },
+        )  # fmt: skip
+        self._journal(job, state, then=lambda: self._changed(job))
+        for other in self._waiting:
+            self._changed(other)
+
+    def _journal(self, job: Job, state: State, then: Callable[[], None] | None = None) -> None:
+        """Write a job's state; a full disk loses the row, not the job in memory."""
+        attempts, body = job.attempts, job.body()
+
+        async def write() -> None:
+            try:
+                if state == "done":
+                    for picture in job.pictures:
+                        await self.blocking(self.store.register_drawn, picture)
+                await self.blocking(self.store.update, job.id, state, attempts, body)
+            except Problem as problem:
+                log.error("cannot journal job %s: %s", job.id, problem.message)
+            if then is not None:
+                then()
+
+        task = asyncio.get_running_loop().create_task(write())
+        self._writes.add(task)
+        task.add_done_callback(self._writes.discard)
+
+    def _changed(self, job: Job) -> None:
+        job.version += 1
+
+        async def tell() -> None:
+            async with job.changed:
+                job.changed.notify_all()
+
+        task = asyncio.get_running_loop().create_task(tell())
+        self._writes.add(task)
+        task.add_done_callback(self._writes.discard)
+
+
+def batch_key(job: Job) -> str | None:
+    """Equal for jobs that can be drawn as one batch; ``None`` for one that is drawn alone.
+
+    The Engine draws requests together that differ only in texts, image prompts and seed.
+    """
+    request = job.request
+    if request.count != 1 or request.task == "animate" or job.attempts:
+        return None
+    values = request.model_dump(mode="json", exclude={"prompt", "negative", "images", "seed", "hashes"})
+    return json.dumps(values, sort_keys=True)
+
+
+def _task(job: Job) -> say.Task:
+    return say.Task(job.id, job.request.model_dump(mode="json"), job.suffix, job.previews)
+
+
+def _work(job: Job, record: Mapping[str, Any] | None = None) -> float:
+    """Millions of pixel-steps of a job, as far as it says; its defaults are guessed."""
+    values = record or job.record or job.request.model_dump(mode="json")
+    width, height = values.get("size") or (512, 512)
+    pictures = values["count"] * (values.get("frames") or (16 if values["task"] == "animate" else 1))
+    steps = values.get("steps") or 30
+    return width * height * steps * pictures / 1e6
+
+
+def _died_error() -> Problem:
+    return Problem(500, "worker_died", f"the process that drew it died {ATTEMPTS} times, out of memory perhaps.")

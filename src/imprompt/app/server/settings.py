@@ -1,0 +1,111 @@
+"""Where the server listens, what it offers, and every limit in one place. No I/O but for the folders' names."""
+
+import ipaddress
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from imprompt.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client may ask; every number is checked before work is done for it."""
+
+    queue: int = 64
+    """Jobs waiting at once; one more is answered 429."""
+    client_share: int = 32
+    """Jobs that one client may have waiting."""
+    batch: int = 8
+    """Jobs drawn together at most."""
+    picture_bytes: int = 32 * 2**20
+    """Size of one uploaded picture."""
+    picture_pixels: int = 64_000_000
+    """Width times height of one uploaded picture."""
+    json_bytes: int = 2**20
+    """Size of a JSON body."""
+    body_bytes: int = 96 * 2**20
+    """Size of a body with pictures inside, as the OpenAI and A1111 protocols send."""
+    json_depth: int = 32
+    parts: int = 40
+    """Parts of a multipart body."""
+    header_seconds: float = 15.0
+    body_seconds: float = 60.0
+    """How long headers and bodies may take to arrive."""
+    side: int = 2048
+    """Width or height of a drawn picture."""
+    count: int = 16
+    steps: int = 200
+    frames: int = 128
+    stored_bytes: int = 20 * 2**30
+    """Size of the picture folder; the oldest unused pictures are deleted beyond it."""
+    drain_seconds: float = 60.0
+    """How long running jobs may take to finish after SIGTERM."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything ``imprompt serve`` was started with."""
+
+    folder: Path
+    """Pictures and journal."""
+    host: str = "127.0.0.1"
+    port: int = 7860
+    token: str | None = None
+    """What clients must send; ``None`` serves everybody on this machine."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Further names this server is reached by."""
+    base: str = "emoji"
+    """The model of requests that name none."""
+    bases: dict[str, str] = field(default_factory=dict)
+    """Further bases: name → folder, file or hub id."""
+    adapters: dict[str, str] = field(default_factory=dict)
+    """Further adapters: name → file, folder or hub file."""
+    loras: dict[str, str] = field(default_factory=dict)
+    """Offered LoRAs: name → file."""
+    download: bool = False
+    """Whether catalogued models that are not on this machine may be downloaded."""
+    devices: tuple[str, ...] = ("auto",)
+    """One worker process each."""
+    dtype: str = "auto"
+    offload: str = "none"
+    log_prompts: bool = False
+    limits: Limits = Limits()
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        return is_loopback(self.host)
+
+    @property
+    def hosts(self) -> frozenset[str] | None:
+        """Values of the Host header that are answered, without port; ``None``: any, as a token is needed."""
+        if self.token is not None and not self.loopback:
+            return None
+        return frozenset({"127.0.0.1", "localhost", "[::1]", self.host, *self.allowed_hosts})
+
+    def check(self) -> None:
+        """Raises :class:`UsageError` for an open address without a token."""
+        if not self.loopback and self.token is None:
+            raise UsageError(
+                f"--host {self.host} can be reached from other machines: give a --token (or IMPROMPT_TOKEN) "
+                "that clients must send, or leave --host out."
+            )
+        if self.token is not None and len(self.token) < 8:
+            raise UsageError("--token: give at least 8 characters.")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` names this machine itself."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def data_folder() -> Path:
+    """Where pictures and journal are kept unless ``--folder`` says otherwise."""
+    root = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return Path(root) / "imprompt" / "server"

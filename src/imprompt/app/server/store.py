@@ -1,0 +1,292 @@
+"""Pictures and jobs on disk: what survives a restart.
+
+Pictures are files named by the SHA-256 of their bytes, so that an id can neither be guessed nor name a path.
+Jobs are rows of an SQLite journal: a job is accepted once its row is on the disk, and its pictures are there
+before its row says done. All methods block; the server calls them on one thread of their own.
+"""
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import re
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from imprompt.app.server.problems import Problem
+from imprompt.encoders.images import load_image
+from imprompt.errors import ImpromptError
+from imprompt.io import write_atomic
+from imprompt.output.stills import Record, read_record
+
+ID = re.compile(r"[0-9a-f]{64}")
+THUMBNAIL = 320
+"""Longest side of a thumbnail, in pixels."""
+_TYPES = {
+    "PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif", "BMP": "image/bmp",
+    "TIFF": "image/tiff", "AVIF": "image/avif",
+}  # fmt: skip
+VIDEO = "video/mp4"
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS jobs (
+  number INTEGER PRIMARY KEY AUTOINCREMENT,
+  id TEXT NOT NULL UNIQUE,
+  client TEXT NOT NULL,
+  key TEXT,
+  state TEXT NOT NULL,
+  attempts INTEGER NOT NULL DEFAULT 0,
+  created REAL NOT NULL,
+  request TEXT NOT NULL,
+  body TEXT NOT NULL
+);
+CREATE UNIQUE INDEX IF NOT EXISTS keys ON jobs (client, key) WHERE key IS NOT NULL;
+CREATE INDEX IF NOT EXISTS states ON jobs (state);
+CREATE TABLE IF NOT EXISTS pictures (
+  id TEXT PRIMARY KEY,
+  type TEXT NOT NULL,
+  width INTEGER NOT NULL,
+  height INTEGER NOT NULL,
+  frames INTEGER NOT NULL,
+  bytes INTEGER NOT NULL,
+  used REAL NOT NULL
+);
+"""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is known of a stored picture."""
+
+    id: str
+    type: str
+    """Media type."""
+    width: int
+    height: int
+    frames: int
+    bytes: int
+
+    @property
+    def suffix(self) -> str:
+        """End of its file name for people who save it."""
+        return {"image/jpeg": ".jpg"}.get(self.type, f".{self.type.partition('/')[2]}")
+
+
+class Store:
+    """The folder of one server. Not for several servers at once: the journal is locked."""
+
+    def __init__(self, folder: Path, *, stored_bytes: int) -> None:
+        self.pictures = folder / "pictures"
+        self.pictures.mkdir(parents=True, exist_ok=True)
+        self._stored_bytes = stored_bytes
+        self._database = sqlite3.connect(folder / "journal.sqlite", check_same_thread=False, timeout=1)
+        self._database.row_factory = sqlite3.Row
+        try:
+            self._database.execute("PRAGMA locking_mode=EXCLUSIVE")
+            self._database.execute("PRAGMA journal_mode=WAL")
+            self._database.execute("PRAGMA synchronous=FULL")
+            self._database.executescript(_TABLES)
+        except sqlite3.OperationalError as error:
+            self._database.close()
+            raise ImpromptError(
+                f"'{folder}' is in use by another server, or cannot be written to ({error}); give another "
+                "--folder."
+            ) from error
+
+    def close(self) -> None:
+        """Release the journal."""
+        self._database.close()
+
+    # ---- jobs
+
+    def add(
+        self, job: str, client: str, key: str | None, request: str, body: Mapping[str, Any]
+    ) -> tuple[str, bool]:
+        """Journal a new job. Returns its id and True, or the id and False of the one with this ``key``."""
+        with self._writing() as database:
+            if key is not None and (known := self.keyed(client, key)) is not None:
+                return known, False
+            database.execute(
+                "INSERT INTO jobs (id, client, key, state, created, request, body) VALUES (?,?,?,?,?,?,?)",
+                (job, client, key, "queued", time.time(), request, json.dumps(body)),
+            )
+        return job, True
+
+    def keyed(self, client: str, key: str) -> str | None:
+        """The job that a client sent with this Idempotency-Key."""
+        row = self._database.execute(
+            "SELECT id FROM jobs WHERE client = ? AND key = ?", (client, key)
+        ).fetchone()
+        return None if row is None else row["id"]
+
+    def update(self, job: str, state: str, attempts: int, body: Mapping[str, Any]) -> None:
+        """Journal what has become of a job."""
+        with self._writing() as database:
+            database.execute(
+                "UPDATE jobs SET state = ?, attempts = ?, body = ? WHERE id = ?",
+                (state, attempts, json.dumps(body), job),
+            )
+
+    def job(self, job: str) -> sqlite3.Row | None:
+        """A job's row."""
+        found: sqlite3.Row | None = self._database.execute(
+            "SELECT * FROM jobs WHERE id = ?", (job,)
+        ).fetchone()
+        return found
+
+    def unfinished(self) -> list[sqlite3.Row]:
+        """Jobs that an earlier server accepted and did not finish, oldest first."""
+        return self._database.execute(
+            "SELECT * FROM jobs WHERE state IN ('queued', 'running') ORDER BY number"
+        ).fetchall()
+
+    def history(self, limit: int, before: int | None) -> list[sqlite3.Row]:
+        """Finished jobs, newest first."""
+        return self._database.execute(
+            "SELECT * FROM jobs WHERE state = 'done' AND number < ? ORDER BY number DESC LIMIT ?",
+            (2**62 if before is None else before, limit),
+        ).fetchall()
+
+    def forget(self, job: str) -> None:
+        """Delete a job, and the pictures it drew that no other job mentions."""
+        row = self.job(job)
+        if row is None:
+            return
+        with self._writing() as database:
+            database.execute("DELETE FROM jobs WHERE id = ?", (job,))
+        for picture in json.loads(row["body"]).get("pictures", ()):
+            self._delete_unused(picture["id"])
+
+    # ---- pictures
+
+    def path(self, picture: str) -> Path:
+        """Where a picture's file is, or would be. Raises :class:`Problem` for what is no id."""
+        if not ID.fullmatch(picture):
+            raise Problem(404, "unknown_picture", "a picture's id is the 64 hexadecimal digits of its SHA-256.")
+        return self.pictures / picture[:2] / picture
+
+    def find(self, picture: str) -> Picture | None:
+        """What is known of a picture; marks it as used."""
+        with self._writing() as database:
+            row = database.execute(
+                "UPDATE pictures SET used = ? WHERE id = ? RETURNING *", (time.time(), picture)
+            ).fetchone()
+        if row is None or not self.path(picture).is_file():
+            return None
+        return Picture(*(row[name] for name in Picture.__dataclass_fields__))
+
+    def put(self, content: bytes, *, max_pixels: int) -> Picture:
+        """Keep an uploaded picture. Raises :class:`InputError` for what is no picture that can be decoded."""
+        identity = hashlib.sha256(content).hexdigest()
+        known = self.find(identity)
+        if known is not None:
+            return known
+        load_image(content, max_pixels=max_pixels)
+        return self._keep(content, identity)
+
+    def _keep(self, content: bytes, identity: str) -> Picture:
+        found = describe(content, identity)
+        path = self.path(identity)
+        try:
+            write_atomic(path, content, overwrite=True)
+        except ImpromptError as error:
+            raise disk_problem(error) from error
+        self.register(found)
+        return found
+
+    def register(self, picture: Picture) -> None:
+        """Note a picture whose file is in its place."""
+        with self._writing() as database:
+            database.execute(
+                "INSERT OR REPLACE INTO pictures VALUES (?,?,?,?,?,?,?)",
+                (*(getattr(picture, name) for name in Picture.__dataclass_fields__), time.time()),
+            )
+        self._make_room()
+
+    def register_drawn(self, values: Mapping[str, Any]) -> None:
+        """:meth:`register` of a picture as a worker describes it."""
+        self.register(Picture(**values))
+
+    def thumbnail(self, picture: str) -> bytes:
+        """A small WebP of a picture's first frame."""
+        return thumbnail(self.path(picture).read_bytes())
+
+    def record(self, picture: str) -> Record | None:
+        """The request inside a picture, if imprompt wrote one."""
+        with contextlib.suppress(ImpromptError):
+            return read_record(self.path(picture))
+        return None
+
+    def bytes(self) -> int:
+        """Size of all pictures."""
+        return self._database.execute("SELECT coalesce(sum(bytes), 0) FROM pictures").fetchone()[0]
+
+    def _make_room(self) -> None:
+        """Delete the pictures unused for longest when there are too many."""
+        excess = self.bytes() - self._stored_bytes
+        if excess <= 0:
+            return
+        for row in self._database.execute("SELECT id, bytes FROM pictures ORDER BY used").fetchall():
+            if self._delete_unused(row["id"], also_drawn=True):
+                excess -= row["bytes"]
+            if excess <= 0:
+                return
+
+    def _delete_unused(self, picture: str, *, also_drawn: bool = False) -> bool:
+        states = "('queued', 'running')" if also_drawn else "('queued', 'running', 'done')"
+        wanted = self._database.execute(
+            f"SELECT 1 FROM jobs WHERE state IN {states} AND (instr(request, ?) OR instr(body, ?)) LIMIT 1",
+            (picture, picture),
+        ).fetchone()
+        if wanted:
+            return False
+        with self._writing() as database:
+            database.execute("DELETE FROM pictures WHERE id = ?", (picture,))
+        self.path(picture).unlink(missing_ok=True)
+        return True
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with self._database:
+                yield self._database
+        except sqlite3.OperationalError as error:
+            raise disk_problem(error) from error
+
+
+def describe(content: bytes, identity: str) -> Picture:
+    """What the bytes of a picture or clip say about it."""
+    if content[4:8] == b"ftyp" and content[8:12] not in (b"avif", b"avis"):
+        return Picture(identity, VIDEO, 0, 0, 0, len(content))
+    with Image.open(io.BytesIO(content)) as image:
+        kind = _TYPES[image.format or ""]
+        frames = int(getattr(image, "n_frames", 1))
+        return Picture(identity, kind, image.width, image.height, frames, len(content))
+
+
+def thumbnail(content: bytes) -> bytes:
+    """A small WebP of a picture's first frame."""
+    image = load_image(content)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    stream = io.BytesIO()
+    image.save(stream, "WEBP", quality=80)
+    return stream.getvalue()
+
+
+def disk_problem(error: Exception) -> Problem:
+    """What to answer when the disk is full or the folder is gone."""
+    cause: BaseException | None = error
+    full = "full" in str(error)
+    while cause is not None and not full:
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        cause = cause.__cause__
+    if full:
+        return Problem(507, "disk_full", "the server's disk is full; nothing was accepted.")
+    return Problem(503, "storage", "the server cannot write to its folder; nothing was accepted.")

@@ -1,0 +1,282 @@
+"""The process that draws: owns one device's Engine, takes jobs from a pipe, and writes pictures to the store.
+
+It looks into the pipe after every denoising step, so that a cancelled job ends within a step, and ends when
+the server is gone. Only the server's own messages come through the pipe; what clients sent is a validated
+request and pictures that were decoded once before.
+"""
+
+import hashlib
+import io
+import logging
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from imprompt.app.server import messages as say
+from imprompt.app.server.problems import problem_of
+from imprompt.app.server.store import describe, disk_problem
+from imprompt.errors import Cancelled, ImpromptError, InputError
+from imprompt.generation.engine import Engine, Result
+from imprompt.generation.steps import Step
+from imprompt.output.stills import save
+from imprompt.schema.request import Request
+
+_PREVIEW_SECONDS = 0.2  # between two previews of one job
+_PREVIEW_SIDE = 256
+
+log = logging.getLogger("imprompt.worker")
+
+
+def main(pipe: Connection, setup: say.Setup) -> None:
+    """Draw what comes through ``pipe`` until it is closed or says stop."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the server decides when its workers end
+        signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    try:
+        Worker(pipe, setup).run()
+    except (EOFError, BrokenPipeError, ConnectionResetError):  # the server is gone
+        pass
+
+
+class Worker:
+    """One Engine and its pipe."""
+
+    def __init__(self, pipe: Connection, setup: say.Setup) -> None:
+        self._pipe, self._setup = pipe, setup
+        self._engine = Engine()
+        self._waiting: list[say.Draw] = []
+        self._cancelled: set[str] = set()
+        self._stopping = False
+
+    def run(self) -> None:
+        """Load the base, then draw until told to stop."""
+        self._warm_up()
+        self._pipe.send(say.Ready(self._setup.device))
+        while not self._stopping:
+            while not self._waiting and not self._stopping:
+                self._take(self._pipe.recv())
+            if self._waiting:
+                self._draw_batch(self._waiting.pop(0).tasks)
+                self._cancelled.clear()
+                self._pipe.send(say.Free(_memory(), *self._cache()))
+
+    def _take(self, message: object) -> None:
+        if isinstance(message, say.Draw):
+            self._waiting.append(message)
+        elif isinstance(message, say.Cancel):
+            self._cancelled.add(message.id)
+        elif isinstance(message, say.Stop):
+            self._stopping = True
+
+    def _warm_up(self) -> None:
+        """Load the base by drawing one small step; what is wrong with it is said when a job needs it."""
+        request = {"prompt": "a cat", "base": self._setup.base, "steps": 1, "seed": 0}
+        try:
+            self._engine.run(self._prepared(request))
+        except ImpromptError as error:
+            log.warning("worker %s: cannot load base '%s': %s", self._setup.device, self._setup.base, error)
+
+    def _cache(self) -> tuple[int, int]:
+        return getattr(self._engine, "cache_hits", 0), getattr(self._engine, "cache_misses", 0)
+
+    # ---- one batch
+
+    def _draw_batch(self, tasks: Sequence[say.Task]) -> None:
+        """Draw jobs together; when one of them cannot be drawn, each alone."""
+        wanted = [task for task in tasks if task.id not in self._cancelled]
+        for task in tasks:
+            if task not in wanted:
+                self._pipe.send(say.Cancelled(task.id))
+        if len(wanted) > 1:
+            try:
+                results = self._draw(wanted)
+            except Cancelled:
+                for task in wanted:
+                    self._pipe.send(say.Cancelled(task.id))
+                return
+            except Exception as error:  # whose fault it is shows when each is drawn alone
+                log.info("worker: a batch of %d is drawn one by one (%s)", len(wanted), type(error).__name__)
+            else:
+                for task, result in zip(wanted, results, strict=True):
+                    self._finish(task, result, len(wanted))
+                return
+        for task in wanted:
+            self._draw_alone(task)
+
+    def _draw_alone(self, task: say.Task) -> None:
+        try:
+            result = self._draw([task])[0]
+        except Cancelled:
+            self._pipe.send(say.Cancelled(task.id))
+        except ImpromptError as error:
+            self._fail(task, error)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise
+        except Exception as error:  # a fault of ours: the job fails, the next one is fine
+            log.error("worker: job %s failed\n%s", task.id, traceback.format_exc())
+            text = f"the drawing failed unexpectedly ({type(error).__name__}); the server's log says more."
+            self._pipe.send(say.Failed(task.id, 500, "internal", text, None))
+        else:
+            self._finish(task, result, 1)
+
+    def _draw(self, tasks: Sequence[say.Task]) -> list[Result]:
+        requests = [self._prepared(task.request) for task in tasks]
+        pictures: dict[str, Image.Image] = {}
+        for request in requests:
+            for name in request.files:
+                if name not in pictures:
+                    pictures[name] = self._open(name)
+        progress = _Progress(tasks, requests)
+
+        def on_step(step: Step) -> None:
+            while self._pipe.poll():
+                self._take(self._pipe.recv())
+            if self._stopping or all(task.id in self._cancelled for task in tasks):
+                raise Cancelled("the job was cancelled.")
+            for message in progress.messages(step, self._cancelled):
+                self._pipe.send(message)
+
+        if len(requests) == 1:
+            return [self._engine.run(requests[0], pictures=pictures, on_step=on_step)]
+        return self._engine.run_batch(requests, pictures=pictures, on_step=on_step)
+
+    def _open(self, name: str) -> Image.Image:
+        path = self._setup.pictures / name[:2] / name
+        try:
+            return Image.open(io.BytesIO(path.read_bytes()))
+        except OSError as error:
+            raise InputError(f"pictures: '{name}' is not on the server any more; upload it again.") from error
+
+    def _prepared(self, values: Mapping[str, Any]) -> Request:
+        """The request as this machine draws it: offered names looked up, on this worker's device."""
+        own = {"device": self._setup.device, "dtype": self._setup.dtype, "offload": self._setup.offload}
+        return Request.from_mapping(renamed({**values, **own}, self._setup.names))
+
+    def _public(self, request: Request) -> Request:
+        """The complete request as clients may see it: without this machine's paths and device."""
+        back = {kind: {to: name for name, to in names.items()} for kind, names in self._setup.names.items()}
+        values = request.model_dump(mode="json")
+        own = {name: Request.model_fields[name].default for name in ("device", "dtype", "offload")}
+        return Request.from_mapping(renamed({**values, **own}, back))
+
+    # ---- its end
+
+    def _finish(self, task: say.Task, result: Result, batch: int) -> None:
+        if task.id in self._cancelled:
+            self._pipe.send(say.Cancelled(task.id))
+            return
+        try:
+            shown = replace(result, request=self._public(result.request))
+            pictures = self._store(shown, task.suffix)
+        except ImpromptError as error:
+            self._fail(task, error)
+            return
+        self._pipe.send(
+            say.Drawn(
+                task.id, tuple(pictures), shown.request.to_json(), result.notes, dict(result.timings), batch
+            )
+        )
+
+    def _fail(self, task: say.Task, error: ImpromptError) -> None:
+        problem = problem_of(error)
+        if isinstance(error, InputError) and isinstance(error.__cause__, OSError):
+            problem = disk_problem(error)
+        self._pipe.send(say.Failed(task.id, problem.status, problem.code, problem.message, problem.field))
+
+    def _store(self, result: Result, suffix: str) -> list[dict[str, Any]]:
+        """Write a result's pictures or clips into the store's folder under the names of their contents."""
+        scratch = self._setup.scratch
+        try:
+            scratch.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(dir=scratch))
+        except OSError as error:
+            raise InputError(f"cannot write to the server's folder ({error.strerror}).") from error
+        try:
+            return [self._place(path) for path in save(result, folder / f"picture{suffix}")]
+        except OSError as error:
+            raise InputError(f"cannot write to the server's folder ({error.strerror}).") from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _place(self, path: Path) -> dict[str, Any]:
+        content = path.read_bytes()
+        picture = describe(content, hashlib.sha256(content).hexdigest())
+        place = self._setup.pictures / picture.id[:2] / picture.id
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(place)
+        return asdict(picture)
+
+
+class _Progress:
+    """Counts steps over all pictures of each job of a batch."""
+
+    def __init__(self, tasks: Sequence[say.Task], requests: Sequence[Request]) -> None:
+        self._tasks = tasks
+        self._counts = [request.count for request in requests]
+        self._last = 0.0
+
+    def messages(self, step: Step, cancelled: set[str]) -> list[say.Stepped]:
+        """What to tell after a step; previews only so often."""
+        now = time.monotonic()
+        with_preview = now - self._last >= _PREVIEW_SECONDS
+        if with_preview:
+            self._last = now
+        found = []
+        for place, task in enumerate(self._tasks):
+            if task.id in cancelled:
+                continue
+            alone = len(self._tasks) == 1
+            done = step.picture * step.total + step.index if alone else step.index
+            total = step.pictures * step.total if alone else step.total
+            preview = None
+            if with_preview and task.previews:
+                which = 0 if alone else place
+                preview = _small(step.preview(which))
+            found.append(say.Stepped(task.id, min(done, total), total, preview))
+        return found
+
+
+def renamed(values: Mapping[str, Any], names: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """A request's fields with the names of bases, adapters and LoRAs looked up in ``names``."""
+    bases, adapters, loras = (names.get(kind, {}) for kind in ("bases", "adapters", "loras"))
+    changed = dict(values)
+    if "base" in changed:
+        changed["base"] = bases.get(changed["base"], changed["base"])
+    if changed.get("adapter"):
+        changed["adapter"] = adapters.get(changed["adapter"], changed["adapter"])
+    changed["images"] = [
+        {**image, "adapter": adapters.get(image["adapter"], image["adapter"])} if image.get("adapter") else image
+        for image in changed.get("images", ())
+    ]
+    changed["loras"] = [
+        {**lora, "path": loras.get(lora["path"], lora["path"])} for lora in changed.get("loras", ())
+    ]
+    return changed
+
+
+def _small(image: Image.Image) -> bytes:
+    image.thumbnail((_PREVIEW_SIDE, _PREVIEW_SIDE))
+    stream = io.BytesIO()
+    image.save(stream, "WEBP", quality=60)
+    return stream.getvalue()
+
+
+def _memory() -> int:
+    """Resident bytes of this process, 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    import resource
+
+    return pages * resource.getpagesize()
