@@ -106,7 +106,10 @@ def read_request(values: Mapping[str, Any], settings: Settings) -> Request:
     for name in request.files:
         if not ID.fullmatch(name):
             raise Problem(
-                422, "unknown_picture", f"'{name[:80]}' is no picture's id; upload the picture first.", "images"
+                422,
+                "unknown_picture",
+                f"'{name[:80]}' is no picture's id; upload the picture first.",
+                "images",
             )
     return request
 
@@ -146,5 +149,3 @@ def _check_limits(request: Request, settings: Settings) -> None:
     for field, value, most in asked:
         if value is not None and value > most:
             raise Problem(422, "over_limit", f"{field}: {value} is asked, this server draws {most}.", field)
-
-

@@ -1,7 +1,7 @@
 """Errors as HTTP answers: status, a code that programs can test, a message for people, the field at fault."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from imprompt.errors import Cancelled, ImpromptError, InputError, ModelError, UsageError
 

@@ -34,7 +34,8 @@ ATTEMPTS = 2
 _REMEMBERED = 256  # finished jobs kept in memory; older ones are read from the journal
 _KEEP_ALIVE_SECONDS = 15.0
 
-_P, _T = ParamSpec("_P"), TypeVar("_T")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -96,6 +97,11 @@ class Queue:
     def __init__(self, settings: Settings, store: Store, metrics: Metrics) -> None:
         self.settings, self.store, self.metrics = settings, store, metrics
         self.draining = False
+        """Whether no jobs are accepted any more."""
+        self.closing = False
+        """Whether listeners are sent away."""
+        self.decoding = asyncio.Semaphore(2)
+        """Held while a client's picture is decoded, which takes memory."""
         self.workers: list[Worker] = []
         self._waiting: list[Job] = []
         self._active: dict[str, Job] = {}
@@ -124,24 +130,35 @@ class Queue:
             setup = say.Setup(
                 self.store.pictures, self.settings.folder / "scratch", device, self.settings.dtype,
                 self.settings.offload, self.settings.base,
-                {"bases": self.settings.bases, "adapters": self.settings.adapters, "loras": self.settings.loras},
+                self.settings.names,
             )  # fmt: skip
             worker = Worker(setup, self._heard, self._worker_died)
             worker.start()
             self.workers.append(worker)
 
-    async def stop(self, drain_seconds: float) -> None:
-        """Let running jobs finish, leave the waiting ones in the journal, end the workers."""
+    async def drain(self, seconds: float) -> None:
+        """Accept and start nothing more; wait for what is being drawn."""
         self.draining = True
-        end = time.monotonic() + drain_seconds
+        for job in self._waiting:
+            self._changed(job)
+        end = time.monotonic() + seconds
         while time.monotonic() < end and any(worker.jobs for worker in self.workers):
             await asyncio.sleep(0.05)
-        for job in [job for job in self._active.values() if job.state == "running"]:
-            job.attempts = max(0, job.attempts - 1)  # that we ended it is no fault of its own
-            self._journal(job, "queued")
-        await asyncio.gather(*(worker.stop(5) for worker in self.workers))
+
+    def close(self) -> None:
+        """Accept and start nothing more, and send listeners away."""
+        self.draining = self.closing = True
         for job in self._active.values():
             self._changed(job)
+
+    async def stop(self) -> None:
+        """End the workers. What is not finished stays in the journal for the next server."""
+        self.close()
+        for job in [job for job in self._active.values() if job.state == "running"]:
+            job.attempts -= 1  # that we end it is no fault of its own
+            job.state = "queued"
+            self._journal(job, "queued")
+        await asyncio.gather(*(worker.stop(5) for worker in self.workers))
         await asyncio.gather(*self._writes, return_exceptions=True)
         await self.blocking(self.store.close)
         self._disk.shutdown()
@@ -270,13 +287,13 @@ class Queue:
             if job.version != seen:
                 seen = job.version
                 yield job
-                if job.over or (self.draining and job.state == "queued"):
+                if job.over or self.closing or (self.draining and job.state == "queued"):
                     return
             async with job.changed:
+                if job.version != seen:
+                    continue
                 try:
-                    await asyncio.wait_for(
-                        job.changed.wait_for(lambda: job.version != seen), _KEEP_ALIVE_SECONDS
-                    )
+                    await asyncio.wait_for(job.changed.wait(), _KEEP_ALIVE_SECONDS)
                 except TimeoutError:
                     yield None
 
@@ -463,4 +480,6 @@ def _work(job: Job, record: Mapping[str, Any] | None = None) -> float:
 
 
 def _died_error() -> Problem:
-    return Problem(500, "worker_died", f"the process that drew it died {ATTEMPTS} times, out of memory perhaps.")
+    return Problem(
+        500, "worker_died", f"the process that drew it died {ATTEMPTS} times, out of memory perhaps."
+    )

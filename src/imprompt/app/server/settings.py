@@ -1,4 +1,4 @@
-"""Where the server listens, what it offers, and every limit in one place. No I/O but for the folders' names."""
+"""Where the server listens, what it offers, and every limit in one place. """
 
 import ipaddress
 import os
@@ -71,6 +71,11 @@ class Settings:
     offload: str = "none"
     log_prompts: bool = False
     limits: Limits = Limits()
+
+    @property
+    def names(self) -> dict[str, dict[str, str]]:
+        """What the server's own names stand for, for its workers."""
+        return {"bases": self.bases, "adapters": self.adapters, "loras": self.loras}
 
     @property
     def loopback(self) -> bool:

@@ -169,7 +169,9 @@ class Store:
     def path(self, picture: str) -> Path:
         """Where a picture's file is, or would be. Raises :class:`Problem` for what is no id."""
         if not ID.fullmatch(picture):
-            raise Problem(404, "unknown_picture", "a picture's id is the 64 hexadecimal digits of its SHA-256.")
+            raise Problem(
+                404, "unknown_picture", "a picture's id is the 64 hexadecimal digits of its SHA-256."
+            )
         return self.pictures / picture[:2] / picture
 
     def find(self, picture: str) -> Picture | None:
@@ -182,24 +184,24 @@ class Store:
             return None
         return Picture(*(row[name] for name in Picture.__dataclass_fields__))
 
-    def put(self, content: bytes, *, max_pixels: int) -> Picture:
-        """Keep an uploaded picture. Raises :class:`InputError` for what is no picture that can be decoded."""
+    @staticmethod
+    def check(content: bytes, max_pixels: int) -> None:
+        """Raises :class:`InputError` for what is no picture that can be decoded. May run on any thread."""
+        load_image(content, max_pixels=max_pixels)
+
+    def keep(self, content: bytes) -> Picture:
+        """Keep a picture that was checked. Raises :class:`Problem` when the disk is full."""
         identity = hashlib.sha256(content).hexdigest()
         known = self.find(identity)
         if known is not None:
             return known
-        load_image(content, max_pixels=max_pixels)
-        return self._keep(content, identity)
-
-    def _keep(self, content: bytes, identity: str) -> Picture:
-        found = describe(content, identity)
-        path = self.path(identity)
+        picture = describe(content, identity)
         try:
-            write_atomic(path, content, overwrite=True)
+            write_atomic(self.path(identity), content, overwrite=True)
         except ImpromptError as error:
             raise disk_problem(error) from error
-        self.register(found)
-        return found
+        self.register(picture)
+        return picture
 
     def register(self, picture: Picture) -> None:
         """Note a picture whose file is in its place."""

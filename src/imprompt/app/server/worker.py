@@ -255,7 +255,9 @@ def renamed(values: Mapping[str, Any], names: Mapping[str, Mapping[str, str]]) -
     if changed.get("adapter"):
         changed["adapter"] = adapters.get(changed["adapter"], changed["adapter"])
     changed["images"] = [
-        {**image, "adapter": adapters.get(image["adapter"], image["adapter"])} if image.get("adapter") else image
+        {**image, "adapter": adapters.get(image["adapter"], image["adapter"])}
+        if image.get("adapter")
+        else image
         for image in changed.get("images", ())
     ]
     changed["loras"] = [

@@ -1,0 +1,131 @@
+"""``imprompt serve``: the page and the HTTP protocols, on this machine only unless a token is given."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from imprompt.errors import ModelError, UsageError
+
+HELP = "serve the page and the HTTP protocols"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``imprompt serve``."""
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen at; others than this machine's need --token")
+    add("--port", type=int, default=7860, help="default: 7860")
+    add("--token", metavar="TEXT|@FILE", help="what clients must send; or IMPROMPT_TOKEN")
+    add("--allow-host", action="append", default=[], metavar="NAME", help="a further name of this server")
+    add("--open", action="store_true", help="open the page in the browser")
+    add("--folder", type=Path, metavar="FOLDER", help="where pictures and journal are kept")
+    add("--base", default="emoji", metavar="NAME", help="model of requests that name none; loaded at start")
+    add("--model", action="append", default=[], metavar="NAME=PATH", help="offer this base too")
+    add("--adapter", action="append", default=[], metavar="NAME=PATH", help="offer this adapter too")
+    add("--loras", type=Path, metavar="FOLDER", help="offer the .safetensors in this folder")
+    add("--download", action="store_true", help="offer models that are not on this machine yet")
+    add("--device", action="append", default=[], metavar="NAME", help="one worker each; default: all GPUs")
+    add("--dtype", default="auto")
+    add("--offload", default="none", choices=("none", "model", "sequential"))
+    add("--queue", type=int, default=64, metavar="N", help="how many jobs may wait; default: 64")
+    add("--batch", type=int, default=8, metavar="N", help="how many jobs are drawn together; default: 8")
+    add("--drain", type=float, default=60.0, metavar="SECONDS", help="for running jobs after SIGTERM")
+    add("--log-prompts", action="store_true", help="write prompts to the log")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until interrupted. Raises :class:`UsageError` for flags that do not fit."""
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ModelError(f"serving needs more packages ({error}): pip install 'imprompt[serve]'") from error
+    from imprompt.app.server.process import serve
+    from imprompt.app.server.settings import Limits, Settings, data_folder
+
+    limits = Limits(queue=args.queue, batch=args.batch, drain_seconds=args.drain)
+    settings = Settings(
+        folder=(args.folder or data_folder()).expanduser().absolute(),
+        host=args.host,
+        port=args.port,
+        token=_token(args.token),
+        allowed_hosts=tuple(args.allow_host),
+        base=args.base,
+        bases=_named("--model", args.model),
+        adapters=_named("--adapter", args.adapter),
+        loras=_loras(args.loras),
+        download=args.download,
+        devices=tuple(args.device) or _devices(),
+        dtype=args.dtype,
+        offload=args.offload,
+        log_prompts=args.log_prompts,
+        limits=limits,
+    )
+    settings.check()
+    _log_lines()
+    return serve(settings, open_page=args.open)
+
+
+def _token(given: str | None) -> str | None:
+    given = given or os.environ.get("IMPROMPT_TOKEN")
+    if given and given.startswith("@"):
+        try:
+            return Path(given[1:]).expanduser().read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise UsageError(f"--token {given}: the file cannot be read ({error.strerror}).") from error
+    return given or None
+
+
+def _named(flag: str, pairs: list[str]) -> dict[str, str]:
+    found = {}
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if not (name and sign and value):
+            raise UsageError(f"{flag} '{pair}': NAME=PATH is expected.")
+        found[name] = value
+    return found
+
+
+def _loras(folder: Path | None) -> dict[str, str]:
+    if folder is None:
+        return {}
+    if not folder.is_dir():
+        raise UsageError(f"--loras: there is no folder '{folder}'.")
+    return {path.stem: str(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def _devices() -> tuple[str, ...]:
+    """All GPUs, else whatever there is."""
+    import torch
+
+    return tuple(f"cuda:{number}" for number in range(torch.cuda.device_count())) or ("auto",)
+
+
+class _JSONLines(logging.Formatter):
+    """One JSON object a line."""
+
+    _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        """A record as JSON, with its extra fields."""
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + "Z",
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+        }
+        line |= {name: value for name, value in vars(record).items() if name not in self._OWN}
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def _log_lines() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JSONLines())
+    for name in ("imprompt.server", "uvicorn.error"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO)

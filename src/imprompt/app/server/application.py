@@ -1,0 +1,134 @@
+"""The FastAPI application: routes of all protocols, the page, health and metrics, and one form of errors."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi import Request as HTTPRequest
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+
+from imprompt import __version__
+from imprompt.app.server import a1111, native, openai
+from imprompt.app.server.guard import Guard, answer
+from imprompt.app.server.metrics import Metrics
+from imprompt.app.server.problems import Problem, problem_of
+from imprompt.app.server.queue import Queue
+from imprompt.app.server.settings import Settings
+from imprompt.app.server.store import Store
+from imprompt.errors import ImpromptError
+
+STATIC = Path(__file__).parent / "static"
+_TYPES = {
+    ".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml", ".webp": "image/webp",
+    ".webmanifest": "application/manifest+json",
+}  # fmt: skip
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The server as an ASGI application; its workers start and end with its lifespan.
+
+    Raises :class:`~imprompt.errors.UsageError` for settings that would serve strangers without a token.
+    """
+    settings.check()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        settings.folder.mkdir(parents=True, exist_ok=True)
+        store = Store(settings.folder, stored_bytes=settings.limits.stored_bytes)
+        metrics = Metrics()
+        app.state.queue = queue = Queue(settings, store, metrics)
+        metrics.watch(queue)
+        await queue.start()
+        yield
+        await queue.stop()
+
+    app = FastAPI(
+        title="imprompt", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        openapi_url="/api/v1/openapi.json",
+        middleware=[Middleware(Guard, settings=settings, error_body=error_body)],
+    )  # fmt: skip
+    app.state.settings = settings
+    for router in (native.router, openai.router, a1111.router):
+        app.include_router(router)
+    _add_plain_routes(app)
+    _add_page(app)
+    _add_errors(app)
+    return app
+
+
+def error_body(path: str, problem: Problem) -> dict[str, Any]:
+    """An error in the form of the protocol that the path belongs to."""
+    if path.startswith("/v1/"):
+        return openai.error_body(problem)
+    if path.startswith("/sdapi/"):
+        return a1111.error_body(problem)
+    return {"error": problem.to_dict()}
+
+
+def _add_plain_routes(app: FastAPI) -> None:
+    @app.get("/healthz", tags=["health"])
+    async def healthz() -> dict[str, str]:
+        """The server runs."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", tags=["health"], responses={503: {"description": "loading, or shutting down"}})
+    async def readyz() -> JSONResponse:
+        """A worker has loaded its model."""
+        queue: Queue = app.state.queue
+        status = "draining" if queue.draining else "ready" if queue.ready else "loading"
+        return JSONResponse({"status": status}, 200 if queue.ready else 503)
+
+    @app.get("/metrics", tags=["health"], response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """For Prometheus."""
+        queue: Queue = app.state.queue
+        return Response(queue.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_page(app: FastAPI) -> None:
+    """The page's files; only those that are there when the server starts."""
+    files = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*") if path.is_file()}
+
+    @app.get("/", include_in_schema=False)
+    @app.get("/static/{name:path}", include_in_schema=False)
+    async def page(name: str = "index.html") -> Response:
+        if name not in files:
+            raise Problem(404, "not_found", "there is no such page.")
+        path = files[name]
+        return FileResponse(path, media_type=_TYPES[path.suffix], headers={"Cache-Control": "no-cache"})
+
+
+def _add_errors(app: FastAPI) -> None:
+    def told(http: HTTPRequest, problem: Problem) -> Response:
+        return answer(problem, error_body(http.url.path, problem))
+
+    @app.exception_handler(Problem)
+    async def problem(http: HTTPRequest, error: Problem) -> Response:
+        return told(http, error)
+
+    @app.exception_handler(ImpromptError)
+    async def own(http: HTTPRequest, error: ImpromptError) -> Response:
+        return told(http, problem_of(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(http: HTTPRequest, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"][1:])
+        return told(http, Problem(422, "invalid_request", f"{field}: {first['msg']}", field))
+
+    @app.exception_handler(HTTPException)
+    async def plain(http: HTTPRequest, error: HTTPException) -> Response:
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "error")
+        found = Problem(error.status_code, code, f"{error.detail}.", headers=dict(error.headers or {}))
+        return told(http, found)
+
+    @app.exception_handler(Exception)
+    async def unexpected(http: HTTPRequest, error: Exception) -> Response:
+        text = f"an unexpected {type(error).__name__}; the server's log says more."
+        return told(http, Problem(500, "internal", text))

@@ -1,0 +1,105 @@
+"""What this server offers: limits, models with their licences, and the JSON Schema of a request."""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from imprompt import __version__
+from imprompt.app.server.settings import Settings
+from imprompt.catalog.entries import (
+    ADAPTERS,
+    BASES,
+    BUNDLED,
+    CONTROLS,
+    DEFAULT_ADAPTERS,
+    DEFAULT_CONTROLS,
+    DEFAULT_MOTIONS,
+    MOTIONS,
+)
+from imprompt.generation.families import cached
+from imprompt.schema import options
+from imprompt.schema.profiles import PROFILES
+from imprompt.schema.request import CONTROLS as CONTROL_KINDS
+from imprompt.schema.request import SCHEDULERS, Request
+
+_ASSETS = Path(__file__).parents[2] / "assets" / "emoji"
+
+
+def capabilities(settings: Settings) -> dict[str, Any]:
+    """The answer of ``GET /api/v1/capabilities``. Looks which models are on this machine."""
+    limits = settings.limits
+    return {
+        "version": __version__,
+        "limits": {
+            "queue": limits.queue, "picture_bytes": limits.picture_bytes, "side": limits.side,
+            "count": limits.count, "steps": limits.steps, "frames": limits.frames,
+        },
+        "base": settings.base,
+        "bases": _bases(settings),
+        "adapters": _adapters(settings),
+        "loras": list(settings.loras),
+        "controls": [
+            {"name": name, "family": row.family, "kinds": list(row.modes), "licence": row.licence,
+             "here": row.repo == BUNDLED or settings.download or cached(row.repo, "config.json")}
+            for name, row in CONTROLS.items()
+        ],
+        "control_kinds": CONTROL_KINDS,
+        "default_controls": DEFAULT_CONTROLS,
+        "motions": [
+            {"name": name, "family": row.family, "licence": row.licence, "note": row.note,
+             "default": DEFAULT_MOTIONS.get(row.family) == name,
+             "here": row.repo == BUNDLED or settings.download or cached(row.repo, "config.json")}
+            for name, row in MOTIONS.items()
+        ],
+        "profiles": list(PROFILES),
+        "schedulers": list(SCHEDULERS),
+        "combines": list(options.COMBINES),
+        "framings": list(options.FRAMINGS),
+        "curves": list(options.CURVES),
+        "words": _vocabulary(),
+        "request": _schema(),
+    }  # fmt: skip
+
+
+def _bases(settings: Settings) -> list[dict[str, Any]]:
+    rows = [
+        {"name": name, "family": row.family, "size": row.size, "licence": row.licence, "note": row.note,
+         "inpaint": row.inpaint, "here": row.repo == BUNDLED or cached(row.repo, "model_index.json"),
+         "offered": row.repo == BUNDLED or settings.download or cached(row.repo, "model_index.json"),
+         "source": "" if row.repo == BUNDLED else row.repo}
+        for name, row in BASES.items()
+    ]  # fmt: skip
+    return rows + [
+        {"name": name, "family": None, "size": None, "licence": "as its source says", "note": "added by --model",
+         "inpaint": False, "here": True, "offered": True, "source": ""}
+        for name in settings.bases
+    ]  # fmt: skip
+
+
+def _adapters(settings: Settings) -> list[dict[str, Any]]:
+    rows = []
+    for name, row in ADAPTERS.items():
+        here = row.repo == BUNDLED or cached(row.repo, row.file)
+        rows.append(
+            {"name": name, "family": row.family, "licence": row.licence, "note": row.note,
+             "megabytes": row.megabytes, "face": row.face_pack is not None, "here": here,
+             "offered": here or settings.download, "default": DEFAULT_ADAPTERS.get(row.family) == name}
+        )  # fmt: skip
+    return rows + [
+        {"name": name, "family": None, "licence": "as its source says", "note": "added by --adapter",
+         "megabytes": None, "face": False, "here": True, "offered": True, "default": False}
+        for name in settings.adapters
+    ]  # fmt: skip
+
+
+@lru_cache(1)
+def _vocabulary() -> dict[str, list[str]]:
+    """What the bundled model knows."""
+    found: dict[str, list[str]] = json.loads((_ASSETS / "vocabulary.json").read_text(encoding="utf-8"))
+    return found
+
+
+@lru_cache(1)
+def _schema() -> dict[str, Any]:
+    return Request.model_json_schema()
