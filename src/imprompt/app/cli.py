@@ -23,6 +23,7 @@ VERBS = (
     "edit",
     "inpaint",
     "animate",
+    "serve",
     "tune",
     "info",
     "models",

@@ -16,8 +16,8 @@ from imprompt.catalog.entries import (
     DEFAULT_CONTROLS,
     DEFAULT_MOTIONS,
     MOTIONS,
+    cached,
 )
-from imprompt.generation.families import cached
 from imprompt.schema import options
 from imprompt.schema.profiles import PROFILES
 from imprompt.schema.request import CONTROLS as CONTROL_KINDS
@@ -71,7 +71,7 @@ def _bases(settings: Settings) -> list[dict[str, Any]]:
         for name, row in BASES.items()
     ]  # fmt: skip
     return rows + [
-        {"name": name, "family": None, "size": None, "licence": "as its source says", "note": "added by --model",
+        {"name": name, "family": None, "size": None, "licence": "see its source", "note": "added by --model",
          "inpaint": False, "here": True, "offered": True, "source": ""}
         for name in settings.bases
     ]  # fmt: skip
@@ -87,7 +87,7 @@ def _adapters(settings: Settings) -> list[dict[str, Any]]:
              "offered": here or settings.download, "default": DEFAULT_ADAPTERS.get(row.family) == name}
         )  # fmt: skip
     return rows + [
-        {"name": name, "family": None, "licence": "as its source says", "note": "added by --adapter",
+        {"name": name, "family": None, "licence": "see its source", "note": "added by --adapter",
          "megabytes": None, "face": False, "here": True, "offered": True, "default": False}
         for name in settings.adapters
     ]  # fmt: skip

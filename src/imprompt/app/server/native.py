@@ -157,11 +157,12 @@ _UPLOAD_BODY = {
 async def upload(http: HTTPRequest, queue: QueueHere) -> Any:
     """Upload a picture, a mask or an animated picture; its id is the SHA-256 of its bytes."""
     settings, store = queue.settings, queue.store
-    async with await form_body(http, settings) as form:
-        files = uploads(form, "file")
-        if len(files) != 1:
-            raise Problem(422, "missing_file", f"one part 'file' is expected, got {len(files)}.", "file")
-        content = await files[0].read(settings.limits.picture_bytes + 1)
+    form = await form_body(http, settings)
+    files = uploads(form, "file")
+    if len(files) != 1:
+        raise Problem(422, "missing_file", f"one part 'file' is expected, got {len(files)}.", "file")
+    content = await files[0].read(settings.limits.picture_bytes + 1)
+    await form.close()
     if len(content) > settings.limits.picture_bytes:
         raise Problem(413, "too_large", f"a picture has at most {settings.limits.picture_bytes >> 20} MB.")
     picture = await keep(queue, content, "file")
@@ -228,7 +229,7 @@ async def submit(
     queue: QueueHere,
     idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
 ) -> Any:
-    """Accept a job: 202 with its place in the queue, or 200 with the one that this key was sent with before."""
+    """Accept a job: 202 with its place in the queue; 200 with the job that has this key already."""
     values = await json_body(http, queue.settings)
     if unknown := values.keys() - {"request", "format", "previews"}:
         name = min(unknown)
@@ -266,16 +267,14 @@ async def checked_request(queue: Queue, values: dict[str, Any]) -> Request:
 
 def check_here(queue: Queue, request: Request) -> None:
     """Raises :class:`Problem` for a catalogued base that is not on this machine and may not be downloaded."""
-    from imprompt.generation.families import cached
+    from imprompt.catalog.entries import cached
 
     name = request.base
     if name in queue.settings.bases or queue.settings.download:
         return
     if not cached(BASES[name].repo, "model_index.json"):
-        raise Problem(
-            422, "not_here", f"base: '{name}' is not on the server's machine; run: hf download {BASES[name].repo}",
-            "base",
-        )  # fmt: skip
+        text = f"base: '{name}' is not on the server's machine; run there: hf download {BASES[name].repo}"
+        raise Problem(422, "not_here", text, "base")
 
 
 def suffix_of(form: object, request: Request) -> str:
@@ -312,8 +311,8 @@ async def cancel(job: JobId, queue: QueueHere) -> Any:
 async def events(job: JobId, queue: QueueHere) -> StreamingResponse:
     """Server-sent events ``queued``, ``step``, ``done``, ``failed``, ``cancelled``, with the job as JSON.
 
-    ``step`` has ``preview`` now and then, a small picture as a data URL. The stream ends when the job is over;
-    a client that lost it asks again and gets the state as it is.
+    ``step`` has ``preview`` now and then, a small picture as a data URL. The stream ends with the
+    job; a client that lost it asks again and gets the state as it is.
     """
     found = await queue.find(job)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}

@@ -1,14 +1,14 @@
 """Errors as HTTP answers: status, a code that programs can test, a message for people, the field at fault."""
 
+import dataclasses
 import re
-from dataclasses import dataclass
 
 from imprompt.errors import Cancelled, ImpromptError, InputError, ModelError, UsageError
 
 _FIELD = re.compile(r"^([a-z_]+(?:\.[a-z0-9_]+)*): ")
 
 
-@dataclass
+@dataclasses.dataclass
 class Problem(Exception):
     """An answer other than 2xx, raised anywhere below a route."""
 
@@ -16,7 +16,7 @@ class Problem(Exception):
     code: str
     message: str
     field: str | None = None
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, str | None]:
         """The value of ``error`` in the answer."""

@@ -1,6 +1,7 @@
 """Runs the application in uvicorn: one process, signals that drain first, and headers with a time limit."""
 
 import asyncio
+import contextlib
 import signal
 import socket
 import sys
@@ -40,7 +41,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """SIGTERM: drain, then end. SIGINT, or a second signal: end now; accepted jobs stay in the journal."""
+        """SIGTERM: drain, then end. SIGINT, or a second signal: end now, jobs stay in the journal."""
         queue: Queue | None = getattr(self._app.state, "queue", None)
         if queue is None or self._loop is None:
             super().handle_exit(sig, frame)
@@ -71,7 +72,8 @@ def serve(settings: Settings, *, open_page: bool = False) -> int:
         opening = threading.Timer(1.0, webbrowser.open, [address])
         opening.daemon = True
         opening.start()
-    server.run()
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again that ended it
+        server.run()
     return 0 if server.started else 1
 
 

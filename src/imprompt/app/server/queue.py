@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import secrets
+import sqlite3
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -23,6 +24,7 @@ from imprompt.app.server.problems import Problem
 from imprompt.app.server.settings import Settings
 from imprompt.app.server.store import Store
 from imprompt.app.server.workers import Worker
+from imprompt.catalog.entries import BASES
 from imprompt.schema.request import Request
 
 log = logging.getLogger("imprompt.server")
@@ -82,7 +84,7 @@ class Job:
         return {name: getattr(self, name) for name in names}
 
     @classmethod
-    def restored(cls, row: Mapping[str, Any]) -> "Job":
+    def restored(cls, row: sqlite3.Row) -> "Job":
         """A job from its row in the journal."""
         request = Request.from_json(row["request"])
         return cls(
@@ -473,7 +475,9 @@ def _task(job: Job) -> say.Task:
 def _work(job: Job, record: Mapping[str, Any] | None = None) -> float:
     """Millions of pixel-steps of a job, as far as it says; its defaults are guessed."""
     values = record or job.record or job.request.model_dump(mode="json")
-    width, height = values.get("size") or (512, 512)
+    row = BASES.get(values["base"])
+    side = row.size if row else 512
+    width, height = values.get("size") or (side, side)
     pictures = values["count"] * (values.get("frames") or (16 if values["task"] == "animate" else 1))
     steps = values.get("steps") or 30
     return width * height * steps * pictures / 1e6

@@ -1,4 +1,4 @@
-"""Where the server listens, what it offers, and every limit in one place. """
+"""Where the server listens, what it offers, and every limit in one place."""
 
 import ipaddress
 import os

@@ -5,6 +5,7 @@ the server is gone. Only the server's own messages come through the pipe; what c
 request and pictures that were decoded once before.
 """
 
+import contextlib
 import hashlib
 import io
 import logging
@@ -42,10 +43,8 @@ def main(pipe: Connection, setup: say.Setup) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # the server decides when its workers end
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    try:
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the server is gone
         Worker(pipe, setup).run()
-    except (EOFError, BrokenPipeError, ConnectionResetError):  # the server is gone
-        pass
 
 
 class Worker:
