@@ -13,12 +13,16 @@ from PIL import Image
 
 from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.adapter.ipadapter import IPAdapter
-from imprompt.evaluation.judge import Judge
+from imprompt.data.rows import read_dataset
+from imprompt.encoders.images import load_image
 from imprompt.evaluation.metrics import cosine
-from imprompt.evaluation.report import EMOJI, read_eval_set
 from imprompt.generation.engine import Engine
+from imprompt.generation.families import EMOJI
 from imprompt.schema.profiles import layer_weights
 from imprompt.schema.request import Request
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "emoji" / "lab"))
+from judge import Judge
 
 ADAPTERS = ("ip-adapter_emoji.safetensors", "ip-adapter-plus_emoji.safetensors")
 
@@ -40,9 +44,8 @@ def engine():
 @pytest.fixture(scope="module")
 def shown():
     """Held-out pictures by (concept, style)."""
-    return {
-        (picture.concept, picture.style): picture.image for picture in read_eval_set(EMOJI / "eval").pictures
-    }
+    rows = read_dataset(EMOJI / "eval").rows
+    return {(row.groups["concept"], row.groups["style"]): load_image(row.read()) for row in rows}
 
 
 @pytest.fixture(scope="module")

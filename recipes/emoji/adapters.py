@@ -29,7 +29,6 @@ from pathlib import Path
 
 import torch
 from common import DATA, MODEL, RUNS, Row, cosine, load_pictures, load_rows
-from data import hashed
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -38,10 +37,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from unet import Captions
 
+from data import hashed
 from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.data.rows import read_dataset
 from imprompt.encoders.clip import ImageEncoder
-from imprompt.evaluation.rows import read_rows
 from imprompt.training import TrainConfig, train
 from imprompt.training.cache import encode_features
 
@@ -149,7 +149,7 @@ def from_captions(kind: str, config: TrainConfig, steps: int, batch: int = 48) -
     path = RUNS / f"captions-{kind}.safetensors"
     if path.exists():
         return str(path)
-    rows, _ = read_rows(config.data)
+    rows = read_dataset(config.data).rows
     feature = {"linear": "pooled", "resampler": "hidden"}[kind]
     encoder = ImageEncoder.from_pretrained(str(MODEL / "image_encoder"), torch_dtype=torch.float32)
     table, negative = encode_features(rows, encoder, feature, config, (128, 128))

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import tiny
+from imprompt.data.rows import read_dataset
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.errors import ModelError
-from imprompt.evaluation.rows import read_rows
 from imprompt.training import cache
 from imprompt.training.cache import encode_features, encode_latents, fingerprint
 
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def rows(pictures):
-    return read_rows(pictures)[0]
+    return read_dataset(pictures).rows
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from imprompt.data.rows import Row
 from imprompt.errors import InputError, UsageError
-from imprompt.evaluation.rows import Row
 from imprompt.training.config import Augmentation, TrainConfig
 from imprompt.training.data import Plan, augment, crop_to_shape
 

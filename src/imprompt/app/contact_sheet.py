@@ -13,8 +13,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from imprompt.evaluation.report import EMOJI, EvalSet, read_eval_set
+from imprompt.data.rows import Row, read_dataset
+from imprompt.encoders.images import load_image
 from imprompt.generation.engine import Engine
+from imprompt.generation.families import EMOJI
 from imprompt.output import stills as output
 from imprompt.schema.request import ControlRef, ImageRef, Request
 
@@ -51,8 +53,8 @@ def contact_sheet(folder: str | Path, *, seed: int = 7, say: Callable[[str], Non
     Raises :class:`~imprompt.errors.ModelError` when the bundled model is not there.
     """
     folder = Path(folder)
-    shown = read_eval_set(EMOJI / "eval")
-    references = _write_references(shown, folder / "pictures")
+    held_out = read_dataset(EMOJI / "eval").rows
+    references = _write_references(held_out, folder / "pictures")
     draw = _Artist(Engine(), seed, say)
     first, second, third, *_ = references
     bands = [
@@ -108,14 +110,13 @@ class _Artist:
         return _Cell(title, image)
 
 
-def _write_references(shown: EvalSet, folder: Path) -> list[Path]:
+def _write_references(held_out: Sequence[Row], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = {(picture.concept, picture.style): picture.image for picture in shown.pictures}
+    pictures = {(row.groups["concept"], row.groups["style"]): row for row in held_out}
     wanted = [key for key in REFERENCES if key in pictures] or list(pictures)[:5]
     paths = []
     for concept, style in wanted:
-        image = pictures[concept, style]
-        assert image is not None
+        image = load_image(pictures[concept, style].read())
         paths.append(folder / f"{concept}-{style}.png")
         image.save(paths[-1])
     return paths

@@ -1,13 +1,12 @@
 """``imprompt tune``: which scale, profile and window give most of a text and of a picture at once.
 
-Settings are a sweep like any other; each is drawn with a few seeds and measured (``evaluation.fidelity``). A
+Settings are a sweep like any other; each is drawn with a few seeds and measured (``evaluation.front``). A
 folder gets ``best.png`` and ``best.json`` (the chosen request, to be repeated with ``--from``), ``front.png``
 (the plot), ``sheet.png`` (the pictures on the front, and the ends) and ``tune.json`` (all figures).
 """
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,9 @@ from imprompt.encoders.features import is_saved
 from imprompt.encoders.images import load_image
 from imprompt.errors import InputError, UsageError
 from imprompt.evaluation.charts import grid, scatter
-from imprompt.evaluation.fidelity import Between, ByEncoder, ByJudge, Fidelity, choose, front
-from imprompt.evaluation.judge import Judge
+from imprompt.evaluation.front import EncoderMeasure, Fidelity, NormalizedScore, choose, pareto_front
 from imprompt.generation.engine import Engine, Result
-from imprompt.generation.families import EMOJI, find_base
+from imprompt.generation.families import find_base
 from imprompt.generation.sweep import read_axis, spread
 from imprompt.output import stills as output
 from imprompt.schema.request import ImageRef, Request
@@ -83,7 +81,7 @@ def tune(
     drawn = [[result.images[0] for result in results[i::settings]] for i in range(settings)]
     found = [between(images) for images in drawn]
     measure = between.measure.name
-    chosen, ahead = choose(found, prefer), front(found)
+    chosen, ahead = choose(found, prefer), pareto_front(found)
     for share, what in ((found[chosen].text, "text"), (found[chosen].picture, "picture")):
         if share <= 0:
             way = "smaller" if what == "text" else "larger"
@@ -116,19 +114,14 @@ def tune(
 
 def _between(
     request: Request, text_alone: Sequence[Image.Image], picture_alone: Sequence[Image.Image]
-) -> Between:
-    """By the adapter's encoder; of the text by the bundled model's judge where it knows the concept and tells
-    the ends apart."""
+) -> NormalizedScore:
+    """Fidelity by the adapter's own encoder, between what the text and what the picture draws alone."""
     references = [load_image(Path(ref.path).expanduser()) for ref in request.images]
     name = request.adapter or find_base(request.base).defaults.adapter
-    seen = ByEncoder.of(encoder_of(None, request.base, name), text_alone, references)
-    place = EMOJI / "judge.safetensors"
-    if request.base == "emoji" and place.is_file():
-        judged = ByJudge.of(Judge.load(place), request.prompt, seen)
-        if judged is not None:
-            with suppress(InputError):
-                return Between.of(judged, text_alone, picture_alone)
-    return Between.of(seen, text_alone, picture_alone)
+    encoder = encoder_of(None, request.base, name)
+    return NormalizedScore.between(
+        EncoderMeasure.between(encoder, text_alone, references), text_alone, picture_alone
+    )
 
 
 def _write(

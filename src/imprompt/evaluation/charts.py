@@ -1,7 +1,7 @@
 """Pages to look at: pictures in a labelled grid, points with their front, bars. Drawn with Pillow alone."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -99,46 +99,6 @@ def scatter(
         x, y = place(points[marked])
         pen.ellipse((x - 10, y - 10, x + 10, y + 10), outline=_MARK, width=3)
     _legend(pen, names, width, font)
-    return page
-
-
-def bars(
-    labels: Sequence[str],
-    series: Mapping[str, Sequence[float]],
-    *,
-    title: str,
-    spans: Mapping[str, Sequence[tuple[float, float]]] | None = None,
-) -> Image.Image:
-    """Groups of bars, one group a label, one colour a series; all share one scale through 0. ``spans`` are
-    drawn as a line over each bar, as far as the scale reaches."""
-    each, high, left, top = 18, 320, 64, 48
-    group = each * len(series) + 18
-    width = left + group * len(labels) + 24
-    page = Image.new("RGB", (width + 190, high + top + 150), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(13)
-    low, top_value = _span([0.0, *(value for values in series.values() for value in values)])
-
-    def level(value: float) -> float:
-        return top + high * (1 - (value - low) / (top_value - low))
-
-    pen.text((12, 10), title, _INK, ImageFont.load_default(16))
-    for value, said in _ticks(low, top_value):
-        pen.line((left, level(value), width, level(value)), (232, 232, 235))
-        pen.text((12, level(value) - 8), said, _PALE, font)
-    for g, label in enumerate(labels):
-        x = left + 9 + g * group
-        for s, values in enumerate(series.values()):
-            edges = sorted((level(0), level(values[g])))
-            box = (x + s * each, edges[0], x + (s + 1) * each - 3, edges[1])
-            pen.rectangle(box, COLOURS[s % len(COLOURS)])
-        for s, name in enumerate(series if spans is not None else ()):
-            middle = x + s * each + (each - 3) / 2
-            ends = [level(min(max(end, low), top_value)) for end in (spans or {})[name][g]]
-            pen.line((middle, ends[0], middle, ends[1]), _PALE, 2)
-        for i, line in enumerate(_lines(label, group - 4, font)):
-            pen.text((x, top + high + 8 + i * _LINE), line, _INK, font)
-    pen.line((left, level(0), width, level(0)), _INK)
-    _legend(pen, list(series), width, font)
     return page
 
 

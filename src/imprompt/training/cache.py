@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from imprompt.data.rows import Rejected, Row
 from imprompt.encoders.images import load_image
 from imprompt.errors import ImpromptError, ModelError
-from imprompt.evaluation.rows import Rejected, Row
 from imprompt.training.config import TrainConfig
 from imprompt.training.data import augment, crop_to_shape
 

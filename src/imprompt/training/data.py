@@ -18,8 +18,8 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
+from imprompt.data.rows import Row
 from imprompt.errors import InputError, UsageError
-from imprompt.evaluation.rows import Row
 from imprompt.training.config import ANY_CAPTION, Augmentation, TrainConfig
 
 WHITE = (255, 255, 255)

@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.checkpoints.checkpoint import StateDict
+from imprompt.data.rows import Rejected, read_dataset
 from imprompt.errors import ImpromptError, ModelError, UsageError
-from imprompt.evaluation.rows import Rejected, read_rows
 from imprompt.training.cache import EncodedSet, encode_features, encode_latents, encode_texts
 from imprompt.training.config import TrainConfig
 from imprompt.training.data import Plan, generator_for
@@ -191,7 +191,8 @@ class _Trainer:
 
     def _encode(self, pipe: Any, encoder: Any) -> tuple[EncodedSet, Plan]:
         config = self.config
-        rows, rejected = read_rows(config.data, only=config.only)
+        found = read_dataset(config.data, only=config.only)
+        rows, rejected = found.rows, list(found.rejected)
         factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
         side = config.resolution or pipe.unet.config.sample_size * factor
         if side % factor:

@@ -12,7 +12,7 @@ wrong in detail. Two kinds of figures are kept with it in ``ceiling``:
 - ``unseen/…``: what a second judge, trained the same way *without* the held-out pictures, says of them: how
   far such a judge reads pictures it has not seen, and so how little of its verdict is known by heart.
 
-``python -m imprompt.evaluation.judge --data FOLDER --out FOLDER`` trains one.
+``python recipes/emoji/lab/judge.py --data FOLDER --out FOLDER`` trains one.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from imprompt.data.rows import Rejected, Row, read_dataset
 from imprompt.encoders.images import load_image
 from imprompt.errors import ImpromptError, InputError, ModelError
 from imprompt.evaluation.metrics import topk_hits
-from imprompt.evaluation.rows import Rejected, Row, read_rows
 
 SIZE = 64
 """Side in pixels of what the network looks at."""
@@ -112,7 +112,7 @@ class Judge:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except FileNotFoundError as error:
             raise ModelError(
-                f"no judge at '{path}'; train one with python -m imprompt.evaluation.judge"
+                f"no judge at '{path}'; train one with python recipes/emoji/lab/judge.py"
             ) from error
         except (SafetensorError, KeyError, ValueError) as error:
             raise ModelError(f"'{path}' is not a judge written by imprompt: {error}") from error
@@ -463,7 +463,7 @@ def _measure(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of the judge's training; prints its ceilings and writes ``judge.safetensors``."""
-    parser = argparse.ArgumentParser(prog="python -m imprompt.evaluation.judge", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python recipes/emoji/lab/judge.py", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with metadata.jsonl")
     parser.add_argument("--only", help="use the rows with this tag, such as core")
     parser.add_argument("--concepts", type=Path, help="use the concepts named in this file, one a line")
@@ -483,7 +483,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
 
     try:
-        rows, unread = read_rows(options.data, only=options.only)
+        data = read_dataset(options.data, only=options.only, captions="optional")
+        rows, unread = data.rows, data.rejected
         if options.concepts is not None:
             wanted = set(options.concepts.read_text(encoding="utf-8").split())
             rows = [row for row in rows if row.groups.get("concept") in wanted]

@@ -12,8 +12,7 @@ from PIL import Image
 from imprompt import generate, tune
 from imprompt.app.cli import main
 from imprompt.errors import InputError, UsageError
-from imprompt.evaluation.fidelity import Between, ByJudge, Fidelity, choose, front
-from imprompt.evaluation.judge import Judge, JudgeNetwork
+from imprompt.evaluation.front import Fidelity, NormalizedScore, choose, pareto_front
 from imprompt.output.stills import read_request
 from imprompt.schema.request import ImageRef, Request
 
@@ -35,7 +34,7 @@ class ByLevel:
 
 
 def test_the_ends_are_0_and_1_and_the_middle_is_between() -> None:
-    between = Between.of(ByLevel(), [grey(40)], [grey(200)])
+    between = NormalizedScore.between(ByLevel(), [grey(40)], [grey(200)])
     found = [between(images) for images in ([grey(40)], [grey(120)], [grey(80), grey(160)])]
     assert (found[0].text, found[0].picture) == pytest.approx((1, 0))
     assert (found[1].text, found[1].picture) == pytest.approx((0.5, 0.5))
@@ -44,15 +43,15 @@ def test_the_ends_are_0_and_1_and_the_middle_is_between() -> None:
 
 def test_ends_that_look_the_same_cannot_be_weighed() -> None:
     with pytest.raises(InputError, match="finds no difference"):
-        Between.of(ByLevel(), [grey(40)], [grey(41)])
+        NormalizedScore.between(ByLevel(), [grey(40)], [grey(41)])
     with pytest.raises(InputError, match="finds no difference"):
-        Between.of(ByLevel(), [grey(200)], [grey(40)])  # the wrong way round
+        NormalizedScore.between(ByLevel(), [grey(200)], [grey(40)])  # the wrong way round
 
 
 @given(points)
 @settings(deadline=None)
 def test_the_front_is_what_nothing_beats_and_everything_else_is_beaten(some: list[Fidelity]) -> None:
-    ahead = front(some)
+    ahead = pareto_front(some)
 
     def beats(a: Fidelity, b: Fidelity) -> bool:
         return a.text >= b.text and a.picture >= b.picture and (a.text > b.text or a.picture > b.picture)
@@ -68,7 +67,7 @@ def test_what_is_chosen_is_on_the_front_and_has_the_largest_product(
     some: list[Fidelity], prefer: float
 ) -> None:
     i = choose(some, prefer)
-    assert i in front(some)
+    assert i in pareto_front(some)
 
     def product(one: Fidelity) -> float:
         return max(one.text, 0) ** (1 - prefer) * max(one.picture, 0) ** prefer
@@ -81,18 +80,6 @@ def test_preferring_one_side_goes_there() -> None:
     assert [choose(some, p) for p in (0.0, 0.5, 1.0)] == [0, 1, 2]
     with pytest.raises(UsageError, match="prefer is 2"):
         choose(some, 2)
-
-
-def test_the_judge_reads_the_concept_that_the_text_names() -> None:
-    judge = Judge(JudgeNetwork(3, 2), ["red-apple", "apple", "owl"], ["noto", "blob"])
-    found = ByJudge.of(judge, "A red apple, noto style", ByLevel())
-    assert found is not None
-    assert found.concept == "red-apple"
-    some = [grey(1), grey(200)]
-    text, picture = found(some)
-    assert torch.equal(text, judge.concept_scores(some).softmax(1)[:, 0])
-    assert torch.equal(picture, ByLevel()(some)[1])
-    assert ByJudge.of(judge, "a snowman", ByLevel()) is None
 
 
 class ByDistance:
@@ -114,7 +101,7 @@ def test_tuning_writes_the_chosen_request_the_plot_and_the_sheet(
 ) -> None:
     monkeypatch.setattr(
         "imprompt.app.tuning._between",
-        lambda request, text, picture: Between.of(ByDistance(text), text, picture),
+        lambda request, text, picture: NormalizedScore.between(ByDistance(text), text, picture),
     )
     words = ["tune", "a cat", "--image", str(pictures / "ref.png"), "--base", tuned_base["base"]]
     words += ["--adapter", tuned_base["adapter"], "--steps", "2", "--seed", "3", "--json"]

@@ -1,16 +1,20 @@
 """The judge on drawn shapes: it learns them, knows what it was not shown, and survives saving."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw
 
+from imprompt.data.rows import Row
 from imprompt.errors import InputError, ModelError
-from imprompt.evaluation import judge as judging
-from imprompt.evaluation.judge import Judge, train_judge
-from imprompt.evaluation.rows import Row
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "emoji" / "lab"))
+import judge as judging
+from judge import Judge, train_judge
 
 SHAPES = ("disc", "square", "bar", "cross")
 

@@ -1,0 +1,419 @@
+"""Captioned pictures in the forms people have, as one list of rows for training and evaluation.
+
+=====================================================  ================================================
+folder with ``metadata.jsonl``, ``.csv`` or ``.json``  Hugging Face's imagefolder; the file itself will do
+folder of pictures                                     ``.txt`` or ``.caption`` beside each picture
+folder of ``10_name`` folders                          kohya's: repeats and, without captions, the class name
+``.json`` list                                         the reference script's ``[{"image_file", "text"}]``
+``.tar``, or a folder of them                          WebDataset shards
+``eval.json`` with ``sheet.webp``                      several pictures on one sheet, as bundled
+folder of ``save_to_disk``, or ``hf:owner/name``       Hugging Face datasets (needs the package)
+=====================================================  ================================================
+
+A record names its picture (``file_name``, ``image_file``, …) and its caption (``text``, ``caption``,
+``prompt``, …; ``captions`` by kind); which field was taken is said in :attr:`Dataset.notes`. It may have
+``group`` or ``groups`` by kind, ``split`` (only ``train`` is trained on),
+``repeats``, and fields that are ``true``, which are tags. Pictures are not decoded here.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from imprompt.errors import InputError, first_line
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+SIDECARS = (".txt", ".caption")
+PICTURE_FIELDS = ("file_name", "image_file", "image", "filename", "file", "path", "image_path")
+CAPTION_FIELDS = ("text", "caption", "prompt", "captions", "description", "txt")
+HUB = "hf:"
+_KOHYA = re.compile(r"(\d+)_(.+)")
+_TRAINED = ("train", "training")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture with its captions.
+
+    ``captions``: kind to texts (a plain caption has the kind ``"full"``); ``groups``: kind to name (a plain
+    ``group`` has the kind ``"group"``): pictures of one name may stand as each other's reference. ``content``
+    reads the encoded picture where it is not a file of its own.
+    """
+
+    file: Path
+    captions: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    groups: dict[str, str] = field(default_factory=dict)
+    split: str = "train"
+    tags: frozenset[str] = frozenset()
+    repeats: int = 1
+    content: Callable[[], bytes] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        """Folder and file name: short, and the same wherever the data lie."""
+        return f"{self.file.parent.name}/{self.file.name}"
+
+    @property
+    def trainable(self) -> bool:
+        """Whether training may see this picture at all."""
+        return self.split in _TRAINED
+
+    @property
+    def caption(self) -> str:
+        """The first caption, of the kind ``full`` if there is one; empty without any."""
+        kinds = ("full", *self.captions)
+        return next((self.captions[kind][0] for kind in kinds if self.captions.get(kind)), "")
+
+    def read(self) -> bytes:
+        """The encoded picture. Raises ``OSError`` when it cannot be read."""
+        return self.file.read_bytes() if self.content is None else self.content()
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A record or picture that cannot be used, and why; collected instead of stopping a run."""
+
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """All usable rows in the source's order, what was left out, and what was guessed in reading it."""
+
+    rows: list[Row]
+    rejected: list[Rejected] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_dataset(
+    source: str | Path, *, only: str | None = None, captions: Literal["required", "optional"] = "required"
+) -> Dataset:
+    """Read captioned pictures of any form listed above.
+
+    ``only`` is a tag: rows without it are passed over. ``captions`` ``"required"`` rejects a picture of a
+    plain folder that has none, and a source of which no row has any. A damaged record, an unknown shape of
+    caption or a missing picture becomes a :class:`Rejected`. Raises :class:`InputError` when ``source`` does
+    not exist or holds no usable row at all.
+    """
+    data = _read(source, captions == "required")
+    rows = data.rows
+    if only is not None and rows:
+        rows = [row for row in rows if only in row.tags]
+        if not rows:
+            raise InputError(f"no row of '{source}' has the tag '{only}' (a field that is true).")
+    if not rows:
+        why = f" (first problem: {data.rejected[0]})" if data.rejected else ""
+        raise InputError(
+            f"'{source}' holds no usable picture{why}; expected pictures with .txt captions beside them, "
+            "or a metadata.jsonl with file_name and text."
+        )
+    bare = sum(not row.caption for row in rows)
+    if captions == "required" and bare == len(rows):
+        raise InputError(
+            f"none of the {bare} pictures of '{source}' has a caption: give each record a field named "
+            f"{', '.join(CAPTION_FIELDS[:3])}, or each picture a .txt file beside it."
+        )
+    notes = data.notes + ([f"{bare} of {len(rows)} pictures have no caption"] if bare else [])
+    return replace(data, rows=rows, notes=notes)
+
+
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    """Write rows as a ``metadata.jsonl`` whose file names are relative to the file's own folder."""
+    with path.open("w", encoding="utf-8") as handle:
+        for row in rows:
+            record = {
+                "file_name": row.file.relative_to(path.parent).as_posix(),
+                "captions": {kind: list(texts) for kind, texts in row.captions.items()},
+                "groups": row.groups,
+                "split": row.split,
+            } | dict.fromkeys(sorted(row.tags), True)
+            handle.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+# ---- which form it is
+
+
+def _read(source: str | Path, required: bool) -> Dataset:
+    if str(source).startswith(HUB):
+        return _hugging_face(str(source).removeprefix(HUB))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _folder(path, required)
+    if not path.is_file():
+        raise InputError(
+            f"no data at '{source}'; give a folder of captioned pictures, its metadata.jsonl, a .tar shard "
+            f"or {HUB}owner/name."
+        )
+    readers = {".tar": lambda file: _shards([file]), ".csv": _csv, ".json": _json}
+    return readers.get(path.suffix.lower(), _jsonl)(path)
+
+
+def _folder(path: Path, required: bool) -> Dataset:
+    if (path / "eval.json").is_file() and (path / "sheet.webp").is_file():
+        return _sheet(path)
+    for name, read in (("metadata.jsonl", _jsonl), ("metadata.csv", _csv), ("metadata.json", _json)):
+        if (path / name).is_file():
+            return read(path / name)
+    if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
+        return _hugging_face(str(path))
+    if shards := sorted(path.glob("*.tar")):
+        return _shards(shards)
+    return _pictures(path, required)
+
+
+# ---- records
+
+
+def _jsonl(path: Path) -> Dataset:
+    def records() -> Iterator[tuple[str, Any]]:
+        with path.open("rb") as handle:
+            for number, line in enumerate(handle, 1):
+                if line.strip():
+                    yield f"{path.name}:{number}", partial(_loads, line)
+
+    return _records(records(), path.parent)
+
+
+def _json(path: Path) -> Dataset:
+    try:
+        listed = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"'{path}' is no valid JSON: {error}.") from error
+    if not isinstance(listed, list):
+        raise InputError(f"'{path}' holds a {type(listed).__name__}; a list of records was expected.")
+    return _records(((f"{path.name}[{n}]", record) for n, record in enumerate(listed)), path.parent)
+
+
+def _csv(path: Path) -> Dataset:
+    try:
+        lines = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"'{path}' is no CSV in UTF-8: {error}.") from error
+    stated = [{key: value for key, value in line.items() if value not in (None, "")} for line in lines]
+    return _records(((f"{path.name}:{n}", record) for n, record in enumerate(stated, 2)), path.parent)
+
+
+def _loads(line: bytes) -> Any:
+    return json.loads(line)
+
+
+def _records(records: Iterator[tuple[str, Any]], folder: Path) -> Dataset:
+    rows: list[Row] = []
+    rejected: list[Rejected] = []
+    taken: dict[str, int] = {}
+    for where, record in records:
+        try:
+            record = record() if callable(record) else record
+            if not isinstance(record, dict):
+                raise TypeError(f"a record is an object, given a {type(record).__name__}")
+            rows.append(_row(record, folder, taken))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            rejected.append(Rejected(where, f"{type(error).__name__}: {error}"))
+    notes = [f"captions are read from the field '{name}' ({count})" for name, count in taken.items()]
+    return Dataset(rows, rejected, notes if set(taken) - {"text", "captions"} else [])
+
+
+def _row(record: Mapping[str, Any], folder: Path, taken: dict[str, int]) -> Row:
+    named = next((record[name] for name in PICTURE_FIELDS if isinstance(record.get(name), str)), None)
+    if named is None:
+        raise KeyError(f"no picture: one of {', '.join(PICTURE_FIELDS)} is expected")
+    file = folder / named
+    if not file.is_file():
+        raise ValueError(f"picture '{named}' is missing")
+    groups = {str(kind): str(name) for kind, name in (record.get("groups") or {}).items()}
+    if record.get("group") is not None:
+        groups.setdefault("group", str(record["group"]))
+    split = record.get("split") or "train"
+    if not isinstance(split, str):
+        raise TypeError(f"split must be a name, given {split!r}")
+    tags = frozenset(name for name, value in record.items() if value is True)
+    return Row(file, _captions(record, taken), groups, split, tags, max(1, int(record.get("repeats") or 1)))
+
+
+def _captions(record: Mapping[str, Any], taken: dict[str, int]) -> dict[str, tuple[str, ...]]:
+    by_kind = record.get("captions")
+    captions = {}
+    if isinstance(by_kind, Mapping):
+        captions = {str(kind): _texts(texts) for kind, texts in by_kind.items()}
+    elif by_kind is not None and not isinstance(by_kind, str) and not isinstance(by_kind, list):
+        raise TypeError(f"captions must be a list of texts or an object by kind, given {by_kind!r}")
+    for name in CAPTION_FIELDS:
+        value = record.get(name)
+        if value is not None and not isinstance(value, Mapping) and "full" not in captions:
+            captions["full"] = _texts(value)
+            taken[name] = taken.get(name, 0) + 1
+    return captions
+
+
+def _texts(value: str | list[str]) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"a caption must be text or a list of texts, given {value!r}")
+    return tuple(text.strip() for text in texts if text.strip())
+
+
+# ---- pictures with files beside them
+
+
+def _pictures(folder: Path, required: bool) -> Dataset:
+    rows: list[Row] = []
+    rejected: list[Rejected] = []
+    classes = 0
+    for file in sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES):
+        name = file.relative_to(folder).as_posix()
+        top = _KOHYA.fullmatch(name.partition("/")[0]) if "/" in name else None
+        try:
+            text = _sidecar(file)
+        except (UnicodeDecodeError, OSError) as error:
+            rejected.append(Rejected(name, f"caption is not UTF-8 text: {error}"))
+            continue
+        if not text and top is not None:
+            text, classes = top[2].replace("_", " "), classes + 1
+        if not text and required:
+            rejected.append(Rejected(name, f"no caption: '{file.stem}.txt' is missing or empty"))
+            continue
+        captions: dict[str, tuple[str, ...]] = {"full": (text,)} if text else {}
+        groups = {"group": top[2]} if top else {}
+        rows.append(Row(file, captions, groups, repeats=max(1, int(top[1])) if top else 1))
+    notes = [f"{classes} pictures without a caption take their folder's name"] if classes else []
+    return Dataset(rows, rejected, notes)
+
+
+def _sidecar(file: Path) -> str:
+    """The caption beside a picture; empty when there is none."""
+    found = next(
+        (file.with_suffix(suffix) for suffix in SIDECARS if file.with_suffix(suffix).is_file()), None
+    )
+    return "" if found is None else found.read_text(encoding="utf-8").strip()
+
+
+# ---- containers
+
+
+def _shards(paths: Sequence[Path]) -> Dataset:
+    """WebDataset: members of one key, which is the name up to the first dot, make a row."""
+    rows: list[Row] = []
+    rejected: list[Rejected] = []
+    taken: dict[str, int] = {}
+    for path in paths:
+        members: dict[str, dict[str, tarfile.TarInfo]] = {}
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    folder, _, name = member.name.rpartition("/")
+                    stem, _, suffix = name.partition(".")
+                    if member.isfile() and suffix:
+                        members.setdefault(f"{folder}/{stem}", {})[f".{suffix.lower()}"] = member
+        except (tarfile.TarError, OSError) as error:
+            raise InputError(
+                f"'{path}' is no tar file that can be read ({first_line(error)}); compressed or truncated?"
+            ) from error
+        for key, parts in members.items():
+            where = f"{path.name}/{key.lstrip('/')}"
+            try:
+                rows.append(_tar_row(path, key, parts, taken))
+            except (ValueError, KeyError, TypeError) as error:
+                rejected.append(Rejected(where, f"{error}"))
+    return Dataset(rows, rejected, [f"captions are read from '{name}' ({n})" for name, n in taken.items()])
+
+
+def _tar_row(path: Path, key: str, parts: Mapping[str, tarfile.TarInfo], taken: dict[str, int]) -> Row:
+    picture = next((member for suffix, member in parts.items() if suffix in PICTURES), None)
+    if picture is None:
+        raise ValueError(f"no picture among {', '.join(parts)}")
+    record: dict[str, Any] = json.loads(_member(path, parts[".json"])) if ".json" in parts else {}
+    if not isinstance(record, dict):
+        raise TypeError("its .json is no object")
+    for suffix in SIDECARS:
+        if suffix in parts:
+            record["text"] = _member(path, parts[suffix]).decode("utf-8")
+    captions = _captions(record, taken)
+    file = path / f"{key.lstrip('/')}{Path(picture.name).suffix}"
+    return Row(file, captions, content=partial(_member, path, picture))
+
+
+def _member(path: Path, member: tarfile.TarInfo) -> bytes:
+    with path.open("rb") as handle:
+        handle.seek(member.offset_data)
+        return handle.read(member.size)
+
+
+def _sheet(folder: Path) -> Dataset:
+    """Square cells of one picture, row by row; ``eval.json`` says how large and what each shows."""
+    try:
+        about = json.loads((folder / "eval.json").read_bytes())
+        cell, columns = int(about["cell"]), int(about["columns"])
+        records: list[dict[str, Any]] = about["pictures"]
+        with Image.open(folder / "sheet.webp") as sheet:
+            if sheet.width < columns * cell or sheet.height < -(-len(records) // columns) * cell:
+                raise ValueError(f"sheet.webp is too small for {len(records)} pictures")
+        rows = []
+        for place, record in enumerate(records):
+            names = {kind: record[kind] for kind in ("concept", "style")}
+            box = (place % columns * cell, place // columns * cell)
+            file = folder / f"{names['concept']}-{names['style']}.png"
+            captions = {kind: tuple(texts) for kind, texts in record["captions"].items()}
+            content = partial(_cell, folder / "sheet.webp", (*box, box[0] + cell, box[1] + cell))
+            rows.append(Row(file, captions, names, record["split"], content=content))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"the evaluation set '{folder}' is damaged: {type(error).__name__} {error}."
+        ) from error
+    return Dataset(rows)
+
+
+def _cell(path: Path, box: tuple[int, int, int, int]) -> bytes:
+    stream = io.BytesIO()
+    with Image.open(path) as sheet:
+        sheet.crop(box).convert("RGB").save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _hugging_face(name: str) -> Dataset:
+    """A dataset of the package ``datasets``; its pictures stay encoded until they are read."""
+    if find_spec("datasets") is None:
+        raise InputError(f"'{name}' is a Hugging Face dataset, read by datasets: pip install datasets.")
+    import datasets
+
+    try:
+        stored = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
+        if isinstance(stored, dict):
+            stored = stored["train"] if "train" in stored else next(iter(stored.values()))
+    except Exception as error:  # the package raises nearly anything
+        raise InputError(f"dataset '{name}' cannot be read: {first_line(error)}.") from error
+    picture = next((key for key, kind in stored.features.items() if isinstance(kind, datasets.Image)), None)
+    caption = next((key for key in CAPTION_FIELDS if key in stored.features), None)
+    if picture is None or caption is None:
+        raise InputError(
+            f"dataset '{name}' has the columns {', '.join(stored.features)}; one of pictures and one named "
+            f"{', '.join(CAPTION_FIELDS[:3])} are expected."
+        )
+    stored = stored.cast_column(picture, datasets.Image(decode=False))
+    captions = stored.remove_columns([key for key in stored.features if key != caption])[caption]
+    rows = []
+    for n, text in enumerate(captions):
+        content = partial(_hf_bytes, stored, picture, n)
+        rows.append(Row(Path(name, f"{n:08d}"), {"full": _texts(text or "")}, content=content))
+    return Dataset(rows, notes=[f"pictures are read from '{picture}', captions from '{caption}'"])
+
+
+def _hf_bytes(stored: Any, column: str, index: int) -> bytes:
+    value = stored[index][column]
+    data: bytes = value["bytes"] or Path(value["path"]).read_bytes()
+    return data

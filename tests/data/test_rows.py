@@ -1,0 +1,157 @@
+"""Reading captioned pictures: every form people have, and what a damaged record does (nothing but a line)."""
+
+import io
+import json
+import tarfile
+
+import pytest
+from PIL import Image
+
+from imprompt.data.rows import Row, read_dataset, write_rows
+from imprompt.errors import InputError
+from imprompt.generation.families import EMOJI
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.png", "b.png", "c.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    return tmp_path
+
+
+def write(folder, *records):
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+
+def captions(data):
+    return {row.file.name: row.captions.get("full") for row in data.rows}
+
+
+def test_text_and_captions_and_groups_are_read(folder):
+    write(
+        folder,
+        {"file_name": "a.png", "text": "a cat", "group": "cats"},
+        {"file_name": "b.png", "text": ["a dog", "a puppy"], "split": "held_out_pair", "core": True},
+        {"file_name": "c.png", "captions": {"style": ["noto style"]}, "groups": {"style": "noto"}},
+    )
+    data = read_dataset(folder)
+    rows = data.rows
+    assert not data.rejected
+    assert rows[0].captions == {"full": ("a cat",)}
+    assert rows[0].groups == {"group": "cats"}
+    assert rows[0].trainable
+    assert rows[1].captions == {"full": ("a dog", "a puppy")}
+    assert not rows[1].trainable
+    assert rows[1].tags == {"core"}
+    assert rows[2].captions == {"style": ("noto style",)}
+    assert rows[2].groups == {"style": "noto"}
+
+
+@pytest.mark.parametrize("name", ["caption", "prompt", "description"])
+def test_the_caption_field_is_guessed_and_said(folder, name):
+    write(folder, {"file_name": "a.png", name: "a cat"}, {"image": "b.png", name: "a dog"})
+    data = read_dataset(folder)
+    assert captions(data) == {"a.png": ("a cat",), "b.png": ("a dog",)}
+    assert data.notes == [f"captions are read from the field '{name}' (2)"]
+
+
+def test_records_without_any_caption_are_refused_not_trained_on_empty_text(folder):
+    write(folder, {"file_name": "a.png", "legend": "a cat"}, {"file_name": "b.png"})
+    with pytest.raises(InputError, match=r"none of the 2 pictures .* text, caption, prompt"):
+        read_dataset(folder)
+    assert [row.caption for row in read_dataset(folder, captions="optional").rows] == ["", ""]
+
+
+def test_a_csv_and_the_references_json_list_are_read(folder):
+    (folder / "metadata.csv").write_text('file_name,prompt\na.png,"a cat, sitting"\nb.png,\n')
+    data = read_dataset(folder)
+    assert captions(data) == {"a.png": ("a cat, sitting",), "b.png": None}
+    assert "1 of 2 pictures have no caption" in data.notes
+    listed = folder / "data.json"
+    listed.write_text(json.dumps([{"image_file": "c.png", "text": "a sun"}]))
+    assert captions(read_dataset(listed)) == {"c.png": ("a sun",)}
+    listed.write_text("{}")
+    with pytest.raises(InputError, match="list of records"):
+        read_dataset(listed)
+
+
+def test_a_webdataset_shard_is_read_and_its_pictures_without_unpacking(folder):
+    with tarfile.open(folder / "0000.tar", "w") as tar:
+        for key, text in (("x", b"a cat"), ("y", None)):
+            tar.add(folder / "a.png", f"{key}.png")
+            about = json.dumps({"caption": "a dog"}).encode() if text is None else text
+            info = tarfile.TarInfo(f"{key}.json" if text is None else f"{key}.txt")
+            info.size = len(about)
+            tar.addfile(info, io.BytesIO(about))
+        tar.addfile(tarfile.TarInfo("z.txt"))
+    data = read_dataset(folder / "0000.tar")
+    assert captions(data) == {"x.png": ("a cat",), "y.png": ("a dog",)}
+    assert [row.read() for row in data.rows] == [(folder / "a.png").read_bytes()] * 2
+    assert [item.where for item in data.rejected] == ["0000.tar/z"]
+    (folder / "bad.tar").write_bytes(b"no tar")
+    with pytest.raises(InputError, match="no tar file"):
+        read_dataset(folder / "bad.tar")
+
+
+def test_koyha_folders_have_repeats_and_name_their_class(tmp_path):
+    for name, text in (("3_red fox", None), ("1_owl", "an owl at night")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "1.png")
+        if text:
+            (tmp_path / name / "1.caption").write_text(text)
+    data = read_dataset(tmp_path)
+    found = {row.groups["group"]: (row.caption, row.repeats) for row in data.rows}
+    assert found == {"owl": ("an owl at night", 1), "red fox": ("red fox", 3)}
+    assert "take their folder's name" in data.notes[0]
+
+
+def test_the_bundled_sheet_is_a_dataset_too():
+    data = read_dataset(EMOJI / "eval")
+    assert {row.split for row in data.rows} <= {"held_out_concept", "held_out_pair"}
+    assert Image.open(io.BytesIO(data.rows[0].read())).size == (128, 128)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["{not json", {"text": "no file name"}, {"file_name": "gone.png"}, {"file_name": "b.png", "text": 7},
+     {"file_name": "b.png", "captions": 7}, {"file_name": "b.png", "split": 3}, "[1, 2]", "\x00\x01"],
+)  # fmt: skip
+def test_a_damaged_row_is_left_out_and_named(folder, damage):
+    write(folder, damage, {"file_name": "a.png", "text": "a cat"})
+    data = read_dataset(folder)
+    assert [row.file.name for row in data.rows] == ["a.png"]
+    assert [item.where for item in data.rejected] == ["metadata.jsonl:1"]
+    assert data.rejected[0].reason
+
+
+def test_captions_beside_the_pictures(folder):
+    (folder / "a.txt").write_text("a cat\n")
+    (folder / "b.txt").write_bytes(b"\xff\xfe\x00bad")
+    data = read_dataset(folder)
+    assert [(row.file.name, row.captions) for row in data.rows] == [("a.png", {"full": ("a cat",)})]
+    assert [item.where for item in data.rejected] == ["b.png", "c.png"]
+
+
+def test_rows_can_be_chosen_by_a_tag(folder):
+    write(folder, {"file_name": "a.png", "text": "x", "core": True}, {"file_name": "b.png", "core": False})
+    assert [row.file.name for row in read_dataset(folder, only="core").rows] == ["a.png"]
+    with pytest.raises(InputError, match="rare"):
+        read_dataset(folder, only="rare")
+
+
+@pytest.mark.parametrize("make", [lambda f: f / "missing", lambda f: (f / "empty").mkdir() or f / "empty"])
+def test_nothing_to_read_is_an_error_that_says_what_is_expected(folder, make):
+    with pytest.raises(InputError, match=r"metadata\.jsonl"):
+        read_dataset(make(folder))
+
+
+def test_rows_survive_writing_and_reading(folder):
+    rows = [
+        Row(
+            folder / "a.png", {"full": ("a cat", "the cat")}, {"concept": "cat"}, "train", frozenset({"core"})
+        ),
+        Row(folder / "b.png", {}, {}, "held_out_concept"),
+    ]
+    write_rows(rows, folder / "metadata.jsonl")
+    assert read_dataset(folder).rows == rows
