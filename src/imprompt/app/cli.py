@@ -7,7 +7,6 @@ line and an exit code: 2 usage, 3 model, 4 input, 130 interrupted.
 """
 
 import argparse
-import difflib
 import gc
 import os
 import signal
@@ -16,6 +15,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn, Protocol, cast
 
+from imprompt.app.hints import for_command, for_flag
 from imprompt.errors import ImpromptError, UsageError
 
 VERBS = (
@@ -57,12 +57,11 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are :class:`UsageError`, with the closest flag for a mistyped one."""
 
     def error(self, message: str) -> NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: ").split()
-        if len(message.split(": ")) > 1 and unknown and unknown[0].startswith("-"):
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
-            if near:
-                message += f"; did you mean {near[0]}"
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            message += for_flag(
+                unknown.split()[0], (flag for a in self._actions for flag in a.option_strings)
+            )
         raise UsageError(f"{message}. See {self.prog} --help.")
 
 
@@ -134,7 +133,7 @@ def _dispatch(given: list[str]) -> int:
         return 0
     name, *rest = given
     if name not in VERBS:
-        raise UsageError(_no_such_verb(name, rest))
+        raise UsageError(for_command(name, rest, VERBS))
     verb = _load(name)
     parser = Parser(prog=f"imprompt {name}", description=f"{verb.HELP}.", allow_abbrev=False)
     verb.add_arguments(parser)
@@ -146,17 +145,6 @@ def _dispatch(given: list[str]) -> int:
 
 def _load(name: str) -> Verb:
     return cast("Verb", import_module(f"imprompt.app.{name}"))
-
-
-def _no_such_verb(name: str, rest: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, VERBS, n=1)
-    if near:
-        return f"no command '{name}'; did you mean '{near[0]}'?"
-    if " " in name or name.startswith("-") or any(word.startswith("--") for word in rest):
-        return f"'{name}' is no command; to draw, write: imprompt generate '{name}' …".replace(
-            f"generate '{name}'", "generate" if name.startswith("-") else f"generate '{name}'"
-        )
-    return f"no command '{name}'; commands are {', '.join(VERBS)}."
 
 
 def _overview() -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from imprompt.app.hints import check_no_url
 from imprompt.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -105,6 +106,10 @@ def read_request(task: str, args: argparse.Namespace) -> "Request":
     }
     if getattr(args, "picture", None) is not None:
         stated["image"] = args.picture
+    if str(stated.get("seed")).startswith("-"):
+        raise UsageError(f"--seed {args.seed}: leave --seed out for a random one; the picture records it.")
+    for name in ("image", "mask", "video", "base", "adapter"):
+        check_no_url(name if name == "image" else f"--{name}", stated.get(name))
     readers: dict[str, Callable[[str], object]] = {
         "images": ImageRef.parse,
         "regions": RegionRef.parse,

@@ -558,7 +558,7 @@ class Request(_Strict):
     @classmethod
     def _size_fits_latents(cls, value: object) -> object:
         if isinstance(value, str):
-            sides = re.fullmatch(r"(\d{1,6})(?:[x×*,](\d{1,6}))?", value.strip())
+            sides = re.fullmatch(r"(\d{1,6})(?:[xX×*,](\d{1,6}))?", value.strip())
             if sides is None:
                 raise ValueError(f"{value!r} is no size; write 512 or 768x512 (width x height)")
             value = (int(sides[1]), int(sides[2] or sides[1]))

@@ -1,0 +1,72 @@
+"""One-line advice for typing mistakes: a command left out, a flag misspelt or named as elsewhere."""
+
+import difflib
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+
+from imprompt.errors import UsageError
+
+_ELSEWHERE: Mapping[str, str] = {
+    "--batch-size": "--count",
+    "--cfg": "--guidance",
+    "--cfg-scale": "--guidance",
+    "--checkpoint": "--base",
+    "--ckpt": "--base",
+    "--controlnet": "--control",
+    "--denoise": "--strength",
+    "--denoising-strength": "--strength",
+    "--guidance-scale": "--guidance",
+    "--height": "--size WIDTHxHEIGHT",
+    "--init-image": "the picture as the first argument of imprompt edit",
+    "--ip-adapter-image": "--image",
+    "--ip-adapter-scale": "--scale",
+    "--mask-image": "--mask",
+    "--model": "--base",
+    "--negative-prompt": "--negative",
+    "--num-images": "--count",
+    "--num-inference-steps": "--steps",
+    "--out": "--output",
+    "--output-dir": "--output",
+    "--prompt": "the text as an argument, without a flag",
+    "--reference": "--image",
+    "--sampler": "--scheduler",
+    "--textual-inversion": "--embedding",
+    "--vae": "a diffusers folder with that VAE as --base",
+    "--weight": "--scale",
+    "--width": "--size WIDTHxHEIGHT",
+}
+"""Flags of other programs → what imprompt calls them."""
+_TASK_OF_FLAG = {"--mask": "inpaint", "--video": "animate", "--frames": "animate", "--strength": "edit"}
+
+
+def for_flag(flag: str, known: Iterable[str]) -> str:
+    """Advice for an unknown flag, or an empty string."""
+    flag = flag.partition("=")[0]
+    known = list(known)
+    if flag in _ELSEWHERE and _ELSEWHERE[flag].split()[0] in (*known, "the", "a"):
+        return f"; here it is {_ELSEWHERE[flag]}"
+    if flag in _TASK_OF_FLAG:
+        return f"; it belongs to imprompt {_TASK_OF_FLAG[flag]}"
+    near = difflib.get_close_matches(flag, known, n=1)
+    return f"; did you mean {near[0]}" if near else ""
+
+
+def for_command(name: str, rest: Sequence[str], verbs: Sequence[str]) -> str:
+    """The message for a first argument that is no command: closest match, or that a command is missing."""
+    if near := difflib.get_close_matches(name, verbs, n=1):
+        return f"no command '{name}'; did you mean '{near[0]}'?"
+    flags = [word for word in (name, *rest) if word.startswith("-")]
+    if " " in name or flags:
+        verb = next((_TASK_OF_FLAG[flag] for flag in flags if flag in _TASK_OF_FLAG), "generate")
+        words = " ".join(shlex.quote(word) for word in (name, *rest))
+        return f"a command is missing; write: imprompt {verb} {words}"
+    return f"no command '{name}'; commands are {', '.join(verbs)}."
+
+
+def check_no_url(where: str, value: object) -> None:
+    """Raise :class:`UsageError` for a web address where a file is expected."""
+    if isinstance(value, str) and re.match(r"https?://", value, re.IGNORECASE):
+        raise UsageError(
+            f"{where}: '{value}' is a web address; download it first (curl -LO '{value}') and give the file."
+        )
