@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test lint format bench evaluate clean
+.PHONY: demo test lint format docs bench evaluate clean
 .DEFAULT_GOAL := help
 
 help:  ## say what there is
@@ -17,11 +17,16 @@ demo: $(VENV)/.ready  ## draw the contact sheet with the bundled model (outputs/
 test: $(VENV)/.ready-dev  ## run all tests, JOBS of them at a time
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-lint: $(VENV)/.ready-dev  ## style, types, and who may import whom
-	@$(BIN)/ruff check src tests recipes benchmarks
-	@$(BIN)/ruff format --check src tests recipes benchmarks
+lint: $(VENV)/.ready-dev  ## style, types, complexity, who may import whom, and that the docs build
+	@$(BIN)/ruff check src tests recipes benchmarks docs
+	@$(BIN)/ruff format --check src tests recipes benchmarks docs
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache | tail -n 4
+	@$(BIN)/python .ci/complexity src
+	@$(BIN)/mkdocs build --strict --quiet
+
+docs: $(VENV)/.ready-dev  ## build the documentation into build/docs
+	@$(BIN)/mkdocs build --strict
 
 format: $(VENV)/.ready-dev  ## put the style right
 	@$(BIN)/ruff check --fix src tests recipes benchmarks
@@ -46,7 +51,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@echo "installing the tools for tests into $(VENV)" >&2
-	@$(PIP) install -c constraints.txt -e '.[dev,control,recipe,face,lora,kolors]'
+	@$(PIP) install -c constraints.txt -e '.[dev,docs,control,recipe,face,lora,kolors,serve]'
 	@touch $@
 
 clean:  ## remove the environment and what was drawn

@@ -54,7 +54,7 @@ def test_weights_of_ones_own_are_drawn_as_they_are(capsys: pytest.CaptureFixture
     assert main(["profiles", "up_blocks.1:2,mid_block:-1,default:0", "--base", "sd15"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].rstrip().endswith("│-│███")
-    assert "a full bar is 2 of the scale" in lines[-1]
+    assert "a full bar is weight 2" in lines[-1]
     assert next(line for line in lines if "mid_block.a" in line).split()[1] == "-1.00"
     assert charts("sdxl", "style-and-composition:0.5").count("▄") == 2
     assert main(["profiles", "1,2,3", "--base", "sd15"]) == 2

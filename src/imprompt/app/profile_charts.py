@@ -1,17 +1,19 @@
-"""``imprompt profiles``: what each named profile does, as small bar charts; no weights are loaded.
+"""Profiles as bar charts in text, one bar for each attention block. No weights are loaded.
 
-A base's attention blocks are told from its UNet's configuration alone, hence also for a folder of the user's.
+A base's attention blocks are derived from its UNet's ``config.json`` alone, so any diffusers folder works.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from imprompt.adapter.backbones.unet import BlockKind, CrossLayer
+from imprompt.catalog.entries import BASES
 from imprompt.errors import ModelError
-from imprompt.schema.profiles import PROFILES, LayerWeights, Profile, layer_weights, read_profile
+from imprompt.schema.profiles import PROFILES, Profile, layer_weights, read_profile
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _EMOJI = Path(__file__).parents[1] / "assets" / "emoji"
@@ -31,61 +33,59 @@ _PUBLISHED: Mapping[str, Mapping[str, Any]] = {
         "cross_attention_dim": 2048,
     },
 }
-"""What the families' UNet configurations say of their blocks."""
-_ATTENDING = (_DOWN, _UP)
+"""Family → the part of its published UNet configuration that describes the blocks."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One attention block and what a profile does there."""
+
+    name: str
+    kind: BlockKind
+    weight: float
+    """Mean over its layers."""
+    negated: bool
+    """Whether the picture acts as a negative prompt there."""
 
 
 def charts(base: str, profile: str | None = None) -> str:
-    """One line a profile: a bar for each attention block in execution order, down │ middle │ up.
+    """All profiles, or one: a bar for each attention block in execution order, down │ middle │ up.
 
-    Bars reach from 0 to the profile's scale, or to its largest weight above that; ``-`` is a negative weight,
-    ``!`` under a bar a block where the picture acts as what to avoid. Raises :class:`UsageError` for an
-    unknown profile, :class:`ModelError` for an unknown base.
+    A full bar is weight 1, or the largest weight above that; ``-`` is a negative weight; ``!`` below a bar
+    is a block where the picture acts as a negative prompt. Raises :class:`UsageError` for an unknown profile
+    and :class:`ModelError` for an unknown base.
     """
-    layers = layers_of(base)
-    named = {name: layer_weights(said, layers) for name, said in _chosen(profile).items()}
-    top = max(1.0, *(abs(share) for spread in named.values() for share in spread.weights))
-    width = max(map(len, named))
-    lines = [f"{'':<{width}}  {_by_part(layers, _labels(layers))}"]
-    for name, spread in named.items():
-        shares, negated = _by_block(layers, spread)
-        lines.append(f"{name:<{width}}  {_by_part(layers, [_bar(share / top) for share in shares])}")
-        if any(negated):
-            lines.append(f"{'':<{width}}  {_by_part(layers, ['!' if n else ' ' for n in negated])}".rstrip())
-    blocks = list(
-        dict.fromkeys((x.block_index, x.block) for x in sorted(layers, key=lambda x: x.block_index))
-    )
+    rows = _rows(base, profile)
+    top = max(1.0, *(abs(block.weight) for blocks in rows.values() for block in blocks))
+    width = max(map(len, rows))
+    first = next(iter(rows.values()))
+    lines = [f"{'':<{width}}  {_by_kind(first, [str(i % 10) for i in range(len(first))])}"]
+    for name, blocks in rows.items():
+        lines += _chart(name, blocks, width, top)
     if profile is not None:
-        ((shares, negated),) = (_by_block(layers, spread) for spread in named.values())
-        lines += [
-            f"  {t:>2}  {share:5.2f} {_bar(share / top)}{' as what to avoid' if not_ else ''}  {block}"
-            for (t, block), share, not_ in zip(blocks, shares, negated, strict=True)
-        ]
-    lines.append(
-        f"blocks of {base} as they run, down │ middle │ up; a full bar is {top:g} of the scale, none is 0"
-    )
-    if any(any(spread.negated) for spread in named.values()):
-        lines.append("!: there the picture is what to avoid")
+        lines += [_describe(i, block, top) for i, block in enumerate(first)]
+    lines.append(f"blocks of {base} in execution order, down │ middle │ up; a full bar is weight {top:g}")
+    if any(block.negated for blocks in rows.values() for block in blocks):
+        lines.append("!: the picture acts as a negative prompt there")
     return "\n".join(lines)
 
 
 def tables(base: str, profile: str | None = None) -> dict[str, dict[str, object]]:
-    """Profile → its weight for each block, and the blocks where it is negated; for machines."""
-    layers = layers_of(base)
-    found: dict[str, dict[str, object]] = {}
-    for name, said in _chosen(profile).items():
-        shares, negated = _by_block(layers, layer_weights(said, layers))
-        found[name] = {"weights": shares, "negated": [t for t, not_ in enumerate(negated) if not_]}
-    return found
+    """Profile → its weight for each block, and the indices of the blocks where it is negated."""
+    return {
+        name: {
+            "weights": [block.weight for block in blocks],
+            "negated": [i for i, block in enumerate(blocks) if block.negated],
+        }
+        for name, blocks in _rows(base, profile).items()
+    }
 
 
 def layers_of(base: str) -> tuple[CrossLayer, ...]:
-    """The cross-attentions of a base in published order, from its UNet's configuration.
+    """The cross-attention layers of a base in published order; ``base`` is an alias or a diffusers folder.
 
-    ``base`` is a name of the catalogue, or a model's folder. Raises :class:`ModelError`.
+    Raises :class:`ModelError` when there is no UNet configuration to read.
     """
-    from imprompt.catalog.entries import BASES
-
     family = BASES[base].family if base in BASES else base
     if family in _PUBLISHED:
         return layers_from(_PUBLISHED[family])
@@ -93,77 +93,94 @@ def layers_of(base: str) -> tuple[CrossLayer, ...]:
     path = folder / "unet" / "config.json"
     if not path.is_file():
         raise ModelError(
-            f"base '{base}': there is no '{path}' to read its layers from; give a folder, or a name: "
+            f"base '{base}': there is no '{path}' to read its layers from; give a diffusers folder or one of "
             f"{', '.join(BASES)}."
         )
     return layers_from(json.loads(path.read_text(encoding="utf-8")))
 
 
 def layers_from(config: Mapping[str, Any]) -> tuple[CrossLayer, ...]:
-    """The cross-attentions that a ``UNet2DConditionModel``'s configuration describes. Raises
-    :class:`ModelError` for blocks that are unknown here."""
-    down, up = config["down_block_types"], config["up_block_types"]
-    each, widths = config.get("layers_per_block", 2), config["block_out_channels"]
-    if not set(down) | set(up) <= {*_ATTENDING, "DownBlock2D", "UpBlock2D"} or not isinstance(each, int):
-        raise ModelError(
-            f"a UNet of blocks {', '.join(dict.fromkeys((*down, *up)))} with {each} layers each is unknown."
-        )
-    deep = config.get("transformer_layers_per_block", 1)
-    deep = [deep] * len(down) if isinstance(deep, int) else list(deep)
-    blocks: list[tuple[str, BlockKind, int, int]] = []  # name, kind, level, layers; in execution order
-    for level, kind in enumerate(down):
-        if kind in _ATTENDING:
-            blocks += [
-                (f"down_blocks.{level}.attentions.{i}", "input", level, deep[level]) for i in range(each)
-            ]
-    if config.get("mid_block_type", _MIDDLE) == _MIDDLE:
-        blocks.append(("mid_block.attentions.0", "middle", len(down) - 1, deep[-1]))
-    for place, kind in enumerate(up):
-        level = len(up) - 1 - place
-        if kind in _ATTENDING:
-            blocks += [
-                (f"up_blocks.{place}.attentions.{i}", "output", level, deep[level]) for i in range(each + 1)
-            ]
-    running = [(t, *block) for t, block in enumerate(blocks)]
-    published = [b for b in running if b[2] != "middle"] + [b for b in running if b[2] == "middle"]
+    """The cross-attention layers that the configuration of a ``UNet2DConditionModel`` describes.
+
+    Raises :class:`ModelError` for block types other than those of Stable Diffusion.
+    """
+    running = list(enumerate(_attention_blocks(config)))
+    published = sorted(
+        running, key=lambda item: item[1][1] == "middle"
+    )  # published files end with the middle
     layers: list[CrossLayer] = []
-    for t, name, part, level, depth in published:
+    for index, (name, kind, level, depth) in published:
+        width = config["block_out_channels"][level]
         for k in range(depth):
             path = f"{name}.transformer_blocks.{k}.attn2"
             number = 2 * len(layers) + 1
-            layers.append(
-                CrossLayer(path, number, t, part, level, widths[level], config["cross_attention_dim"])
-            )
+            layers.append(CrossLayer(path, number, index, kind, level, width, config["cross_attention_dim"]))
     return tuple(layers)
 
 
-def _chosen(profile: str | None) -> dict[str, Profile]:
-    if profile is None:
-        return {name: name for name in PROFILES}
-    read = read_profile(profile)
-    return {read if isinstance(read, str) else profile: read}
+def _attention_blocks(config: Mapping[str, Any]) -> Iterator[tuple[str, BlockKind, int, int]]:
+    """Name, kind, level and depth of each attention block, in execution order."""
+    down, up, each = config["down_block_types"], config["up_block_types"], config.get("layers_per_block", 2)
+    if not {*down, *up} <= {_DOWN, _UP, "DownBlock2D", "UpBlock2D"} or not isinstance(each, int):
+        kinds = ", ".join(dict.fromkeys((*down, *up)))
+        raise ModelError(
+            f"profiles know UNets of Stable Diffusion's block types, not {kinds} with {each} layers."
+        )
+    depths = config.get("transformer_layers_per_block", 1)
+    depths = [depths] * len(down) if isinstance(depths, int) else list(depths)
+    for level, block in enumerate(down):
+        if block == _DOWN:
+            for i in range(each):
+                yield f"down_blocks.{level}.attentions.{i}", "input", level, depths[level]
+    if config.get("mid_block_type", _MIDDLE) == _MIDDLE:
+        yield "mid_block.attentions.0", "middle", len(down) - 1, depths[-1]
+    for place, block in enumerate(up):
+        level = len(up) - 1 - place
+        if block == _UP:
+            for i in range(each + 1):
+                yield f"up_blocks.{place}.attentions.{i}", "output", level, depths[level]
 
 
-def _by_block(layers: Sequence[CrossLayer], spread: LayerWeights) -> tuple[list[float], list[bool]]:
-    """Share and negation of each block in execution order: the mean of its layers, where they differ."""
-    rows: dict[int, list[tuple[float, bool]]] = {}
-    for layer, share, not_ in zip(layers, spread.weights, spread.negated, strict=True):
-        rows.setdefault(layer.block_index, []).append((share, not_))
-    blocks = [rows[t] for t in sorted(rows)]
-    return [mean(share for share, _ in block) for block in blocks], [block[0][1] for block in blocks]
+def _rows(base: str, profile: str | None) -> dict[str, list[Block]]:
+    """Profile → what it does in each block of the base."""
+    layers = layers_of(base)
+    chosen: dict[str, Profile] = {name: name for name in PROFILES}
+    if profile is not None:
+        read = read_profile(profile)
+        chosen = {read if isinstance(read, str) else profile: read}
+    return {name: _blocks(layers, said) for name, said in chosen.items()}
 
 
-def _labels(layers: Sequence[CrossLayer]) -> list[str]:
-    return [str(t % 10) for t in sorted({layer.block_index for layer in layers})]
-
-
-def _by_part(layers: Sequence[CrossLayer], cells: Sequence[str]) -> str:
-    kinds = {layer.block_index: layer.kind for layer in layers}
-    parts = [
-        "".join(cell for t, cell in enumerate(cells) if kinds[t] == kind)
-        for kind in ("input", "middle", "output")
+def _blocks(layers: Sequence[CrossLayer], profile: Profile) -> list[Block]:
+    found = layer_weights(profile, layers)
+    rows: dict[int, list[tuple[CrossLayer, float, bool]]] = {}
+    for row in zip(layers, found.weights, found.negated, strict=True):
+        rows.setdefault(row[0].block_index, []).append(row)
+    return [
+        Block(part[0][0].block, part[0][0].kind, mean(weight for _, weight, _ in part), part[0][2])
+        for _, part in sorted(rows.items())
     ]
-    return "│".join(parts)
+
+
+def _chart(name: str, blocks: Sequence[Block], width: int, top: float) -> list[str]:
+    lines = [f"{name:<{width}}  {_by_kind(blocks, [_bar(block.weight / top) for block in blocks])}"]
+    if any(block.negated for block in blocks):
+        marks = _by_kind(blocks, ["!" if block.negated else " " for block in blocks])
+        lines.append(f"{'':<{width}}  {marks}".rstrip())
+    return lines
+
+
+def _describe(index: int, block: Block, top: float) -> str:
+    negated = " as a negative prompt" if block.negated else ""
+    return f"  {index:>2}  {block.weight:5.2f} {_bar(block.weight / top)}{negated}  {block.name}"
+
+
+def _by_kind(blocks: Sequence[Block], cells: Sequence[str]) -> str:
+    """One cell a block, with a line between down, middle and up."""
+    return "│".join(
+        "".join(cell for block, cell in zip(blocks, cells, strict=True) if block.kind == kind)
+        for kind in ("input", "middle", "output")
+    )
 
 
 def _bar(share: float) -> str:
