@@ -1,153 +1,146 @@
-"""Clips on disk: GIF, animated WebP, MP4, and folders of frames, each with the request inside.
+"""Clips as bytes: GIF, animated WebP, MP4, and folders of numbered PNG, each with the record inside.
 
-All frames of a GIF share one palette, so that colours do not flicker from frame to frame, and times are
-rounded so that the whole lasts as long as it should. Files are written whole or not at all by
-:mod:`imprompt.output.stills`, which calls this; the texts come from there too.
+Frames are shown for whole units of the format's time, rounded so that the whole clip lasts as long as it
+should.
 """
 
-import json
-from collections.abc import Callable, Sequence
+import io
+from collections.abc import Sequence
+from fractions import Fraction
 from itertools import pairwise
-from pathlib import Path
 
+import av
 import numpy as np
+from av.video.reformatter import Colorspace
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
-from imprompt.errors import UsageError
+from imprompt.errors import InputError, UsageError
+from imprompt.output.record import KEY
+from imprompt.output.stills import encode_png
 
 SUFFIXES = (".gif", ".webp", ".mp4", "")
 """Endings of clips; none is a folder of numbered PNG."""
 
-_FASTEST = 50
-"""Frames a second that a GIF can hold: viewers slow down what is shown for less than 20 ms."""
+_GIF_FPS = 50  # browsers slow down frames of less than 20 ms
+_BT709 = 1  # FFmpeg's number of the colour primaries and the transfer of ITU-R BT.709
 _BAYER = np.array([[0, 2], [3, 1]])
 for _ in range(2):
     _BAYER = np.block([[4 * _BAYER, 4 * _BAYER + 2], [4 * _BAYER + 3, 4 * _BAYER + 1]])
 
 
-def write_clip(frames: Sequence[Image.Image], path: Path, suffix: str, fps: float, record: str) -> None:
-    """Write ``frames`` to ``path`` in the format of ``suffix``, with ``record`` (JSON in ASCII) inside.
-
-    Raises :class:`UsageError` for a pace the format cannot hold, :class:`ModelError` without a video encoder.
-    """
-    _WRITERS[suffix](frames, path, fps, record)
-
-
-def write_frames(frames: Sequence[Image.Image], path: Path, info: PngInfo) -> None:
-    """Write ``frames`` as numbered PNG into the new folder ``path``, with the texts of ``info`` in each."""
-    path.mkdir()
-    for number, frame in enumerate(frames, 1):
-        frame.save(path / f"{number:04}.png", "PNG", pnginfo=info)
-
-
-def check_pace(suffix: str, fps: float) -> None:
+def check_fps(suffix: str, fps: float) -> None:
     """Raises :class:`UsageError` when the format cannot show so many frames a second."""
-    if suffix == ".gif" and fps > _FASTEST:
+    if suffix == ".gif" and fps > _GIF_FPS:
         raise UsageError(
-            f"fps: a GIF shows at most {_FASTEST} frames a second, not {fps:g}; use .webp or .mp4."
+            f"fps: a GIF shows at most {_GIF_FPS} frames a second, not {fps:g}; use .webp or .mp4."
         )
 
 
-def read_text(path: Path, key: str) -> str | None:
-    """The record that a GIF, an MP4 or a folder of frames carries, ``None`` for other files and without one.
+def encode_clip(
+    frames: Sequence[Image.Image], suffix: str, fps: float, record: str
+) -> bytes | dict[str, bytes]:
+    """RGB frames of one size in the format of ``suffix``, with ``record`` (ASCII) inside; without a suffix,
+    the files of a folder by their names.
 
-    ``key`` is the first name in it.
+    Raises :class:`UsageError` for more frames a second than the format can show, :class:`InputError` when the
+    format cannot hold them.
     """
-    if path.is_dir():
-        first = min((file for file in path.glob("*.png")), default=None)
-        if first is None:
-            return None
-        with Image.open(first, formats=("PNG",)) as image:
-            return image.info.get(key)
-    with path.open("rb") as stream:
-        start = stream.read(12)
-    if start[:6] in (b"GIF89a", b"GIF87a"):
-        with Image.open(path, formats=("GIF",)) as image:
-            comment = image.info.get("comment", b"")
-        return comment.decode("ascii", "replace") if comment.startswith(b"{") else None
-    if start[4:8] == b"ftyp":
-        content = path.read_bytes()
-        at = content.find(f'{{"{key}":'.encode())
-        if at < 0:
-            return ""
-        try:
-            found, _ = json.JSONDecoder().raw_decode(content[at:].decode("utf-8", "replace"))
-        except ValueError:
-            return ""
-        return json.dumps(found)
-    return None
+    if not suffix:
+        return encode_frames(frames, {KEY: record})
+    return {".gif": _gif, ".webp": _webp, ".mp4": _mp4}[suffix](frames, fps, record)
 
 
-def _gif(frames: Sequence[Image.Image], path: Path, fps: float, record: str) -> None:
-    check_pace(".gif", fps)
-    indexed = _one_palette(frames)
-    with path.open("xb") as stream:
-        indexed[0].save(
-            stream, "GIF", save_all=True, append_images=indexed[1:], duration=_times(len(frames), fps, 10),
-            loop=0, optimize=False, comment=record.encode("ascii"),
-        )  # fmt: skip
+def encode_frames(frames: Sequence[Image.Image], texts: dict[str, str]) -> dict[str, bytes]:
+    """Frames as files ``0001.png``, ``0002.png``, …, with ``texts`` in each."""
+    return {f"{number:04}.png": encode_png(frame, texts) for number, frame in enumerate(frames, 1)}
 
 
-def _webp(frames: Sequence[Image.Image], path: Path, fps: float, record: str) -> None:
+def _gif(frames: Sequence[Image.Image], fps: float, record: str) -> bytes:
+    check_fps(".gif", fps)
+    indexed = quantized(frames)
+    memory = io.BytesIO()
+    indexed[0].save(
+        memory, "GIF", save_all=True, append_images=indexed[1:], duration=_durations(len(frames), fps, 10),
+        loop=0, optimize=False, comment=record.encode("ascii"),
+    )  # fmt: skip
+    return memory.getvalue()
+
+
+def _webp(frames: Sequence[Image.Image], fps: float, record: str) -> bytes:
     exif = Image.Exif()
     exif[0x010E] = record
-    with path.open("xb") as stream:
-        frames[0].save(
-            stream, "WEBP", save_all=True, append_images=frames[1:], duration=_times(len(frames), fps, 1),
-            loop=0, lossless=True, exif=exif,
-        )  # fmt: skip
+    memory = io.BytesIO()
+    frames[0].save(
+        memory, "WEBP", save_all=True, append_images=frames[1:], duration=_durations(len(frames), fps, 1),
+        loop=0, lossless=True, exif=exif,
+    )  # fmt: skip
+    return memory.getvalue()
 
 
-def _mp4(frames: Sequence[Image.Image], path: Path, fps: float, record: str) -> None:
-    from imprompt.encoders.video import write_video
+def _mp4(frames: Sequence[Image.Image], fps: float, record: str) -> bytes:
+    """H.264 as yuv420p in BT.709; the index stands in front, so that playing can begin at once."""
+    width, height = frames[0].size
+    if width % 2 or height % 2:
+        raise InputError(f".mp4 needs an even width and height, not {width}×{height}; use .webp.")
+    memory = io.BytesIO()
+    index = len(record) + 32 * len(frames) + 4096
+    with av.open(memory, "w", format="mp4", options={"moov_size": str(index)}) as container:
+        container.metadata["comment"] = record
+        stream = container.add_stream(
+            "libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "14"}
+        )
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        context = stream.codec_context
+        context.colorspace = Colorspace.ITU709
+        context.color_primaries = context.color_trc = _BT709
+        for image in frames:
+            frame = av.VideoFrame.from_image(image.convert("RGB")).reformat(
+                format="yuv420p", dst_colorspace=Colorspace.ITU709
+            )
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return memory.getvalue()
 
-    write_video(frames, path, fps, record)
 
-
-def _folder(frames: Sequence[Image.Image], path: Path, fps: float, record: str) -> None:
-    info = PngInfo()
-    info.add_itxt("imprompt", record)
-    write_frames(frames, path, info)
-
-
-_WRITERS: dict[str, Callable[[Sequence[Image.Image], Path, float, str], None]] = {
-    ".gif": _gif,
-    ".webp": _webp,
-    ".mp4": _mp4,
-    "": _folder,
-}
-
-
-def _times(count: int, fps: float, unit: int) -> list[int]:
-    """How long each frame is shown, in ms and multiples of ``unit``; sums never stray by more than half."""
+def _durations(count: int, fps: float, unit: int) -> list[int]:
+    """How long each frame is shown, in milliseconds and multiples of ``unit``; no sum of the first ones is off
+    by more than half a unit."""
     ends = [round(1000 * number / fps / unit) * unit for number in range(count + 1)]
     return [after - before for before, after in pairwise(ends)]
 
 
-def _one_palette(frames: Sequence[Image.Image]) -> list[Image.Image]:
-    """The frames in 256 colours chosen for all of them; where they do not suffice, an ordered dither, which
-    stands still where the picture does."""
+def quantized(frames: Sequence[Image.Image]) -> list[Image.Image]:
+    """Frames in 256 colours chosen for all of them, so that colours do not flicker.
+
+    Where 256 are too few, an ordered dither is added, unless it makes pixels change more from frame to frame
+    than the nearest colours do.
+    """
     width, height = frames[0].size
-    shown = frames[:: max(1, len(frames) // 32)]
-    sheet = Image.new("RGB", (width, height * len(shown)))
-    for row, frame in enumerate(shown):
+    chosen = frames[:: max(1, len(frames) // 32)]
+    sheet = Image.new("RGB", (width, height * len(chosen)))
+    for row, frame in enumerate(chosen):
         sheet.paste(frame, (0, row * height))
     palette = sheet.quantize(256, Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
-    flat = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    pairs = zip(frames, flat, strict=True)
-    error = np.mean([np.abs(_array(frame) - _array(one.convert("RGB"))).mean() for frame, one in pairs])
+    nearest = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    error = np.mean([np.abs(a - b).mean() for a, b in zip(map(_array, frames), map(_array, nearest))])
     if error < 1:
-        return flat
+        return nearest
     tiles = np.tile(_BAYER, (height // 8 + 1, width // 8 + 1))[:height, :width, None]
     offset = (tiles / 64 - 0.5) * min(4 * float(error), 24)
-    return [
+    dithered = [
         Image.fromarray((_array(frame) + offset).clip(0, 255).astype(np.uint8)).quantize(
             palette=palette, dither=Image.Dither.NONE
         )
         for frame in frames
     ]
+    return dithered if _change(dithered) <= _change(nearest) else nearest
+
+
+def _change(frames: Sequence[Image.Image]) -> float:
+    """Mean absolute difference of pixels from frame to frame, 0 for a single frame."""
+    arrays = [_array(frame) for frame in frames]
+    return float(np.mean([np.abs(b - a).mean() for a, b in pairwise(arrays)])) if len(arrays) > 1 else 0.0
 
 
 def _array(image: Image.Image) -> np.ndarray:
-    return np.asarray(image, dtype=np.float32)
+    return np.asarray(image.convert("RGB"), dtype=np.float32)

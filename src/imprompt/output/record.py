@@ -1,0 +1,162 @@
+"""The request inside a file: what a picture or clip of imprompt says about how it was made.
+
+A :class:`Record` is JSON. PNG carries it in the text chunk ``imprompt``, JPEG and WebP in EXIF, GIF and MP4
+as a comment. Version 2 names pictures relative to the folder of the file; version 1 named them as they were
+given. A record may come from anybody: :meth:`Record.lines` shows it in printable text only, and
+:meth:`Record.local_files` says which files a repetition would read.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from imprompt.errors import InputError, UsageError
+from imprompt.io import check_path, printable, read_json
+from imprompt.schema.request import Request
+
+KEY = "imprompt"
+"""First key of every record, and the name of the text chunk of PNG that holds it."""
+VERSION = 2
+
+_PICTURES = {
+    "": ("image", "mask", "video"),
+    "images": ("image", "path", "negative", "mask"),
+    "regions": ("mask",),
+    "controls": ("path",),
+}
+"""Fields of a request's JSON that name pictures, by the list they are in."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """How one picture or clip was made."""
+
+    request: Request
+    """Draws just this picture again."""
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    """What it was made with: versions, device, fingerprints of the weights."""
+
+    def to_json(self, folder: Path | None = None) -> str:
+        """The record as JSON in ASCII. Files that exist are named relative to ``folder``, if it is given."""
+        request = json.loads(self.request.to_json())
+        if folder is not None:
+            request = _renamed(request, lambda name: _relative(name, folder))
+        return json.dumps(
+            {KEY: VERSION, "request": request, "provenance": dict(self.provenance)}, sort_keys=True
+        )
+
+    @classmethod
+    def from_json(cls, text: str, folder: Path | None = None) -> "Record":
+        """Read :meth:`to_json`, of this version or an older one.
+
+        Names that exist relative to ``folder`` are completed with it. Raises :class:`UsageError` for anything
+        else, and for the record of a newer imprompt.
+        """
+        values = read_json(text, "its record", error=UsageError)
+        version = values.get(KEY)
+        if type(version) is not int or not isinstance(values.get("request"), dict):
+            raise UsageError("its record is not one of imprompt's.")
+        if version > VERSION:
+            raise UsageError(
+                f"its record has version {version}; up to {VERSION} are known. Use a newer imprompt."
+            )
+        request = values["request"]
+        if folder is not None and version > 1:
+            request = _renamed(request, lambda name: _completed(name, folder))
+        provenance = values.get("provenance")
+        if not isinstance(provenance, dict):
+            provenance = {}
+        return cls(Request.from_mapping(request), {str(key): str(said) for key, said in provenance.items()})
+
+    def lines(self) -> list[str]:
+        """The record for people: one printable line for each field that is set, and one for the provenance."""
+        shown = []
+        for name, value in json.loads(self.request.to_json()).items():
+            if value not in (None, "", {}, []):
+                text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+                shown.append(f"{name:<11} {printable(text)}")
+        made = ", ".join(f"{name} {value}" for name, value in self.provenance.items())
+        return [*shown, f"made with   {printable(made)}"]
+
+    def local_files(self) -> list[str]:
+        """Printable names of the local pictures, masks and videos that drawing the request again reads."""
+        return [printable(name) for name in self.request.files]
+
+
+def parameters(request: Request) -> str:
+    """The request in the text format of stable-diffusion-webui, which other tools read as ``parameters``."""
+    fields: dict[str, object] = {
+        "Steps": request.steps,
+        "Sampler": request.scheduler or "default",
+        "CFG scale": request.guidance,
+        "Seed": request.seed,
+        "Size": None if request.size is None else "{}x{}".format(*request.size),
+        "Model": Path(request.base).name if "/" in request.base else request.base,
+        "Denoising strength": request.strength,
+    }
+    if request.images:
+        adapters = dict.fromkeys(prompt.adapter or request.adapter or "default" for prompt in request.images)
+        fields["IP-Adapter"] = ", ".join(adapters)
+        shown = (
+            f"{Path(ref.path).name} {request.scale if ref.scale is None else ref.scale}"
+            for ref in request.images
+        )
+        fields["IP-Adapter images"] = json.dumps("; ".join(shown))
+    lines = [request.prompt]
+    if request.negative:
+        lines.append(f"Negative prompt: {request.negative}")
+    lines.append(", ".join(f"{name}: {value}" for name, value in fields.items() if value is not None))
+    return "\n".join(lines)
+
+
+def as_record(path: Path, text: str | None) -> Record:
+    """The record in the ``text`` that the file at ``path`` carries. Raises :class:`InputError`."""
+    if text is None:
+        raise InputError(
+            f"'{path}' carries no request: imprompt did not make it, or another program saved it again."
+        )
+    try:
+        return Record.from_json(text, path.parent)
+    except UsageError as error:
+        raise InputError(f"'{path}': {error}") from error
+
+
+def _renamed(request: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    """The JSON of a request with every picture's name, also in ``hashes``, replaced by ``rename`` of it."""
+
+    def replaced(record: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+        return {key: changed(value) if key in names else value for key, value in record.items()}
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [changed(each) for each in value]
+        return rename(value) if isinstance(value, str) else value
+
+    result = replaced(request, _PICTURES[""])
+    for key, names in _PICTURES.items():
+        if isinstance(result.get(key), list):
+            result[key] = [
+                replaced(each, names) if isinstance(each, dict) else changed(each) for each in result[key]
+            ]
+    if isinstance(result.get("hashes"), dict):
+        result["hashes"] = {rename(name): value for name, value in result["hashes"].items()}
+    return result
+
+
+def _relative(name: str, folder: Path) -> str:
+    try:
+        place = check_path(name)
+        return os.path.relpath(place, folder) if os.path.lexists(place) else name
+    except (InputError, ValueError):  # ValueError: another drive of Windows
+        return name
+
+
+def _completed(name: str, folder: Path) -> str:
+    try:
+        place = os.path.normpath(folder / check_path(name))
+        return name if Path(name).is_absolute() or not os.path.lexists(place) else place
+    except (InputError, ValueError):
+        return name

@@ -1,0 +1,290 @@
+"""Write what was drawn, and read the request back.
+
+All files of one run are encoded in memory and take their places together (:mod:`imprompt.io`). What imprompt
+itself wrote under a name before is replaced; any other file only with ``overwrite``; a folder that holds
+anything but frames of imprompt never.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import av
+from PIL import Image, UnidentifiedImageError
+
+from imprompt.errors import InputError, UsageError, first_line
+from imprompt.io import check_file, check_path, write_all, write_folder
+from imprompt.output.clips import SUFFIXES, check_fps, encode_clip, encode_frames
+from imprompt.output.record import KEY, Record, as_record, parameters
+from imprompt.output.stills import FORMATS, encode_png, encode_still, is_ours, still_text
+from imprompt.schema.request import ControlRef, Request, Task
+
+if TYPE_CHECKING:
+    from imprompt.generation.engine import Result
+
+_MAP_KEY = f"{KEY}-control"  # text chunk of a control's map: its kind
+_PAGE_KEY = f"{KEY}-page"  # text chunk of a page of several pictures
+_Files = dict[str, bytes | dict[str, bytes]]  # ending after the target's stem → file, or files of a folder
+
+
+def save(
+    drawn: "Result | Sequence[Result]",
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    numbered: bool = False,
+    maps: bool = False,
+    pages: Mapping[str, Image.Image] | None = None,
+) -> list[Path]:
+    """Write the pictures or clips of one result or several and return their paths.
+
+    One goes to ``path``; several become ``NAME-1.png``, ``NAME-2.png``, …. With ``maps`` follow the maps of
+    the first result's controls as ``NAME-control-1-canny.png``, or a folder of frames where they move; each
+    can be given back as ``none:PATH,model=NAME``. ``pages`` are further pictures: ``{"grid": page}`` becomes
+    ``NAME-grid.png``. With ``numbered`` nothing is ever replaced: another name is taken where one is.
+
+    Raises :class:`UsageError` for an unknown format and :class:`InputError` when a file cannot be written.
+    """
+    results = drawn if isinstance(drawn, Sequence) else [drawn]
+    task = results[0].request.task
+    target = _checked(path, task)
+    suffix = target.suffix.lower()
+    try:
+        made = [each for result in results for each in _encoded(result, suffix, target.parent)]
+    except (UsageError, InputError) as error:
+        raise type(error)(f"cannot write '{target}': {error}") from error
+    endings = [name.name.removeprefix(target.stem) for name in names(target, len(made))]
+    files: _Files = dict(zip(endings, made, strict=True))
+    if maps:
+        files |= _maps(results[0])
+    files |= {f"-{name}.png": encode_png(page, {_PAGE_KEY: name}) for name, page in (pages or {}).items()}
+    while True:
+        chosen = free_name(target.parent, target.stem, files, target.suffix) if numbered else target
+        try:
+            placed = {_beside(chosen, ending): content for ending, content in files.items()}
+            return _write(placed, overwrite=overwrite, exclusive=numbered)
+        except FileExistsError as error:  # another process was faster
+            if not numbered:
+                raise InputError(f"cannot write '{error.filename}': it was made meanwhile.") from error
+
+
+def save_page(image: Image.Image, path: str | Path, *, overwrite: bool = False) -> Path:
+    """Write a page of pictures (a grid, a chart) as PNG. Raises :class:`InputError`."""
+    target = _checked(path, "generate")
+    return _write({target: encode_png(image, {_PAGE_KEY: target.stem})}, overwrite=overwrite)[0]
+
+
+def check_target(
+    path: str | Path,
+    task: Task = "generate",
+    count: int = 1,
+    *,
+    overwrite: bool = False,
+    controls: Sequence[ControlRef] = (),
+) -> Path:
+    """``path``, if ``count`` pictures or clips, and the maps of ``controls``, can be written there.
+
+    To be called before drawing. Raises as :func:`save`.
+    """
+    target = _checked(path, task)
+    for place in names(target, count):
+        _check_place(place, folder=not target.suffix, overwrite=overwrite)
+    for number, control in enumerate(controls, 1):
+        ending = f"-control-{number}-{control.kind}"
+        _check_place(_beside(target, f"{ending}.png"), folder=False, overwrite=overwrite)
+        if task == "animate":  # only its picture tells whether a control moves
+            _check_place(_beside(target, ending), folder=True, overwrite=overwrite)
+    above = next((folder for folder in target.absolute().parents if os.path.lexists(folder)), Path("/"))
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write '{target}': '{above}' is no folder one may write to.")
+    return target
+
+
+def names(target: Path, count: int) -> list[Path]:
+    """The files that ``count`` pictures saved as ``target`` become."""
+    if count == 1:
+        return [target]
+    return [_beside(target, f"-{number}{target.suffix}") for number in range(1, count + 1)]
+
+
+def free_name(folder: Path, stem: str, endings: Iterable[str] | int = 1, suffix: str = ".png") -> Path:
+    """The first of ``stem.png``, ``stem-1.png``, … in ``folder`` that names nothing yet, with each of
+    ``endings`` (or, of a number, those of so many pictures)."""
+    number = 0
+    while True:
+        target = folder / (f"{stem}-{number}{suffix}" if number else f"{stem}{suffix}")
+        if isinstance(endings, int):
+            taken = any(os.path.lexists(path) for path in names(target, endings))
+        else:
+            taken = any(os.path.lexists(_beside(target, ending)) for ending in endings)
+        if not taken:
+            return target
+        number += 1
+
+
+def our_frames(folder: Path) -> bool:
+    """Whether a folder holds frames that imprompt wrote, and nothing else."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    files = sorted(folder.iterdir())
+    return bool(files) and all(map(_is_our_frame, files))
+
+
+def read_record(path: str | Path) -> Record:
+    """What a picture, clip or folder of frames says about how it was made.
+
+    Only headers are read. Raises :class:`InputError` when it cannot be read or carries no record.
+    """
+    place = check_file(path, "picture", folder=True)
+    try:
+        if not place.is_dir():
+            return as_record(place, _text(place))
+        first = min(place.glob("*.png"), default=None)
+        if first is None or (text := _text(first)) is None:
+            raise InputError(
+                f"'{path}' is a folder, and no clip of imprompt's: its pictures carry no request."
+            )
+        return as_record(place, text)
+    except InputError:
+        raise
+    except UnidentifiedImageError as error:
+        raise InputError(f"'{path}' is no PNG, JPEG or WebP picture, and no GIF or MP4.") from error
+    except Exception as error:  # decoders raise nearly anything on damaged data
+        raise InputError(f"'{path}' is damaged and cannot be read ({first_line(error)}).") from error
+
+
+def read_request(path: str | Path) -> Request:
+    """The request that draws a saved picture again. Raises as :func:`read_record`."""
+    return read_record(path).request
+
+
+# ---- private
+
+
+def _checked(path: str | Path, task: Task) -> Path:
+    """``path`` as a target, if its name has an ending that can be written."""
+    target = check_path(path)
+    known = SUFFIXES if task == "animate" else tuple(FORMATS)
+    if target.suffix.lower() not in known:
+        listed = ", ".join(suffix for suffix in known if suffix)
+        folder = ", or have no ending for a folder of frames" if "" in known else ", or in / for a new folder"
+        raise UsageError(f"cannot write '{path}': the name must end in {listed}{folder}.")
+    return target
+
+
+def _encoded(result: "Result", suffix: str, folder: Path) -> Iterator[bytes | dict[str, bytes]]:
+    """Each picture or clip of a result as it will be in the file."""
+    request = result.request
+    size = 1 if request.task != "animate" else request.frames
+    assert size is not None
+    for index, start in enumerate(range(0, len(result.images), size)):
+        record = Record(request.single(index), result.provenance)
+        text = record.to_json(folder)
+        if request.task == "animate":
+            assert request.fps is not None
+            check_fps(suffix, request.fps)
+            yield encode_clip(result.images[start : start + size], suffix, request.fps, text)
+        else:
+            yield encode_still(result.images[start], suffix, text, parameters(record.request))
+
+
+def _maps(result: "Result") -> _Files:
+    """The maps of a result's controls; a folder of frames has no ending."""
+    files: _Files = {}
+    for number, (control, shown) in enumerate(zip(result.request.controls, result.maps, strict=True), 1):
+        ending, texts = f"-control-{number}-{control.kind}", {_MAP_KEY: control.kind}
+        if isinstance(shown, Image.Image):
+            files[f"{ending}.png"] = encode_png(shown, texts)
+        else:
+            files[ending] = encode_frames(shown, texts)
+    return files
+
+
+def _write(
+    files: Mapping[Path, bytes | dict[str, bytes]], *, overwrite: bool, exclusive: bool = False
+) -> list[Path]:
+    """Write files and folders of frames; none takes its place before all files are encoded and on the disk."""
+    if not exclusive:
+        for path, content in files.items():
+            _check_place(path, folder=isinstance(content, dict), overwrite=overwrite)
+    placed: list[Path] = []
+    try:
+        for path, content in files.items():
+            if isinstance(content, dict):
+                write_folder(path, content, is_ours=None if exclusive else _is_our_frame)
+                placed.append(path)
+        write_all(
+            {path: content for path, content in files.items() if isinstance(content, bytes)},
+            overwrite=not exclusive,
+        )
+    except FileExistsError:
+        for folder in placed if exclusive else ():
+            for file in folder.iterdir():
+                file.unlink()
+            folder.rmdir()
+        raise
+    return list(files)
+
+
+def _check_place(path: Path, *, folder: bool, overwrite: bool) -> None:
+    """Raises :class:`InputError` when something is at ``path`` that must not be replaced."""
+    if not os.path.lexists(path):
+        return
+    if folder:
+        if not our_frames(path):
+            what = "is a folder of other things" if path.is_dir() else "is a file"
+            raise InputError(
+                f"cannot write frames to '{path}': it {what}; only a folder of frames that imprompt wrote is "
+                "replaced. Give another name, or remove it."
+            )
+        return
+    if path.is_dir() and not path.is_symlink():
+        raise InputError(f"cannot write '{path}': it is a folder.")
+    if not overwrite and not _is_our_file(path):
+        raise InputError(
+            f"cannot write '{path}': imprompt did not make the file that is there; give another name, or "
+            "--overwrite."
+        )
+
+
+def _is_our_file(path: Path) -> bool:
+    if path.is_symlink() or not path.is_file():
+        return False
+    try:
+        return _text(path) is not None or _is_our_still(path)
+    except Exception:  # of another kind, or damaged
+        return False
+
+
+def _is_our_still(path: Path) -> bool:
+    with Image.open(path, formats=("PNG",)) as image:
+        return is_ours(image)
+
+
+def _is_our_frame(file: Path) -> bool:
+    if file.is_symlink() or not (file.is_file() and file.suffix == ".png" and file.stem.isdigit()):
+        return False
+    try:
+        return _is_our_still(file)
+    except Exception:  # another kind of file, or damaged
+        return False
+
+
+def _text(path: Path) -> str | None:
+    """The record in a file, ``None`` without one. Raises nearly anything for damaged files."""
+    with path.open("rb") as stream:
+        if stream.read(12)[4:8] == b"ftyp":
+            stream.seek(0)
+            with av.open(stream, format="mp4") as container:
+                text = container.metadata.get("comment")
+            return text if text is not None and text.startswith(f'{{"{KEY}":') else None
+    with Image.open(path, formats=("PNG", "JPEG", "WEBP", "GIF")) as image:
+        if image.format != "GIF":
+            return still_text(image)
+        comment = image.info.get("comment", b"")
+    return comment.decode("ascii", "replace") if comment.startswith(b"{") else None
+
+
+def _beside(target: Path, ending: str) -> Path:
+    return target.with_name(f"{target.stem}{ending}")
