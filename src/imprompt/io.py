@@ -206,38 +206,38 @@ def check_path(path: str | Path, what: str = "path") -> Path:
         raise InputError(f"{what} '{shown}': there is no home folder '{user}' (a file: ./{text}).") from error
 
 
-def check_file(path: str | Path, what: str = "path", *, folder: bool = False) -> Path:
+def check_file(path: str | Path, what: str = "", *, folder: bool = False) -> Path:
     """``path`` with ``~`` expanded, if it is a regular file, or with ``folder`` a folder, that can be read.
 
-    Raises :class:`InputError`, also for pipes and devices, which might never end.
+    ``what`` begins the message. Raises :class:`InputError`, also for pipes and devices, which may never end.
     """
-    place = check_path(path, what)
-    where = printable(str(path))
+    place = check_path(path, what or "path")
+    prefix, name = f"{what}: " if what else "", f"'{printable(str(path))}'"
     try:
         mode = place.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(f"{what}: there is no file '{where}'.") from error
+        raise InputError(f"{prefix}there is no file {name}.") from error
     except OSError as error:
-        raise InputError(f"{what}: '{where}' cannot be read ({error.strerror}).") from error
+        raise InputError(f"{prefix}{name} cannot be read ({error.strerror}).") from error
     if stat.S_ISDIR(mode) and not folder:
-        raise InputError(f"{what}: '{where}' is a folder; a file is expected.")
+        raise InputError(f"{prefix}{name} is no file but a folder.")
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise InputError(f"{what}: '{where}' is a pipe or a device; a file is expected.")
+        raise InputError(f"{prefix}{name} is no file but a pipe or a device.")
     if not os.access(place, os.R_OK | (os.X_OK if stat.S_ISDIR(mode) else 0)):
-        raise InputError(f"{what}: '{where}' cannot be read (Permission denied).")
+        raise InputError(f"{prefix}{name} cannot be read (Permission denied).")
     return place
 
 
-def read_bytes(path: str | Path, what: str = "path", *, limit: int) -> bytes:
+def read_bytes(path: str | Path, what: str = "", *, limit: int) -> bytes:
     """The content of a file of at most ``limit`` bytes. Raises :class:`InputError`."""
     place = check_file(path, what)
     try:
         with place.open("rb") as stream:
             content = stream.read(limit + 1)
     except OSError as error:
-        raise InputError(f"{what}: '{path}' cannot be read ({error.strerror}).") from error
+        raise InputError(f"'{path}' cannot be read ({error.strerror}).") from error
     if len(content) > limit:
-        raise InputError(f"{what}: '{path}' has more than {limit:,} bytes.")
+        raise InputError(f"'{path}' has more than {limit:,} bytes.")
     return content
 
 

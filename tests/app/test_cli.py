@@ -20,7 +20,7 @@ import tiny
 from controls import saved, tiny_controlnet
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.app import cli
-from imprompt.output.stills import read_request
+from imprompt.output import read_request
 from imprompt.schema.request import ImageRef
 
 

@@ -13,7 +13,7 @@ from imprompt import generate, tune
 from imprompt.app.cli import main
 from imprompt.errors import InputError, UsageError
 from imprompt.evaluation.front import Fidelity, NormalizedScore, choose, pareto_front
-from imprompt.output.stills import read_request
+from imprompt.output import read_request
 from imprompt.schema.request import ImageRef, Request
 
 points = st.lists(st.builds(Fidelity, st.floats(-0.5, 1.5), st.floats(-0.5, 1.5)), min_size=1, max_size=12)
@@ -114,7 +114,7 @@ def test_tuning_writes_the_chosen_request_the_plot_and_the_sheet(
     assert (figures["seeds"], len(figures["settings"])) == (2, 6)
     assert figures["chosen"] == said["chosen"]
     best = read_request(tmp_path / "t" / "best.png")
-    assert best == Request.from_json((tmp_path / "t" / "best.json").read_text())
+    assert best == Request(**json.loads((tmp_path / "t" / "best.json").read_text())["request"])
     assert f"scale {best.scale:g}" in said["chosen"]
     assert Image.open(tmp_path / "t" / "front.png").size == (950, 560)
     assert main([*words, "--explain"]) == 2

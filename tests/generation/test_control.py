@@ -10,13 +10,13 @@ from PIL import Image
 
 import tiny
 from controls import saved, tiny_controlnet, tiny_t2i, tiny_union
+from imprompt import output
 from imprompt.catalog.entries import BASES, CONTROLS, DEFAULT_CONTROLS, DEFAULT_KEYS
 from imprompt.errors import InputError, ModelError, UsageError
 from imprompt.generation.annotate import _ANNOTATORS
 from imprompt.generation.control import find_controls
 from imprompt.generation.engine import Engine, complete
 from imprompt.generation.families import find_base
-from imprompt.output import stills as output
 from imprompt.schema.request import CONTROLS as KINDS
 from imprompt.schema.request import ControlRef, Request
 
@@ -127,7 +127,7 @@ def test_a_saved_picture_repeats_its_controls_and_notices_another_file(
 
 def test_a_saved_map_given_back_as_finished_draws_the_same(engine, plain, pictures, nets, tmp_path):
     first = engine.run(Request(controls=[control(pictures, nets["net"])], **plain))
-    (place,) = output.save_maps(first.maps, first.request, tmp_path / "out.png")
+    _, place = output.save(first, tmp_path / "out.png", maps=True)
     assert place.name == "out-control-1-canny.png"
     again = engine.run(Request(controls=[ControlRef(kind="none", path=place, model=nets["net"])], **plain))
     assert np.array_equal(pixels(again.images[0]), pixels(first.images[0]))

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from imprompt import output
 from imprompt.errors import InputError, ModelError, UsageError
 from imprompt.generation.engine import Engine, generate
-from imprompt.output import stills as output
 from imprompt.schema.request import ImageRef, Request
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from imprompt.output import stills as output
+from imprompt import output
 from imprompt.schema import options as words
 from imprompt.schema.profiles import PROFILES
 from imprompt.schema.request import ImageRef, RegionRef, Request

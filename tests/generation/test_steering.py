@@ -10,11 +10,11 @@ from PIL import Image
 
 import controls
 import tiny
+from imprompt import output
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.app.cli import main
 from imprompt.app.embedding import embed
 from imprompt.errors import UsageError
-from imprompt.output import stills as output
 from imprompt.schema.request import ImageRef, RegionRef, Request
 
 

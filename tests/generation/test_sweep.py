@@ -10,7 +10,7 @@ import imprompt
 from imprompt.app.cli import main
 from imprompt.errors import UsageError
 from imprompt.generation.sweep import read_axis, spread
-from imprompt.output.stills import read_request
+from imprompt.output import read_request
 from imprompt.schema.request import ImageRef, Request
 
 TWO = Request(prompt="a", images=[ImageRef(path="a.png"), ImageRef(path="b.png", start=0.5)], seed=3)

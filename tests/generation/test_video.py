@@ -10,9 +10,9 @@ from PIL import Image
 
 import tiny
 from controls import saved, tiny_controlnet, tiny_sparse, tiny_union
+from imprompt import output
 from imprompt.errors import AdapterMismatch, InputError, ModelError, UsageError
 from imprompt.generation.engine import Engine, generate
-from imprompt.output import stills as output
 from imprompt.schema.request import ControlRef, ImageRef, RegionRef, Request
 
 FRAMES = 4
@@ -174,7 +174,7 @@ def test_a_clip_follows_a_picture_or_one_a_frame_and_is_repeated_from_its_file(
     again = output.read_request(path)
     assert again.controls == (moving,)
     assert np.array_equal(pixels(engine.run(again).images), pixels(prompted.images))
-    (maps,) = output.save_maps(prompted.maps, prompted.request, path)
+    _, maps = output.save(prompted, path, maps=True)
     assert (maps.name, len(list(maps.iterdir()))) == ("clip-control-1-none", FRAMES)
     mapped = engine.run(again.replace(controls=[one.replace(path=str(maps))], hashes={}))
     assert np.array_equal(pixels(mapped.images), pixels(prompted.images))
@@ -321,8 +321,6 @@ def places(value, film, pictures):
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".mp4", ""])
 def test_every_format_keeps_frames_pace_and_request(engine, asked, tmp_path, suffix):
-    if suffix == ".mp4":
-        pytest.importorskip("imageio_ffmpeg")
     from imprompt.generation.video import read_film
 
     result = engine.run(asked(fps=7))
@@ -347,29 +345,13 @@ def test_a_gif_lasts_as_long_as_it_should(engine, asked, tmp_path):
     assert total == 1000
 
 
-def test_a_video_that_fails_half_way_is_never_seen(engine, asked, tmp_path, monkeypatch):
-    result = engine.run(asked())
-
-    def broken(frames, path, fps, comment):
-        path.write_bytes(b"half")
-        raise InputError("ffmpeg died.")
-
-    monkeypatch.setattr("imprompt.encoders.video.write_video", broken)
-    monkeypatch.setattr("imprompt.output.stills.find_ffmpeg", lambda: "ffmpeg")
-    with pytest.raises(InputError, match="died"):
-        output.save(result, tmp_path / "clip.mp4")
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_folder_of_our_frames_is_replaced_whole_as_a_file_is(engine, asked, net, film, tmp_path):
     moving = ControlRef(kind="none", path=film, model=net)
     first = engine.run(asked(frames=6, controls=[moving]))
-    (path,) = output.save(first, tmp_path / "clip")
-    (maps,) = output.save_maps(first.maps, first.request, path)
+    path, maps = output.save(first, tmp_path / "clip", maps=True)
     shorter = first.request.replace(frames=4, seed=6)
     second = replace(first, images=first.images[:4], request=shorter, maps=(first.maps[0][:4],))
-    assert output.save(second, path) == [path]
-    assert output.save_maps(second.maps, shorter, path) == [maps]
+    assert output.save(second, path, maps=True) == [path, maps]
     for folder in (path, maps):
         assert sorted(file.name for file in folder.iterdir()) == [f"{i:04}.png" for i in (1, 2, 3, 4)]
     assert output.read_request(path).seed == 6
@@ -386,9 +368,10 @@ def test_a_folder_of_anything_else_is_never_replaced(engine, asked, net, film, t
             (folder / name).touch() if name == "notes.txt" else tiny.picture(1).save(folder / name)
     for refused in (
         lambda: output.check_target(folders[0], "animate"),
-        lambda: output.check_maps(result.request, folders[0]),
+        lambda: output.check_target(tmp_path / "clip.gif", "animate", controls=result.request.controls),
         lambda: output.save(result, folders[0]),
-        lambda: output.save_maps(result.maps, result.request, folders[0]),
+        lambda: output.save(result, tmp_path / "clip.gif", maps=True),
+        lambda: output.save(result, folders[0], overwrite=True),
     ):
         with pytest.raises(InputError, match=r"folder of other things.*Give another name"):
             refused()
@@ -396,35 +379,10 @@ def test_a_folder_of_anything_else_is_never_replaced(engine, asked, net, film, t
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_frames_that_fail_half_way_leave_the_old_ones(engine, asked, tmp_path, monkeypatch):
-    result = engine.run(asked())
-    (path,) = output.save(result, tmp_path / "clip")
-    before = {file.name: file.read_bytes() for file in path.iterdir()}
-    saving, count = Image.Image.save, iter(range(9))
-
-    def full(self, *args, **options):
-        if next(count) == 2:
-            raise OSError(28, "No space left on device")
-        saving(self, *args, **options)
-
-    monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(InputError, match="No space left"):
-        output.save(result, path)
-    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_frames_do_not_replace_a_file(tmp_path):
     (tmp_path / "clip").touch()
     with pytest.raises(InputError, match="it is a file"):
         output.check_target(tmp_path / "clip", "animate")
-
-
-def test_without_an_encoder_mp4_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.which", lambda _: None)
-    monkeypatch.setitem(__import__("sys").modules, "imageio_ffmpeg", None)
-    with pytest.raises(ModelError, match=r"ffmpeg.*imprompt\[video\].*\.gif"):
-        output.check_target(tmp_path / "clip.mp4", "animate")
 
 
 def test_a_motion_adapter_of_another_base_is_refused_and_nothing_changes(asked, tmp_path):

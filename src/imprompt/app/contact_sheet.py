@@ -13,11 +13,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from imprompt import output
 from imprompt.data.rows import Row, read_dataset
 from imprompt.encoders.images import load_image
 from imprompt.generation.engine import Engine
 from imprompt.generation.families import EMOJI
-from imprompt.output import stills as output
 from imprompt.schema.request import ControlRef, ImageRef, Request
 
 CELL, GAP, MARGIN, HEAD = 128, 8, 24, 44
@@ -91,8 +91,7 @@ def contact_sheet(folder: str | Path, *, seed: int = 7, say: Callable[[str], Non
             )
         )
     path = folder / "contact-sheet.png"
-    _compose(bands).save(path)
-    return path
+    return output.save_page(_compose(bands), path)
 
 
 class _Artist:
@@ -118,7 +117,7 @@ def _write_references(held_out: Sequence[Row], folder: Path) -> list[Path]:
     for concept, style in wanted:
         image = load_image(pictures[concept, style].read())
         paths.append(folder / f"{concept}-{style}.png")
-        image.save(paths[-1])
+        output.save_page(image, paths[-1])
     return paths
 
 
@@ -153,7 +152,7 @@ def _inpaint(draw: _Artist, start: Path, reference: Path) -> _Row:
     mask = Image.new("L", (CELL, CELL), 0)
     mask.paste(255, (CELL // 2, 0, CELL, CELL))
     place = start.with_name("right-half.png")
-    mask.save(place)
+    output.save_page(mask, place)
     shown = {"image": str(start), "mask": str(place), "images": (str(reference),), "adapter": ALONE}
     asked = {"task": "inpaint", **shown}
     drawn = [draw(f"scale {scale:g}", **asked, scale=scale) for scale in (0.4, 0.7, 1.0)]

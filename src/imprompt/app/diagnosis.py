@@ -18,7 +18,6 @@ _EXTRAS = {
     "peft": "lora: LoRAs for a base",
     "opencv-python-headless": "control: annotators",
     "scipy": "control: poses",
-    "imageio-ffmpeg": "video: MP4 in and out",
     "resvg-py": "recipe: making the bundled model again",
     "sentencepiece": "kolors: Kolors' text",
     "torchao": "quantize: UNets in int8 and float8",

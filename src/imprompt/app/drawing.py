@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imprompt.app.hints import check_no_url
-from imprompt.errors import InputError, UsageError
+from imprompt.errors import UsageError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from imprompt.generation.engine import Engine, Result
     from imprompt.schema.request import Request
 
@@ -53,6 +55,9 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, task: str) -> None:
         "an unused name here",
     )
     parser.add_argument(
+        "--overwrite", action="store_true", help="replace a file at -o that imprompt did not make"
+    )
+    parser.add_argument(
         "--explain",
         action="store_true",
         help="also draw where, in which layers and when each image prompt acted",
@@ -63,29 +68,30 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, task: str) -> None:
 
 def draw(task: str, args: argparse.Namespace) -> int:
     """Run a drawing command: read the request, draw, write the files, print their names."""
-    from imprompt.output import stills as output
+    from imprompt import output
 
     request = read_request(task, args)
     if args.save_control and not request.controls:
         raise UsageError("--save-control: there is no control to save; give one with --control.")
     if args.sweep:
         return _sweep(task, args, request)
-    target = target_path(args.output, task, request)
-    output.check_target(target, request.task, request.count)
-    if args.save_control:
-        output.check_maps(request, target)
+    target, numbered = target_path(args.output, task, request)
+    controls = request.controls if args.save_control else ()
+    output.check_target(target, request.task, request.count, overwrite=args.overwrite, controls=controls)
     if target.suffix.lower() == ".gif":
         _check_gif_pace(request)
 
     result = make_engine(args).run(request, explain=args.explain)
-    paths = output.save(result, target)
+    pages: dict[str, Image] = {}
     if args.explain:
         from imprompt.app.explain import explain
 
-        for found, image, path in zip(result.attributions, result.images, tuple(paths), strict=True):
-            paths = [*paths, *explain(found, image, path)]
-    if args.save_control:
-        paths = [*paths, *output.save_maps(result.maps, result.request, target)]
+        for number, (found, image) in enumerate(zip(result.attributions, result.images, strict=True), 1):
+            which = f"{number}-" if len(result.images) > 1 else ""
+            pages |= {which + name: page for name, page in explain(found, image).items()}
+    paths = output.save(
+        result, target, overwrite=args.overwrite, numbered=numbered, maps=args.save_control, pages=pages
+    )
     print_notes([result])
     if args.json:
         print(json.dumps(to_dict(result, paths)))
@@ -134,15 +140,14 @@ def read_request(task: str, args: argparse.Namespace) -> "Request":
 
 
 def _earlier_request(source: str) -> "Request":
-    from imprompt.output.stills import read_request
+    from imprompt.io import read_json
+    from imprompt.output import Record, read_request
     from imprompt.schema.request import Request
 
     if not source.endswith(".json"):
         return read_request(source)
-    try:
-        return Request.from_json(Path(source).read_bytes())
-    except OSError as error:
-        raise InputError(f"cannot read '{source}' ({error.strerror or error}).") from error
+    values = read_json(Path(source), "--from")
+    return Record.from_mapping(values).request if "imprompt" in values else Request.from_mapping(values)
 
 
 def make_engine(args: argparse.Namespace) -> "Engine":
@@ -152,18 +157,19 @@ def make_engine(args: argparse.Namespace) -> "Engine":
     return Engine(quiet=args.quiet or not sys.stderr.isatty())
 
 
-def target_path(given: str | None, task: str, request: "Request") -> Path:
-    """The file or folder to write to: ``-o``, or an unused name in it, or an unused name here."""
-    from imprompt.output.stills import free_name, our_frames
+def target_path(given: str | None, task: str, request: "Request") -> tuple[Path, bool]:
+    """The file or folder to write to, and whether its name is chosen here: ``-o``, or an unused name in it,
+    or an unused name in the current folder."""
+    from imprompt.io import check_path
+    from imprompt.output import free_name, our_frames
 
     suffix = ".gif" if task == "animate" else ".png"
     if given is None:
-        return free_name(Path(), task, request.count, suffix)
-    if task == "animate" and our_frames(Path(given)):
-        return Path(given)
-    if given.endswith(("/", "\\")) or Path(given).is_dir():
-        return free_name(Path(given), task, request.count, suffix)
-    return Path(given)
+        return free_name(Path(), task, request.count, suffix), True
+    path = check_path(given, "--output")
+    if not (task == "animate" and our_frames(path)) and (given.endswith(("/", "\\")) or path.is_dir()):
+        return free_name(path, task, request.count, suffix), True
+    return path, False
 
 
 def to_dict(result: "Result", paths: Sequence[Path]) -> dict[str, object]:
@@ -196,7 +202,7 @@ def _print_summary(result: "Result") -> None:
 
 def _check_gif_pace(request: "Request") -> None:
     """Refuse before drawing a frame rate that a GIF cannot hold; a video's own is looked up."""
-    from imprompt.output.clips import check_pace
+    from imprompt.output.clips import check_fps
 
     fps = request.fps
     if fps is None and request.video is not None:
@@ -204,7 +210,7 @@ def _check_gif_pace(request: "Request") -> None:
 
         fps = read_film(Path(request.video).expanduser(), request.video)[1]
     if fps is not None:
-        check_pace(".gif", fps)
+        check_fps(".gif", fps)
 
 
 def _sweep(task: str, args: argparse.Namespace, request: "Request") -> int:
@@ -213,8 +219,10 @@ def _sweep(task: str, args: argparse.Namespace, request: "Request") -> int:
 
     refuse_with(args, "goes with a single request; leave --sweep out")
     count = len(spread(request, [read_axis(text) for text in args.sweep]).requests)
-    target = target_path(args.output, task, request.replace(count=min(count, 100)))
-    results, paths = sweep(request, args.sweep, target, engine=make_engine(args))
+    target, numbered = target_path(args.output, task, request.replace(count=min(count, 100)))
+    results, paths = sweep(
+        request, args.sweep, target, engine=make_engine(args), overwrite=args.overwrite, numbered=numbered
+    )
     print_notes(results)
     if args.json:
         pictures = [to_dict(result, [path]) for result, path in zip(results, paths, strict=False)]

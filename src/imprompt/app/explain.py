@@ -1,6 +1,5 @@
 """Attribution as pictures: a heat map over what was drawn, and a chart of layers against steps."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,19 +13,16 @@ _STOPS = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252,
 _CELL = 14
 
 
-def explain(attribution: "Attribution", image: Image.Image, beside: Path) -> list[Path]:
-    """Write, next to ``beside``, ``NAME-where-G.png`` and ``NAME-when-G.png`` for each prompt ``G`` from 1;
-    returns their paths. All prompts share one colour scale, so that they can be compared."""
-    paths = []
+def explain(attribution: "Attribution", image: Image.Image) -> dict[str, Image.Image]:
+    """Two pages for each image prompt ``G`` from 1: ``where-G``, a heat map over the picture, and ``when-G``,
+    a chart of blocks against steps. All prompts share one colour scale, so that they can be compared."""
+    pages = {}
     top_where = max(float(attribution.maps.max()), 1e-9)
     top_when = max(float(attribution.strength.max()), 1e-9)
     for g in range(len(attribution.maps)):
-        where = beside.with_name(f"{beside.stem}-where-{g + 1}.png")
-        overlay(image, attribution.maps[g].numpy() / top_where).save(where)
-        when = beside.with_name(f"{beside.stem}-when-{g + 1}.png")
-        chart(attribution, g, top_when).save(when)
-        paths += [where, when]
-    return paths
+        pages[f"where-{g + 1}"] = overlay(image, attribution.maps[g].numpy() / top_where)
+        pages[f"when-{g + 1}"] = chart(attribution, g, top_when)
+    return pages
 
 
 def overlay(image: Image.Image, heat: np.ndarray) -> Image.Image:

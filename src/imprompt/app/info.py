@@ -1,7 +1,6 @@
 """``imprompt info``: show the request stored inside a picture."""
 
 import argparse
-import json
 
 HELP = "show the request stored inside a picture or clip"
 
@@ -12,23 +11,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from imprompt.output.stills import read_record
+    from imprompt.output import read_record
 
     record = read_record(args.picture)
     if args.json:
         print(record.to_json())
         return 0
-    for name, value in json.loads(record.request.to_json()).items():
-        if value not in (None, "", {}, []):
-            print(f"{name:<11} {_one_line(value)}")
-    print(
-        "made with   " + _one_line(", ".join(f"{name} {value}" for name, value in record.provenance.items()))
-    )
+    print("\n".join(record.lines()))
     return 0
-
-
-def _one_line(value: object) -> str:
-    """A value as one printable line: no newline or escape sequence of a file reaches the terminal."""
-    if isinstance(value, str) and value.isprintable():
-        return value
-    return json.dumps(value, ensure_ascii=not isinstance(value, dict | list))

@@ -5,15 +5,21 @@ from pathlib import Path
 
 from PIL import Image
 
+from imprompt import output
 from imprompt.evaluation.charts import grid
 from imprompt.generation.engine import Engine, Result
 from imprompt.generation.sweep import Sweep, read_axis, spread
-from imprompt.output import stills as output
 from imprompt.schema.request import Request
 
 
 def sweep(
-    request: Request, axes: Sequence[str], target: str | Path, *, engine: Engine | None = None
+    request: Request,
+    axes: Sequence[str],
+    target: str | Path,
+    *,
+    engine: Engine | None = None,
+    overwrite: bool = False,
+    numbered: bool = False,
 ) -> tuple[list[Result], list[Path]]:
     """Draw ``request`` for all combinations of ``axes`` (as ``FIELD=VALUE,…``); returns the results and the
     files: ``NAME-1.png``, ``NAME-2.png``, …, and last the page ``NAME-grid.png``.
@@ -22,17 +28,14 @@ def sweep(
     """
     target, engine = Path(target), engine or Engine()
     asked = spread(request, [read_axis(text) for text in axes])
-    output.check_target(target, request.task, len(asked.requests))
-    page = target.with_name(f"{target.stem}-grid.png")
-    output.check_target(page)
+    output.check_target(target, request.task, len(asked.requests), overwrite=overwrite)
+    output.check_target(target.with_name(f"{target.stem}-grid.png"), overwrite=overwrite)
     results = [engine.run(one) for one in asked.requests]
-    paths: list[Path] = []
-    for result, place in zip(results, output.names(target, len(results)), strict=True):
-        paths += output.save(result, place)
     # Of a clip the page shows the frame in the middle.
     middle = (request.frames or 1) // 2 if request.task == "animate" else 0
-    sheet(asked, [result.images[min(middle, len(result.images) - 1)] for result in results]).save(page)
-    return results, [*paths, page]
+    page = sheet(asked, [result.images[min(middle, len(result.images) - 1)] for result in results])
+    paths = output.save(results, target, overwrite=overwrite, numbered=numbered, pages={"grid": page})
+    return results, paths
 
 
 def sheet(asked: Sweep, images: Sequence[Image.Image]) -> Image.Image:

@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from imprompt import output
 from imprompt.app.embedding import encoder_of
 from imprompt.encoders.features import is_saved
 from imprompt.encoders.images import load_image
@@ -22,7 +23,6 @@ from imprompt.evaluation.front import EncoderMeasure, Fidelity, NormalizedScore,
 from imprompt.generation.engine import Engine, Result
 from imprompt.generation.families import find_base
 from imprompt.generation.sweep import read_axis, spread
-from imprompt.output import stills as output
 from imprompt.schema.request import ImageRef, Request
 
 AXES = ("scale=0.3,0.6,0.9,1.2", "profile=linear,style,ease-out", "end=1,0.6")
@@ -106,7 +106,7 @@ def tune(
         title=f"“{request.prompt}”: the front, from the text to the picture; framed: the chosen setting",
         marked=1 + few.index(chosen),
     )
-    sheet.save(folder / "sheet.png")
+    output.save_page(sheet, folder / "sheet.png")
     return Tuned(
         results[chosen].request, found[chosen], labels[chosen], measure, (*paths, folder / "sheet.png")
     )
@@ -135,39 +135,31 @@ def _write(
     seeds: int,
     prefer: float,
 ) -> list[Path]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = output.save(best, folder / "best.png")
-        figures: dict[str, Any] = {
-            "measure": measure,
-            "seeds": seeds,
-            "prefer": prefer,
-            "chosen": labels[chosen],
-            "settings": [
-                {"setting": label, "text": one.text, "picture": one.picture, "front": i in ahead}
-                for i, (label, one) in enumerate(zip(labels, found, strict=True))
-            ],
-        }
-        for name, text in (
-            ("best", best.request.to_json()),
-            ("tune", json.dumps(figures, indent=2, ensure_ascii=False)),
-        ):
-            (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-            paths.append(folder / f"{name}.json")
-        groups = [label.partition(" · ")[2] or "settings" for label in labels]
-        plot = scatter(
-            [(one.text, one.picture) for one in found],
-            groups,
-            title=f"Text and picture by the {measure}, {seeds} seed{'s' * (seeds > 1)}; ringed: chosen",
-            titles=(
-                "of the text (0: the picture alone, 1: the text alone)",
-                "of the picture (0: the text alone, 1: the picture alone)",
-            ),
-            front=ahead,
-            marked=chosen,
-            labels=[label.partition(" · ")[0] for label in labels],
-        )
-        plot.save(folder / "front.png")
-    except OSError as error:
-        raise InputError(f"cannot write into '{folder}' ({error.strerror or error}).") from error
-    return [*paths, folder / "front.png"]
+    figures: dict[str, Any] = {
+        "measure": measure,
+        "seeds": seeds,
+        "prefer": prefer,
+        "chosen": labels[chosen],
+        "settings": [
+            {"setting": label, "text": one.text, "picture": one.picture, "front": i in ahead}
+            for i, (label, one) in enumerate(zip(labels, found, strict=True))
+        ],
+    }
+    plot = scatter(
+        [(one.text, one.picture) for one in found],
+        [label.partition(" · ")[2] or "settings" for label in labels],
+        title=f"Text and picture by the {measure}, {seeds} seed{'s' * (seeds > 1)}; ringed: chosen",
+        titles=(
+            "of the text (0: the picture alone, 1: the text alone)",
+            "of the picture (0: the text alone, 1: the picture alone)",
+        ),
+        front=ahead,
+        marked=chosen,
+        labels=[label.partition(" · ")[0] for label in labels],
+    )
+    return [
+        *output.save(best, folder / "best.png"),
+        output.save_json({"request": json.loads(best.request.to_json())}, folder / "best.json"),
+        output.save_json(figures, folder / "tune.json"),
+        output.save_page(plot, folder / "front.png"),
+    ]

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import IO, TypeAlias
 
 import numpy as np
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from imprompt.errors import InputError, first_line
+from imprompt.io import check_file, printable
 
 Source: TypeAlias = str | Path | bytes | Image.Image
 
@@ -26,24 +27,38 @@ MAX_PIXELS = 64 * 1024 * 1024
 MAX_FRAMES = 512
 """Default cap on the frames of a clip."""
 
+MAX_BYTES = 1024 * 1024 * 1024
+"""Default cap on what all pictures and clips of one request take once decoded."""
+
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of pictures in a folder of frames
 # Formats of still pictures, without the ones that run an interpreter (EPS, WMF) or guess from nothing (TGA).
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "QOI")
 _MOVING = ("GIF", "WEBP", "PNG", "AVIF")  # of those, the ones that can be animated
-_ORIENTATION = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+
+
+class Budget:
+    """Bytes that may be decoded; one object for all pictures and clips of a request."""
+
+    def __init__(self, limit: int = MAX_BYTES) -> None:
+        self.limit, self.left = limit, limit
+
+    def take(self, size: int, name: str) -> None:
+        """Count ``size`` bytes of the file ``name``. Raises :class:`InputError` when they are too many."""
+        self.left -= size
+        if self.left < 0:
+            raise InputError(
+                f"{name} needs {size / 1e6:,.0f} MB once decoded; all pictures and clips together may take "
+                f"{self.limit / 1e6:,.0f} MB. Scale it down or cut it first."
+            )
 
 
 def load_image(
-    source: Source, *, max_pixels: int = MAX_PIXELS, background: tuple[int, int, int] = (255, 255, 255)
+    source: Source,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    background: tuple[int, int, int] = (255, 255, 255),
+    budget: Budget | None = None,
 ) -> Image.Image:
     """A picture as upright 8-bit sRGB.
 
@@ -51,68 +66,97 @@ def load_image(
     on ``background``, so that colours hidden under it do not show; 16-bit values are scaled by 1/257. Grey
     floats are 0 to 1, or, when larger values occur, 0 to 255 or 0 to 65535. Of an animation the first frame
     is taken. Raises :class:`InputError` for what is missing, unreadable, no picture, truncated, larger than
-    ``max_pixels``, or holds NaN or values of no known range.
+    ``max_pixels`` or what is left of ``budget``, or holds NaN or values of no known range.
     """
     with _opened(source, max_pixels) as (image, name):
+        _load(image, name, budget)
         return _flattened(_srgb(_eight_bit(_upright(image), name)), background)
 
 
-def load_mask(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_mask(
+    source: Source,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    budget: Budget | None = None,
+    notes: list[str] | None = None,
+) -> Image.Image:
     """A mask as upright 8-bit grey: white is inside, black and transparent are outside.
 
     The same door as :func:`load_image`, except that a colour profile is left alone: a mask's values are
-    weights, not colours.
+    weights, not colours. Where no value is above 1 in 255, as many segmentation tools write masks, 1 is
+    white, and ``notes`` gets a line that says so.
     """
     with _opened(source, max_pixels) as (image, name):
-        return _flattened(_eight_bit(_upright(image), name), (0, 0, 0)).convert("L")
+        _load(image, name, budget)
+        image = _upright(image)
+        if image.mode.startswith("I") and image.getextrema() == (0, 1):
+            image = Image.fromarray(np.asarray(image).astype(np.uint8))
+        mask = _flattened(_eight_bit(image, name), (0, 0, 0)).convert("L")
+        if mask.getextrema()[1] != 1:
+            return mask
+        if notes is not None:
+            notes.append(f"mask {name} holds only the values 0 and 1; 1 is read as white")
+        return mask.point(lambda value: 255 * value)
 
 
 def load_frames(
-    source: Source, *, max_frames: int = MAX_FRAMES, max_pixels: int = MAX_PIXELS
+    source: Source,
+    *,
+    max_frames: int = MAX_FRAMES,
+    max_pixels: int = MAX_PIXELS,
+    budget: Budget | None = None,
 ) -> tuple[list[Image.Image], float | None]:
     """All frames of an animated picture (GIF, WebP, PNG, AVIF) as :func:`load_image` gives one, and how many
-    there are a second; of a folder, its pictures in the order of their names, and no pace. A still is one
-    frame. Raises :class:`InputError` as :func:`load_image`, for more than ``max_frames`` frames, and for
-    frames of different sizes."""
-    if isinstance(source, str | Path) and Path(source).is_dir():
-        places = sorted(path for path in Path(source).iterdir() if path.suffix.lower() in _SUFFIXES)
-        if not places:
-            raise InputError(f"folder '{source}' holds no pictures ({', '.join(_SUFFIXES)}).")
-        if len(places) > max_frames:
-            raise InputError(f"'{source}' has {len(places)} frames; at most {max_frames} are read.")
-        frames = [load_image(place, max_pixels=max_pixels) for place in places]
-        if len({frame.size for frame in frames}) > 1:
-            raise InputError(f"the pictures in '{source}' have different sizes; frames of a clip have one.")
-        return frames, None
+    there are a second; of a folder, its pictures in the order of their names, and ``None``.
+
+    A still is one frame. Raises :class:`InputError` as :func:`load_image`, for more than ``max_frames``
+    frames, and for frames of different sizes.
+    """
+    budget = budget or Budget()
+    if isinstance(source, str | Path) and check_file(source, folder=True).is_dir():
+        return _folder_frames(Path(source), max_frames, max_pixels, budget), None
     frames, milliseconds = [], 0.0
     with _opened(source, max_pixels) as (image, name):
         count = int(getattr(image, "n_frames", 1))
         if count > max_frames:
             raise InputError(f"{name} has {count} frames; at most {max_frames} are read.")
+        budget.take(3 * image.width * image.height * count, name)
         for number in range(count):
             if count > 1:
                 image.seek(number)
-                image.load()
                 milliseconds += float(image.info.get("duration") or 100)
+            image.load()
             frames.append(_flattened(_srgb(_eight_bit(_upright(image), name)), (255, 255, 255)))
     return frames, 1000 * count / milliseconds if milliseconds else None
 
 
+def _folder_frames(folder: Path, max_frames: int, max_pixels: int, budget: Budget) -> list[Image.Image]:
+    folder = check_file(folder, folder=True)
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
+    if not paths:
+        raise InputError(f"folder '{folder}' holds no pictures ({', '.join(_SUFFIXES)}).")
+    if len(paths) > max_frames:
+        raise InputError(f"'{folder}' has {len(paths)} frames; at most {max_frames} are read.")
+    frames = [load_image(path, max_pixels=max_pixels, budget=budget) for path in paths]
+    if len({frame.size for frame in frames}) > 1:
+        raise InputError(f"the pictures in '{folder}' have different sizes; frames of a clip have one.")
+    return frames
+
+
 def frame_count(source: Source) -> int:
-    """How many frames a picture has, 1 for a still and for what :func:`load_image` would refuse."""
+    """The number of frames of a picture; 1 for a still and for what :func:`load_image` refuses."""
     if isinstance(source, Image.Image):
         return int(getattr(source, "n_frames", 1))
     try:
-        with Image.open(
-            io.BytesIO(source) if isinstance(source, bytes) else source, formats=_MOVING
-        ) as image:
+        stream = io.BytesIO(source) if isinstance(source, bytes) else check_file(source)
+        with Image.open(stream, formats=_MOVING) as image:
             return int(getattr(image, "n_frames", 1))
-    except Exception:  # not of these formats, or damaged: said where it is decoded
+    except Exception:  # of another format, or damaged: reported where it is decoded
         return 1
 
 
 def content_hash(image: Image.Image) -> str:
-    """sha256 of a picture's mode, size and pixels: equal exactly for equal pictures."""
+    """SHA-256 of a picture's mode, size and pixels: equal exactly for equal pictures."""
     digest = hashlib.sha256(f"{image.mode} {image.width}x{image.height}\n".encode())
     digest.update(image.tobytes())
     return digest.hexdigest()
@@ -120,14 +164,15 @@ def content_hash(image: Image.Image) -> str:
 
 @contextmanager
 def _opened(source: Source, max_pixels: int) -> Iterator[tuple[Image.Image, str]]:
-    """The decoded picture and its name for messages; any failure inside becomes an :class:`InputError`."""
+    """The picture, whose header is checked, and its name for messages; any failure inside becomes an
+    :class:`InputError`."""
     stream: IO[bytes] | None = None
     if isinstance(source, Image.Image):
         name = "the given PIL image"
     elif isinstance(source, bytes):
         name, stream = f"the given data ({len(source)} bytes)", io.BytesIO(source)
     elif isinstance(source, str | Path):
-        name, stream = f"'{source}'", _stream(Path(source))
+        name, stream = f"'{printable(str(source))}'", _stream(source)
     else:
         raise InputError(f"a picture is a path, bytes or a PIL image; got a {type(source).__name__}.")
     try:
@@ -136,7 +181,6 @@ def _opened(source: Source, max_pixels: int) -> Iterator[tuple[Image.Image, str]
             raise InputError(_too_large(name, f"{image.width}×{image.height} pixels", max_pixels))
         if not image.width or not image.height:
             raise InputError(f"{name} has no pixels ({image.width}×{image.height}).")
-        image.load()
         yield image, name
     except InputError:
         raise
@@ -144,28 +188,25 @@ def _opened(source: Source, max_pixels: int) -> Iterator[tuple[Image.Image, str]
         raise InputError(
             f"{name} is no picture that can be read here (known: {', '.join(_FORMATS)})."
         ) from error
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(_too_large(name, "far more pixels", max_pixels)) from error
     except MemoryError as error:
         raise InputError(f"{name} does not fit into memory; scale it down first.") from error
     except Exception as error:
         # Decoders raise nearly anything on damaged data: SyntaxError, struct.error, zlib.error, KeyError, …
-        reason = first_line(error)
+        reason = printable(first_line(error))
         raise InputError(f"{name} is truncated or damaged and cannot be decoded ({reason}).") from error
     finally:
         if stream is not None:
             stream.close()
 
 
-def _stream(path: Path) -> IO[bytes]:
-    if not path.exists():
-        raise InputError(f"there is no file '{path}'.")
-    if not path.is_file():
-        raise InputError(f"'{path}' is no file; give a picture's path.")
+def _stream(source: str | Path) -> IO[bytes]:
+    path = check_file(source)
     try:
         return path.open("rb")
     except OSError as error:
-        raise InputError(f"'{path}' cannot be read ({error.strerror}).") from error
+        raise InputError(f"'{source}' cannot be read ({error.strerror}).") from error
 
 
 def _sniffed(stream: IO[bytes] | None, name: str) -> Image.Image:
@@ -178,21 +219,25 @@ def _sniffed(stream: IO[bytes] | None, name: str) -> Image.Image:
         return Image.open(stream, formats=_FORMATS)
 
 
+def _load(image: Image.Image, name: str, budget: Budget | None) -> None:
+    """Decode the first frame. A picture inside (ICO) may be larger than the header says: Pillow warns."""
+    width = 16 if image.mode.startswith(("I", "F")) else 3  # numbers are scaled as floats of 8 bytes
+    (budget or Budget()).take(width * image.width * image.height, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image.load()
+
+
 def _too_large(name: str, given: str, cap: int) -> str:
     return f"{name} has {given}; at most {cap / 1e6:.0f} million are read. Scale it down first."
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
+        return ImageOps.exif_transpose(image)
     except Exception:  # damaged EXIF beside sound pixels states no orientation
         return image
-    method = _UPRIGHT.get(orientation)
-    if method is None:
-        return image
-    turned = image.transpose(method)
-    turned.info = {key: value for key, value in image.info.items() if key in ("transparency", "icc_profile")}
-    return turned
 
 
 def _eight_bit(image: Image.Image, name: str) -> Image.Image:
@@ -216,39 +261,46 @@ def _eight_bit(image: Image.Image, name: str) -> Image.Image:
     hidden = image.info.get("transparency")  # a 16-bit PNG may name one value as transparent
     if isinstance(hidden, int):
         grey.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
+    if "icc_profile" in image.info:
+        grey.info["icc_profile"] = image.info["icc_profile"]
     return grey
 
 
 def _srgb(image: Image.Image) -> Image.Image:
     """Colours of an embedded profile as sRGB; without one they are sRGB (CMYK: by the plain formula)."""
-    alpha = None
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        alpha = image.getchannel("A")
-    profile = image.info.get("icc_profile")
+    srgb = ImageCms.createProfile("sRGB")
     if image.mode == "LAB":
-        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        converted = ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), srgb, outputMode="RGB")
         return image if converted is None else converted
-    if profile and image.mode in ("RGB", "RGBA", "CMYK", "P"):
-        colours = image if image.mode == "CMYK" else image.convert("RGB")
-        try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            converted = ImageCms.profileToProfile(
-                colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
-            )
-        except (ImageCms.PyCMSError, OSError):  # a broken profile says nothing about the colours
-            converted = None
-        if converted is not None:
-            if alpha is not None:
-                converted.putalpha(alpha)
-            return converted
-    return image
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return image
+    alpha = None
+    if image.mode in _ALPHA or "transparency" in image.info:
+        alpha = image.convert("RGBA").getchannel("A")
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = {"GRAY": "L", "RGB ": "RGB", "CMYK": "CMYK"}[source.profile.xcolor_space]
+        if (mode == "CMYK") != (image.mode == "CMYK") or (mode == "L" and image.mode not in _GREY):
+            return image  # a profile of other colours than the picture's
+        colours = image.convert(mode)
+        colours.info.pop("transparency", None)
+        converted = ImageCms.profileToProfile(colours, source, srgb, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, KeyError):  # a broken profile says nothing about the colours
+        return image
+    if converted is None:
+        return image
+    if alpha is not None:
+        converted.putalpha(alpha)
+    return converted
+
+
+_GREY = ("1", "L", "LA", "La")
 
 
 def _flattened(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """RGB without transparency and without metadata."""
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.mode in _ALPHA or "transparency" in image.info:
         layered = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, (*background, 255))
         ground.alpha_composite(layered)

@@ -8,4 +8,5 @@ from imprompt.output.save import our_frames as our_frames
 from imprompt.output.save import read_record as read_record
 from imprompt.output.save import read_request as read_request
 from imprompt.output.save import save as save
+from imprompt.output.save import save_json as save_json
 from imprompt.output.save import save_page as save_page

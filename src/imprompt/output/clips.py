@@ -103,8 +103,8 @@ def _mp4(frames: Sequence[Image.Image], fps: float, record: str) -> bytes:
 
 
 def _durations(count: int, fps: float, unit: int) -> list[int]:
-    """How long each frame is shown, in milliseconds and multiples of ``unit``; no sum of the first ones is off
-    by more than half a unit."""
+    """How long each frame is shown, in milliseconds and multiples of ``unit``; no frame begins more than half
+    a unit early or late."""
     ends = [round(1000 * number / fps / unit) * unit for number in range(count + 1)]
     return [after - before for before, after in pairwise(ends)]
 
@@ -122,7 +122,9 @@ def quantized(frames: Sequence[Image.Image]) -> list[Image.Image]:
         sheet.paste(frame, (0, row * height))
     palette = sheet.quantize(256, Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
     nearest = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    error = np.mean([np.abs(a - b).mean() for a, b in zip(map(_array, frames), map(_array, nearest))])
+    pairs = zip(map(_array, frames), map(_array, nearest), strict=True)
+    pairs = zip(map(_array, frames), map(_array, nearest), strict=True)
+    error = np.mean([np.abs(a - b).mean() for a, b in pairs])
     if error < 1:
         return nearest
     tiles = np.tile(_BAYER, (height // 8 + 1, width // 8 + 1))[:height, :width, None]

@@ -55,7 +55,11 @@ class Record:
         Names that exist relative to ``folder`` are completed with it. Raises :class:`UsageError` for anything
         else, and for the record of a newer imprompt.
         """
-        values = read_json(text, "its record", error=UsageError)
+        return cls.from_mapping(read_json(text, "its record", error=UsageError), folder)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], folder: Path | None = None) -> "Record":
+        """Read a parsed record as :meth:`from_json` does."""
         version = values.get(KEY)
         if type(version) is not int or not isinstance(values.get("request"), dict):
             raise UsageError("its record is not one of imprompt's.")
@@ -72,7 +76,7 @@ class Record:
         return cls(Request.from_mapping(request), {str(key): str(said) for key, said in provenance.items()})
 
     def lines(self) -> list[str]:
-        """The record for people: one printable line for each field that is set, and one for the provenance."""
+        """The record for people: a printable line for each field that is set, and one for the provenance."""
         shown = []
         for name, value in json.loads(self.request.to_json()).items():
             if value not in (None, "", {}, []):

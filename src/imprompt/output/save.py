@@ -5,6 +5,7 @@ itself wrote under a name before is replaced; any other file only with ``overwri
 anything but frames of imprompt never.
 """
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +15,9 @@ import av
 from PIL import Image, UnidentifiedImageError
 
 from imprompt.errors import InputError, UsageError, first_line
-from imprompt.io import check_file, check_path, write_all, write_folder
+from imprompt.io import check_file, check_path, read_json, write_all, write_folder
 from imprompt.output.clips import SUFFIXES, check_fps, encode_clip, encode_frames
-from imprompt.output.record import KEY, Record, as_record, parameters
+from imprompt.output.record import KEY, VERSION, Record, as_record, parameters
 from imprompt.output.stills import FORMATS, encode_png, encode_still, is_ours, still_text
 from imprompt.schema.request import ControlRef, Request, Task
 
@@ -73,6 +74,12 @@ def save_page(image: Image.Image, path: str | Path, *, overwrite: bool = False) 
     """Write a page of pictures (a grid, a chart) as PNG. Raises :class:`InputError`."""
     target = _checked(path, "generate")
     return _write({target: encode_png(image, {_PAGE_KEY: target.stem})}, overwrite=overwrite)[0]
+
+
+def save_json(values: Mapping[str, object], path: str | Path, *, overwrite: bool = False) -> Path:
+    """Write a JSON object, marked as imprompt's by the key ``imprompt``. Raises :class:`InputError`."""
+    text = json.dumps({KEY: VERSION, **values}, indent=2, ensure_ascii=False) + "\n"
+    return _write({check_path(path): text.encode()}, overwrite=overwrite)[0]
 
 
 def check_target(
@@ -204,7 +211,7 @@ def _maps(result: "Result") -> _Files:
 def _write(
     files: Mapping[Path, bytes | dict[str, bytes]], *, overwrite: bool, exclusive: bool = False
 ) -> list[Path]:
-    """Write files and folders of frames; none takes its place before all files are encoded and on the disk."""
+    """Write files, and folders of frames, and return their paths."""
     if not exclusive:
         for path, content in files.items():
             _check_place(path, folder=isinstance(content, dict), overwrite=overwrite)
@@ -252,6 +259,8 @@ def _is_our_file(path: Path) -> bool:
     if path.is_symlink() or not path.is_file():
         return False
     try:
+        if path.suffix == ".json":
+            return KEY in read_json(path, "record")
         return _text(path) is not None or _is_our_still(path)
     except Exception:  # of another kind, or damaged
         return False
@@ -276,7 +285,7 @@ def _text(path: Path) -> str | None:
     with path.open("rb") as stream:
         if stream.read(12)[4:8] == b"ftyp":
             stream.seek(0)
-            with av.open(stream, format="mp4") as container:
+            with av.open(stream, "r", format="mp4") as container:
                 text = container.metadata.get("comment")
             return text if text is not None and text.startswith(f'{{"{KEY}":') else None
     with Image.open(path, formats=("PNG", "JPEG", "WEBP", "GIF")) as image:

@@ -499,7 +499,7 @@ class Request(_Strict):
     video: _Path | None = Field(
         default=None,
         description="animate: the video to start from: an animated picture, a folder of frames, or a video "
-        "file (needs ffmpeg)",
+        "file",
     )
     context: int | None = Field(
         default=None,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.encoders.images import load_image
+from imprompt.io import write_atomic
 from imprompt.training.cache import EncodedSet
 from imprompt.training.data import Plan, crop_to_shape, generator_for
 
@@ -54,9 +55,7 @@ class Sampler:
             for y, picture in enumerate(column):
                 sheet.paste(picture, (gap + x * cell, gap + y * cell))
         path = folder / "samples" / f"{step:08d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
-        return path
+        return write_atomic(path, lambda stream: sheet.save(stream, "PNG"), overwrite=True)
 
     def _draw(self, captions: Sequence[str]) -> list[Image.Image]:
         parameter = next(self.unet.parameters())
