@@ -124,8 +124,9 @@ def load_frames(
         for number in range(count):
             if count > 1:
                 image.seek(number)
+            image.load()  # WebP knows a frame's duration only then
+            if count > 1:
                 milliseconds += float(image.info.get("duration") or 100)
-            image.load()
             frames.append(_flattened(_srgb(_eight_bit(_upright(image), name)), (255, 255, 255)))
     return frames, 1000 * count / milliseconds if milliseconds else None
 
