@@ -229,7 +229,7 @@ def test_debug_shows_where_an_error_came_from(say):
 
 
 def test_a_fault_of_ours_is_one_line_too(say, monkeypatch):
-    monkeypatch.setattr("imprompt.output.stills.read_record", lambda _: 1 / 0)
+    monkeypatch.setattr("imprompt.output.read_record", lambda _: 1 / 0)
     code, out, err = say("info", "ref.png")
     assert (code, out) == (1, "")
     assert re.fullmatch(r"imprompt: error: unexpected ZeroDivisionError: .*--debug.*\n", err)

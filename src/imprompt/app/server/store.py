@@ -24,7 +24,7 @@ from imprompt.app.server.problems import Problem
 from imprompt.encoders.images import load_image
 from imprompt.errors import ImpromptError
 from imprompt.io import write_atomic
-from imprompt.output.stills import Record, read_record
+from imprompt.output import Record, read_record
 
 ID = re.compile(r"[0-9a-f]{64}")
 THUMBNAIL = 320

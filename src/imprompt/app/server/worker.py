@@ -29,7 +29,7 @@ from imprompt.app.server.store import describe, disk_problem
 from imprompt.errors import Cancelled, ImpromptError, InputError
 from imprompt.generation.engine import Engine, Result
 from imprompt.generation.steps import Step
-from imprompt.output.stills import save
+from imprompt.output import save
 from imprompt.schema.request import Request
 
 _PREVIEW_SECONDS = 0.2  # between two previews of one job
