@@ -21,9 +21,9 @@ def run(args: argparse.Namespace) -> int:
 
     source = args.source
     if source.lower().endswith(".ipadpt"):
-        from imprompt.app.embedding import from_ipadpt
+        from imprompt.app.ipadpt import convert_ipadpt
 
-        print(from_ipadpt(source, args.target))
+        print(convert_ipadpt(source, args.target))
         return 0
     if source in ADAPTERS and not Path(source).exists():
         from imprompt.generation.families import adapter_file
