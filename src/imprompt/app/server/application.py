@@ -54,7 +54,7 @@ def create_app(settings: Settings) -> FastAPI:
         middleware=[Middleware(Guard, settings=settings, error_body=error_body)],
     )  # fmt: skip
     app.state.settings = settings
-    for router in (native.router, openai.router, a1111.router):
+    for router in (native.router, openai.router, a1111.router, a1111.extension):
         app.include_router(router)
     _add_plain_routes(app)
     _add_page(app)
@@ -66,7 +66,7 @@ def error_body(path: str, problem: Problem) -> dict[str, Any]:
     """An error in the form of the protocol that the path belongs to."""
     if path.startswith("/v1/"):
         return openai.error_body(problem)
-    if path.startswith("/sdapi/"):
+    if path.startswith(("/sdapi/", "/controlnet/")):
         return a1111.error_body(problem)
     return {"error": problem.to_dict()}
 

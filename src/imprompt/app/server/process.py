@@ -32,23 +32,24 @@ class Server(uvicorn.Server):
         )  # fmt: skip
         super().__init__(config)
         self._app, self._drain_seconds = app, settings.limits.drain_seconds
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
+        """Where the application runs, once it does."""
         self._draining: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Note the loop that signals are handed to."""
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGTERM: drain, then end. SIGINT, or a second signal: end now, jobs stay in the journal."""
         queue: Queue | None = getattr(self._app.state, "queue", None)
-        if queue is None or self._loop is None:
+        if queue is None or self.loop is None:
             super().handle_exit(sig, frame)
         elif sig == signal.SIGTERM and not queue.draining:
-            self._loop.call_soon_threadsafe(self._drain, queue, sig, frame)
+            self.loop.call_soon_threadsafe(self._drain, queue, sig, frame)
         else:
-            self._loop.call_soon_threadsafe(queue.close)
+            self.loop.call_soon_threadsafe(queue.close)
             super().handle_exit(sig, frame)
 
     def _drain(self, queue: Queue, sig: int, frame: FrameType | None) -> None:

@@ -267,6 +267,12 @@ class Queue:
         self._recent.pop(job.id, None)
         await self.blocking(self.store.forget, job.id)
 
+    def unfinished(self, client: str) -> list[Job]:
+        """A client's jobs that are not over, oldest first."""
+        return sorted(
+            (job for job in self._active.values() if job.client == client), key=lambda job: job.number
+        )
+
     def position(self, job: Job) -> int:
         """How many jobs are drawn before this one."""
         return self._waiting.index(job) if job in self._waiting else 0

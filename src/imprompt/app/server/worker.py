@@ -221,7 +221,7 @@ class _Progress:
 
     def __init__(self, tasks: Sequence[say.Task], requests: Sequence[Request]) -> None:
         self._tasks = tasks
-        self._counts = [request.count for request in requests]
+
         self._last = 0.0
 
     def messages(self, step: Step, cancelled: set[str]) -> list[say.Stepped]:
@@ -234,13 +234,18 @@ class _Progress:
         for place, task in enumerate(self._tasks):
             if task.id in cancelled:
                 continue
-            alone = len(self._tasks) == 1
-            done = step.picture * step.total + step.index if alone else step.index
-            total = step.pictures * step.total if alone else step.total
+            if len(self._tasks) == 1:
+                done, total, which = step.picture * step.total + step.index, step.pictures * step.total, 0
+            else:  # a batch is drawn in parts where memory does not suffice for all of it
+                done, total, which = step.index, step.total, place - step.picture
+            if which < 0:
+                continue
             preview = None
             if with_preview and task.previews:
-                which = 0 if alone else place
-                preview = _small(step.preview(which))
+                try:
+                    preview = _small(step.preview(which))
+                except IndexError:  # of a later part
+                    continue
             found.append(say.Stepped(task.id, min(done, total), total, preview))
         return found
 

@@ -1,0 +1,114 @@
+"""The webuiapi client, unchanged, against the served bundled model."""
+
+import io
+
+import httpx
+import pytest
+import webuiapi
+from PIL import Image
+
+from serving import STEPS, Running, mask, picture
+
+SMALL = {"steps": STEPS, "width": 128, "height": 128, "seed": 9}
+
+
+@pytest.fixture
+def theirs(running: Running) -> webuiapi.WebUIApi:
+    return webuiapi.WebUIApi(port=running.settings.port, sampler="Euler a")
+
+
+def opened(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content))
+
+
+def test_txt2img_draws_and_says_how(theirs: webuiapi.WebUIApi) -> None:
+    found = theirs.txt2img(prompt="a cat", negative_prompt="blue", batch_size=2, **SMALL)
+    assert [image.size for image in found.images] == [(128, 128)] * 2
+    assert found.info["all_seeds"] == [9, 10]
+    assert "Steps: 3" in found.info["infotexts"][0]
+    assert "a cat" in found.image.info["parameters"]
+
+
+def test_img2img_starts_from_the_picture(theirs: webuiapi.WebUIApi) -> None:
+    source = opened(picture("red"))
+    near = theirs.img2img(images=[source], prompt="a star", denoising_strength=0.4, **SMALL)
+    far = theirs.img2img(images=[source], prompt="a star", denoising_strength=1.0, **SMALL)
+
+    def distance(image: Image.Image) -> int:
+        pairs = zip(image.convert("RGB").tobytes(), source.tobytes(), strict=True)
+        return sum(abs(a - b) for a, b in pairs)
+
+    assert distance(near.image) < distance(far.image)
+
+
+def test_a_mask_is_inpainted_where_it_is_white(theirs: webuiapi.WebUIApi) -> None:
+    source = opened(picture("red"))
+    options = {"images": [source], "prompt": "a star", "mask_image": mask(), "mask_blur": 0, **SMALL}
+    inside = theirs.img2img(**options).image.convert("RGB")
+    outside = theirs.img2img(inpainting_mask_invert=1, **options).image.convert("RGB")
+    assert inside.crop((0, 0, 128, 30)).tobytes() == source.crop((0, 0, 128, 30)).tobytes()
+    assert outside.crop((40, 40, 88, 88)).tobytes() == source.crop((40, 40, 88, 88)).tobytes()
+
+
+def test_ip_adapter_units_are_image_prompts(theirs: webuiapi.WebUIApi, running: Running) -> None:
+    def unit(**options: object) -> webuiapi.ControlNetUnit:
+        return webuiapi.ControlNetUnit(
+            image=opened(picture("blue")), module="ip-adapter-auto", model="emoji-plus [1234abcd]", **options
+        )
+
+    plain = theirs.txt2img(prompt="an owl", **SMALL)
+    shown = theirs.txt2img(prompt="an owl", controlnet_units=[unit(weight=0.8)], **SMALL)
+    late = theirs.txt2img(prompt="an owl", controlnet_units=[unit(weight=0.8, guidance_start=0.5)], **SMALL)
+    assert len({image.image.tobytes() for image in (plain, shown, late)}) == 3
+    with running.client() as client:
+        request = client.get("/api/v1/history?limit=1").json()["jobs"][0]["request"]
+    prompt = request["images"][0]
+    assert (prompt["adapter"], prompt["scale"], prompt["start"]) == ("emoji-plus", 0.8, 0.5)
+
+
+def test_control_units_are_followed(theirs: webuiapi.WebUIApi) -> None:
+    pytest.importorskip("cv2")
+    unit = webuiapi.ControlNetUnit(image=opened(picture("black")), module="canny", weight=1.0)
+    plain = theirs.txt2img(prompt="a star", **SMALL)
+    followed = theirs.txt2img(prompt="a star", controlnet_units=[unit], **SMALL)
+    assert plain.image.tobytes() != followed.image.tobytes()
+
+
+def test_lists_and_options(theirs: webuiapi.WebUIApi) -> None:
+    assert "Euler a" in theirs.util_get_sampler_names()
+    assert "karras" in theirs.util_get_scheduler_names()
+    assert theirs.util_get_model_names() == ["emoji"]
+    assert theirs.util_get_current_model() == "emoji"
+    theirs.util_set_model("emoji")
+    assert theirs.get_loras() == []
+    assert theirs.get_progress()["progress"] == 0
+    assert theirs.interrupt() == {}
+    assert "emoji-plus" in theirs.controlnet_model_list()
+    assert "canny" in theirs.controlnet_module_list()
+
+
+def test_png_info_reads_what_was_drawn(theirs: webuiapi.WebUIApi) -> None:
+    drawn = theirs.txt2img(prompt="a cat", **SMALL).image
+    assert "Seed: 9" in theirs.png_info(drawn).info
+
+
+def units(**unit: object) -> dict[str, object]:
+    return {"alwayson_scripts": {"ControlNet": {"args": [unit]}}}
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"enable_hr": True}, "enable_hr"),
+        ({"sampler_name": "DPM fast"}, "sampler_name"),
+        ({"seed": "many"}, "seed"),
+        ({"override_settings": {"sd_model_checkpoint": "../../etc"}}, "base"),
+        (units(module="ip-adapter-auto", ipadapter_input=["gASV"]), "ipadapter_input"),
+        (units(module="canny", image="http://x/y.png"), "image"),
+        ({"prompt": "a cat <lora:nobody:1>"}, "loras.path"),
+    ],
+)
+def test_what_is_not_here_is_refused(client: httpx.Client, change: dict, field: str) -> None:
+    answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a cat", **SMALL, **change})
+    assert answer.status_code in (404, 422)
+    assert answer.json()["field"] == field

@@ -1,0 +1,195 @@
+"""The native API: what a client sends, and what it gets."""
+
+import io
+import json
+
+import httpx
+import pytest
+from PIL import Image
+
+from imprompt.output.stills import read_request
+from serving import STEPS, Running, encoded, mask, picture, submit, upload, wait
+
+
+def test_health_is_told_without_a_model(running: Running) -> None:
+    assert httpx.get(f"{running.url}/healthz").json() == {"status": "ok"}
+    assert httpx.get(f"{running.url}/readyz").json() == {"status": "ready"}
+
+
+def test_a_job_draws_what_it_says_and_carries_its_request(client: httpx.Client, tmp_path) -> None:
+    job = wait(client, submit(client)["id"])
+    assert job["state"] == "done"
+    assert job["step"] == job["steps"] == STEPS
+    answer = client.get(f"/api/v1/jobs/{job['id']}/pictures/0")
+    assert answer.headers["content-type"] == "image/png"
+    file = tmp_path / "drawn.png"
+    file.write_bytes(answer.content)
+    again = read_request(file)
+    assert (again.prompt, again.seed, again.steps) == ("a cat", 1, STEPS)
+    assert client.get(job["pictures"][0]["url"]).content == answer.content
+    small = Image.open(io.BytesIO(client.get(job["pictures"][0]["thumbnail"]).content))
+    assert small.format == "WEBP"
+
+
+def test_a_picture_prompts_and_its_id_is_its_hash(client: httpx.Client) -> None:
+    shown = upload(client, picture("blue"))
+    assert upload(client, picture("blue"))["id"] == shown["id"]
+    assert (shown["width"], shown["height"], shown["type"]) == (128, 128, "image/png")
+    job = wait(client, submit(client, images=[shown["id"]], scale=0.7)["id"])
+    plain = wait(client, submit(client)["id"])
+    assert job["state"] == "done"
+    assert job["pictures"][0]["id"] != plain["pictures"][0]["id"]
+    assert shown["id"] in json.dumps(job["request"])
+
+
+def test_the_same_request_draws_the_same_file(client: httpx.Client) -> None:
+    first, second = (wait(client, submit(client, seed=11)["id"]) for _ in range(2))
+    assert first["pictures"][0]["id"] == second["pictures"][0]["id"]
+
+
+def test_a_drawn_picture_gives_its_settings_back(client: httpx.Client) -> None:
+    shown = upload(client, picture("green"))
+    job = wait(client, submit(client, images=[shown["id"]], seed=5)["id"])
+    content = client.get(job["pictures"][0]["url"]).content
+    back = upload(client, content)
+    assert back["request"]["seed"] == 5
+    assert back["missing"] == []
+    again = wait(client, submit(client, **{k: v for k, v in back["request"].items() if v is not None})["id"])
+    assert again["pictures"][0]["id"] == job["pictures"][0]["id"]
+
+
+def test_inpainting_keeps_what_the_mask_does_not_cover(client: httpx.Client) -> None:
+    source, where = upload(client, picture("red")), upload(client, encoded(mask()))
+    job = wait(client, submit(client, task="inpaint", image=source["id"], mask=where["id"])["id"])
+    drawn = Image.open(io.BytesIO(client.get(job["pictures"][0]["url"]).content)).convert("RGB")
+    before = Image.open(io.BytesIO(picture("red")))
+    assert drawn.crop((0, 0, 30, 128)).tobytes() == before.crop((0, 0, 30, 128)).tobytes()
+    assert drawn.tobytes() != before.tobytes()
+
+
+def test_a_clip_is_one_animated_picture(client: httpx.Client) -> None:
+    job = wait(client, submit(client, task="animate", frames=4, steps=2)["id"])
+    assert job["state"] == "done", job["error"]
+    clip = Image.open(io.BytesIO(client.get(job["pictures"][0]["url"]).content))
+    assert (clip.format, clip.n_frames) == ("WEBP", 4)
+
+
+def events(client: httpx.Client, job: str) -> list[tuple[str, dict]]:
+    found = []
+    with client.stream("GET", f"/api/v1/jobs/{job}/events") as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        for line in stream.iter_lines():
+            if line.startswith("event: "):
+                found.append((line[7:], {}))
+            elif line.startswith("data: "):
+                found[-1] = (found[-1][0], json.loads(line[6:]))
+    return found
+
+
+def test_events_tell_every_step_with_previews_and_end_with_the_job(client: httpx.Client) -> None:
+    told = events(client, submit(client, steps=8, seed=21)["id"])
+    names = [name for name, _ in told]
+    assert names[-1] == "done"
+    steps = [data["step"] for name, data in told if name == "step"]
+    assert steps == sorted(steps)
+    assert max(steps) == 8
+    previews = [data["preview"] for name, data in told if name == "step" and "preview" in data]
+    assert previews
+    assert previews[0].startswith("data:image/webp;base64,")
+    assert told[-1][1]["pictures"]
+
+
+def test_a_running_job_stops_and_stopping_it_twice_is_as_once(client: httpx.Client) -> None:
+    job = submit(client, steps=150, seed=3)["id"]
+    with client.stream("GET", f"/api/v1/jobs/{job}/events") as stream:
+        for line in stream.iter_lines():
+            if line == "event: step":
+                break
+    for _ in range(2):
+        answer = client.delete(f"/api/v1/jobs/{job}")
+        assert answer.status_code == 200
+        assert answer.json()["state"] == "cancelled"
+    after = wait(client, submit(client)["id"])
+    assert after["state"] == "done"
+    finished = client.delete(f"/api/v1/jobs/{after['id']}")
+    assert (finished.status_code, finished.json()["error"]["code"]) == (409, "finished")
+
+
+def test_an_idempotency_key_gives_the_same_job(client: httpx.Client) -> None:
+    headers = {"Idempotency-Key": "order-66"}
+    first = submit(client, headers)
+    body = {"request": {"prompt": "a cat", "steps": STEPS, "seed": 1}}
+    again = client.post("/api/v1/jobs", json=body, headers=headers)
+    assert (again.status_code, again.json()["id"]) == (200, first["id"])
+    body["request"]["seed"] = 2
+    other = client.post("/api/v1/jobs", json=body, headers=headers)
+    assert (other.status_code, other.json()["error"]["code"]) == (409, "key_reused")
+    wait(client, first["id"])
+
+
+def test_history_is_newest_first_and_forgets(client: httpx.Client) -> None:
+    ids = [wait(client, submit(client, seed=seed)["id"])["id"] for seed in (31, 32)]
+    page = client.get("/api/v1/history?limit=2").json()
+    assert [job["id"] for job in page["jobs"]] == ids[::-1]
+    older = client.get(f"/api/v1/history?limit=1&before={page['jobs'][0]['number']}").json()
+    assert older["jobs"][0]["id"] == ids[0]
+    url = page["jobs"][0]["pictures"][0]["url"]
+    assert client.delete(f"/api/v1/history/{ids[1]}").status_code == 204
+    assert client.get(url).status_code == 404
+    assert client.get(f"/api/v1/jobs/{ids[1]}").status_code == 404
+
+
+def test_capabilities_say_what_is_here(client: httpx.Client) -> None:
+    offered = client.get("/api/v1/capabilities").json()
+    bundled = next(row for row in offered["bases"] if row["name"] == "emoji")
+    assert (bundled["here"], bundled["licence"]) == (True, "Apache-2.0")
+    assert not next(row for row in offered["bases"] if row["name"] == "sdxl")["offered"]
+    assert offered["request"]["properties"]["prompt"]
+    assert "style" in offered["profiles"]
+
+
+def test_a_controls_map_is_shown_before_drawing(client: httpx.Client) -> None:
+    pytest.importorskip("cv2")
+    shown = upload(client, picture("black"))
+    answer = client.post("/api/v1/maps", json={"kind": "canny", "picture": shown["id"]})
+    assert answer.status_code == 201
+    edges = Image.open(io.BytesIO(client.get(answer.json()["url"]).content)).convert("L")
+    assert edges.getextrema() == (0, 255)
+
+
+def test_metrics_count_what_was_drawn(client: httpx.Client) -> None:
+    wait(client, submit(client)["id"])
+    text = client.get("/metrics").text
+    assert 'imprompt_jobs_total{state="done"}' in text
+    assert "imprompt_queue_length 0.0" in text
+    assert 'imprompt_worker_memory_bytes{device="auto"}' in text
+    assert "a cat" not in text
+
+
+def test_jobs_of_one_kind_are_drawn_together_and_each_as_alone(client: httpx.Client) -> None:
+    shown = upload(client, picture("purple"))["id"]
+    wanted = [
+        {"prompt": "an owl", "seed": 41},
+        {"prompt": "a house", "seed": 42, "images": [shown]},
+        {"prompt": "", "seed": 43, "images": [shown]},
+    ]
+    blocker = submit(client, steps=12)
+    jobs = [submit(client, **fields) for fields in wanted]
+    wait(client, blocker["id"])
+    together = [wait(client, job["id"]) for job in jobs]
+    alone = [wait(client, submit(client, **fields)["id"]) for fields in wanted]
+    assert {job["batch"] for job in together} == {3}
+    assert {job["batch"] for job in alone} == {1}
+    for one, other in zip(together, alone, strict=True):
+        pair = [Image.open(io.BytesIO(client.get(job["pictures"][0]["url"]).content)) for job in (one, other)]
+        apart = [abs(a - b) for a, b in zip(*(image.convert("RGB").tobytes() for image in pair), strict=True)]
+        assert max(apart) <= 2
+
+
+def test_pictures_come_in_the_format_asked_for(client: httpx.Client) -> None:
+    body = {"request": {"prompt": "a cat", "steps": STEPS, "seed": 1}, "format": "webp"}
+    job = wait(client, client.post("/api/v1/jobs", json=body).json()["id"])
+    assert job["pictures"][0]["type"] == "image/webp"
+    body["format"] = "gif"
+    refused = client.post("/api/v1/jobs", json=body)
+    assert (refused.status_code, refused.json()["error"]["field"]) == (422, "format")

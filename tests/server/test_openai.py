@@ -1,0 +1,111 @@
+"""OpenAI's own Python client, unchanged, against the served bundled model."""
+
+import base64
+import io
+
+import openai
+import pytest
+from PIL import Image
+
+from serving import STEPS, Running, encoded, picture
+
+SMALL = {"steps": STEPS, "seed": 4}
+
+
+@pytest.fixture
+def theirs(running: Running) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0)
+
+
+def opened(text: str | None) -> Image.Image:
+    assert text is not None
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def named(content: bytes, name: str = "picture.png") -> tuple[str, bytes, str]:
+    return name, content, "image/png"
+
+
+def transparent_hole(size: tuple[int, int] = (128, 128)) -> bytes:
+    image = Image.new("RGBA", size, (0, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (32, 32, 96, 96))
+    return encoded(image)
+
+
+def test_generates_from_a_text_under_any_of_their_names(theirs: openai.OpenAI) -> None:
+    answer = theirs.images.generate(prompt="a cat", model="gpt-image-1", n=2, extra_body={"imprompt": SMALL})
+    assert answer.data is not None
+    assert len(answer.data) == 2
+    assert opened(answer.data[0].b64_json).size == (128, 128)
+    assert answer.data[0].b64_json != answer.data[1].b64_json
+    assert (answer.size, answer.output_format) == ("128x128", "png")
+
+
+def test_size_and_format_are_kept(theirs: openai.OpenAI) -> None:
+    answer = theirs.images.generate(
+        prompt="a cat", size="64x96", output_format="webp", extra_body={"imprompt": SMALL}
+    )
+    drawn = opened(answer.data[0].b64_json)  # type: ignore[index]
+    assert (drawn.size, drawn.format) == ((64, 96), "WEBP")
+
+
+def test_pictures_without_a_mask_are_image_prompts(theirs: openai.OpenAI) -> None:
+    def edit(pictures: list[bytes], **options: str) -> str | None:
+        answer = theirs.images.edit(
+            image=[named(content) for content in pictures],
+            prompt="an owl",
+            extra_body={"imprompt": SMALL},
+            **options,  # type: ignore[arg-type]
+        )
+        return answer.data[0].b64_json  # type: ignore[index]
+
+    one, two = edit([picture("red")]), edit([picture("red"), picture("blue")])
+    strong = edit([picture("red")], input_fidelity="high")
+    assert len({one, two, strong}) == 3
+
+
+def test_a_mask_is_inpainted_where_it_is_transparent(theirs: openai.OpenAI) -> None:
+    before = picture("red")
+    answer = theirs.images.edit(
+        image=named(before), mask=named(transparent_hole()), prompt="a star", extra_body={"imprompt": SMALL}
+    )
+    drawn, given = opened(answer.data[0].b64_json).convert("RGB"), Image.open(io.BytesIO(before))  # type: ignore[index]
+    assert drawn.crop((0, 0, 128, 32)).tobytes() == given.crop((0, 0, 128, 32)).tobytes()
+    assert drawn.crop((32, 32, 96, 96)).tobytes() != given.crop((32, 32, 96, 96)).tobytes()
+
+
+def test_streams_partial_pictures_then_the_picture(theirs: openai.OpenAI) -> None:
+    stream = theirs.images.generate(
+        prompt="a cat", stream=True, partial_images=2, extra_body={"imprompt": {"steps": 12, "seed": 4}}
+    )
+    told = list(stream)
+    kinds = [event.type for event in told]
+    assert kinds[-1] == "image_generation.completed"
+    assert 1 <= kinds.count("image_generation.partial_image") <= 2
+    assert opened(told[-1].b64_json).size == (128, 128)
+
+
+def test_urls_can_be_asked_for(theirs: openai.OpenAI, running: Running) -> None:
+    answer = theirs.images.generate(
+        prompt="a cat", model="dall-e-3", response_format="url", extra_body={"imprompt": SMALL}
+    )
+    url = answer.data[0].url  # type: ignore[index]
+    assert url is not None
+    assert url.startswith(running.url)
+
+
+def test_lists_models(theirs: openai.OpenAI) -> None:
+    assert "emoji" in [model.id for model in theirs.models.list()]
+    assert theirs.models.retrieve("emoji").id == "emoji"
+
+
+def test_errors_are_theirs(theirs: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        theirs.images.generate(prompt="a cat", model="stable-cascade")
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.UnprocessableEntityError) as wrong:
+        theirs.images.generate(prompt="a cat", extra_body={"imprompt": {"steps": -1}})
+    assert "steps" in str(wrong.value)
+    with pytest.raises(openai.BadRequestError) as opaque:
+        theirs.images.edit(image=named(picture()), mask=named(picture()), prompt="x")
+    assert opaque.value.param == "mask"
