@@ -1,16 +1,21 @@
 """The one door for pixels: every row of bad or unusual input, as the picture its author saw or one error."""
 
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms
 
-from imprompt.encoders.images import content_hash, load_image, load_mask
+from imprompt.encoders.images import Budget, content_hash, frame_count, load_frames, load_image, load_mask
+from imprompt.encoders.masks import mask_tensor
+from imprompt.encoders.video import read_video
 from imprompt.errors import InputError
+from imprompt.output import read_record
 
 
 def _picture(width: int = 40, height: int = 30) -> Image.Image:
@@ -224,3 +229,180 @@ def test_transparent_parts_of_a_mask_are_outside() -> None:
 def test_sixteen_bit_mask_is_scaled() -> None:
     mask = Image.fromarray(np.array([[0, 32768, 65535]], dtype=np.uint16))
     assert np.asarray(load_mask(_encoded(mask, "PNG"))).tolist() == [[0, 128, 255]]
+
+
+def grey_profile(gamma: float) -> bytes:
+    """An ICC profile of version 2 for grey with a gamma, written by hand: Pillow makes none."""
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
+    white = b"XYZ " + bytes(4) + struct.pack(">iii", 63190, 65536, 54061)
+    name = b"desc" + bytes(4) + struct.pack(">I", 5) + b"grey\0" + bytes(12 + 67)
+    text = b"text" + bytes(4) + b"none"
+    tags = {b"desc": name, b"cprt": text, b"wtpt": white, b"kTRC": curve}
+    offset, table, body = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for tag, data in tags.items():
+        data += bytes(-len(data) % 4)
+        table += tag + struct.pack(">II", offset + len(body), len(data))
+        body += data
+    size = 128 + len(table) + len(body)
+    header = struct.pack(">I4sI4s4s4s", size, b"lcms", 0x02400000, b"mntr", b"GRAY", b"XYZ ")
+    header += (
+        struct.pack(">6H", 2020, 1, 1, 0, 0, 0)
+        + b"acsp"
+        + bytes(28)
+        + struct.pack(">iii", 63190, 65536, 54061)
+    )
+    return header.ljust(128, b"\0") + table + body
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
+def test_the_colour_profile_of_a_grey_picture_is_honoured(mode: str) -> None:
+    """Grey of gamma 1 holds amounts of light: half of it is 188 in sRGB, not 128."""
+    full = 65535 if mode == "I;16" else 255
+    image = (
+        Image.new("L", (4, 4), 128).convert(mode) if mode != "I;16" else Image.new(mode, (4, 4), full // 2)
+    )
+    linear = load_image(_encoded(image, "PNG", icc_profile=grey_profile(1.0)))
+    assert abs(linear.getpixel((0, 0))[0] - 188) <= 1
+    plain = load_image(_encoded(image, "PNG", icc_profile=grey_profile(2.2)))
+    assert abs(plain.getpixel((0, 0))[0] - 128) <= 4
+
+
+def test_a_profile_of_other_colours_than_the_picture_is_ignored() -> None:
+    image = load_image(_encoded(_picture(), "PNG", icc_profile=grey_profile(1.0)))
+    assert _distance(image, _picture()) == 0
+
+
+def test_bad_names_are_one_line() -> None:
+    for name in ("x" * 300 + ".png", "a\0.png", "~nouser/x.png", "\ud800.png", "", "/proc/1/mem/x.png"):
+        for read in (load_image, load_mask, load_frames, read_video):
+            with pytest.raises(InputError) as caught:
+                read(name)
+            assert str(caught.value).isprintable()
+        assert frame_count(name) == 1
+
+
+def test_pipes_and_devices_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    for name in (tmp_path / "a.png", Path("/dev/zero")):
+        for read in (load_image, load_mask, load_frames, read_video):
+            with pytest.raises(InputError, match="pipe or a device"):
+                read(name)
+
+
+def test_all_pictures_of_a_request_share_one_budget(tmp_path: Path) -> None:
+    _picture().save(tmp_path / "a.png")
+    frames = [_picture(), _picture().rotate(180)] * 2
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=80)
+    one = 3 * 40 * 30
+    budget = Budget(6 * one)
+    load_image(tmp_path / "a.png", budget=budget)
+    assert len(load_frames(tmp_path / "a.gif", budget=budget)[0]) == 4
+    load_mask(tmp_path / "a.png", budget=budget)
+    with pytest.raises(InputError, match=r"a\.png.*once decoded"):
+        load_image(tmp_path / "a.png", budget=budget)
+    for source in (tmp_path, tmp_path / "a.gif"):
+        with pytest.raises(InputError, match="once decoded"):
+            load_frames(source, budget=Budget(one - 1))
+
+
+def numbers(values: list[list[int]], mode: str) -> Image.Image:
+    kind = {"L": np.uint8, "I;16": np.uint16, "I": np.int32}[mode]
+    return Image.fromarray(np.array(values, dtype=kind))
+
+
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGB", "LA", "RGBA", "P"])
+def test_a_mask_of_zeros_and_ones_is_read_as_black_and_white(mode: str, tmp_path: Path) -> None:
+    values = [[0, 1, 0], [1, 1, 0]]
+    image = numbers(values, "I;16") if mode == "I;16" else numbers(values, "L").convert(mode)
+    notes: list[str] = []
+    mask = load_mask(_encoded(image, "PNG"), notes=notes)
+    assert (np.asarray(mask) == 255 * np.array(values)).all()
+    assert len(notes) == 1
+    assert "0 and 1" in notes[0]
+
+
+def test_other_masks_are_left_as_they_are() -> None:
+    for values in ([[0, 2]], [[0, 255]], [[0, 0]], [[1, 2]]):
+        notes: list[str] = []
+        assert np.asarray(load_mask(_encoded(numbers(values, "L"), "PNG"), notes=notes)).tolist() == values
+        assert notes == []
+
+
+def test_numbers_of_every_type_mean_the_same_mask() -> None:
+    steps = np.array([[0, 51, 255], [102, 0, 255]])
+    expected = torch.tensor(steps / 255, dtype=torch.float32)
+    for kind in (np.uint8, np.int16, np.int32, np.int64, np.uint16):
+        assert torch.allclose(mask_tensor(steps.astype(kind)), expected)
+    for kind in (torch.uint8, torch.int16, torch.int32, torch.int64):
+        assert torch.allclose(mask_tensor(torch.tensor(steps).to(kind)), expected)
+        assert torch.allclose(mask_tensor(torch.tensor(steps).to(kind)[None, None]), expected)
+    for kind in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        assert torch.allclose(mask_tensor(torch.tensor(steps / 255).to(kind)), expected, atol=3e-3)
+    assert torch.allclose(mask_tensor(numbers(steps.tolist(), "L")), expected)
+    halves = torch.tensor([[0, 1], [1, 0]])
+    for kind in (torch.uint8, torch.int64, torch.bool, torch.float32):
+        assert torch.equal(mask_tensor(halves.to(kind)), halves.float())
+    notes: list[str] = []
+    assert torch.equal(mask_tensor(halves.to(torch.uint8), notes), halves.float())
+    assert torch.equal(mask_tensor(numbers(halves.tolist(), "L"), notes), halves.float())
+    assert len(notes) == 2
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.zeros(2, 3, 4), torch.zeros(3), torch.zeros(0, 3), torch.full((2, 2), 2.0),
+        torch.full((2, 2), -1), torch.full((2, 2), 256), torch.full((2, 2), torch.nan),
+        torch.zeros(2, 2, dtype=torch.complex64), np.array([["a"]]), torch.full((2, 2), torch.inf),
+    ],
+)  # fmt: skip
+def test_what_is_no_mask_is_an_input_error(mask: object) -> None:
+    with pytest.raises(InputError, match="mask"):
+        mask_tensor(mask)  # type: ignore[arg-type]
+
+
+def test_500_damaged_pictures_are_one_line_or_a_picture(tmp_path: Path) -> None:
+    """Bytes are flipped, cut out, doubled and appended, in every format, headers above all."""
+    random = np.random.default_rng(0)
+    frames = [_picture(), _picture().rotate(180)]
+    moving = {"save_all": True, "append_images": frames[1:]}
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a text"
+    sound = [
+        *(_encoded(_picture(), kind) for kind in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "ICO")),
+        *(_encoded(_picture(), kind, exif=exif) for kind in ("PNG", "JPEG", "WEBP", "TIFF")),
+        *(_encoded(_picture(), kind, **moving) for kind in ("GIF", "WEBP", "PNG")),
+        _encoded(_picture().quantize(8), "PNG", transparency=0),
+        _encoded(_picture().convert("LA"), "PNG", icc_profile=grey_profile(1.0)),
+        _encoded(_picture().convert("CMYK"), "JPEG"),
+        _encoded(_picture().convert("F"), "TIFF"),
+        _encoded(_picture(), "JPEG2000"),
+    ]
+    messages = []
+    for number in range(500):
+        data = bytearray(sound[number % len(sound)])
+        for _ in range(int(random.integers(1, 6))):
+            at = int(random.integers(min(len(data), 200 if random.random() < 0.6 else len(data))))
+            match int(random.integers(5)):
+                case 0:
+                    data[at] ^= 1 << int(random.integers(8))
+                case 1:
+                    data[at : at + 4] = random.bytes(4)
+                case 2:
+                    data[at : at + 4] = b"\xff\xff\xff\xff"
+                case 3:
+                    del data[at : at + int(random.integers(1, 40))]
+                case 4:
+                    data[at:at] = data[at : at + 30]
+            if len(data) < 2:
+                break
+        path = tmp_path / "a.png"
+        path.write_bytes(data)
+        for read in (load_image, load_mask, load_frames, read_record):
+            try:
+                read(path)  # type: ignore[operator]
+            except InputError as error:
+                messages.append(str(error))
+        assert frame_count(path) >= 1
+    assert all(message.isprintable() for message in messages)
+    assert 500 < len(messages) < 2000

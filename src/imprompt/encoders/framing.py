@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from imprompt.encoders.clip import Features
+from imprompt.encoders.images import MAX_PIXELS
 from imprompt.errors import InputError
 from imprompt.schema.options import FRAMINGS, NOISES, canonical
 
@@ -93,6 +94,11 @@ def frame(
         return image
     if framing == "pad":
         long = max(width, height)
+        if long * long > MAX_PIXELS:  # only a very long picture: its square would not fit into memory
+            long = math.isqrt(MAX_PIXELS)
+            shrink = long / max(width, height)
+            width, height = max(1, round(width * shrink)), max(1, round(height * shrink))
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
         square = Image.new("RGB", (long, long), border)
         square.paste(image, ((long - width) // 2, (long - height) // 2))
         return square

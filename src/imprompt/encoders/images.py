@@ -150,7 +150,7 @@ def frame_count(source: Source) -> int:
         return int(getattr(source, "n_frames", 1))
     try:
         stream = io.BytesIO(source) if isinstance(source, bytes) else check_file(source)
-        with Image.open(stream, formats=_MOVING) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(stream, formats=_MOVING) as image:
             return int(getattr(image, "n_frames", 1))
     except Exception:  # of another format, or damaged: reported where it is decoded
         return 1
@@ -177,12 +177,17 @@ def _opened(source: Source, max_pixels: int) -> Iterator[tuple[Image.Image, str]
     else:
         raise InputError(f"a picture is a path, bytes or a PIL image; got a {type(source).__name__}.")
     try:
-        image = source if isinstance(source, Image.Image) else _sniffed(stream, name)
-        if image.width * image.height > max_pixels:
-            raise InputError(_too_large(name, f"{image.width}×{image.height} pixels", max_pixels))
-        if not image.width or not image.height:
-            raise InputError(f"{name} has no pixels ({image.width}×{image.height}).")
-        yield image, name
+        with warnings.catch_warnings():
+            # Pillow warns of damage and of size, which an error says if it matters. What is larger than its
+            # header said (a picture inside ICO) is an error as well.
+            warnings.simplefilter("ignore")
+            image = source if isinstance(source, Image.Image) else _sniffed(stream, name)
+            if image.width * image.height > max_pixels:
+                raise InputError(_too_large(name, f"{image.width}×{image.height} pixels", max_pixels))
+            if not image.width or not image.height:
+                raise InputError(f"{name} has no pixels ({image.width}×{image.height}).")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield image, name
     except InputError:
         raise
     except UnidentifiedImageError as error:
@@ -214,20 +219,14 @@ def _sniffed(stream: IO[bytes] | None, name: str) -> Image.Image:
     if stream is None or not stream.read(1):
         raise InputError(f"{name}: empty, no picture.")
     stream.seek(0)
-    with warnings.catch_warnings():
-        # Pillow warns of what the cap refuses, and of formats it tried; both are said by the error.
-        warnings.simplefilter("ignore")
-        return Image.open(stream, formats=_FORMATS)
+    return Image.open(stream, formats=_FORMATS)
 
 
 def _load(image: Image.Image, name: str, budget: Budget | None) -> None:
-    """Decode the first frame. A picture inside (ICO) may be larger than the header says: Pillow warns."""
+    """Decode the first frame."""
     width = 16 if image.mode.startswith(("I", "F")) else 3  # numbers are scaled as floats of 8 bytes
     (budget or Budget()).take(width * image.width * image.height, name)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image.load()
+    image.load()
 
 
 def _too_large(name: str, given: str, cap: int) -> str:

@@ -7,6 +7,7 @@ anything but frames of imprompt never.
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -145,10 +146,10 @@ def read_record(path: str | Path) -> Record:
     """
     place = check_file(path, "picture", folder=True)
     try:
-        if not place.is_dir():
-            return as_record(place, _text(place))
-        first = min(place.glob("*.png"), default=None)
-        if first is None or (text := _text(first)) is None:
+        first = min(place.glob("*.png"), default=None) if place.is_dir() else place
+        with warnings.catch_warnings(action="ignore"):  # of damage
+            text = None if first is None else _text(first)
+        if text is None and place.is_dir():
             raise InputError(
                 f"'{path}' is a folder, and no clip of imprompt's: its pictures carry no request."
             )
