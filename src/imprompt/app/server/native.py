@@ -6,8 +6,10 @@ pictures where files stand elsewhere.
 
 import asyncio
 import base64
+import io
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query
@@ -21,7 +23,9 @@ from imprompt.app.server.problems import Problem
 from imprompt.app.server.queue import Job, Queue
 from imprompt.app.server.store import Picture, Store
 from imprompt.catalog.entries import BASES
+from imprompt.encoders.images import load_image
 from imprompt.errors import ImpromptError
+from imprompt.generation.annotate import annotate
 from imprompt.schema.request import Request
 
 JobId = Annotated[str, Path(pattern="^[0-9a-f]{24}$", description="a job's id")]
@@ -217,6 +221,53 @@ async def _file(queue: Queue, picture: Picture, *, thumbnail: bool = False) -> R
         raise Problem(404, "unknown_picture", "the picture's file is gone.") from error
     headers["Content-Disposition"] = f'inline; filename="imprompt-{picture.id[:8]}{picture.suffix}"'
     return Response(content, media_type=picture.type, headers=headers)
+
+
+_MAP_KINDS = ("canny", "lineart", "scribble", "tile", "none")
+"""Kinds of control whose map needs no model of its own."""
+_MAP_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["kind", "picture"],
+                    "properties": {
+                        "kind": {"type": "string", "enum": list(_MAP_KINDS)},
+                        "picture": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+@router.post(
+    "/maps", status_code=201, response_model=PictureView, openapi_extra=_MAP_BODY,
+    responses=_errors(404, 408, 413, 415, 507),
+)  # fmt: skip
+async def control_map(http: HTTPRequest, queue: QueueHere) -> Any:
+    """What a control of this kind would follow in a stored picture."""
+    values = await json_body(http, queue.settings)
+    kind, name = values.get("kind"), values.get("picture")
+    if kind not in _MAP_KINDS:
+        raise Problem(422, "invalid_request", f"kind: one of {', '.join(_MAP_KINDS)} is expected.", "kind")
+    if not isinstance(name, str) or await _missing(queue, name):
+        raise Problem(404, "unknown_picture", "there is no such picture.", "picture")
+    async with queue.decoding:
+        content = await asyncio.to_thread(_drawn_map, kind, queue.store.path(name))
+    return picture_view(await queue.blocking(queue.store.keep, content))
+
+
+def _drawn_map(kind: str, path: FilePath) -> bytes:
+    """A control's map as PNG, at most 1024 pixels wide or high. Raises :class:`ImpromptError`."""
+    image = load_image(path)
+    image.thumbnail((1024, 1024))
+    stream = io.BytesIO()
+    annotate(kind, image).save(stream, "PNG")
+    return stream.getvalue()
 
 
 # ---- jobs

@@ -1,0 +1,133 @@
+// What the user has chosen, as one plain object; how it becomes a request, and comes back out of one.
+
+export const AUTO_SCALE = { withText: 0.6, alone: 1 };
+const TAKES = { everything: "linear", style: "style", composition: "layout" };
+const DRAFT = "imprompt.draft";
+const OWN = new Set(["device", "dtype", "offload", "quantize", "hashes", "face_model", "embeddings"]); // the server's affair
+
+const EMPTY = {
+  task: "generate", prompt: "", negative: "", references: [], source: null, mask: null, strength: null, control: null,
+  base: null, adapter: null, size: null, steps: null, guidance: null, seed: null, count: 1, frames: null, fps: null, extra: {},
+};
+
+export const settings = structuredClone(EMPTY);
+export const offered = { capabilities: null };
+const listeners = new Set();
+
+export const onchange = (listener) => listeners.add(listener);
+
+/** Change some settings and tell everybody. */
+export function change(values) {
+  Object.assign(settings, values);
+  changed();
+}
+
+export function changed() {
+  try {
+    localStorage.setItem(DRAFT, JSON.stringify(settings));
+  } catch { /* private windows have no storage */ }
+  for (const listener of listeners) listener();
+}
+
+export function loadDraft() {
+  try {
+    Object.assign(settings, JSON.parse(localStorage.getItem(DRAFT) ?? "{}"));
+  } catch { /* nothing kept */ }
+}
+
+export function newReference(picture) {
+  return { pictures: [picture], scale: null, take: "everything", start: 0, end: 1, mask: null, avoid: false, extra: {} };
+}
+
+export const baseRow = () => {
+  const { bases, base } = offered.capabilities;
+  return bases.find((row) => row.name === (settings.base ?? base)) ?? bases[0];
+};
+
+export const adaptersHere = () => offered.capabilities.adapters.filter((row) => row.family === baseRow().family || row.family === null);
+export const faceAdapter = () => adaptersHere().find((row) => row.face && row.offered);
+export const autoScale = () => (settings.prompt.trim() ? AUTO_SCALE.withText : AUTO_SCALE.alone);
+
+function imagePrompt(reference, avoided) {
+  const ids = reference.pictures.map((picture) => picture.id);
+  const image = { ...reference.extra, path: ids[0] };
+  if (reference.scale !== null) image.scale = reference.scale;
+  if (reference.start > 0) image.start = reference.start;
+  if (reference.end < 1) image.end = reference.end;
+  if (reference.mask) image.mask = reference.mask.id;
+  if (reference.take === "face" && faceAdapter()) image.adapter = faceAdapter().name;
+  else if (TAKES[reference.take] && reference.take !== "everything") image.profile = TAKES[reference.take];
+  if (avoided) image.negative = avoided.pictures[0].id;
+  return image;
+}
+
+/** The request as the API takes it. Throws the name of a message when something is missing. */
+export function toRequest() {
+  const { task } = settings;
+  const followed = settings.references.filter((reference) => !reference.avoid);
+  const avoided = settings.references.find((reference) => reference.avoid);
+  if (avoided && !followed.length) throw new Error("avoidAlone");
+  if ((task === "edit" || task === "inpaint") && !settings.source) throw new Error("sourceNeeded");
+  if (task === "inpaint" && !settings.mask) throw new Error("maskNeeded");
+  const request = { ...settings.extra, task, base: baseRow().name, count: settings.count };
+  for (const name of ["prompt", "negative"]) if (settings[name].trim()) request[name] = settings[name].trim();
+  for (const name of ["size", "steps", "guidance", "seed"]) if (settings[name] !== null) request[name] = settings[name];
+  request.images = followed.map((reference, place) => imagePrompt(reference, place === 0 ? avoided : null));
+  if (settings.adapter && followed.length) request.adapter = settings.adapter;
+  if (!followed.length) delete request.scale;
+  if (task === "edit" || task === "inpaint") request.image = settings.source.id;
+  if (task === "inpaint") request.mask = settings.mask.id;
+  if (task === "animate") {
+    for (const name of ["frames", "fps"]) if (settings[name] !== null) request[name] = settings[name];
+    if (settings.source) request.video = settings.source.id;
+  }
+  if (settings.strength !== null && settings.source && task !== "generate") request.strength = settings.strength;
+  if (settings.control) {
+    const { picture, kind, scale, start, end, extra } = settings.control;
+    request.controls = [{ ...extra, path: picture.id, kind, scale, start, end }];
+  }
+  if (!request.prompt && !followed.length && !request.controls && !(request.regions ?? []).length && (task === "generate" || (task === "animate" && !request.video))) {
+    throw new Error("nothing");
+  }
+  return request;
+}
+
+const stub = (id) => ({ id, url: `/api/v1/pictures/${id}`, thumbnail: `/api/v1/pictures/${id}?thumbnail=true`, frames: 1 });
+
+function fromImage(image) {
+  const { image: named, scale, start, end, mask, profile, negative, adapter, ...extra } = image;
+  const take = Object.keys(TAKES).find((key) => TAKES[key] === profile) ?? "everything";
+  if (profile && TAKES[take] !== profile) extra.profile = profile;
+  const kept = Object.fromEntries(Object.entries(extra).filter(([, value]) => value !== null));
+  const face = adapter && offered.capabilities.adapters.find((row) => row.name === adapter)?.face;
+  if (adapter && !face) kept.adapter = adapter;
+  const reference = {
+    pictures: [named].flat().map(stub), scale: scale ?? null, take: face ? "face" : take, start: start ?? 0, end: end ?? 1,
+    mask: mask ? stub(mask) : null, avoid: false, extra: kept,
+  };
+  return negative ? [reference, { ...newReference(stub(negative)), avoid: true }] : [reference];
+}
+
+/** Take over a request that a picture carries; pictures in `missing` are left out. */
+export function fromRequest(request, missing = []) {
+  const here = (id) => id && !missing.includes(id);
+  const { task, prompt, negative, images, base, adapter, size, steps, guidance, seed, frames, fps, image, mask, video,
+    strength, scale, controls, count: _count, ...rest } = request;
+  const plain = Object.fromEntries(Object.entries(rest).filter(([name, value]) =>
+    !OWN.has(name) && value !== null && !(Array.isArray(value) && !value.length)));
+  const references = (images ?? []).map((entry) => ({ ...entry, scale: entry.scale ?? scale ?? null }))
+    .map((entry) => ({ ...entry, image: [entry.image].flat().filter(here), mask: here(entry.mask) ? entry.mask : null, negative: here(entry.negative) ? entry.negative : null }))
+    .filter((entry) => entry.image.length).flatMap(fromImage);
+  const [control, ...moreControls] = controls ?? [];
+  if (moreControls.length) plain.controls = moreControls;
+  const defaultAdapter = offered.capabilities.adapters.find((row) => row.default && row.name === adapter);
+  Object.assign(settings, structuredClone(EMPTY), {
+    task, prompt: prompt ?? "", negative: negative ?? "", references, base, adapter: defaultAdapter ? null : adapter ?? null,
+    size: size ?? null, steps: steps ?? null, guidance: guidance ?? null, seed: seed ?? null, frames: frames ?? null,
+    fps: fps ?? null, strength: strength ?? null,
+    source: here(image) ? stub(image) : here(video) ? stub(video) : null, mask: here(mask) ? stub(mask) : null,
+    control: control && here(control.path) ? { picture: stub(control.path), kind: control.kind, scale: control.scale, start: control.start, end: control.end, extra: control.model ? { model: control.model } : {} } : null,
+    extra: plain,
+  });
+  changed();
+}
