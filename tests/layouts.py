@@ -17,7 +17,7 @@ Shapes = dict[str, tuple[int, ...]]
 # Widths of a UNet's transformer blocks in the order of attn_processors: down, up, mid.
 SD15 = [320] * 2 + [640] * 2 + [1280] * 2 + [1280] * 3 + [640] * 3 + [320] * 3 + [1280]
 SDXL = [640] * 4 + [1280] * 20 + [1280] * 30 + [640] * 6 + [1280] * 10
-FAMILIES = {"SD1.5": (SD15, 768), "SDXL": (SDXL, 2048)}
+FAMILIES = {"sd15": (SD15, 768), "sdxl": (SDXL, 2048)}
 
 
 def norm(name: str, width: int) -> Shapes:
@@ -126,18 +126,18 @@ _plus, _plus_xl = resampler(768, 1280, 768, 12), resampler(2048, 1280, 1280, 20)
 _raw = resampler(2048, 512, 1280, 20)
 
 PUBLISHED = (
-    *(Layout(n, linear(768, 1024), "SD1.5", "linear", 22_319_616, shares=_LINEAR) for n in _LINEAR),
-    Layout("ip-adapter_sd15_vit-G", linear(768, 1280), "SD1.5", "linear", 23_106_048),
-    *(Layout(n, _plus, "SD1.5", "resampler", 49_087_488, tokens=16, shares=_PLUS) for n in _PLUS),
-    Layout("ip-adapter-full-face_sd15", full_face(768, 1280), "SD1.5", "full-face", 21_794_304, tokens=257),
-    Layout("ip-adapter_sdxl", linear(2048, 1280), "SDXL", "linear", 351_285_248),
-    Layout("ip-adapter_sdxl_vit-h", linear(2048, 1024), "SDXL", "linear", 349_188_096),
-    *(Layout(n, _plus_xl, "SDXL", "resampler", 423_748_864, tokens=16, shares=_PLUS_XL) for n in _PLUS_XL),
-    Layout("ip-adapter-faceid_sd15", face(768), "SD1.5", "faceid", 48_354_816, rank=128),
+    *(Layout(n, linear(768, 1024), "sd15", "linear", 22_319_616, shares=_LINEAR) for n in _LINEAR),
+    Layout("ip-adapter_sd15_vit-G", linear(768, 1280), "sd15", "linear", 23_106_048),
+    *(Layout(n, _plus, "sd15", "resampler", 49_087_488, tokens=16, shares=_PLUS) for n in _PLUS),
+    Layout("ip-adapter-full-face_sd15", full_face(768, 1280), "sd15", "full-face", 21_794_304, tokens=257),
+    Layout("ip-adapter_sdxl", linear(2048, 1280), "sdxl", "linear", 351_285_248),
+    Layout("ip-adapter_sdxl_vit-h", linear(2048, 1024), "sdxl", "linear", 349_188_096),
+    *(Layout(n, _plus_xl, "sdxl", "resampler", 423_748_864, tokens=16, shares=_PLUS_XL) for n in _PLUS_XL),
+    Layout("ip-adapter-faceid_sd15", face(768), "sd15", "faceid", 48_354_816, rank=128),
     Layout(
         "ip-adapter-faceid-plus_sd15",
         face_plus(768),
-        "SD1.5",
+        "sd15",
         "faceid-plus",
         78_260_736,
         rank=128,
@@ -146,23 +146,20 @@ PUBLISHED = (
     Layout(
         "ip-adapter-faceid-plusv2_sd15",
         face_plus(768),
-        "SD1.5",
+        "sd15",
         "faceid-plusv2",
         78_260_736,
         rank=128,
         shares=_FACE_PLUS,
     ),
-    Layout("ip-adapter-faceid_sdxl", face(2048), "SDXL", "faceid", 535_507_968, rank=128),
-    Layout("ip-adapter-faceid-plusv2_sdxl", face_plus(2048), "SDXL", "faceid-plusv2", 743_707_648, rank=128),
-    *(
-        Layout(n, face(768, 16), "SD1.5", "faceid", 32_291_328, tokens=16, shares=_PORTRAIT)
-        for n in _PORTRAIT
-    ),
-    Layout("ip-adapter-faceid-portrait_sdxl", face(2048, 16), "SDXL", "faceid", 374_903_808, tokens=16),
+    Layout("ip-adapter-faceid_sdxl", face(2048), "sdxl", "faceid", 535_507_968, rank=128),
+    Layout("ip-adapter-faceid-plusv2_sdxl", face_plus(2048), "sdxl", "faceid-plusv2", 743_707_648, rank=128),
+    *(Layout(n, face(768, 16), "sd15", "faceid", 32_291_328, tokens=16, shares=_PORTRAIT) for n in _PORTRAIT),
+    Layout("ip-adapter-faceid-portrait_sdxl", face(2048, 16), "sdxl", "faceid", 374_903_808, tokens=16),
     Layout(
         "ip-adapter-faceid-portrait_sdxl_unnorm",
         _raw,
-        "SDXL",
+        "sdxl",
         "faceid-raw",
         422_765_824,
         formats=("F32", "F16"),
@@ -171,7 +168,7 @@ PUBLISHED = (
     Layout(
         "instantid_ip-adapter",
         _raw,
-        "SDXL",
+        "sdxl",
         "faceid-raw",
         422_765_824,
         formats=("F32", "F32"),
@@ -180,23 +177,93 @@ PUBLISHED = (
     Layout(
         "kolors_ip_adapter_plus_general",
         resampler(2048, 1024, 2048, 12),
-        "SDXL",
+        "sdxl",
         "resampler",
         506_552_320,
-        base="Kolors",
+        base="kolors",
         tokens=16,
     ),
     Layout(
         "kolors_ipa-faceid-plus",
         face_plus(4096, patches=1024, tokens=6),
-        "SDXL",
+        "sdxl",
         "faceid-plus-kolors",
         1_192_903_680,
-        base="Kolors",
+        base="kolors",
         tokens=6,
         section="adapter_modules",
     ),
 )
+
+
+def xlabs(tokens: int, sites: int = 19, width: int = 3072, cross: int = 4096, pooled: int = 768) -> Shapes:
+    """FLUX XLabs, flat and under its published names."""
+    flat: Shapes = {}
+    for n in range(sites):
+        for part in "kv":
+            name = f"double_blocks.{n}.processor.ip_adapter_double_stream_{part}_proj"
+            flat |= dense(name, width, cross)
+    shapes = dense("proj", tokens * cross, pooled) | norm("norm", cross)
+    return flat | {f"ip_adapter_proj_model.{key}": shape for key, shape in shapes.items()}
+
+
+def instantx_flux(
+    tokens: int = 128, sites: int = 57, width: int = 3072, cross: int = 4096, pooled: int = 1152
+) -> Shapes:
+    """FLUX InstantX."""
+    shapes = dense("image_proj.proj.0", 2 * pooled, pooled) | norm("image_proj.norm", cross)
+    shapes |= dense("image_proj.proj.2", tokens * cross, 2 * pooled)
+    for n in range(sites):
+        shapes |= {f"ip_adapter.{n}.to_{part}_ip.weight": (width, cross) for part in "kv"}
+    return shapes
+
+
+def instantx_sd3(
+    tokens: int = 64,
+    sites: int = 38,
+    width: int = 2432,
+    head: int = 64,
+    inner: int = 1280,
+    heads: int = 20,
+    hidden: int = 1152,
+    depth: int = 4,
+    waves: int = 320,
+) -> Shapes:
+    """SD3.5-Large InstantX."""
+    shapes = resampler(width, hidden, inner, heads, tokens, depth)
+    shapes |= dense("time_embedding.linear_1", inner, waves) | dense("time_embedding.linear_2", inner, inner)
+    for i in range(depth):
+        shapes |= dense(f"layers.{i}.2.1", 4 * inner, inner)
+    flat = {f"image_proj.{key}": shape for key, shape in shapes.items()}
+    for n in range(sites):
+        flat |= dense(f"ip_adapter.{n}.norm_ip.linear", 2 * width, inner)
+        flat |= {f"ip_adapter.{n}.to_{part}_ip.weight": (width, width) for part in "kv"}
+        flat |= {f"ip_adapter.{n}.norm_{part}.weight": (head,) for part in ("q", "k", "ip_k")}
+    return flat
+
+
+def redux(cross: int = 4096, hidden: int = 1152, inner: int = 12288) -> Shapes:
+    """FLUX.1 Redux."""
+    return dense("redux_up", inner, hidden) | dense("redux_down", cross, inner)
+
+
+TRANSFORMERS = {
+    "flux-ip-adapter": ("xlabs", "flux", xlabs(4), 490.9),
+    "flux-ip-adapter-v2": ("xlabs", "flux", xlabs(16), 528.7),
+    "flux-dev_ip-adapter": ("instantx-flux", "flux", instantx_flux(), 2645.6),
+    "sd35-large_ip-adapter": ("instantx-sd3", "sd35", instantx_sd3(), 797.9),
+    "flux1-redux-dev": ("redux", "flux", redux(), 64.5),
+}
+"""Name it is identified by → variant, family, flat published shapes, millions of parameters that it is
+known to have (Redux: half of its 129 MB)."""
+
+SMALL_TRANSFORMERS = {
+    "xlabs": xlabs(3, sites=2, width=6, cross=8, pooled=5),
+    "instantx-flux": instantx_flux(3, sites=4, width=6, cross=8, pooled=5),
+    "instantx-sd3": instantx_sd3(3, 2, width=8, head=4, inner=16, heads=1, hidden=5, depth=2, waves=6),
+    "redux": redux(8, 5, 12),
+}
+"""Narrow shapes of the same, flat and under their published names."""
 
 SMALL = {
     "linear": linear(8, 6, tokens=2),

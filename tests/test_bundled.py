@@ -13,11 +13,11 @@ from PIL import Image
 
 from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.catalog import ASSETS
 from imprompt.data.rows import read_dataset
 from imprompt.encoders.images import load_image
 from imprompt.evaluation.metrics import cosine
 from imprompt.generation.engine import Engine
-from imprompt.generation.families import EMOJI
 from imprompt.schema.profiles import layer_weights
 from imprompt.schema.request import Request
 
@@ -31,7 +31,7 @@ ADAPTERS = ("ip-adapter_emoji.safetensors", "ip-adapter-plus_emoji.safetensors")
 def pipe():
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(EMOJI)
+    pipe = StableDiffusionPipeline.from_pretrained(ASSETS)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -44,13 +44,13 @@ def engine():
 @pytest.fixture(scope="module")
 def shown():
     """Held-out pictures by (concept, style)."""
-    rows = read_dataset(EMOJI / "eval").rows
+    rows = read_dataset(ASSETS / "eval").rows
     return {(row.groups["concept"], row.groups["style"]): load_image(row.read()) for row in rows}
 
 
 @pytest.fixture(scope="module")
 def judge():
-    return Judge.load(EMOJI)
+    return Judge.load(ASSETS)
 
 
 def seeded():
@@ -61,12 +61,12 @@ def seeded():
 def test_diffusers_own_loader_draws_the_same_with_the_bundled_adapters(pipe, shown, name):
     reference = next(iter(shown.values()))
     call = {"num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "np"}
-    adapter = IPAdapter.from_pretrained(EMOJI / "adapters" / name)
+    adapter = IPAdapter.from_pretrained(ASSETS / "adapters" / name)
     adapter.attach(pipe)
     adapter.set_prompt(reference, scale=0.7)
     ours = pipe("an owl, noto style", generator=seeded(), **call).images
     adapter.detach()
-    pipe.load_ip_adapter(EMOJI, subfolder="adapters", weight_name=name, image_encoder_folder=None)
+    pipe.load_ip_adapter(ASSETS, subfolder="adapters", weight_name=name, image_encoder_folder=None)
     pipe.set_ip_adapter_scale(0.7)
     theirs = pipe("an owl, noto style", ip_adapter_image=reference, generator=seeded(), **call).images
     pipe.unload_ip_adapter()
@@ -99,7 +99,7 @@ def test_a_picture_alone_is_a_prompt_that_is_followed(engine, judge, shown):
 
 
 def test_every_word_of_the_vocabulary_is_a_caption_the_tokenizer_spells_in_few_pieces(pipe):
-    words = json.loads((EMOJI / "vocabulary.json").read_text())
+    words = json.loads((ASSETS / "vocabulary.json").read_text())
     assert len(words["concepts"]) >= 50
     assert len(words["styles"]) == 8
     for concept in words["concepts"]:
@@ -123,8 +123,8 @@ def test_style_profiles_act_where_the_bundled_model_was_measured_to_keep_its_sty
 
 
 def test_nothing_that_was_held_out_is_in_the_vocabulary():
-    words = set(json.loads((EMOJI / "vocabulary.json").read_text())["concepts"])
-    record = json.loads((EMOJI / "eval" / "eval.json").read_text())
+    words = set(json.loads((ASSETS / "vocabulary.json").read_text())["concepts"])
+    record = json.loads((ASSETS / "eval" / "eval.json").read_text())
     held_out = {
         picture["concept"] for picture in record["pictures"] if picture["split"] == "held_out_concept"
     }
@@ -135,10 +135,10 @@ def test_nothing_that_was_held_out_is_in_the_vocabulary():
 def test_everything_bundled_is_safetensors_in_half_precision_and_fits_the_budget():
     from safetensors import safe_open
 
-    files = [path for path in EMOJI.rglob("*") if path.is_file()]
+    files = [path for path in ASSETS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 90e6
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
-    for path in EMOJI.rglob("*.safetensors"):
+    for path in ASSETS.rglob("*.safetensors"):
         with safe_open(path, "pt") as file:
             kinds = {str(file.get_tensor(name).dtype) for name in file.keys()}  # noqa: SIM118
         assert kinds <= {"torch.float16", "torch.int64"}, path

@@ -8,8 +8,7 @@ import pytest
 from facemodels import recogniser, scrfd
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.app.cli import main
-from imprompt.catalog import licences
-from imprompt.catalog.entries import ADAPTERS, BASES, CONTROLS, MOTIONS
+from imprompt.catalog import adapters, bases, controls, licences, motions
 from imprompt.encoders.face import OnnxFaces
 from imprompt.errors import ModelError
 from layouts import PUBLISHED
@@ -24,11 +23,15 @@ def switch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_list_has_what_may_be_used_commercially(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "--commercial", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert set(BASES) - set(shown["bases"]) == {"kolors"}
-    faces = {name for name, row in ADAPTERS.items() if row.face_pack}
-    assert set(ADAPTERS) - set(shown["adapters"]) == faces | {"kolors-plus"}
-    assert set(MOTIONS) - set(shown["motions"]) == {name for name in MOTIONS if name != "emoji-motion"}
-    assert set(CONTROLS) - set(shown["controls"]) == {"sd15-sparse-rgb", "sd15-sparse-scribble"}
+    assert set(bases()) - set(shown["bases"]) == {"kolors", "sd35", "flux", "flux-fill", "flux-kontext"}
+    faces = {name for name, row in adapters().items() if row.face_pack}
+    assert set(adapters()) - set(shown["adapters"]) == faces | {
+        "kolors-plus", "sd35-instantx", "flux-xlabs", "flux-instantx", "flux-redux"
+    }  # fmt: skip
+    assert set(motions()) - set(shown["motions"]) == {name for name in motions() if name != "emoji-motion"}
+    assert set(controls()) - set(shown["controls"]) == {
+        "sd15-sparse-rgb", "sd15-sparse-scribble", "sdxl-instantid"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from facemodels import pack, photo
 from faces import face_state, person
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.adapter.prompt import ImagePrompt
-from imprompt.catalog.published import PUBLISHED
+from imprompt.catalog import adapters
 from imprompt.checkpoints.checkpoint import read
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.face import Faces, OnnxFaces, save
@@ -166,7 +166,7 @@ def test_whole_pictures_features_are_no_faces_and_faces_no_features(
 
 
 def test_another_face_models_embeddings_are_refused_though_they_are_as_wide(reader: OnnxFaces) -> None:
-    row = next(row for row in PUBLISHED if row.name == "instantid_ip-adapter")
+    row = adapters()["sdxl-instantid"]
     known = replace(
         read(face_state(tiny_unet("sdxl"), "faceid-raw", rank=None), variant="faceid-raw"), published=row
     )

@@ -8,16 +8,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from imprompt.adapter.ipadapter import IPAdapter
-from imprompt.catalog.published import PUBLISHED as TABLE
-from imprompt.catalog.published import VARIANTS, Published
+from imprompt.catalog import AdapterRow, adapters
+from imprompt.catalog.variants import VARIANTS
 from imprompt.checkpoints import identify
 from imprompt.checkpoints.checkpoint import Checkpoint, convert, inspect, read, write
-from imprompt.checkpoints.files import digest
-from imprompt.errors import ImpromptError, ModelError, UsageError
-from layouts import PUBLISHED, SMALL, Layout, face_plus, layers, linear, lora, resampler, small, sparse
+from imprompt.errors import AdapterMismatch, ImpromptError, ModelError, UsageError
+from imprompt.io import sha256
+from layouts import (
+    PUBLISHED,
+    SMALL,
+    SMALL_TRANSFORMERS,
+    TRANSFORMERS,
+    Layout,
+    face_plus,
+    layers,
+    linear,
+    lora,
+    resampler,
+    small,
+    sparse,
+)
 from tiny import random_adapter_state, tiny_unet
 
 State = dict[str, dict[str, torch.Tensor]]
@@ -48,7 +61,7 @@ def test_every_published_file_is_recognised_by_its_header(layout: Layout, tmp_pa
     assert found.base == (layout.base or layout.family)
     assert sum(found.parameters.values()) == layout.parameters
     assert (found.tokens, found.lora_rank) == (layout.tokens, layout.rank)
-    assert found.layers == {"SD1.5": 16, "SDXL": 70}[layout.family]
+    assert found.layers == {"sd15": 16, "sdxl": 70}[layout.family]
     assert found.finite is None
     assert json.loads(json.dumps(found.to_dict()))["published"] == [layout.name]
     assert layout.name in str(found)
@@ -60,16 +73,20 @@ def test_a_renamed_file_says_all_it_may_be_and_how_they_differ(layout: Layout, t
     assert set(found.published) == set(layout.shares or (layout.name,))
     assert len(found.differs) == len(found.published)
     assert layout.variant in found.variant.split(" or ")
-    plus = layout.variant in ("faceid-plus", "faceid-plusv2") and layout.family == "SD1.5"
+    plus = layout.variant in ("faceid-plus", "faceid-plusv2") and layout.family == "sd15"
     assert found.variant == ("faceid-plus or faceid-plusv2" if plus else layout.variant)
     assert all(name in str(found) for name in found.published)
 
 
-def test_the_table_has_each_published_file_once_and_the_tests_know_them_all() -> None:
-    assert [row.name for row in TABLE] == list(dict.fromkeys(row.name for row in TABLE))
-    assert {row.name for row in TABLE} == {layout.name for layout in PUBLISHED}
-    hashes = [row.sha256 for row in TABLE if row.name != "kolors_ipa-faceid-plus"]  # no listing has it
-    hashes += [row.lora_sha256 for row in TABLE if row.lora_sha256]
+NO_LISTING = ("kolors_ipa-faceid-plus", "sd35-large_ip-adapter", "flux-dev_ip-adapter", "flux1-redux-dev")
+
+
+def test_the_catalogue_has_each_published_file_once_and_the_tests_know_them_all() -> None:
+    rows = [row for row in adapters().values() if not row.bundled]
+    assert [row.published for row in rows] == list(dict.fromkeys(row.published for row in rows))
+    assert {row.published for row in rows} == {layout.name for layout in PUBLISHED} | TRANSFORMERS.keys()
+    hashes = [row.sha256 for row in rows if row.published not in NO_LISTING]
+    hashes += [row.lora_sha256 for row in rows if row.lora_sha256]
     assert len(set(hashes)) == len(hashes)
     assert all(sha256 and len(sha256) == 64 and int(sha256, 16) for sha256 in hashes)
 
@@ -80,7 +97,7 @@ def test_full_size_weights_hold_what_their_layout_says() -> None:
     found = read(tensors, name="ip-adapter_sd15_light")
     assert found.variant is VARIANTS["linear"]
     assert found.published is not None
-    assert found.published.name == "ip-adapter_sd15_light"
+    assert found.published.published == "ip-adapter_sd15_light"
     assert (found.tokens, found.cross_dim, found.feature_width) == (4, 768, 1024)
     assert found.layers == tuple(range(1, 32, 2))
 
@@ -89,8 +106,12 @@ def test_a_hash_outweighs_a_lying_name_and_metadata(tmp_path: Path, monkeypatch:
     layout = next(each for each in PUBLISHED if each.name == "ip-adapter-faceid-plus_sd15")
     path = layout.write(tmp_path, "ip-adapter-faceid-plus_sd15", {"imprompt.variant": "faceid-plus"})
     assert inspect(path, weights=False).evidence == "metadata"
-    known = Published("ours", "faceid-plusv2", "SD1.5", 512, 4, "a test's", path.stat().st_size, digest(path))
-    monkeypatch.setattr(identify, "PUBLISHED", (*TABLE, known))
+    size, digest = path.stat().st_size, sha256(path)
+    known = AdapterRow(
+        "ours", "me/mine", "Apache-2.0", "a.bin", "sd15", "faceid-plusv2", 4, "a test's", bytes=size,
+        sha256=digest, published="ours",
+    )  # fmt: skip
+    monkeypatch.setattr(identify, "adapters", lambda: adapters() | {"ours": known})
     found = inspect(path)
     assert (found.variant, found.published, found.evidence) == ("faceid-plusv2", ("ours",), "sha256")
 
@@ -141,6 +162,97 @@ def test_a_face_adapters_lora_is_kept_apart_and_written_again(tmp_path: Path) ->
     assert inspect(tmp_path / "a.safetensors").lora_rank == 2
     again = read(tmp_path / "a.safetensors")
     assert all(torch.equal(again.lora[key], value) for key, value in more.items())
+
+
+# ---- adapters of transformers
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_every_published_adapter_of_a_transformer_is_recognised_by_its_header(
+    name: str, tmp_path: Path
+) -> None:
+    variant, family, shapes, millions = TRANSFORMERS[name]
+    path = tmp_path / "renamed.safetensors"
+    sparse(path, {key: ("BF16", shape) for key, shape in shapes.items()})
+    found = inspect(path, weights=False)
+    assert (found.variant, found.base, found.published) == (variant, family, (name,))
+    assert found.backbone == {"flux": "flux", "sd35": "sd3"}[family]
+    assert round(sum(found.parameters.values()) / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize("variant", SMALL_TRANSFORMERS)
+def test_an_adapter_of_a_transformer_is_read_in_one_form_and_written_under_its_published_names(
+    variant: str, tmp_path: Path
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    shapes = SMALL_TRANSFORMERS[variant]
+    tensors = {key: torch.randn(shape, generator=random) for key, shape in shapes.items()}
+    save_file(tensors, tmp_path / "in.safetensors")
+    found = read(tmp_path / "in.safetensors")
+    assert found.variant.name == variant
+    assert found.backbone == ("sd3" if variant == "instantx-sd3" else "flux")
+    assert found.layers == tuple(
+        range({"xlabs": 2, "instantx-flux": 4, "instantx-sd3": 2, "redux": 0}[variant])
+    )
+    write(found, tmp_path / "out.safetensors")
+    again = load_file(tmp_path / "out.safetensors")
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[key], value) for key, value in tensors.items())
+    torch.save(
+        {"image_proj": found.state["image_proj"], "ip_adapter": found.state["ip_adapter"]}, tmp_path / "a.bin"
+    )
+    if variant == "redux":
+        return
+    assert convert(tmp_path / "a.bin", tmp_path / "b.safetensors").variant == variant
+    assert same(read(tmp_path / "b.safetensors").state, found.state)
+
+
+def test_a_site_has_its_weights_by_name() -> None:
+    found = {}
+    for variant in ("xlabs", "instantx-flux", "instantx-sd3"):
+        tensors = {key: torch.ones(shape) for key, shape in SMALL_TRANSFORMERS[variant].items()}
+        found[variant] = read(tensors).site(1)
+    assert {key: tuple(w.shape) for key, w in found["xlabs"].items()} == {
+        "to_k_ip.weight": (6, 8), "to_k_ip.bias": (6,), "to_v_ip.weight": (6, 8), "to_v_ip.bias": (6,)
+    }  # fmt: skip
+    assert found["instantx-flux"].keys() == {"to_k_ip.weight", "to_v_ip.weight"}
+    assert {key: tuple(w.shape) for key, w in found["instantx-sd3"].items()} == {
+        "norm_ip.linear.weight": (16, 16), "norm_ip.linear.bias": (16,), "to_k_ip.weight": (8, 8),
+        "to_v_ip.weight": (8, 8), "norm_q.weight": (4,), "norm_k.weight": (4,), "norm_ip_k.weight": (4,),
+    }  # fmt: skip
+
+
+DAMAGED = {
+    "a bias missing": ("xlabs", "double_blocks.1.processor.ip_adapter_double_stream_v_proj.bias", None,
+                       r"missing: '1\.to_v_ip\.bias'"),
+    "a bias too long": ("xlabs", "double_blocks.1.processor.ip_adapter_double_stream_k_proj.bias", (7,),
+                        r"layer 1: to_k_ip\.bias is \(7,\) instead of \(6,\)"),
+    "a site missing": ("instantx-flux", "ip_adapter.2.to_k_ip.weight", None, r"missing: '2\.to_k_ip"),
+    "heads differ": ("instantx-sd3", "ip_adapter.1.norm_k.weight", (5,), r"norm_k\.weight is \(5,\)"),
+    "modulation of other width": ("instantx-sd3", "ip_adapter.1.norm_ip.linear.weight", (16, 9),
+                                  r"norm_ip\.linear\.weight is \(16, 9\) instead of \(16, 16\)"),
+    "half a projection": ("redux", "redux_down.weight", None, r"no 'redux_down\.weight'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_damaged_adapter_of_a_transformer_is_refused_with_what_is_wrong(what: str) -> None:
+    variant, key, shape, message = DAMAGED[what]
+    shapes = {k: s for k, s in SMALL_TRANSFORMERS[variant].items() if k != key}
+    if shape is not None:
+        shapes[key] = shape
+    with pytest.raises(ModelError, match=message) as error:
+        read({k: torch.ones(s) for k, s in shapes.items()}, name="mine")
+    assert one_line(error)
+
+
+def test_an_adapter_of_a_transformer_is_refused_on_a_unet_with_both_named() -> None:
+    tensors = {
+        key: torch.empty(shape, device="meta") for key, shape in TRANSFORMERS["flux-ip-adapter"][2].items()
+    }
+    adapter = IPAdapter(read(tensors, name="x"))
+    with pytest.raises(AdapterMismatch, match=r"made for FLUX\.1.*UNet2DConditionModel"):
+        adapter.attach(tiny_unet())
 
 
 # ---- reading and writing
@@ -359,11 +471,6 @@ FOREIGN = {
     "id_adapter.latents": "a PuLID adapter",
     "id_adapter_attn_layers.0.id_to_k.weight": "a PuLID adapter",
     "pulid_ca.0.norm1.weight": "a PuLID adapter",
-    "double_blocks.3.processor.ip_adapter_double_stream_k_proj.weight": r"FLUX \(XLabs\)",
-    "ip_adapter_proj_model.proj.weight": r"FLUX \(XLabs\)",
-    "ip_adapter.56.to_k_ip.weight": r"FLUX \(InstantX\)",
-    "ip_adapter.3.norm_ip.linear.weight": "SD3.5",
-    "image_proj.time_embedding.linear_1.weight": "SD3.5",
     "image_proj_model.proj.weight": "a training script's checkpoint: 'imprompt convert'",
 }
 
@@ -383,12 +490,6 @@ def test_no_adapter_is_taken_for_a_file_of_another_kind(variant: str) -> None:
     assert read(small(variant), variant=variant).variant.name == variant
 
 
-def test_flux_instantx_is_named_though_its_keys_look_familiar() -> None:
-    state = {f"ip_adapter.{n}.to_{p}_ip.weight": torch.ones(2, 2) for n in range(57) for p in "kv"}
-    with pytest.raises(ModelError, match="InstantX"):
-        read(state | {"image_proj.proj.0.weight": torch.ones(2, 2)})
-
-
 # ---- converting
 
 
@@ -406,7 +507,7 @@ def test_a_pickled_adapter_becomes_safetensors_with_the_same_weights(variant: st
     loaded = read(target)
     assert loaded.variant.name == variant
     assert same(loaded.state, state)
-    assert loaded.metadata["imprompt.source_sha256"] == digest(source)
+    assert loaded.metadata["imprompt.source_sha256"] == sha256(source)
     assert {path.name for path in tmp_path.iterdir()} == {"mine.bin", "mine.safetensors"}
 
 

@@ -7,9 +7,9 @@ import tarfile
 import pytest
 from PIL import Image
 
+from imprompt.catalog import ASSETS
 from imprompt.data.rows import Row, read_dataset, write_rows
 from imprompt.errors import InputError
-from imprompt.generation.families import EMOJI
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_koyha_folders_have_repeats_and_name_their_class(tmp_path):
 
 
 def test_the_bundled_sheet_is_a_dataset_too():
-    data = read_dataset(EMOJI / "eval")
+    data = read_dataset(ASSETS / "eval")
     assert {row.split for row in data.rows} <= {"held_out_concept", "held_out_pair"}
     assert Image.open(io.BytesIO(data.rows[0].read())).size == (128, 128)
 

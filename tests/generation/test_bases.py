@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from imprompt.adapter.ipadapter import IPAdapter
-from imprompt.catalog.entries import ADAPTERS, BASES, fitting
+from imprompt.catalog import adapters, bases, bases_for
 from imprompt.errors import ModelError, UsageError
 from imprompt.generation.families import find_base, load, load_adapter
 from layouts import PUBLISHED
@@ -49,7 +49,7 @@ def test_a_folder_with_files_in_half_precision_alone_is_read(tmp_path: Path) -> 
 
 
 def test_the_hub_id_of_a_known_base_is_as_good_as_its_alias() -> None:
-    for name, row in BASES.items():
+    for name, row in bases().items():
         if row.repo != "bundled":
             assert find_base(row.repo).family == find_base(name).family == row.family
 
@@ -78,14 +78,15 @@ def test_text_goes_through_kolors_own_projection_and_the_image_beside_it() -> No
 
 
 def test_the_catalogue_has_every_published_file_by_its_name() -> None:
-    files = {Path(row.file).stem for row in ADAPTERS.values()} | {"instantid_ip-adapter"}
+    files = {Path(row.file).stem for row in adapters().values()} | {"instantid_ip-adapter"}
     published = {layout.name.removeprefix("kolors_") for layout in PUBLISHED}
     assert published <= files
-    for name in fitting("SDXL"):
-        assert BASES[name].family == "sdxl"
-    assert fitting("other") == ()
-    without = {name for name, row in ADAPTERS.items() if len(row.sha256 or "") != 64}
-    assert without == {"emoji", "emoji-plus", "kolors-faceid-plus"}, "no listing has that one's hash"
+    for name in bases_for("sdxl"):
+        assert bases()[name].family == "sdxl"
+    assert bases_for("other") == ()
+    without = {name for name, row in adapters().items() if len(row.sha256 or "") != 64}
+    listed = {"kolors-faceid-plus", "sd35-instantx", "flux-instantx", "flux-redux"}
+    assert without == {"emoji", "emoji-plus"} | listed, "no listing has those hashes"
 
 
 def test_an_alias_of_a_pickle_says_how_to_make_it_safe() -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 import tiny
 from controls import saved, tiny_controlnet, tiny_t2i, tiny_union
 from imprompt import output
-from imprompt.catalog.entries import BASES, CONTROLS, DEFAULT_CONTROLS, DEFAULT_KEYS
+from imprompt.catalog import controls, families
 from imprompt.errors import InputError, ModelError, UsageError
 from imprompt.generation.annotate import _ANNOTATORS
 from imprompt.generation.control import find_controls
@@ -232,12 +232,11 @@ def test_offline_a_control_that_is_not_cached_is_said_with_size_and_licence(plai
 
 def test_defaults_are_listed_models_of_the_family_that_take_the_kind():
     assert _ANNOTATORS.keys() == KINDS.keys()
-    assert DEFAULT_CONTROLS.keys() >= {row.family for row in BASES.values()}
-    assert DEFAULT_KEYS["sd15"]["frame"] == "sd15-sparse-rgb"
-    for family, kinds in (*DEFAULT_CONTROLS.items(), *DEFAULT_KEYS.items()):
-        for kind, name in kinds.items():
-            assert CONTROLS[name].family == family
-            assert kind in CONTROLS[name].modes
+    assert families()["sd15"].keyframes["frame"] == "sd15-sparse-rgb"
+    for family in families().values():
+        for kind, name in (*family.controls.items(), *family.keyframes.items()):
+            assert controls()[name].family == family.name
+            assert kind in controls()[name].modes
             assert kind in KINDS
 
 

@@ -185,7 +185,7 @@ REFUSED = [
     (InputError, "'.*' is a folder; a picture is expected", {"images": ["."]}),
     (UsageError, "emoij.*did you mean emoji", {"base": "emoij"}),
     (UsageError, "sd15-plu.*sd15-plus", {"adapter": "sd15-plu", "images": ["ref.png"]}),
-    (ModelError, "no adapter file", {"adapter": "none.safetensors", "images": ["ref.png"]}),
+    (ModelError, "no adapter at", {"adapter": "none.safetensors", "images": ["ref.png"]}),
     (ModelError, "no base at", {"base": "no/such/folder"}),
     (UsageError, "inpainting model.*9 channels.*inpaint", {"base": "<inpainting>", "adapter": None}),
     (UsageError, "offload.*CPU", {"offload": "model", "adapter": None, "device": "cpu"}),

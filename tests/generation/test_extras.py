@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import tiny
 from imprompt.app.cli import main
-from imprompt.errors import ImpromptError, ModelError, UsageError
+from imprompt.errors import ImpromptError, ModelError
 from imprompt.generation.engine import Engine
 from imprompt.schema.request import EmbeddingRef, LoraRef, Request
 
@@ -85,10 +85,10 @@ def test_a_word_of_textual_inversion_is_known_to_prompts(place: Path) -> None:
     ("fields", "error", "message"),
     [
         ({"loras": ("nothing.safetensors",)}, ModelError, "LoRA .*nothing"),
-        ({"loras": ("wide",)}, UsageError, "there is no LoRA"),
+        ({"loras": ("wide",)}, ModelError, "there is no LoRA"),
         ({"loras": ("base/model_index.json",)}, ModelError, "opens no pickles"),
         ({"embeddings": ("wide.safetensors",)}, ModelError, "width 48, this base's text encoder 32"),
-        ({"embeddings": ("none.safetensors",)}, UsageError, "there is no embedding"),
+        ({"embeddings": ("none.safetensors",)}, ModelError, "there is no embedding"),
     ],
 )
 def test_what_does_not_fit_the_base_is_refused(

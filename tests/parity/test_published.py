@@ -10,7 +10,7 @@ from diffusers.loaders.unet import UNet2DConditionLoadersMixin
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.checkpoints.checkpoint import read
 from imprompt.errors import AdapterMismatch
-from imprompt.projections.modules import build_projection
+from imprompt.projections import build_projection
 from layouts import PUBLISHED, Layout
 
 
@@ -34,7 +34,7 @@ def unet(family: str) -> UNet2DConditionModel:
         "encoder_hid_dim": 4096,
         "encoder_hid_dim_type": "text_proj",
     }
-    known = {"SDXL": sdxl, "Kolors": kolors, "SD1.5": {"cross_attention_dim": 768}}
+    known = {"sdxl": sdxl, "kolors": kolors, "sd15": {"cross_attention_dim": 768}}
     with torch.device("meta"):
         return UNet2DConditionModel(**known[family])
 
@@ -52,20 +52,20 @@ def hooks(base: UNet2DConditionModel) -> int:
 @pytest.mark.parametrize("layout", PUBLISHED, ids=lambda layout: layout.name)
 def test_a_published_file_attaches_to_the_full_size_base_it_was_made_for(layout: Layout) -> None:
     adapter = weightless(layout)
-    others = {"SD1.5": ("SDXL", "with"), "SDXL": ("SD1.5", "with"), "Kolors": ("SDXL", "of Kolors")}
+    others = {"sd15": ("sdxl", "with"), "sdxl": ("sd15", "with"), "kolors": ("sdxl", "of Kolors")}
     other, reason = others[layout.base or layout.family]
     with pytest.raises(AdapterMismatch, match=f"was made for a UNet {reason}"):
         adapter.attach(unet(other))
-    if layout.family == "SDXL" and not layout.base:
+    if layout.family == "sdxl" and not layout.base:
         with pytest.raises(
             AdapterMismatch, match="was made for a UNet of SDXL, UNet2DConditionModel has one of"
         ):
-            adapter.attach(unet("Kolors"))
+            adapter.attach(unet("kolors"))
     base = unet(layout.base or layout.family)
     found, before = dict(base.attn_processors), hooks(base)
     adapter.attach(base)
     additions = hooks(base) - before
-    attentions = {"SD1.5": 32, "SDXL": 140}[layout.family]
+    attentions = {"sd15": 32, "sdxl": 140}[layout.family]
     assert additions == (4 * attentions if layout.rank else 0)
     adapter.detach()
     assert all(found[name] is processor for name, processor in base.attn_processors.items())
@@ -74,7 +74,7 @@ def test_a_published_file_attaches_to_the_full_size_base_it_was_made_for(layout:
     assert {f"{part}.{k}" for part, keys in adapter.state_dict().items() for k in keys} == expected
 
 
-UNLIKE = {layout.variant + str(layout.tokens): layout for layout in PUBLISHED if layout.family == "SD1.5"}
+UNLIKE = {layout.variant + str(layout.tokens): layout for layout in PUBLISHED if layout.family == "sd15"}
 
 
 @pytest.mark.slow
@@ -89,7 +89,7 @@ def test_full_size_projections_make_diffusers_tokens(layout: Layout) -> None:
     tensors = {f"image_proj.{key}": value for key, value in image_proj.items()}
     tensors |= {key: torch.empty(shape, device="meta") for key, shape in state.items()}
     checkpoint = read(tensors, name=layout.name, variant=layout.variant)
-    ours = build_projection(checkpoint).eval()
+    ours = build_projection(checkpoint.variant, checkpoint.state["image_proj"]).eval()
     convert = UNet2DConditionLoadersMixin._convert_ip_adapter_image_proj_to_diffusers
     theirs = convert(None, dict(image_proj), low_cpu_mem_usage=False).eval()
     shape = (1, 257, 1280) if ours.feature == "hidden" else (1, ours.feature_width)

@@ -5,10 +5,12 @@ import torch
 from diffusers.loaders.unet import UNet2DConditionLoadersMixin
 from torch import nn
 
-from imprompt.catalog.published import VARIANTS
+from imprompt.catalog.variants import VARIANTS
 from imprompt.checkpoints.checkpoint import read
 from imprompt.errors import EncoderMismatch, ModelError, UsageError
-from imprompt.projections.modules import FaceResamplerProjection, ImageProjection, build_projection, skeleton
+from imprompt.projections import build_projection, skeleton
+from imprompt.projections.modules import ImageProjection
+from imprompt.projections.resamplers import FaceResamplerProjection
 from layouts import Shapes, face, face_plus, full_face, layers, linear, resampler
 
 Weights = dict[str, torch.Tensor]
@@ -29,7 +31,8 @@ def noise(*shape: int, seed: int = 1) -> torch.Tensor:
 
 def projection(variant: str, image_proj: Weights, cross: int) -> ImageProjection:
     state = {"image_proj": image_proj, "ip_adapter": weights(layers([4], cross))}
-    return build_projection(read(state, variant=variant)).eval()
+    checkpoint = read(state, variant=variant)
+    return build_projection(checkpoint.variant, checkpoint.state["image_proj"]).eval()
 
 
 def theirs(image_proj: Weights) -> nn.Module:

@@ -40,12 +40,12 @@ from imprompt.adapter.prompt import (
 )
 from imprompt.adapter.recorder import Recorder
 from imprompt.adapter.regions import encode_text
-from imprompt.catalog import licences
+from imprompt.catalog import families, licences
 from imprompt.checkpoints.checkpoint import Checkpoint, StateDict, read, write
-from imprompt.checkpoints.locate import PUBLISHED_ENCODERS, EncoderPlace, locate
+from imprompt.checkpoints.locate import EncoderPlace, locate, published_encoders
 from imprompt.errors import AdapterMismatch, EncoderMismatch, InputError, UsageError
-from imprompt.projections.init import fresh_linear, fresh_resampler
-from imprompt.projections.modules import ImageProjection, build_projection
+from imprompt.projections import build_projection, new_linear, new_resampler
+from imprompt.projections.modules import ImageProjection
 from imprompt.schema import options
 
 EncoderLike: TypeAlias = PictureEncoder | str | Path | None
@@ -66,7 +66,9 @@ class IPAdapter:
         image_encoder: EncoderLike = None,
         face_embedder: FaceReaderLike = None,
     ) -> None:
-        self.projection: ImageProjection = build_projection(checkpoint)
+        self.projection: ImageProjection = build_projection(
+            checkpoint.variant, checkpoint.state["image_proj"]
+        )
         self._layers = {n: _KeyValue.of(checkpoint.state["ip_adapter"], n) for n in checkpoint.layers}
         numbered = nn.ModuleDict({str(n): layer for n, layer in self._layers.items()})
         self.lora: FaceLora | None = _face_lora(checkpoint.lora, numbered)
@@ -167,10 +169,10 @@ class IPAdapter:
                 )
             feature_width = image_encoder.pooled_width if kind == "linear" else image_encoder.hidden_width
         if kind == "linear":
-            fresh = fresh_linear(feature_width, tokens or 4, cross_dim)
+            fresh = new_linear(feature_width, tokens or 4, cross_dim)
         else:
             width = width or -(-cross_dim // 64) * 64
-            fresh = fresh_resampler(feature_width, tokens or 16, cross_dim, width, depth)
+            fresh = new_resampler(feature_width, tokens or 16, cross_dim, width, depth)
         ip_adapter = {}
         for layer in layers:
             attention = unet.get_submodule(layer.name)
@@ -400,7 +402,7 @@ class IPAdapter:
     @property
     def published_encoder(self) -> EncoderPlace | None:
         """Where an image encoder is published that gives what this adapter reads; the hub is not asked."""
-        return next((place for place, widths in PUBLISHED_ENCODERS.items() if self._fits(*widths)), None)
+        return next((place for place, widths in published_encoders().items() if self._fits(*widths)), None)
 
     # ---- private
 
@@ -640,6 +642,12 @@ class IPAdapter:
         )
 
     def _check_fits(self, unet: UNet, name: str) -> None:
+        if self.checkpoint.backbone != "unet":
+            made_for = self.checkpoint.base_title or self.checkpoint.backbone
+            raise AdapterMismatch(
+                f"adapter '{self.checkpoint.name}' was made for {made_for}, {name} has a UNet. Use an "
+                "adapter trained for this base."
+            )
         layers = cross_attentions(unet)
         mine = {n: tuple(layer.to_k_ip.weight.shape) for n, layer in self._layers.items()}
         theirs = {layer.index: (layer.width, layer.cross_dim) for layer in layers}
@@ -653,12 +661,13 @@ class IPAdapter:
                 "Use an adapter trained for this base."
             )
         text = text_projection(unet)
-        kolors = "Kolors" if text is not None else "SDXL"
-        if self.checkpoint.base in ("Kolors", "SDXL") and self.checkpoint.base != kolors:
+        family = "kolors" if text is not None else "sdxl"
+        if self.checkpoint.base in ("kolors", "sdxl") and self.checkpoint.base != family:
+            title = families()[family].title
             raise AdapterMismatch(
-                f"adapter '{self.checkpoint.name}' was made for a UNet of {self.checkpoint.base}, {name} has "
-                f"one of {kolors}: layers of the same shapes that mean other things. Use an adapter trained "
-                "for this base."
+                f"adapter '{self.checkpoint.name}' was made for a UNet of {self.checkpoint.base_title}, "
+                f"{name} has one of {title}: layers of the same shapes that mean other things. Use an "
+                "adapter trained for this base."
             )
         if self.uses_text_projection and (text is None or text.in_features != self.projection.cross_dim):
             raise AdapterMismatch(
@@ -683,7 +692,7 @@ class IPAdapter:
     def _load_encoder(self) -> PictureEncoder | None:
         from imprompt.encoders.clip import ImageEncoder
 
-        shared = tuple(place for place in PUBLISHED_ENCODERS if place.cached)
+        shared = tuple(place for place in published_encoders() if place.cached)
         for place in (*self._places, *shared):
             if self._fits(*place.widths()):
                 if (loaded := self._loaded_beside(str(place))) is not None:

@@ -14,10 +14,10 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from imprompt import output
+from imprompt.catalog import ASSETS
 from imprompt.data.rows import Row, read_dataset
 from imprompt.encoders.images import load_image
 from imprompt.generation.engine import Engine
-from imprompt.generation.families import EMOJI
 from imprompt.schema.request import ControlRef, ImageRef, Request
 
 CELL, GAP, MARGIN, HEAD = 128, 8, 24, 44
@@ -53,7 +53,7 @@ def contact_sheet(folder: str | Path, *, seed: int = 7, say: Callable[[str], Non
     Raises :class:`~imprompt.errors.ModelError` when the bundled model is not there.
     """
     folder = Path(folder)
-    held_out = read_dataset(EMOJI / "eval").rows
+    held_out = read_dataset(ASSETS / "eval").rows
     references = _write_references(held_out, folder / "pictures")
     draw = _Artist(Engine(), seed, say)
     first, second, third, *_ = references
@@ -74,7 +74,7 @@ def contact_sheet(folder: str | Path, *, seed: int = 7, say: Callable[[str], Non
             [_inpaint(draw, third, first), _inpaint(draw, first, second)],
         ),
     ]
-    if importlib.util.find_spec("cv2") is not None and (EMOJI / "controlnet-canny").is_dir():
+    if importlib.util.find_spec("cv2") is not None and (ASSETS / "controlnet-canny").is_dir():
         bands.append(
             (
                 "structure",
@@ -82,7 +82,7 @@ def contact_sheet(folder: str | Path, *, seed: int = 7, say: Callable[[str], Non
                 [_structure(draw, shape, references) for shape in references[:2]],
             )
         )
-    if (EMOJI / "motion").is_dir():
+    if (ASSETS / "motion").is_dir():
         bands.append(
             (
                 "animate",

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from imprompt.catalog.entries import ADAPTERS
+    from imprompt.catalog import adapters
     from imprompt.checkpoints.checkpoint import convert
 
     source = args.source
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
 
         print(convert_ipadpt(source, args.target))
         return 0
-    if source in ADAPTERS and not Path(source).exists():
+    if source in adapters() and not Path(source).exists():
         from imprompt.generation.families import adapter_file
 
         source = adapter_file(source)

@@ -80,17 +80,14 @@ def _memory() -> str:
 
 def _bundled() -> str:
     """The bundled model's weight files, each with the start of its sha256; or which are missing."""
-    from imprompt.catalog.entries import ADAPTERS, BUNDLED
-    from imprompt.generation.families import EMOJI
+    from imprompt.catalog import ASSETS, adapters
 
     parts = ("unet", "vae", "text_encoder", "image_encoder")
-    missing = [part for part in parts if not list((EMOJI / part).glob("*.safetensors"))]
-    missing += [
-        row.file for row in ADAPTERS.values() if row.repo == BUNDLED and not (EMOJI / row.file).is_file()
-    ]
-    files = sorted(EMOJI.rglob("*.safetensors"))
+    missing = [part for part in parts if not list((ASSETS / part).glob("*.safetensors"))]
+    missing += [row.file for row in adapters().values() if row.bundled and not (ASSETS / row.file).is_file()]
+    files = sorted(ASSETS.rglob("*.safetensors"))
     hashes = [f"{path.stem} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}" for path in files]
-    size = sum(path.stat().st_size for path in EMOJI.rglob("*") if path.is_file()) / 1e6
+    size = sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) / 1e6
     said = f"{size:.0f} MB: " + ", ".join(
         f"{path.parent.name}/{text}" for path, text in zip(files, hashes, strict=True)
     )
@@ -124,11 +121,11 @@ def _cache() -> str:
 
 def _here() -> str:
     """Names of the catalogue that need no download."""
-    from imprompt.catalog.entries import ADAPTERS, BASES, cached
+    from imprompt.catalog import adapters, bases
+    from imprompt.catalog.resolve import is_here
 
-    bases = [name for name, row in BASES.items() if cached(row.repo, "model_index.json")]
-    adapters = [name for name, row in ADAPTERS.items() if cached(row.repo, row.file)]
-    return f"bases {', '.join(bases)}; adapters {', '.join(adapters)}"
+    here = [[name for name, row in table.items() if is_here(row)] for table in (bases(), adapters())]
+    return f"bases {', '.join(here[0])}; adapters {', '.join(here[1])}"
 
 
 def _face_models() -> str:

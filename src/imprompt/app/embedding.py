@@ -12,7 +12,7 @@ from imprompt.encoders.features import Saved, fingerprint, save
 from imprompt.encoders.framing import encode
 from imprompt.encoders.images import content_hash, load_image
 from imprompt.errors import ModelError, UsageError
-from imprompt.generation.families import Base, find_adapter, find_base, hush, load_adapter
+from imprompt.generation.families import Base, find_adapter, find_base, load_adapter
 from imprompt.schema import options
 
 
@@ -41,7 +41,6 @@ def embed(
     if encoder is not None and adapter is not None:
         raise UsageError("--encoder and --adapter both name an encoder; give one.")
     decoded = [load_image(picture) for picture in pictures]
-    hush()
     if encoder is None:
         found = find_base(base)
         loaded = load_adapter(find_adapter(adapter, found))

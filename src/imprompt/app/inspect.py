@@ -13,11 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from imprompt.catalog.entries import fitting
+    from imprompt.catalog import bases_for
     from imprompt.checkpoints.checkpoint import inspect
 
     found = inspect(args.file, variant=args.variant)
-    fits = fitting(found.base)
+    fits = bases_for(found.base)
     if args.json:
         print(json.dumps(found.to_dict() | {"fits": fits}))
     else:

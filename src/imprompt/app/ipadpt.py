@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 
-from imprompt.catalog.published import ENCODERS
-from imprompt.checkpoints.files import unpickle
+from imprompt.catalog import encoder_with
 from imprompt.encoders import face
 from imprompt.encoders.clip import Features
 from imprompt.encoders.features import Saved, save
 from imprompt.errors import ModelError
+from imprompt.weights import unpickle
 
 _FACE_WIDTH = 512
 
@@ -26,12 +26,12 @@ def convert_ipadpt(source: str | Path, target: str | Path) -> Path:
     if width == _FACE_WIDTH:
         return face.save(face.Faces(found.reshape(-1, width), "unknown"), target)
     if found.ndim == 3 and found.shape[1] > 1:
-        kind, pooled, hidden = "hidden", found.new_zeros(len(found), 0), found
+        encoder, pooled, hidden = encoder_with("hidden", width), found.new_zeros(len(found), 0), found
         zeros = found.new_zeros(1, 0, 0) if negative is None else negative.float()
     else:
-        kind, pooled = "pooled", found.reshape(-1, width)
+        encoder, pooled = encoder_with("pooled", width), found.reshape(-1, width)
         hidden, zeros = found.new_zeros(len(pooled), 0, 0), found.new_zeros(1, 0, 0)
-    encoder = ENCODERS.get((kind, width), f"of {Path(source).name}")
+    encoder = encoder or f"of {Path(source).name}"
     return save(Saved(Features(pooled, hidden, zeros), encoder, "", (), "crop"), target)
 
 

@@ -42,23 +42,24 @@ def run(args: argparse.Namespace) -> int:
 
 def _tables(name: str | None, *, commercial_only: bool) -> dict[str, dict[str, Any]]:
     """Kind → alias → row: everything, or ``name`` and what fits it. Raises :class:`UsageError`."""
-    from imprompt.catalog.entries import ADAPTERS, BASES, CONTROLS, MOTIONS, named
+    from imprompt import catalog
     from imprompt.catalog.licences import commercial
 
     tables: dict[str, dict[str, Any]] = {
-        "bases": dict(BASES),
-        "adapters": dict(ADAPTERS),
-        "controls": dict(CONTROLS),
-        "motions": dict(MOTIONS),
+        "bases": dict(catalog.bases()),
+        "adapters": dict(catalog.adapters()),
+        "controls": dict(catalog.controls()),
+        "motions": dict(catalog.motions()),
     }
     if name is not None:
-        named(
+        catalog.lookup(
             {k: row for t in tables.values() for k, row in t.items()},
             name,
             "model",
             "no name for the whole list",
         )
-    family = BASES[name].family if name in BASES else None
+    base = catalog.bases().get(name or "")
+    family = None if base is None else base.family
 
     def kept(kind: str, alias: str, row: Any) -> bool:
         fits = name in (None, alias) or (kind != "bases" and row.family == family)
@@ -67,19 +68,20 @@ def _tables(name: str | None, *, commercial_only: bool) -> dict[str, dict[str, A
     return {kind: {k: row for k, row in t.items() if kept(kind, k, row)} for kind, t in tables.items()}
 
 
-def _cached(row: Any) -> dict[str, bool]:
-    """Whether a base or adapter is on this machine; nothing for other rows."""
-    from imprompt.catalog.entries import AdapterRow, BaseRow, cached
+def _cached(row: Any) -> dict[str, Any]:
+    """Whether a base or adapter is on this machine, and a base's size; nothing for other rows."""
+    from imprompt.catalog import AdapterRow, BaseRow
+    from imprompt.catalog.resolve import is_here
 
-    if not isinstance(row, BaseRow | AdapterRow):
-        return {}
-    return {"cached": cached(row.repo, row.file if isinstance(row, AdapterRow) else "model_index.json")}
+    if isinstance(row, BaseRow):
+        return {"cached": is_here(row), "size": row.size}
+    return {"cached": is_here(row)} if isinstance(row, AdapterRow) else {}
 
 
 def _print_tables(tables: dict[str, dict[str, Any]]) -> None:
-    from imprompt.catalog.entries import DEFAULT_ADAPTERS, DEFAULT_MOTIONS
+    from imprompt.catalog import families
 
-    defaults = {*DEFAULT_ADAPTERS.values(), *DEFAULT_MOTIONS.values()}
+    defaults = {name for row in families().values() for name in (row.adapter, row.motion)}
     headings = {
         "bases": "bases (--base; + is on this machine)",
         "adapters": "adapters (--adapter; * is its base's default, + is on this machine)",
@@ -100,7 +102,7 @@ def _print_tables(tables: dict[str, dict[str, Any]]) -> None:
 def _describe(kind: str, row: Any) -> str:
     """What sets a row apart: size, kinds of control, what else it needs."""
     if kind == "bases":
-        return f"{row.size} px; {row.note}"
+        return f"{row.size} px; {row.note}" + (f"; {row.gigabytes:g} GB" if row.gigabytes else "")
     if kind == "controls":
         return f"{', '.join(row.modes)}{f' ({row.note})' if row.note else ''}; {row.megabytes} MB"
     face = f"; faces by {row.face_pack}" if kind == "adapters" and row.face_pack else ""

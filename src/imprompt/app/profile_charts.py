@@ -11,7 +11,7 @@ from statistics import mean
 from typing import Any
 
 from imprompt.adapter.backbones.unet import BlockKind, CrossLayer
-from imprompt.catalog.entries import BASES
+from imprompt.catalog import bases
 from imprompt.errors import ModelError
 from imprompt.schema.profiles import PROFILES, Profile, layer_weights, read_profile
 
@@ -86,7 +86,7 @@ def layers_of(base: str) -> tuple[CrossLayer, ...]:
 
     Raises :class:`ModelError` when there is no UNet configuration to read.
     """
-    family = BASES[base].family if base in BASES else base
+    family = bases()[base].family if base in bases() else base
     if family in _PUBLISHED:
         return layers_from(_PUBLISHED[family])
     folder = _EMOJI if base == "emoji" else Path(base).expanduser()
@@ -94,7 +94,7 @@ def layers_of(base: str) -> tuple[CrossLayer, ...]:
     if not path.is_file():
         raise ModelError(
             f"base '{base}': there is no '{path}' to read its layers from; give a diffusers folder or one of "
-            f"{', '.join(BASES)}."
+            f"{', '.join(bases())}."
         )
     return layers_from(json.loads(path.read_text(encoding="utf-8")))
 

@@ -1,8 +1,9 @@
 """Adapter files: say what one is, read it with every check, write and convert it.
 
-In: a ``.safetensors`` file or a state dict in the published layout (``image_proj`` and ``ip_adapter``). Out:
-a :class:`Checkpoint`, or one :class:`ModelError` that names the file, what is wrong and what to do. Pickles
-are opened by :func:`convert` alone. Tables of what exists are in :mod:`imprompt.catalog.published`.
+In: a ``.safetensors`` file or a state dict in a published layout. Out: a :class:`Checkpoint` in one form for
+all layouts, or one :class:`ModelError` that names the file, what is wrong and what to do. Pickles are opened
+by :func:`convert` alone. What exists is in the catalogue, how it is named in
+:mod:`imprompt.checkpoints.layouts`.
 """
 
 import math
@@ -15,68 +16,101 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from imprompt.catalog import licences
-from imprompt.catalog.published import FOREIGN, Published, Variant
-from imprompt.checkpoints.files import digest, flatten, load_pickle, load_tensors, read_header, save_tensors
+from imprompt.catalog import AdapterRow, Backbone, families, licences
+from imprompt.catalog.variants import Variant
 from imprompt.checkpoints.identify import (
-    ALSO,
-    KEY_VALUE,
+    FOREIGN,
     LORA,
     NOTED_PUBLISHED,
     NOTED_VARIANT,
-    SECTIONS,
     Shape,
+    Structure,
     either,
     encoder_of,
     examine,
     identify,
     some,
 )
+from imprompt.checkpoints.layouts import LAYOUTS, SECTIONS, Layout, our_form, published_form
 from imprompt.errors import ModelError, UsageError
+from imprompt.io import sha256
+from imprompt.weights import (
+    flatten,
+    iter_tensors,
+    load_pickle,
+    load_tensors,
+    not_finite,
+    read_header,
+    save_tensors,
+)
 
 StateDict: TypeAlias = dict[str, dict[str, Tensor]]
-"""``{"image_proj": {...}, "ip_adapter": {...}}`` with published key names."""
+"""``{"image_proj": {...}, "ip_adapter": {...}}``."""
 
 _PROCESSOR = re.compile(
     r"unet\.(?P<stage>down_blocks|up_blocks|mid_block)\.(?P<path>.+)\.attn(?P<kind>[12])\.processor\."
     r"(?P<rest>to_[kv]_ip\.weight|to_(q|k|v|out)_lora\.(down|up)\.weight)"
 )
-_FORMATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_STATE_DICT = "the adapter's state dict"
 _SOURCE = "imprompt.source_sha256"
 T = TypeVar("T")
 
 
 @dataclass
 class Checkpoint:
-    """An adapter's weights and what they are. All tensors have been checked against the variant."""
+    """An adapter's weights and what they are. All tensors have been checked against the layout."""
 
     state: StateDict
-    """Published keys without the LoRA's, in two sections."""
+    """Weights without the LoRA's: ``image_proj`` under its published names, ``ip_adapter`` as
+    ``N.to_k_ip.weight`` and so on for attention site ``N``, whatever the layout."""
     variant: Variant
     tokens: int
-    """Tokens of one image; of a full-face adapter nominally 257, it makes one of each patch."""
+    """Tokens of one picture; nominal (257, 729) where there is one of each patch."""
     cross_dim: int
-    """Width that the layers read."""
+    """Width of the tokens that the attention sites read."""
     feature_width: int
     layers: tuple[int, ...]
-    """Published odd layer numbers, ascending: 1, 3, 5, …"""
+    """Numbers of the attention sites, ascending: 1, 3, 5, … on UNets, 0, 1, 2, … on transformers."""
     name: str
     source: str | None = None
     """Path it was read from."""
-    published: Published | None = None
-    """The published file it is, where that is known."""
+    published: AdapterRow | None = None
+    """The published file that it is, if that is known."""
     base: str = "other"
-    """Base family it was made for, by its layout; ``other``: none of the published ones."""
+    """Base family it was made for (a name in the catalogue); ``other``: none of them."""
     lora: dict[str, Tensor] = field(default_factory=dict)
     """FaceID's LoRA, ``N.to_{q,k,v,out}_lora.{down,up}.weight`` for every attention ``N``; else empty."""
     metadata: dict[str, str] = field(default_factory=dict)
+    layout: str = "unet"
+    """Name of its published layout in :data:`imprompt.checkpoints.layouts.LAYOUTS`."""
+
+    @property
+    def backbone(self) -> Backbone:
+        """The architecture that its sites are numbered in."""
+        return _layout(self.layout).backbone
+
+    @property
+    def base_title(self) -> str:
+        """The base family's name in messages; empty if it is none of the catalogue."""
+        return families()[self.base].title if self.base in families() else ""
 
     @property
     def licence(self) -> str:
-        """What is known of it by its layout alone: one of a published face adapter or of Kolors."""
+        """What is known of it by the layout alone: that of published face adapters, or of Kolors."""
         if self.variant.embedding is not None and self.base != "other":
             return licences.FACES
-        return licences.KOLORS if self.base == "Kolors" else ""
+        return licences.KOLORS if self.base == "kolors" else ""
+
+    def site(self, number: int) -> dict[str, Tensor]:
+        """The weights of one attention site by name: ``to_k_ip.weight``, ``to_v_ip.weight``, and what its
+        layout has besides (``to_k_ip.bias``, ``norm_ip.linear.weight``, …)."""
+        prefix = f"{number}."
+        return {
+            key.removeprefix(prefix): value
+            for key, value in self.state["ip_adapter"].items()
+            if key.startswith(prefix)
+        }
 
 
 @dataclass(frozen=True)
@@ -87,14 +121,17 @@ class Inspection:
     path: str
     bytes: int
     variant: str
-    """Name in ``published.VARIANTS``; two joined by ``or`` where the file is silent."""
+    """Name in :data:`imprompt.catalog.variants.VARIANTS`; two joined by ``or`` where the file is silent."""
     evidence: str
-    """What that rests on: sha256, metadata, number format, file name, variant=, or keys and shapes."""
+    """What that rests on: sha256, metadata, dtypes, file name, variant=, or keys and shapes."""
     published: tuple[str, ...]
     """Published files it may be; several have the same shapes, then ``differs`` says how they differ."""
     differs: tuple[str, ...]
     base: str
+    """Base family it is for, by its name in the catalogue; ``other``: none of them."""
+    backbone: str
     layers: int
+    """Number of its attention sites."""
     cross_dim: int
     tokens: int
     feature: str
@@ -123,7 +160,7 @@ class Inspection:
             "variant": f"{self.variant} (by {self.evidence})",
             "published as": " or ".join(self.published) or "nothing known",
             "difference": "; ".join(self.differs) if len(self.published) > 1 else "",
-            "base": f"{self.base}: {self.layers} cross-attentions of width {self.cross_dim}",
+            "base": f"{self.base} ({self.backbone}): {self.layers} attention sites of width {self.cross_dim}",
             "tokens": str(self.tokens),
             "reads": f"{self.feature} features of width {self.feature_width}",
             "encoder": self.encoder,
@@ -131,7 +168,7 @@ class Inspection:
             "without image": self.negative,
             "LoRA": f"rank {self.lora_rank}" if self.lora_rank else "",
             "parameters": f"{total:,} ({parts})",
-            "numbers": ", ".join(self.dtypes),
+            "dtypes": ", ".join(self.dtypes),
             "finite": finite,
         }
         return "\n".join(f"{label:<14}{value}" for label, value in rows.items() if value)
@@ -140,73 +177,75 @@ class Inspection:
 def read(
     source: str | Path | Mapping[str, object], *, variant: str | None = None, name: str | None = None
 ) -> Checkpoint:
-    """An adapter from a ``.safetensors`` file or a state dict, nested or flat, checked in full.
+    """Read an adapter from a ``.safetensors`` file, or a state dict, nested or flat.
 
-    The variant is found by the file's SHA-256, its keys and shapes, metadata, number format and name, in this
-    order of trust; ``variant`` (of :data:`VARIANTS`, or a published file's name) overrules. Tensors are not
-    copied. Raises :class:`ModelError` for what is missing, damaged, not finite or no adapter, and where the
-    variant stays open between two that draw differently.
+    The variant is found by the file's SHA-256, its keys and shapes, metadata, dtypes and name, in this order
+    of trust; ``variant`` (of :data:`VARIANTS`, or a published file's name) overrules. Tensors of a state dict
+    are not copied, those of a file are in own memory. Raises :class:`ModelError` for what is missing,
+    damaged, not finite or no adapter, and where the variant stays open between two that draw differently.
     """
-    file, shapes, metadata, dtypes = _open(source)
-    name = name or (file.stem if file else "adapter")
-    layout = examine(shapes, name)
-    identity = identify(layout, name, variant, metadata, dtypes, file)
+    contents = _open(source, name)
+    structure, name = contents.structure, contents.name
+    identity = identify(structure, name, variant, contents.metadata, contents.dtypes, contents.file)
     if len(identity.variants) > 1:
         raise ModelError(
             f"adapter '{name}' may be {either(v.name for v in identity.variants)}; the file does not tell. "
             f"They differ: {'; '.join(f'{v.name}: {v.about}' for v in identity.variants)}. Say variant=."
         )
-    tensors = _flat(source) if isinstance(source, Mapping) else load_tensors(Path(source))
-    state = _sections(tensors, name)
-    bad = _not_finite(state)
-    if bad:
+    if isinstance(source, Mapping):
+        tensors, _ = our_form(flatten(source, _STATE_DICT))
+    else:
+        tensors, _ = our_form(load_tensors(Path(source)))
+    if bad := [key for key, tensor in tensors.items() if not_finite(tensor)]:
         raise ModelError(f"adapter '{name}' has NaN or infinite weights in {some(bad)}. Get the file again.")
+    state = _sections(tensors, name)
+    lora = {key: tensor for key, tensor in state["ip_adapter"].items() if LORA.fullmatch(key)}
+    sites = {key: tensor for key, tensor in state["ip_adapter"].items() if key not in lora}
     return Checkpoint(
-        state={
-            "image_proj": state["image_proj"],
-            "ip_adapter": {k: v for k, v in state["ip_adapter"].items() if KEY_VALUE.fullmatch(k)},
-        },
+        state={"image_proj": state["image_proj"], "ip_adapter": sites},
         variant=identity.variants[0],
-        tokens=layout.tokens,
-        cross_dim=layout.cross_dim,
-        feature_width=layout.feature_width,
-        layers=layout.layers,
+        tokens=structure.tokens,
+        cross_dim=structure.cross_dim,
+        feature_width=structure.feature_width,
+        layers=structure.layers,
         name=name,
-        source=str(file) if file else None,
+        source=str(contents.file) if contents.file else None,
         published=identity.published[0] if len(identity.published) == 1 else None,
-        base=layout.family,
-        lora={k: v for k, v in state["ip_adapter"].items() if LORA.fullmatch(k)},
-        metadata=metadata,
+        base=structure.family,
+        lora=lora,
+        metadata=contents.metadata,
+        layout=structure.layout.name,
     )
 
 
 def write(checkpoint: Checkpoint, path: str | Path) -> None:
-    """The published layout, flat, as ``.safetensors``; the variant goes into the metadata.
+    """Write a ``.safetensors`` file under the published names; the variant goes into the metadata.
 
-    The file appears whole or not at all. Raises :class:`ModelError` for weights that are not finite and where
+    The file appears whole or not at all. Raises :class:`ModelError` for weights that are not finite, and if
     it cannot be written.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UsageError(f"adapters are written as .safetensors, not '{path.name}'.")
-    bad = _not_finite(checkpoint.state | {"lora": checkpoint.lora})
-    if bad:
-        raise ModelError(
-            f"adapter '{checkpoint.name}' has NaN or infinite weights in {some(bad)}; not saved."
-        )
     tensors = {f"image_proj.{key}": value for key, value in checkpoint.state["image_proj"].items()}
     for key, value in (checkpoint.state["ip_adapter"] | checkpoint.lora).items():
         tensors[f"ip_adapter.{key}"] = value
+    if bad := [key for key, tensor in tensors.items() if not_finite(tensor)]:
+        raise ModelError(
+            f"adapter '{checkpoint.name}' has NaN or infinite weights in {some(bad)}; not saved."
+        )
+    names = published_form(tensors, _layout(checkpoint.layout))
     metadata = checkpoint.metadata | {"format": "pt", NOTED_VARIANT: checkpoint.variant.name}
     if checkpoint.published is not None:
-        metadata[NOTED_PUBLISHED] = checkpoint.published.name
-    save_tensors(tensors, metadata, path)
+        metadata[NOTED_PUBLISHED] = checkpoint.published.published
+    save_tensors({names[key]: value for key, value in tensors.items()}, metadata, path)
 
 
 def convert(source: str | Path, target: str | Path, *, variant: str | None = None) -> Inspection:
-    """A ``.bin``, ``.ckpt`` or ``.pt`` (or a training script's whole-model checkpoint) to ``.safetensors``.
+    """Convert a ``.bin``, ``.ckpt`` or ``.pt`` (or a training script's whole-model checkpoint) to
+    ``.safetensors``.
 
-    Unpickles data only, never code. The result is written whole or not at all and read back. Raises
+    Unpickles data only, never code. The result is written whole or not at all, and read back. Raises
     :class:`ModelError` for what :func:`read` refuses, too.
     """
     source, target = Path(source), Path(target)
@@ -214,17 +253,15 @@ def convert(source: str | Path, target: str | Path, *, variant: str | None = Non
         raise UsageError(f"convert needs another target than the source '{source}'.")
     tensors = load_tensors(source) if source.suffix == ".safetensors" else load_pickle(source)
     tensors = _trained(tensors)
-    name = source.stem
-    layout = examine(_sections(_shapes(tensors), name), name)
-    dtypes = _dtypes({key: _dtype_name(value) for key, value in tensors.items()}, name)
-    identity = identify(layout, name, variant, {}, dtypes, source)
+    contents = _contents(_shapes(tensors), _dtype_names(tensors), {}, source.stem, source)
+    identity = identify(contents.structure, source.stem, variant, {}, contents.dtypes, source)
     chosen: str | None = (
-        identity.published[0].name if len(identity.published) == 1 else identity.variants[0].name
+        identity.published[0].published if len(identity.published) == 1 else identity.variants[0].name
     )
     if len(identity.variants) > 1:
         chosen = None  # read says which two
-    checkpoint = read(tensors, variant=chosen, name=name)
-    checkpoint.metadata = {_SOURCE: digest(source)}
+    checkpoint = read(tensors, variant=chosen, name=source.stem)
+    checkpoint.metadata = {_SOURCE: sha256(source)}
     write(checkpoint, target)
     again = read(target)
     for section, expected in checkpoint.state.items():
@@ -235,17 +272,18 @@ def convert(source: str | Path, target: str | Path, *, variant: str | None = Non
 
 
 def inspect(path: str | Path, *, variant: str | None = None, weights: bool = True) -> Inspection:
-    """What a ``.safetensors`` adapter is. ``weights=False`` reads its header only and skips ``finite``.
+    """Say what a ``.safetensors`` adapter is. ``weights=False`` reads its header only and skips ``finite``.
 
     Raises :class:`ModelError` for what is damaged or no adapter; weights that are not finite, or a variant
     that stays open, are told in the result.
     """
-    file, shapes, metadata, dtypes = _open(path)
-    if file is None:
-        raise UsageError("inspect takes a file; read takes state dicts.")
-    layout = examine(shapes, file.stem)
-    identity = identify(layout, file.stem, variant, metadata, dtypes, file if weights else None)
-    bad = _not_finite(_sections(load_tensors(file), file.stem)) if weights else ()
+    file = Path(path)
+    contents = _open(file, None)
+    structure = contents.structure
+    identity = identify(
+        structure, file.stem, variant, contents.metadata, contents.dtypes, file if weights else None
+    )
+    bad = tuple(key for key, tensor in iter_tensors(file) if not_finite(tensor)) if weights else ()
     kind = identity.variants[0]
     packs = sorted({row.face_pack for row in identity.published if row.face_pack})
     face = None
@@ -253,32 +291,33 @@ def inspect(path: str | Path, *, variant: str | None = None, weights: bool = Tru
         face = (
             f"InsightFace {either(packs) or 'or other'} embedding, {kind.embedding} (non-commercial weights)"
         )
-    sizes = {key: _count(section.values()) for key, section in shapes.items()}
-    lora = _count(shape for key, shape in shapes["ip_adapter"].items() if LORA.fullmatch(key))
+    sizes = {section: _count(shapes.values()) for section, shapes in contents.shapes.items()}
+    lora = _count(shape for key, shape in contents.shapes["ip_adapter"].items() if LORA.fullmatch(key))
     return Inspection(
         name=file.stem,
         path=str(file),
         bytes=file.stat().st_size,
         variant=" or ".join(each.name for each in identity.variants),
         evidence=identity.evidence,
-        published=tuple(row.name for row in identity.published),
-        differs=tuple(f"{row.name}: {row.differs}" for row in identity.published),
-        base=layout.family,
-        layers=len(layout.layers),
-        cross_dim=layout.cross_dim,
-        tokens=layout.tokens,
+        published=tuple(row.published for row in identity.published),
+        differs=tuple(f"{row.published}: {row.differs or row.note}" for row in identity.published),
+        base=structure.family,
+        backbone=structure.backbone,
+        layers=len(structure.layers),
+        cross_dim=structure.cross_dim,
+        tokens=structure.tokens,
         feature=kind.feature,
-        feature_width=layout.feature_width,
-        encoder=encoder_of(kind, layout),
+        feature_width=structure.feature_width,
+        encoder=encoder_of(kind, structure),
         face=face,
         negative=kind.negative,
-        lora_rank=layout.lora_rank,
+        lora_rank=structure.lora_rank,
         parameters={
             "projection": sizes["image_proj"],
             "keys and values": sizes["ip_adapter"] - lora,
             "LoRA": lora,
         },
-        dtypes=tuple(sorted(set(dtypes.values()))),
+        dtypes=tuple(sorted(set(contents.dtypes.values()))),
         finite=not bad if weights else None,
         not_finite=bad,
     )
@@ -287,39 +326,67 @@ def inspect(path: str | Path, *, variant: str | None = None, weights: bool = Tru
 # ---- containers
 
 
-def _open(
-    source: str | Path | Mapping[str, object],
-) -> tuple[Path | None, dict[str, dict[str, Shape]], dict[str, str], dict[str, str]]:
-    """(file, shapes by section, metadata, number format by flat key) without reading a file's weights."""
+@dataclass(frozen=True)
+class _Contents:
+    """What a file or state dict holds, without its weights."""
+
+    file: Path | None
+    name: str
+    structure: Structure
+    shapes: dict[str, dict[str, Shape]]
+    """By section."""
+    dtypes: dict[str, str]
+    """By key, in our form."""
+    metadata: dict[str, str]
+
+
+def _open(source: str | Path | Mapping[str, object], name: str | None) -> _Contents:
     if isinstance(source, Mapping):
-        tensors = _flat(source)
-        dtypes = {key: _dtype_name(value) for key, value in tensors.items()}
-        return None, _sections(_shapes(tensors), "adapter"), {}, _dtypes(dtypes, "adapter")
+        tensors = flatten(source, _STATE_DICT)
+        return _contents(_shapes(tensors), _dtype_names(tensors), {}, name or "adapter", None)
     path = Path(source)
     header, metadata = read_header(path)
     shapes = {key: shape for key, (_, shape) in header.items()}
     dtypes = {key: dtype for key, (dtype, _) in header.items()}
-    return path, _sections(shapes, path.stem), metadata, _dtypes(dtypes, path.stem)
+    return _contents(shapes, dtypes, metadata, name or path.stem, path)
 
 
-def _flat(source: Mapping[str, object]) -> dict[str, Tensor]:
-    return flatten(source, "the adapter's state dict")
+def _contents(
+    flat: Mapping[str, Shape],
+    dtypes: Mapping[str, str],
+    metadata: dict[str, str],
+    name: str,
+    file: Path | None,
+) -> _Contents:
+    """Keys and shapes examined. Raises :class:`ModelError` that says what the file is if it is no adapter."""
+    for pattern, what in FOREIGN:
+        if any(re.match(pattern, key) for key in flat):
+            raise ModelError(f"'{name}' is no adapter that can be read here, it is {what}.")
+    renamed, layout = our_form(flat)
+    shapes = _sections(renamed, name)
+    odd = [f"{key} ({kind})" for key, kind in dtypes.items() if kind not in _DTYPES.values()]
+    if odd:
+        raise ModelError(
+            f"adapter '{name}' has weights that are not {either(_DTYPES.values())}: {some(odd)}."
+        )
+    structure = examine(shapes, layout, name)
+    return _Contents(file, name, structure, shapes, our_form(dtypes)[0], metadata)
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
     return {key: tuple(value.shape) for key, value in tensors.items()}
 
 
+def _dtype_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {key: _DTYPES.get(value.dtype, str(value.dtype)) for key, value in tensors.items()}
+
+
 def _sections(flat: Mapping[str, T], name: str) -> dict[str, dict[str, T]]:
-    """Flat keys by their section. Raises :class:`ModelError` that says what the file is if not an adapter."""
-    for pattern, what in FOREIGN:
-        if any(re.match(pattern, key) for key in flat):
-            raise ModelError(f"'{name}' is no adapter that can be read here, it is {what}.")
+    """Keys by their section. Raises :class:`ModelError` for keys of neither."""
     sections: dict[str, dict[str, T]] = {section: {} for section in SECTIONS}
     extra = []
     for key, value in flat.items():
         section, _, rest = key.partition(".")
-        section = ALSO.get(section, section)
         if section in sections and rest:
             sections[section][rest] = value
         else:
@@ -329,6 +396,10 @@ def _sections(flat: Mapping[str, T], name: str) -> dict[str, dict[str, T]]:
             f"'{name}' is no adapter: beside 'image_proj.…' and 'ip_adapter.…' it has {some(extra)}."
         )
     return sections
+
+
+def _layout(name: str) -> Layout:
+    return next(layout for layout in LAYOUTS if layout.name == name)
 
 
 def _trained(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -359,29 +430,6 @@ def _trained(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _block_order(match: re.Match[str]) -> tuple[int, ...]:
     stage = ("down_blocks", "up_blocks", "mid_block").index(match["stage"])
     return stage, *(int(number) for number in re.findall(r"\d+", match["path"]))
-
-
-def _dtypes(dtypes: dict[str, str], name: str) -> dict[str, str]:
-    """``dtypes`` itself. Raises :class:`ModelError` for formats that are no weights of an adapter."""
-    odd = [f"{key} ({kind})" for key, kind in dtypes.items() if kind not in _FORMATS.values()]
-    if odd:
-        raise ModelError(
-            f"adapter '{name}' has weights that are not {either(_FORMATS.values())}: {some(odd)}."
-        )
-    return dtypes
-
-
-def _dtype_name(tensor: Tensor) -> str:
-    return _FORMATS.get(tensor.dtype, str(tensor.dtype))
-
-
-def _not_finite(sections: Mapping[str, Mapping[str, Tensor]]) -> tuple[str, ...]:
-    return tuple(
-        f"{section}.{key}"
-        for section, tensors in sections.items()
-        for key, tensor in tensors.items()
-        if not tensor.is_meta and not bool(torch.isfinite(tensor).all())
-    )
 
 
 def _count(shapes: Iterable[Shape]) -> int:

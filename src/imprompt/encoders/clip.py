@@ -21,6 +21,7 @@ from torch import Tensor
 
 from imprompt.encoders.images import load_image
 from imprompt.errors import InputError, ModelError, first_line
+from imprompt.weights import silence_library_logging
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, R, G, B in 0 to 1
 _STD = (0.26862954, 0.26130258, 0.27577711)
@@ -138,9 +139,14 @@ class ImageEncoder:
         if Path(source).exists() and not Path(source, subfolder or "", _CONFIG).is_file():
             raise ModelError(f"no image encoder at '{name}': there is no {_CONFIG}.")
         try:
-            loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
-                source, subfolder=subfolder or "", torch_dtype=torch_dtype or "auto", output_loading_info=True
-            )
+            with silence_library_logging():
+                loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
+                    source,
+                    subfolder=subfolder or "",
+                    dtype=torch_dtype or "auto",
+                    output_loading_info=True,
+                    use_safetensors=True,
+                )
             model, info = loaded
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = first_line(error)

@@ -231,7 +231,7 @@ class OnnxFaces:
                 f"expected, it takes {shapes[0]} and gives {shapes[1]}."
             )
         if said := licence_note(space):
-            licences.check(f"'{recogniser}'", said)
+            licences.check(f"'{recogniser}'", licences.FACES)
             warnings.warn(said, stacklevel=2)
 
     @classmethod

@@ -16,19 +16,14 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from imprompt.catalog import licences
-from imprompt.catalog.entries import (
-    BUNDLED,
-    CONTROLS,
-    DEFAULT_CONTROLS,
-    DEFAULT_KEYS,
-    UNION_MODES,
-    ControlRow,
-    named,
-)
+from imprompt import catalog, hub
+from imprompt.catalog import ControlRow
+from imprompt.catalog.resolve import Source, resolve
 from imprompt.errors import ModelError, UsageError, first_line
-from imprompt.generation.families import EMOJI, Base
+from imprompt.generation.families import Base
+from imprompt.io import read_json
 from imprompt.schema.request import ControlRef, Request, Task
+from imprompt.weights import silence_library_logging
 
 Net = Literal["controlnet", "union", "t2i", "sparse"]
 
@@ -86,6 +81,8 @@ class Control:
     mode: int | None = None
     """Number of its kind in a union model."""
     row: ControlRow | None = None
+    folder: str = ""
+    """Folder in the repository."""
 
     @property
     def name(self) -> str:
@@ -176,19 +173,22 @@ def load_net(control: Control, dtype: Any) -> Any:
     """The control's model on the CPU, from safetensors only. Raises :class:`ModelError`."""
     import diffusers
 
-    from imprompt.generation.families import hush
-
     name = next(name for name, net in _CLASSES.items() if net == control.net)
     options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True}
     if control.row is not None:
         options["revision"] = control.row.revision
         if control.row.half and str(dtype) == "torch.float16":
             options["variant"] = "fp16"
-    hush()
+    if control.folder:
+        options["subfolder"] = control.folder
     try:
-        return getattr(diffusers, name).from_pretrained(control.source, **options).eval()
+        with silence_library_logging():
+            return getattr(diffusers, name).from_pretrained(control.source, **options).eval()
     except Exception as error:  # loaders raise nearly anything on damaged or absent files
-        raise ModelError(_why_not(control.name, control.source, control.row, error)) from error
+        what = f"control '{control.name}'"
+        if Path(control.source).exists():
+            raise ModelError(f"{what} cannot be loaded: {first_line(error)}") from error
+        raise hub.failure(what, control.source, error) from error
 
 
 def controlled(pipe: Any, task: Task, controls: Sequence[Control], nets: Mapping[str, Any]) -> Any:
@@ -285,8 +285,8 @@ def _default(ref: ControlRef, base: Base) -> str:
             f"control '{ref.path}': a finished map needs the model that it is for; say model=NAME (imprompt "
             "models lists them)."
         )
-    table = DEFAULT_CONTROLS if ref.at is None else DEFAULT_KEYS
-    kinds = table.get(base.family, {}) if base.family else {}
+    family = catalog.families().get(base.family or "")
+    kinds = {} if family is None else family.controls if ref.at is None else family.keyframes
     if ref.kind not in kinds:
         there = f"known for it: {', '.join(kinds)}" if kinds else "none is known for it"
         what = "model" if ref.at is None else "SparseCtrl, which at needs,"
@@ -304,7 +304,8 @@ def _find(ref: ControlRef, base: Base) -> Control:
         raise UsageError(
             f"control '{ref.path}': model '{ref.model}' says {kind} of a map; that is for none:{ref.path}."
         )
-    row = _row(name)
+    source = resolve(name, "control", catalog.controls(), "a folder or a hub id (owner/name)")
+    row = source.row if isinstance(source.row, ControlRow) else None
     if row is not None and base.family is not None and row.family != base.family:
         raise ModelError(
             f"control '{name}' is for {row.family} bases; base '{base.name}' is of the family {base.family}. "
@@ -312,17 +313,17 @@ def _find(ref: ControlRef, base: Base) -> Control:
         )
     if row is not None:
         _check_kind(ref, kind or ref.kind, name, row.modes)
-    source = _source(name, row)
-    config = _config_of(name, source, row)
+    config = _config_of(source)
     net = _CLASSES.get(str(config.get("_class_name")))
     if net is None:
         raise ModelError(
             f"control '{name}' is a {config.get('_class_name', 'model without a class name')}; ControlNets, "
             "ControlNet-Unions, T2I-Adapters and SparseCtrls of diffusers are followed."
         )
-    modes = row.modes if row is not None else UNION_MODES if net == "union" else {}
+    modes = row.modes if row is not None else catalog.controls()["sdxl-union"].modes if net == "union" else {}
     _check_kind(ref, kind or ref.kind, name, modes)
-    return Control(ref, net, source, config, modes.get(kind or ref.kind), row)
+    folder = source.inside if source.path is None else ""
+    return Control(ref, net, source.folder, config, modes.get(kind or ref.kind), row, folder)
 
 
 def _check_kind(ref: ControlRef, kind: str, name: str, modes: Mapping[str, int | None]) -> None:
@@ -336,43 +337,17 @@ def _check_kind(ref: ControlRef, kind: str, name: str, modes: Mapping[str, int |
         raise UsageError(f"control '{ref.path}': '{name}' takes {', '.join(modes)}, not {kind}.")
 
 
-def _source(name: str, row: ControlRow | None) -> str:
-    if row is not None:
-        return str(EMOJI / "controlnet-canny") if row.repo == BUNDLED else row.repo
-    path = Path(name).expanduser()
-    return str(path) if path.exists() else name
-
-
-def _row(name: str) -> ControlRow | None:
-    if name in CONTROLS:
-        licences.check(f"control '{name}'", CONTROLS[name].licence)
-        return CONTROLS[name]
-    if name.count("/") == 0 and not Path(name).expanduser().exists():
-        named(CONTROLS, name, "control", "a folder or a hub id (owner/name)")
-    return None
-
-
-def _config_of(name: str, source: str, row: ControlRow | None) -> Mapping[str, Any]:
+def _config_of(source: Source) -> Mapping[str, Any]:
     """``config.json`` of a folder or repository. Raises :class:`ModelError`."""
-    try:
-        if Path(source).is_dir() or (row is not None and row.repo == BUNDLED):
-            place = Path(source) / "config.json"
-        elif Path(source).is_file():
-            raise ModelError(
-                f"control '{name}' is a file; a folder of diffusers' layout or a hub id is expected."
-            )
-        else:
-            from huggingface_hub import hf_hub_download
-
-            place = Path(
-                hf_hub_download(source, "config.json", revision=row.revision if row is not None else None)
-            )
-        read = json.loads(place.read_text(encoding="utf-8"))
-    except ModelError:
-        raise
-    except Exception as error:  # the hub's client raises nearly anything
-        raise ModelError(_why_not(name, source, row, error)) from error
-    return read if isinstance(read, dict) else {}
+    if source.is_file:
+        raise ModelError(
+            f"control '{source.name}' is a file; a folder of diffusers' layout or a hub id is expected."
+        )
+    return read_json(
+        source.file("config.json", what=f"control '{source.name}'"),
+        f"control '{source.name}'",
+        error=ModelError,
+    )
 
 
 def _check_task(controls: Sequence[Control], request: Request) -> None:
@@ -447,16 +422,3 @@ def _check_places(controls: Sequence[Control], request: Request) -> None:
 
 def _family(width: object) -> str:
     return f"{_WIDTHS.get(width, 'another kind')} (cross-attention width {width})"  # type: ignore[call-overload]
-
-
-def _why_not(name: str, source: str, row: ControlRow | None, error: Exception) -> str:
-    reason = first_line(error)
-    if row is not None and row.repo == BUNDLED:
-        return f"the bundled control '{name}' is missing or damaged ({reason}); install imprompt again."
-    if Path(source).exists():
-        return f"control '{name}' cannot be loaded: {reason}"
-    what = f"{source}: {row.megabytes} MB, licence {row.licence}" if row is not None else "a hub repository"
-    return (
-        f"control '{name}' ({what}) cannot be had from the hub or its cache: {reason} Look at the network "
-        "and HF_HUB_OFFLINE, or give a local folder."
-    )

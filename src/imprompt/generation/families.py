@@ -1,53 +1,133 @@
-"""Names to models: which base and adapter a request means, what they like, and the loaded diffusers pipeline.
+"""Base families as rows: pipelines by task, quirks, how they are recognised; and their loading.
 
-``find_base`` and ``find_adapter`` say what a name stands for without loading it; ``load`` makes a pipeline of
-it and ``for_task`` the same model's pipeline for another task, sharing every weight. Weights are read from
-safetensors only. The hub is asked only for what was asked for, through its cache, and not at all under
-``HF_HUB_OFFLINE``.
+:func:`find_base` and :func:`find_adapter` say what a name stands for without loading it; :func:`load` makes
+a diffusers pipeline of it and :func:`for_task` one for another task around the same weights. Weights are read
+from safetensors only. No other module names a pipeline class of diffusers' still pictures.
 """
 
 import hashlib
-import json
-import re
-import struct
-import warnings
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from imprompt import catalog, hub
 from imprompt.adapter.ipadapter import IPAdapter
-from imprompt.catalog import licences
-from imprompt.catalog.entries import ADAPTERS, BASES, BUNDLED, DEFAULT_ADAPTERS, BaseRow, Family, named
-from imprompt.checkpoints.files import digest
+from imprompt.catalog import BaseRow, FamilyRow, licences
+from imprompt.catalog.resolve import Source, resolve
 from imprompt.errors import ModelError, UsageError, first_line
+from imprompt.io import fingerprint, read_json, sha256
 from imprompt.schema.request import SCHEDULERS, Task
+from imprompt.weights import read_header, silence_library_logging
 
-EMOJI = Path(__file__).parents[1] / "assets" / "emoji"
-"""The bundled model's folder."""
+# ---- the table
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_PIPELINES: dict[str, dict[Task, str]] = {
-    "StableDiffusion": {
-        "generate": "StableDiffusionPipeline",
-        "edit": "StableDiffusionImg2ImgPipeline",
-        "inpaint": "StableDiffusionInpaintPipeline",
-    },
-    "StableDiffusionXL": {
-        "generate": "StableDiffusionXLPipeline",
-        "edit": "StableDiffusionXLImg2ImgPipeline",
-        "inpaint": "StableDiffusionXLInpaintPipeline",
-    },
-    "Kolors": {"generate": "KolorsPipeline", "edit": "KolorsImg2ImgPipeline"},
-}
-_NOT_NEEDED: dict[str, dict[str, Any]] = {
-    "StableDiffusion": {"safety_checker": None, "requires_safety_checker": False},
-    "StableDiffusionXL": {"add_watermarker": False},
-    "Kolors": {},
-}
-_KINDS: dict[Family, str] = {"sdxl": "StableDiffusionXL", "kolors": "Kolors"}
-_KOLORS_TEXT = 4096  # width of Kolors' text before its UNet's own projection; the rest is SDXL's
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of base: which diffusers classes draw with it, and what is special about them."""
+
+    families: tuple[str, ...]
+    """Families of the catalogue that are of this kind unless their row says another."""
+    pipelines: Mapping[Task, str]
+    model: str
+    """Class of the denoiser."""
+    denoiser: str = "unet"
+    """Name of the denoiser in a pipeline."""
+    unused: Mapping[str, Any] = field(default_factory=dict)
+    """Constructor arguments that leave out what drawing does not need."""
+    needs: tuple[str, str] | None = None
+    """A Python package that its text is read with, and the extra that installs it."""
+    guidance: str = "guidance_scale"
+    """Name of the argument for guidance by a negative text; distilled models have ``guidance_scale``, too."""
+    multiple: int = 8
+    """What width and height are multiples of."""
+    single_file: str = ""
+    """A key that only single-file checkpoints of this kind have."""
+    parts: str | None = None
+    """Base whose other parts go with a single file, which holds the denoiser alone."""
+    inpaint_channels: bool = True
+    """Whether a denoiser with further input channels is an inpainting model."""
+
+
+_FLUX: Mapping[Task, str] = {
+    "generate": "FluxPipeline", "edit": "FluxImg2ImgPipeline", "inpaint": "FluxInpaintPipeline",
+}  # fmt: skip
+KINDS: dict[str, Kind] = {
+    "sd": Kind(
+        ("emoji", "sd15", "sd21"),
+        {
+            "generate": "StableDiffusionPipeline",
+            "edit": "StableDiffusionImg2ImgPipeline",
+            "inpaint": "StableDiffusionInpaintPipeline",
+        },
+        "UNet2DConditionModel",
+        unused={"safety_checker": None, "requires_safety_checker": False},
+        single_file="input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
+    ),
+    "sdxl": Kind(
+        ("sdxl",),
+        {
+            "generate": "StableDiffusionXLPipeline",
+            "edit": "StableDiffusionXLImg2ImgPipeline",
+            "inpaint": "StableDiffusionXLInpaintPipeline",
+        },
+        "UNet2DConditionModel",
+        unused={"add_watermarker": False},
+        single_file="input_blocks.4.1.transformer_blocks.1.attn2.to_k.weight",
+    ),
+    "kolors": Kind(
+        ("kolors",),
+        {"generate": "KolorsPipeline", "edit": "KolorsImg2ImgPipeline"},
+        "UNet2DConditionModel",
+        needs=("sentencepiece", "kolors"),
+    ),
+    "sd3": Kind(
+        ("sd35",),
+        {
+            "generate": "StableDiffusion3Pipeline",
+            "edit": "StableDiffusion3Img2ImgPipeline",
+            "inpaint": "StableDiffusion3InpaintPipeline",
+        },
+        "SD3Transformer2DModel",
+        denoiser="transformer",
+        multiple=16,
+        single_file="joint_blocks.0.x_block.attn.qkv.weight",
+        parts="sd35",
+        inpaint_channels=False,
+    ),
+    "chroma": Kind(
+        ("chroma",),
+        {
+            "generate": "ChromaPipeline",
+            "edit": "ChromaImg2ImgPipeline",
+            "inpaint": "ChromaInpaintPipeline",
+        },
+        "ChromaTransformer2DModel",
+        denoiser="transformer",
+        multiple=16,
+        single_file="distilled_guidance_layer.in_proj.weight",
+        parts="chroma",
+        inpaint_channels=False,
+    ),
+    "flux": Kind(
+        ("flux",), _FLUX, "FluxTransformer2DModel", denoiser="transformer", guidance="true_cfg_scale",
+        multiple=16, single_file="double_blocks.0.img_attn.qkv.weight", parts="flux", inpaint_channels=False,
+    ),
+    "flux-kontext": Kind(
+        (), {"generate": "FluxKontextPipeline", "edit": "FluxKontextPipeline",
+             "inpaint": "FluxKontextInpaintPipeline"},
+        "FluxTransformer2DModel", denoiser="transformer", guidance="true_cfg_scale", multiple=16,
+        inpaint_channels=False,
+    ),
+    "flux-fill": Kind(
+        (), {"inpaint": "FluxFillPipeline"}, "FluxTransformer2DModel", denoiser="transformer",
+        guidance="", multiple=16, inpaint_channels=False,
+    ),
+}  # fmt: skip
+"""Sources: diffusers' pipelines; ``single_file`` from the published checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +141,6 @@ class Defaults:
     scheduler: str | None = None
     """``None``: the base's own."""
     adapter: str | None = None
-
-
-_OF_FAMILY: dict[Family, Defaults] = {
-    "emoji": Defaults(steps=20, guidance=3.0, size=128, adapter=DEFAULT_ADAPTERS["emoji"]),
-    "sd15": Defaults(size=512, adapter=DEFAULT_ADAPTERS["sd15"]),
-    "sd21": Defaults(size=768),
-    "sdxl": Defaults(guidance=5.0, size=1024, adapter=DEFAULT_ADAPTERS["sdxl"]),
-    "kolors": Defaults(guidance=5.0, size=1024, adapter="kolors-plus"),
-}
 
 
 @dataclass(frozen=True)
@@ -89,51 +160,94 @@ class Base:
         return path if path.exists() else None
 
     @cached_property
-    def family(self) -> Family | None:
-        """What its adapters must be made for, from its row or files; ``None`` when neither tells."""
+    def family(self) -> str | None:
+        """The family whose adapters fit, by its row or files; ``None`` when neither tells."""
         if self.row is not None:
             return self.row.family
         if self.path is None:
             return None
-        unet = _config(self.path / "unet")
-        if unet.get("encoder_hid_dim") == _KOLORS_TEXT:
-            return "kolors"
-        width = _single_file_shape(self.path, _SINGLE_WIDTH, 1) or unet.get("cross_attention_dim")
-        families: dict[object, Family] = {256: "emoji", 768: "sd15", 1024: "sd21", 2048: "sdxl"}
-        return families.get(width)
+        if self.path.is_file():
+            kind, shape = _single_file(self.path)
+            known = KINDS[kind].families if kind else ()
+            widths = {row.cross_dim: name for name, row in catalog.families().items() if name in known}
+            return known[0] if len(known) == 1 else widths.get(shape[-1] if shape else 0)
+        return _family_of_folder(self.path)
 
     @cached_property
     def defaults(self) -> Defaults:
-        """What the base likes: its ``defaults.json``, else its family's. Raises :class:`ModelError` when that
-        is damaged."""
-        known = _OF_FAMILY[self.family] if self.family else Defaults()
+        """What it is drawn with by default: as its ``defaults.json`` says, else its row, else its family.
+
+        Raises :class:`ModelError` when that file is damaged.
+        """
+        known = Defaults()
+        if self.family is not None:
+            row = catalog.families()[self.family]
+            known = Defaults(row.steps, row.guidance, row.size, adapter=row.adapter)
+        if self.row is not None:
+            own = {name: getattr(self.row, name) for name in ("steps", "guidance")}
+            known = replace(known, **{name: value for name, value in own.items() if value is not None})
         if self.path is None or not self.path.is_dir():
             return known
         if self.family is None and (side := _config(self.path / "unet").get("sample_size")):
             channels = _config(self.path / "vae").get("block_out_channels") or [0] * 4
             known = replace(known, size=int(side) * 2 ** (len(channels) - 1))
-        place = self.path / "defaults.json"
-        if not place.is_file():
+        path = self.path / "defaults.json"
+        if not path.is_file():
             return known
+        stated = read_json(path, f"'{path}'", error=ModelError)
         try:
-            stated = json.loads(place.read_text(encoding="utf-8"))
-            unknown = sorted(stated.keys() - {field.name for field in fields(Defaults)})
-            if unknown:
+            if unknown := sorted(stated.keys() - {each.name for each in fields(Defaults)}):
                 raise ValueError(f"unknown {', '.join(unknown)}")
             return replace(known, **stated)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ModelError(f"'{place}' cannot be used: {error}.") from error
+        except (ValueError, TypeError) as error:
+            raise ModelError(f"'{path}' cannot be used: {error}.") from error
+
+    @cached_property
+    def kind(self) -> Kind:
+        """Its row of :data:`KINDS`. Raises :class:`ModelError` for a model of another kind."""
+        if self.row is not None:
+            return KINDS[self.row.kind or _kind_of_family(self.row.family)]
+        if self.path is not None and self.path.is_file():
+            name, _ = _single_file(self.path)
+            if not name:
+                raise ModelError(
+                    f"'{self.name}' is no checkpoint of a base that is known here (Stable Diffusion 1.5, XL "
+                    "or 3.5, FLUX, Chroma): its denoiser's keys are not there. An adapter goes to --adapter, "
+                    "not to --base."
+                )
+            return KINDS[name]
+        index = Source(self.name, self.path, self.source).config("model_index.json")
+        class_name = str(index.get("_class_name", ""))
+        for kind in KINDS.values():
+            if class_name in kind.pipelines.values():
+                return kind
+        raise ModelError(
+            f"base '{self.name}' is a {class_name or 'folder without a class name'}; image prompts are drawn "
+            f"with {' and '.join(each.pipelines.get('generate', '') for each in list(KINDS.values())[:6])}s."
+        )
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """Its weights' files on this machine."""
+        if self.path is not None and self.path.is_file():
+            return (self.path,)
+        if self.path is None:
+            root, files = None, hub.cached_weights(self.source)
+        else:
+            root, files = self.path, sorted(self.path.rglob("*.safetensors"))
+        parts = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+        inside = (file for file in files if file.parent.name in parts)
+        return tuple(file for file in inside if root is None or file.parent.parent == root)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Twelve hex digits that differ when a weight file differs in name, size or start; repositories by
+        """Twelve hex digits that differ when a weight file differs; of a repository that is not here, of its
         name."""
-        digest = hashlib.sha256()
-        for file in _weight_files(self.path) if self.path else ():
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-            with file.open("rb") as stream:
-                digest.update(stream.read(1 << 20))
-        return (digest if self.path else hashlib.sha256(self.source.encode())).hexdigest()[:12]
+        files = self.weight_files
+        return fingerprint(*files) if files else hashlib.sha256(self.source.encode()).hexdigest()[:12]
+
+
+# ---- names
 
 
 def find_base(name: str) -> Base:
@@ -141,97 +255,29 @@ def find_base(name: str) -> Base:
 
     Raises :class:`UsageError` for an unknown alias, :class:`ModelError` for a folder or file that is no base.
     """
-    if name in BASES:
-        row = BASES[name]
-        if row.repo == BUNDLED:
-            _check_bundled(EMOJI / "model_index.json")
-            return Base(name, str(EMOJI), row)
-        return Base(name, row.repo, row)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise ModelError(f"'{name}' is no base: a diffusers folder has a model_index.json, it has none.")
-        return Base(name, str(path))
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise ModelError(
-                f"'{name}' is no .safetensors file, and imprompt opens no pickles. Convert the model to a "
-                "diffusers folder or to safetensors first."
-            )
-        return Base(name, str(path))
-    if _HUB_ID.fullmatch(name) and not name.startswith("."):
-        return Base(name, name, next((row for row in BASES.values() if row.repo == name), None))
-    if "/" in name or path.suffix:
-        raise ModelError(f"there is no base at '{name}': no folder, no .safetensors file.")
-    named(BASES, name, "base", "a folder, a .safetensors file or a hub id (owner/name)")
-    raise AssertionError("named raises for names it does not know")
-
-
-def load(base: Base, task: Task, dtype: Any, quantize: str = "none") -> Any:
-    """The base's pipeline for a task, on the CPU, without what drawing does not need.
-
-    ``dtype`` is a torch dtype; ``quantize`` as a request has it. Raises :class:`ModelError` when it is
-    missing, damaged, of a kind that takes no image prompts, or cannot be had offline.
-    """
-    licence = base.row.licence if base.row else licences.KOLORS if base.family == "kolors" else ""
-    licences.check(f"base '{base.name}'", licence)
-    kind = _pipeline_kind(base)
-    _check_channels(_stated_channels(base), base, task)
-    name = _class_for(kind, task, base)
-    if kind == "Kolors" and find_spec("sentencepiece") is None:
-        raise ModelError("Kolors' text is read by sentencepiece: pip install 'imprompt[kolors]'.")
-    options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True, **_NOT_NEEDED[kind]}
-    try:
-        import diffusers
-
-        hush()
-        pipeline = getattr(diffusers, name)
-        variant = "fp16" if _halves(base, dtype) else None
-        if quantize != "none":
-            options["unet"] = _quantised(base, quantize, dtype, variant)
-        if base.path is not None and base.path.is_file():
-            del options["use_safetensors"]
-            pipe = pipeline.from_single_file(base.source, **options)
-        else:
-            pipe = pipeline.from_pretrained(base.source, variant=variant, **options)
-    except ModelError:
-        raise
-    except Exception as error:  # loaders raise nearly anything on damaged or absent files
-        raise ModelError(_why_not(base, error)) from error
-    pipe.set_progress_bar_config(disable=True)
-    _check_channels(pipe.unet.config.in_channels, base, task)
-    return pipe
-
-
-def for_task(pipe: Any, base: Base, task: Task) -> Any:
-    """The pipeline of another task around the same weights. Raises :class:`UsageError` if it cannot be."""
-    import diffusers
-
-    _check_channels(pipe.unet.config.in_channels, base, task)
-    kind = _pipeline_kind(base)
-    made = getattr(diffusers, _class_for(kind, task, base))(
-        **{name: part for name, part in pipe.components.items() if name != "safety_checker"},
-        **_NOT_NEEDED[kind],
-    )
-    made.set_progress_bar_config(disable=True)
-    return made
-
-
-def scheduler_for(pipe: Any, name: str | None) -> Any:
-    """A fresh scheduler: the named one with the base's noise schedule, or the base's own for ``None``."""
-    own = pipe.scheduler
-    if name is None:
-        return type(own).from_config(own.config)
-    import diffusers
-
-    class_name, options = SCHEDULERS[name]
-    return getattr(diffusers, class_name).from_config(own.config, **options)
+    source = resolve(name, "base", catalog.bases(), "a folder, a .safetensors file or a hub id (owner/name)")
+    row = source.row if isinstance(source.row, BaseRow) else None
+    if source.path is not None and source.path.is_dir() and not (source.path / "model_index.json").is_file():
+        raise ModelError(f"'{name}' is no base: a diffusers folder has a model_index.json, it has none.")
+    if source.path is not None and source.path.is_file() and source.path.suffix != ".safetensors":
+        raise ModelError(
+            f"'{name}' is no .safetensors file, and imprompt opens no pickles. Convert the model to a "
+            "diffusers folder or to safetensors first."
+        )
+    if source.path is None and source.inside and not source.is_file:
+        raise ModelError(
+            f"there is no base at '{name}': a folder, a .safetensors file or a hub id (owner/name) is "
+            "expected."
+        )
+    if source.is_file and source.path is None:
+        return Base(name, str(source.file(what=f"base '{name}'")))
+    return Base(name, source.folder, row)
 
 
 def find_adapter(name: str | None, base: Base) -> str:
-    """The adapter a request means: its own word, or the default of the base.
+    """The adapter that a request means: the one it names, or the default of the base.
 
-    Raises :class:`UsageError` when nothing is said and the base is of no family with a default.
+    Raises :class:`UsageError` when nothing is named and the base is of no family with a default.
     """
     if name is None:
         name = base.defaults.adapter
@@ -239,61 +285,26 @@ def find_adapter(name: str | None, base: Base) -> str:
             raise UsageError(
                 f"adapter: base '{base.name}' has no default adapter; name one that was made for it."
             )
-    if name not in ADAPTERS and not Path(name).exists() and name.count("/") < 1:
-        if Path(name).suffix:
-            raise ModelError(f"there is no adapter file '{name}'.")
-        named(ADAPTERS, name, "adapter", "a file, a folder or owner/name/file.safetensors of the hub")
+    resolve(name, "adapter", catalog.adapters(), "a file, a folder or owner/name/file.safetensors of the hub")
     return name
 
 
 def load_adapter(name: str) -> IPAdapter:
-    """The adapter by alias, file, folder, or ``owner/name[/folder]/file.safetensors`` of the hub. Raises
-    :class:`ModelError` when it is missing, damaged, a pickle or not to be used here."""
-    if name in ADAPTERS:
-        row = ADAPTERS[name]
-        if row.repo == BUNDLED:
-            _check_bundled(EMOJI / row.file)
-            return IPAdapter.from_pretrained(EMOJI / row.file)
-        licences.check(f"adapter '{name}'", row.licence)
-        folder, _, file = row.file.rpartition("/")
-        if row.pickled:
-            raise ModelError(
-                f"adapter '{name}' is a pickle where it is published ({row.repo}, {row.file}), and drawing "
-                f"opens none. Once: imprompt convert {name} {Path(file).stem}.safetensors, then --adapter "
-                "that file."
-            )
-        encoder = row.encoder if ":" in row.encoder else None
-        return IPAdapter.from_pretrained(
-            row.repo, subfolder=folder or None, weight_name=file, image_encoder=encoder
-        )
-    if Path(name).expanduser().exists():
-        return IPAdapter.from_pretrained(Path(name).expanduser())
-    owner, _, rest = name.partition("/")
-    repo, _, inside = rest.partition("/")
-    if not inside:
-        raise ModelError(
-            f"adapter '{name}' is no file here; for one of the hub say which: {name}/file.safetensors."
-        )
-    folder, _, file = inside.rpartition("/")
-    return IPAdapter.from_pretrained(f"{owner}/{repo}", subfolder=folder or None, weight_name=file)
+    """The adapter by alias, file, folder, or ``owner/name[/folder]/file.safetensors`` of the hub.
+
+    Raises :class:`ModelError` when it is missing, damaged, a pickle, or not to be used here.
+    """
+    return IPAdapter.from_pretrained(name)
 
 
 def adapter_file(name: str) -> Path:
-    """The published file of an alias, from the hub or its cache, its SHA-256 compared with the catalogue's.
+    """The published file of an alias, its SHA-256 compared with the catalogue's.
 
     Raises :class:`UsageError` for an unknown name, :class:`ModelError` for what cannot be had or differs.
     """
-    from huggingface_hub import hf_hub_download
-
-    row = named(ADAPTERS, name, "adapter", "a file")
-    licences.check(f"adapter '{name}'", row.licence)
-    try:
-        path = EMOJI / row.file if row.repo == BUNDLED else Path(hf_hub_download(row.repo, row.file))
-    except Exception as error:  # the hub's client raises nearly anything
-        raise ModelError(
-            f"adapter '{name}' ({row.repo}, {row.file}) cannot be had: {first_line(error)}"
-        ) from error
-    if row.sha256 is not None and (found := digest(path)) != row.sha256:
+    row = catalog.lookup(catalog.adapters(), name, "adapter", "a file")
+    path = resolve(name, "adapter", catalog.adapters()).file(what=f"adapter '{name}'")
+    if row.sha256 is not None and (found := sha256(path)) != row.sha256:
         raise ModelError(
             f"'{path}' is not the published {row.file} of {row.repo}: its sha256 is {found}, {row.sha256} "
             "was expected. Get it again."
@@ -301,21 +312,143 @@ def adapter_file(name: str) -> Path:
     return path
 
 
+# ---- loading
+
+
+def load(base: Base, task: Task, dtype: Any, quantize: str = "none") -> Any:
+    """The base's pipeline for a task, on the CPU, without what drawing does not need.
+
+    ``dtype`` is a torch dtype; ``quantize`` as a request has it. Raises :class:`ModelError` when it is
+    missing, damaged, of a kind that takes no image prompts, or cannot be had.
+    """
+    licence = base.row.licence if base.row else licences.KOLORS if base.family == "kolors" else ""
+    licences.check(f"base '{base.name}'", licence)
+    kind = base.kind
+    _check_channels(_stated_channels(base), base, task)
+    name = _class_for(kind, task, base)
+    if kind.needs is not None and find_spec(kind.needs[0]) is None:
+        package, extra = kind.needs
+        raise ModelError(
+            f"the text of base '{base.name}' is read by {package}: pip install 'imprompt[{extra}]'."
+        )
+    if base.path is None:
+        hub.fetch(base.source, "model_index.json", what=f"base '{base.name}'", about=_about(base))
+    options: dict[str, Any] = {"torch_dtype": dtype, **kind.unused}
+    variant = "fp16" if _halves(base, dtype) else None
+    import diffusers
+
+    try:
+        with silence_library_logging():
+            pipeline = getattr(diffusers, name)
+            if quantize != "none":
+                options[kind.denoiser] = _quantised(base, quantize, dtype, variant)
+            if base.path is not None and base.path.is_file():
+                pipe = _from_single_file(base, pipeline, options)
+            else:
+                pipe = pipeline.from_pretrained(base.source, variant=variant, use_safetensors=True, **options)
+    except ModelError:
+        raise
+    except Exception as error:  # loaders raise nearly anything on damaged or absent files
+        raise _not_loaded(base, error) from error
+    pipe.set_progress_bar_config(disable=True)
+    _check_channels(getattr(pipe, kind.denoiser).config.in_channels, base, task)
+    return pipe
+
+
+def for_task(pipe: Any, base: Base, task: Task) -> Any:
+    """The pipeline of another task around the same weights. Raises :class:`UsageError` if there is none."""
+    import diffusers
+
+    kind = base.kind
+    _check_channels(getattr(pipe, kind.denoiser).config.in_channels, base, task)
+    made = getattr(diffusers, _class_for(kind, task, base))(
+        **{name: part for name, part in pipe.components.items() if name != "safety_checker"}, **kind.unused
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def scheduler_for(pipe: Any, name: str | None) -> Any:
+    """A new scheduler: the named one with the base's noise schedule, or the base's own for ``None``.
+
+    Raises :class:`UsageError` for a named one on a base of the flow-matching kind.
+    """
+    own = pipe.scheduler
+    if name is None:
+        return type(own).from_config(own.config)
+    import diffusers
+
+    if "FlowMatch" in type(own).__name__:
+        raise UsageError(
+            f"scheduler: '{name}' is for models that predict noise; this base has {type(own).__name__}."
+        )
+    class_name, options = SCHEDULERS[name]
+    return getattr(diffusers, class_name).from_config(own.config, **options)
+
+
 # ---- private
+
+
+def _kind_of_family(family: str) -> str:
+    return next(name for name, kind in KINDS.items() if family in kind.families)
+
+
+def _family_of_folder(path: Path) -> str | None:
+    """The family that a diffusers folder's denoiser is of, by the width of its tokens."""
+    unet, transformer = _config(path / "unet"), _config(path / "transformer")
+    if unet:
+        width, classes = unet.get("cross_attention_dim"), ("UNet2DConditionModel",)
+    else:
+        inner = transformer.get("num_attention_heads", 0) * transformer.get("attention_head_dim", 0)
+        model = str(transformer.get("_class_name"))
+        width = inner if model == "SD3Transformer2DModel" else transformer.get("joint_attention_dim")
+        classes = (model,)
+
+    def fits(row: FamilyRow) -> bool:
+        kind = KINDS[_kind_of_family(row.name)]
+        return (row.cross_dim, row.text_dim) == (width, unet.get("encoder_hid_dim")) and kind.model in classes
+
+    return next((name for name, row in catalog.families().items() if fits(row)), None)
+
+
+def _single_file(path: Path) -> tuple[str, tuple[int, ...]]:
+    """The kind of a single-file checkpoint, empty if unknown, and the shape of the weight that tells."""
+    header, _ = read_header(path)
+    shapes = {key.removeprefix("model.diffusion_model."): shape for key, (_, shape) in header.items()}
+    for name, kind in KINDS.items():
+        if kind.single_file and kind.single_file in shapes:
+            return name, shapes[kind.single_file]
+    return "", ()
+
+
+def _from_single_file(base: Base, pipeline: Any, options: dict[str, Any]) -> Any:
+    kind = base.kind
+    if kind.parts is None:
+        return pipeline.from_single_file(base.source, **options)
+    import diffusers
+
+    row = catalog.bases()[kind.parts]
+    if kind.denoiser not in options:
+        options[kind.denoiser] = getattr(diffusers, kind.model).from_single_file(
+            base.source, config=row.repo, subfolder=kind.denoiser, torch_dtype=options["torch_dtype"]
+        )
+    return pipeline.from_pretrained(row.repo, use_safetensors=True, **options)
 
 
 def _halves(base: Base, dtype: Any) -> bool:
     """Whether the files marked fp16 are read: where there are no others, or they are all that is needed."""
     if base.row is not None:
         return base.row.half_only or (base.row.half and str(dtype) == "torch.float16")
-    found = [] if base.path is None else [file.name for file in (base.path / "unet").glob("*.safetensors")]
+    found = [] if base.path is None else [file.name for file in base.path.glob("*/*.safetensors")]
     return bool(found) and all(".fp16" in name for name in found)
 
 
 def _quantised(base: Base, quantize: str, dtype: Any, variant: str | None) -> Any:
-    """The base's UNet with its linear layers in fewer bits."""
-    from diffusers import GGUFQuantizationConfig, TorchAoConfig, UNet2DConditionModel
+    """The base's denoiser with its linear layers in fewer bits."""
+    import diffusers
 
+    kind = base.kind
+    model = getattr(diffusers, kind.model)
     file = quantize.endswith(".gguf")
     package = "gguf" if file else "torchao"
     path = Path(quantize).expanduser()
@@ -325,106 +458,59 @@ def _quantised(base: Base, quantize: str, dtype: Any, variant: str | None) -> An
         raise ModelError(f"quantize: '{quantize}' is read by {package}: pip install 'imprompt[quantize]'.")
     single = base.path is not None and base.path.is_file()
     options: dict[str, Any] = {"torch_dtype": dtype}
+    what = "UNet" if kind.denoiser == "unet" else "transformer"
     if file:
         if single:
             raise ModelError(
                 f"quantize: '{quantize}' has no configuration; name a diffusers folder or hub id as --base, "
                 "not a single file."
             )
-        options |= {"config": base.source, "subfolder": "unet"}
-        options["quantization_config"] = GGUFQuantizationConfig(compute_dtype=dtype)
+        options |= {"config": base.source, "subfolder": kind.denoiser}
+        options["quantization_config"] = diffusers.GGUFQuantizationConfig(compute_dtype=dtype)
         try:
-            unet = UNet2DConditionModel.from_single_file(str(path), **options)
+            denoiser = model.from_single_file(str(path), **options)
         except Exception as error:  # the reader and the loader raise nearly anything
             raise ModelError(
-                f"quantize: '{quantize}' is no UNet of base '{base.name}': {first_line(error)}"
+                f"quantize: '{quantize}' is no {what} of base '{base.name}': {first_line(error)}"
             ) from error
-        if any(weight.is_meta for weight in unet.parameters()):
-            raise ModelError(f"quantize: '{quantize}' holds no whole UNet of base '{base.name}'.")
-        return unet
+        if any(weight.is_meta for weight in denoiser.parameters()):
+            raise ModelError(f"quantize: '{quantize}' holds no whole {what} of base '{base.name}'.")
+        return denoiser
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
     kinds = {"int8": Int8WeightOnlyConfig, "float8": Float8WeightOnlyConfig}
-    options["quantization_config"] = TorchAoConfig(kinds[quantize]())
+    options["quantization_config"] = diffusers.TorchAoConfig(kinds[quantize]())
     if single:
-        return UNet2DConditionModel.from_single_file(base.source, **options)
-    return UNet2DConditionModel.from_pretrained(
-        base.source, subfolder="unet", use_safetensors=True, variant=variant, **options
+        return model.from_single_file(base.source, **options)
+    return model.from_pretrained(
+        base.source, subfolder=kind.denoiser, use_safetensors=True, variant=variant, **options
     )
 
 
-def _class_for(kind: str, task: Task, base: Base) -> str:
-    if task not in _PIPELINES[kind]:
+def _class_for(kind: Kind, task: Task, base: Base) -> str:
+    if task not in kind.pipelines:
         raise UsageError(
-            f"base '{base.name}' is a {kind} model, which can {' and '.join(_PIPELINES[kind])}, not {task}."
+            f"base '{base.name}' can {' and '.join(kind.pipelines)}, not {task}: diffusers has no pipeline "
+            "for that."
         )
-    return _PIPELINES[kind][task]
-
-
-_SINGLE_FIRST = "model.diffusion_model.input_blocks.0.0.weight"
-_SINGLE_WIDTH = "model.diffusion_model.input_blocks.{}.1.transformer_blocks.0.attn2.to_k.weight"
-
-
-def _pipeline_kind(base: Base) -> str:
-    if base.row is not None:
-        return _KINDS.get(base.row.family, "StableDiffusion")
-    if base.path is not None and base.path.is_file():
-        width = base.family
-        if width is None:
-            raise ModelError(
-                f"'{base.name}' is no Stable Diffusion checkpoint of the 1.5 or XL family: its UNet's keys "
-                "are not there. An adapter goes to --adapter, not to --base."
-            )
-        return _KINDS.get(width, "StableDiffusion")
-    index = _config(base.path, "model_index.json") if base.path else _hub_index(base)
-    class_name = str(index.get("_class_name", ""))
-    for kind, tasks in _PIPELINES.items():
-        if class_name in tasks.values():
-            return kind
-    raise ModelError(
-        f"base '{base.name}' is a {class_name or 'folder without a class name'}; image prompts are drawn "
-        f"with {' and '.join(_PIPELINES)} models."
-    )
-
-
-def hush() -> None:
-    """Silence what the libraries say about loading: bars of a tenth of a second, deprecations of their own.
-
-    Downloads keep their progress bars, which are the hub's.
-    """
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*torch_dtype.*is deprecated.*")
-    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")
-
-
-def _hub_index(base: Base) -> dict[str, Any]:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        path = Path(hf_hub_download(base.source, "model_index.json"))
-    except Exception as error:
-        raise ModelError(_why_not(base, error)) from error
-    return _config(path.parent, path.name)
+    return kind.pipelines[task]
 
 
 def _stated_channels(base: Base) -> int:
-    """Input channels of the UNet as far as can be told before gigabytes are loaded; else 4."""
+    """Input channels of the denoiser as far as can be told before gigabytes are loaded; else 4."""
     if base.row is not None:
         return 9 if base.row.inpaint else 4
     if base.path is None:
         return 4
     if base.path.is_file():
-        return _single_file_shape(base.path, _SINGLE_FIRST, 1) or 4
+        header, _ = read_header(base.path)
+        _, shape = header.get("model.diffusion_model.input_blocks.0.0.weight", ("", (0, 4)))
+        return shape[1]
     return int(_config(base.path / "unet").get("in_channels") or 4)
 
 
 def _check_channels(channels: int, base: Base, task: Task) -> None:
-    if channels != 4 and task != "inpaint":
+    if base.kind.inpaint_channels and channels != 4 and task != "inpaint":
         other = "sdxl" if base.family == "sdxl" else "sd15"
         raise UsageError(
             f"base '{base.name}' is an inpainting model (its UNet takes {channels} channels) and cannot "
@@ -432,51 +518,17 @@ def _check_channels(channels: int, base: Base, task: Task) -> None:
         )
 
 
-def _check_bundled(path: Path) -> None:
-    if not path.is_file():
-        raise ModelError(
-            f"the bundled model is incomplete: '{path.name}' is missing. Install imprompt again."
-        )
+def _about(base: Base) -> str:
+    if base.row is None:
+        return ""
+    return f"{base.row.note}, {base.row.gigabytes:g} GB, licence {base.row.licence}"
 
 
-def _why_not(base: Base, error: Exception) -> str:
-    reason = first_line(error)
+def _not_loaded(base: Base, error: Exception) -> ModelError:
     if base.path is not None:
-        return f"base '{base.name}' cannot be loaded: {reason}"
-    what = f"{base.row.note}, licence {base.row.licence}" if base.row else "a hub repository"
-    return (
-        f"base '{base.name}' ({base.source}: {what}) cannot be had from the hub or its cache: {reason} "
-        "Look at the network and HF_HUB_OFFLINE, or give a local folder."
-    )
+        return ModelError(f"base '{base.name}' cannot be loaded: {first_line(error)}")
+    return hub.failure(f"base '{base.name}'", base.source, error, about=_about(base))
 
 
-def _config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    try:
-        read = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return read if isinstance(read, dict) else {}
-
-
-def _single_file_shape(path: Path, pattern: str, axis: int) -> int | None:
-    """One side of a weight in a single-file checkpoint, from its header alone; ``None`` if not there."""
-    if not path.is_file():
-        return None
-    try:
-        with path.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length)) if length < 100_000_000 else {}
-    except (OSError, ValueError, struct.error):
-        return None
-    for block in (1, 4):  # SDXL has no attention in its first blocks
-        entry = header.get(pattern.format(block))
-        if isinstance(entry, dict):
-            return int(entry["shape"][axis])
-    return None
-
-
-def _weight_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    parts = ("unet", "vae", "text_encoder", "text_encoder_2")
-    return sorted(file for part in parts for file in (path / part).glob("*.safetensors"))
+def _config(folder: Path) -> Mapping[str, Any]:
+    return Source(folder.name, folder).config()

@@ -19,13 +19,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from imprompt.catalog import licences
-from imprompt.catalog.entries import BUNDLED, DEFAULT_MOTIONS, MOTIONS, MotionRow, named
+from imprompt import catalog, hub
+from imprompt.catalog import MotionRow
+from imprompt.catalog.resolve import resolve
 from imprompt.encoders.images import frame_count, load_frames
 from imprompt.encoders.video import SUFFIXES, read_video
 from imprompt.errors import AdapterMismatch, InputError, ModelError, UsageError, first_line
-from imprompt.generation.families import EMOJI, Base, hush
+from imprompt.generation.families import Base
 from imprompt.schema.request import Request
+from imprompt.weights import silence_library_logging
 
 _CHUNK = 4  # frames that are decoded or encoded at a time
 _PIPELINES = {
@@ -73,34 +75,21 @@ def find_motion(name: str | None, base: Base) -> Motion:
     folder that holds none, :class:`AdapterMismatch` for one of another family of bases.
     """
     if name is None:
-        if base.family is None or base.family not in DEFAULT_MOTIONS:
+        name = catalog.families()[base.family].motion if base.family is not None else None
+        if name is None:
             raise UsageError(
                 f"motion: base '{base.name}' has no default motion adapter; name one that was made for it."
             )
-        name = DEFAULT_MOTIONS[base.family]
-    if name in MOTIONS:
-        row = MOTIONS[name]
-        if base.family is not None and row.family != base.family:
-            raise AdapterMismatch(
-                f"motion adapter '{name}' is for {row.family} bases; base '{base.name}' is of the family "
-                f"{base.family}. See imprompt models."
-            )
-        licences.check(f"motion adapter '{name}'", row.licence)
-        if row.repo != BUNDLED:
-            return Motion(name, row.repo, row)
-        if not (EMOJI / "motion" / "config.json").is_file():
-            raise ModelError("the bundled motion adapter is missing. Install imprompt again.")
-        return Motion(name, str(EMOJI / "motion"), row)
-    path = Path(name).expanduser()
-    if path.exists():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"'{name}' is no motion adapter: a diffusers folder of one has a config.json.")
-        return Motion(name, str(path))
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        if "/" in name:
-            raise ModelError(f"there is no motion adapter at '{name}'.")
-        named(MOTIONS, name, "motion adapter", "a folder or a hub id (owner/name)")
-    return Motion(name, name)
+    source = resolve(name, "motion adapter", catalog.motions(), "a folder or a hub id (owner/name)")
+    row = source.row if isinstance(source.row, MotionRow) else None
+    if row is not None and base.family is not None and row.family != base.family:
+        raise AdapterMismatch(
+            f"motion adapter '{name}' is for {row.family} bases; base '{base.name}' is of the family "
+            f"{base.family}. See imprompt models."
+        )
+    if source.path is not None and not (source.path / "config.json").is_file():
+        raise ModelError(f"'{name}' is no motion adapter: a diffusers folder of one has a config.json.")
+    return Motion(name, source.folder, row)
 
 
 def completed(request: Request, base: Base) -> dict[str, object]:
@@ -313,16 +302,17 @@ def _uneven(name: str, count: int, what: str, request: Request) -> str:
 def _load(motion: Motion, dtype: torch.dtype) -> Any:
     import diffusers
 
-    hush()
     half = motion.row is not None and motion.row.half and dtype == torch.float16
     try:
-        return diffusers.MotionAdapter.from_pretrained(
-            motion.source, torch_dtype=dtype, use_safetensors=True, variant="fp16" if half else None
-        )
+        with silence_library_logging():
+            return diffusers.MotionAdapter.from_pretrained(
+                motion.source, torch_dtype=dtype, use_safetensors=True, variant="fp16" if half else None
+            )
     except Exception as error:  # loaders raise nearly anything on damaged or absent files
-        reason = first_line(error)
-        what = f"{motion.row.note}, licence {motion.row.licence}" if motion.row else "given by place"
-        raise ModelError(f"motion adapter '{motion.name}' ({what}) cannot be loaded: {reason}") from error
+        what = f"motion adapter '{motion.name}'"
+        if Path(motion.source).exists():
+            raise ModelError(f"{what} cannot be loaded: {first_line(error)}") from error
+        raise hub.failure(what, motion.source, error) from error
 
 
 def _noise(pipe: Any, call: Mapping[str, Any], request: Request, generator: torch.Generator) -> Tensor:

@@ -517,12 +517,13 @@ def _alphas(pipe: Any) -> Tensor:
 def _load_base(config: TrainConfig) -> Any:
     from diffusers import DiffusionPipeline
 
-    from imprompt.generation.families import find_base, hush
+    from imprompt.generation.families import find_base
+    from imprompt.weights import silence_library_logging
 
     source = find_base(config.base).source
-    hush()
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=torch.float32)
+        with silence_library_logging():  # no pickles: their weights could run code
+            pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"base '{config.base}' is no diffusers folder or hub id that can be loaded: {error}"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from imprompt.catalog.published import FAMILIES
+from imprompt.catalog import family_of
 
 BlockKind = Literal["input", "middle", "output"]
 _KINDS: dict[str, BlockKind] = {"down_blocks": "input", "mid_block": "middle", "up_blocks": "output"}
@@ -98,8 +98,8 @@ def text_projection(unet: UNet) -> Any | None:
 
 def describe(count: int, cross_dim: int) -> str:
     """A layer count and token width in words, with the family's name where it is a published one."""
-    family = FAMILIES.get((count, cross_dim))
-    return f"{count} cross-attentions of width {cross_dim}" + (f" ({family})" if family else "")
+    family = family_of("unet", count, cross_dim)
+    return f"{count} cross-attentions of width {cross_dim}" + (f" ({family.title})" if family else "")
 
 
 def _block_of(name: str) -> str:

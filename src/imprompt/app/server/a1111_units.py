@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from imprompt import catalog
 from imprompt.app.server.bodies import decoded_picture
 from imprompt.app.server.native import PICTURE, keep
 from imprompt.app.server.problems import Problem
 from imprompt.app.server.queue import Queue
-from imprompt.catalog.entries import ADAPTERS, CONTROLS
 
 MODULES = {
     "none": "none", "canny": "canny", "depth": "depth", "depth_midas": "depth", "depth_anything": "depth",
@@ -97,15 +97,15 @@ async def _control(unit: Mapping[str, Any], module: str, queue: Queue) -> dict[s
         "end": _part(unit, "guidance_end", 1.0),
     }
     if model.lower() != "none":
-        found["model"] = _named(model, {name: row.repo for name, row in CONTROLS.items()})
+        found["model"] = _named(model, {name: row.repo for name, row in catalog.controls().items()})
     return found
 
 
 def _adapter(unit: Mapping[str, Any]) -> str | None:
     """The adapter that a unit's model names, by our name or its file's; ``None`` for no adapter's name."""
     model = _HASH.sub("", str(unit.get("model") or ""))
-    files = {PurePosixPath(row.file).stem.lower(): name for name, row in ADAPTERS.items()}
-    if model.lower() in ADAPTERS:
+    files = {PurePosixPath(row.file).stem.lower(): name for name, row in catalog.adapters().items()}
+    if model.lower() in catalog.adapters():
         return model.lower()
     return files.get(model.lower())
 

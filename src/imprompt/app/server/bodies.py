@@ -14,10 +14,10 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException
 from starlette.requests import Request as HTTPRequest
 
+from imprompt import catalog
 from imprompt.app.server.problems import Problem, problem_of
 from imprompt.app.server.settings import Settings
 from imprompt.app.server.store import ID
-from imprompt.catalog.entries import ADAPTERS, BASES, CONTROLS, MOTIONS
 from imprompt.errors import ImpromptError, UsageError
 from imprompt.io import read_json
 from imprompt.schema.request import Request
@@ -116,8 +116,8 @@ def read_request(values: Mapping[str, Any], settings: Settings) -> Request:
 
 def _check_names(request: Request, settings: Settings) -> None:
     """Raises :class:`Problem` for models that the server does not offer."""
-    _offered("base", request.base, {**BASES, **settings.bases})
-    adapters = {**ADAPTERS, **settings.adapters}
+    _offered("base", request.base, {**catalog.bases(), **settings.bases})
+    adapters = {**catalog.adapters(), **settings.adapters}
     if request.adapter is not None:
         _offered("adapter", request.adapter, adapters)
     for image in request.images:
@@ -127,9 +127,9 @@ def _check_names(request: Request, settings: Settings) -> None:
         _offered("loras.path", lora.path, settings.loras)
     for control in request.controls:
         if control.model is not None:
-            _offered("controls.model", control.model, CONTROLS)
+            _offered("controls.model", control.model, catalog.controls())
     if request.motion is not None:
-        _offered("motion", request.motion, MOTIONS)
+        _offered("motion", request.motion, catalog.motions())
 
 
 def _offered(field: str, name: str, known: Mapping[str, object]) -> None:

@@ -5,19 +5,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from imprompt import __version__
+from imprompt import __version__, catalog
 from imprompt.app.server.settings import Settings
-from imprompt.catalog.entries import (
-    ADAPTERS,
-    BASES,
-    BUNDLED,
-    CONTROLS,
-    DEFAULT_ADAPTERS,
-    DEFAULT_CONTROLS,
-    DEFAULT_MOTIONS,
-    MOTIONS,
-    cached,
-)
+from imprompt.catalog.resolve import is_here
 from imprompt.schema import options
 from imprompt.schema.profiles import PROFILES
 from imprompt.schema.request import CONTROLS as CONTROL_KINDS
@@ -41,16 +31,16 @@ def capabilities(settings: Settings) -> dict[str, Any]:
         "loras": list(settings.loras),
         "controls": [
             {"name": name, "family": row.family, "kinds": list(row.modes), "licence": row.licence,
-             "here": row.repo == BUNDLED or settings.download or cached(row.repo, "config.json")}
-            for name, row in CONTROLS.items()
+             "here": settings.download or is_here(row)}
+            for name, row in catalog.controls().items()
         ],
         "control_kinds": CONTROL_KINDS,
-        "default_controls": DEFAULT_CONTROLS,
+        "default_controls": {name: dict(row.controls) for name, row in catalog.families().items()},
         "motions": [
             {"name": name, "family": row.family, "licence": row.licence, "note": row.note,
-             "default": DEFAULT_MOTIONS.get(row.family) == name,
-             "here": row.repo == BUNDLED or settings.download or cached(row.repo, "config.json")}
-            for name, row in MOTIONS.items()
+             "default": catalog.families()[row.family].motion == name,
+             "here": settings.download or is_here(row)}
+            for name, row in catalog.motions().items()
         ],
         "profiles": list(PROFILES),
         "schedulers": list(SCHEDULERS),
@@ -65,10 +55,10 @@ def capabilities(settings: Settings) -> dict[str, Any]:
 def _bases(settings: Settings) -> list[dict[str, Any]]:
     rows = [
         {"name": name, "family": row.family, "size": row.size, "licence": row.licence, "note": row.note,
-         "inpaint": row.inpaint, "here": row.repo == BUNDLED or cached(row.repo, "model_index.json"),
-         "offered": row.repo == BUNDLED or settings.download or cached(row.repo, "model_index.json"),
-         "source": "" if row.repo == BUNDLED else row.repo}
-        for name, row in BASES.items()
+         "inpaint": row.inpaint, "here": is_here(row),
+         "offered": settings.download or is_here(row),
+         "source": "" if row.bundled else row.repo}
+        for name, row in catalog.bases().items()
     ]  # fmt: skip
     return rows + [
         {"name": name, "family": None, "size": None, "licence": "see its source", "note": "added by --model",
@@ -79,12 +69,12 @@ def _bases(settings: Settings) -> list[dict[str, Any]]:
 
 def _adapters(settings: Settings) -> list[dict[str, Any]]:
     rows = []
-    for name, row in ADAPTERS.items():
-        here = row.repo == BUNDLED or cached(row.repo, row.file)
+    for name, row in catalog.adapters().items():
+        here = is_here(row)
         rows.append(
             {"name": name, "family": row.family, "licence": row.licence, "note": row.note,
              "megabytes": row.megabytes, "face": row.face_pack is not None, "here": here,
-             "offered": here or settings.download, "default": DEFAULT_ADAPTERS.get(row.family) == name}
+             "offered": here or settings.download, "default": catalog.families()[row.family].adapter == name}
         )  # fmt: skip
     return rows + [
         {"name": name, "family": None, "licence": "see its source", "note": "added by --adapter",

@@ -17,12 +17,12 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict
 
+from imprompt import catalog
 from imprompt.app.server.bodies import form_body, json_body, read_request, uploads
 from imprompt.app.server.capabilities import capabilities
 from imprompt.app.server.problems import Problem
 from imprompt.app.server.queue import Job, Queue
 from imprompt.app.server.store import Picture, Store
-from imprompt.catalog.entries import BASES
 from imprompt.encoders.images import load_image
 from imprompt.errors import ImpromptError
 from imprompt.generation.annotate import annotate
@@ -320,13 +320,14 @@ async def checked_request(queue: Queue, values: dict[str, Any]) -> Request:
 
 def check_here(queue: Queue, request: Request) -> None:
     """Raises :class:`Problem` for a catalogued base that is not on this machine and may not be downloaded."""
-    from imprompt.catalog.entries import cached
+    from imprompt.catalog.resolve import is_here
 
     name = request.base
     if name in queue.settings.bases or queue.settings.download:
         return
-    if not cached(BASES[name].repo, "model_index.json"):
-        text = f"base: '{name}' is not on the server's machine; run there: hf download {BASES[name].repo}"
+    row = catalog.bases()[name]
+    if not is_here(row):
+        text = f"base: '{name}' is not on the server's machine; run there: hf download {row.repo}"
         raise Problem(422, "not_here", text, "base")
 
 

@@ -19,13 +19,13 @@ from PIL import Image, ImageOps
 from pydantic import BaseModel
 from starlette.datastructures import FormData
 
+from imprompt import catalog
 from imprompt.app.server.bodies import form_body, json_body, parsed, texts, uploads
 from imprompt.app.server.capabilities import capabilities
 from imprompt.app.server.native import PICTURE, checked_request, keep
 from imprompt.app.server.problems import Problem
 from imprompt.app.server.queue import Job, Queue
 from imprompt.app.server.waiting import as_base64, contents, drawn, finished
-from imprompt.catalog.entries import BASES
 from imprompt.schema.request import Request
 
 router = APIRouter(prefix="/v1", tags=["openai"])
@@ -226,7 +226,7 @@ def _base(name: object, queue: Queue) -> str:
     """The base that ``model`` names; OpenAI's own names stand for the server's first."""
     if name is None or (isinstance(name, str) and _THEIRS.match(name)):
         return queue.settings.base
-    if isinstance(name, str) and name in {**BASES, **queue.settings.bases}:
+    if isinstance(name, str) and name in {**catalog.bases(), **queue.settings.bases}:
         return name
     raise Problem(404, "model_not_found", f"the model '{str(name)[:80]}' does not exist here.", "model")
 

@@ -18,13 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, ParamSpec, TypeVar
 
+from imprompt import catalog
 from imprompt.app.server import messages as say
 from imprompt.app.server.metrics import Metrics
 from imprompt.app.server.problems import Problem
 from imprompt.app.server.settings import Settings
 from imprompt.app.server.store import Store
 from imprompt.app.server.workers import Worker
-from imprompt.catalog.entries import BASES
 from imprompt.schema.request import Request
 
 log = logging.getLogger("imprompt.server")
@@ -481,7 +481,7 @@ def _task(job: Job) -> say.Task:
 def _work(job: Job, record: Mapping[str, Any] | None = None) -> float:
     """Millions of pixel-steps of a job, as far as it says; its defaults are guessed."""
     values = record or job.record or job.request.model_dump(mode="json")
-    row = BASES.get(values["base"])
+    row = catalog.bases().get(values["base"])
     side = row.size if row else 512
     width, height = values.get("size") or (side, side)
     pictures = values["count"] * (values.get("frames") or (16 if values["task"] == "animate" else 1))

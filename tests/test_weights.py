@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from imprompt.checkpoints.files import digest, load_tensors, read_header, save_tensors
 from imprompt.errors import ModelError
+from imprompt.weights import load_tensors, read_header, save_tensors
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b.c": torch.ones(4, dtype=torch.float16)}
 
@@ -48,30 +48,39 @@ REFUSED = {
     "empty": (b"", "is empty"),
     "a few bytes": (b"abc", "truncated: 3 bytes"),
     "header cut": (GOOD[:30], "truncated: its header alone"),
-    "data cut": (GOOD[:-1], "truncated: its tensors take 32 bytes, 31 are there"),
-    "no data": (GOOD[: 8 + struct.unpack("<Q", GOOD[:8])[0]], "take 32 bytes, 0 are there"),
-    "something behind": (GOOD + b"x", "1 bytes lie behind"),
-    "a huge header": (packed({}, length=2**63), "no safetensors file: it would have a header of"),
+    "data cut": (GOOD[:-1], "truncated or damaged .*not fully covered"),
+    "no data": (GOOD[: 8 + struct.unpack("<Q", GOOD[:8])[0]], "truncated or damaged .*not fully covered"),
+    "something behind": (GOOD + b"x", "truncated or damaged .*not fully covered"),
+    "a huge header": (packed({}, length=2**63), "it would have a header of 9,223"),
     "random": (bytes(range(200, 256)) * 9, "no safetensors file"),
-    "no json": (packed(b"{{{{"), "header is unreadable"),
-    "no utf-8": (packed(b'{"\xff": 1}'), "header is unreadable"),
-    "a list": (packed([1]), "no table"),
-    "nested deep": (packed(b"[" * 100_000), "header is unreadable"),
-    "a key twice": (packed(b'{"a":1,"a":2}'), "header is unreadable"),
-    "metadata no table": (packed({"__metadata__": 3}), "metadata is not text"),
-    "metadata no text": (packed({"__metadata__": {"a": 3}}), "metadata is not text"),
-    "entry no table": (packed({"a": 3}), "contradicts itself at 'a'"),
-    "entry incomplete": (packed({"a": {"dtype": "F32"}}), "contradicts itself at 'a'"),
-    "format unknown": (packed({"a": entry(0, 8, dtype="F3")}, b"x" * 8), "number format 'F3'"),
-    "format no text": (packed({"a": entry(0, 8, dtype=3)}, b"x" * 8), "number format 3"),
-    "shape unlike bytes": (packed({"a": entry(0, 8, (3,))}, b"x" * 8), "contradicts itself at 'a'"),
-    "shape negative": (packed({"a": entry(0, 8, (-1, -2))}, b"x" * 8), "contradicts itself at 'a'"),
-    "shape no number": (packed({"a": entry(0, 8, ("2",))}, b"x" * 8), "contradicts itself at 'a'"),
-    "shape true": (packed({"a": entry(0, 8, (True, 2))}, b"x" * 8), "contradicts itself at 'a'"),
-    "shape enormous": (packed({"a": entry(0, 8, (2**40, 2**40))}, b"x" * 8), "contradicts itself at 'a'"),
-    "backwards": (packed({"a": entry(8, 0)}, b"x" * 8), "contradicts itself at 'a'"),
-    "overlapping": (packed({"a": entry(0, 8), "b": entry(4, 12)}, b"x" * 12), "'b' does not begin where"),
-    "a hole": (packed({"a": entry(0, 8), "b": entry(12, 20)}, b"x" * 20), "'b' does not begin where"),
+    "no json": (packed(b"{{{{"), "invalid JSON in header"),
+    "no utf-8": (packed(b'{"\xff": 1}'), "invalid UTF-8 in header"),
+    "a list": (packed([1]), "invalid JSON in header: invalid type: sequence"),
+    "nested deep": (packed(b"[" * 100_000), "invalid JSON in header"),
+    "a key twice": (packed(b'{"a":1,"a":2}'), "invalid JSON in header"),
+    "metadata no table": (packed({"__metadata__": 3}), "expected a map"),
+    "metadata no text": (packed({"__metadata__": {"a": 3}}), "expected a string"),
+    "entry no table": (packed({"a": 3}), "expected struct TensorInfo"),
+    "entry incomplete": (packed({"a": {"dtype": "F32"}}), "missing field `shape`"),
+    "format unknown": (packed({"a": entry(0, 8, dtype="F3")}, b"x" * 8), "unknown variant `F3`"),
+    "format no text": (packed({"a": entry(0, 8, dtype=3)}, b"x" * 8), "invalid type: integer `3`"),
+    "shape unlike bytes": (
+        packed({"a": entry(0, 8, (3,))}, b"x" * 8),
+        "invalid shape, data type, or offset for tensor",
+    ),
+    "shape negative": (packed({"a": entry(0, 8, (-1, -2))}, b"x" * 8), "invalid value: integer `-1`"),
+    "shape no number": (packed({"a": entry(0, 8, ("2",))}, b"x" * 8), 'invalid type: string \\"2\\"'),
+    "shape true": (packed({"a": entry(0, 8, (True, 2))}, b"x" * 8), "invalid type: boolean `true`"),
+    "shape enormous": (
+        packed({"a": entry(0, 8, (2**40, 2**40))}, b"x" * 8),
+        "overflow computing buffer size",
+    ),
+    "backwards": (packed({"a": entry(8, 0)}, b"x" * 8), "invalid offset for tensor `a`"),
+    "overlapping": (
+        packed({"a": entry(0, 8), "b": entry(4, 12)}, b"x" * 12),
+        "invalid offset for tensor `b`",
+    ),
+    "a hole": (packed({"a": entry(0, 8), "b": entry(12, 20)}, b"x" * 20), "invalid offset for tensor `b`"),
     "a pickle": (b"\x80\x02}q\x00.", "is a pickle under the name of a .safetensors.*imprompt convert"),
     "a git lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS pointer"),
     "a web page": (b"  <!DOCTYPE html>\n<html><body>404</body></html>", "is a web page"),
@@ -158,11 +167,6 @@ def test_tensors_read_before_a_file_was_replaced_stay_what_they_were(tmp_path: P
     loaded = load_tensors(path)
     save_tensors({"a": torch.zeros(100)}, {}, path)
     assert torch.equal(loaded["a"], TENSORS["a"])
-
-
-def test_a_digest_is_the_files_sha256(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"abc")
-    assert digest(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:

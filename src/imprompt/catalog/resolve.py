@@ -1,0 +1,175 @@
+"""From a name to a place: one way for bases, adapters, encoders, controls, motion adapters, LoRAs and words.
+
+A name is an alias of the catalogue, a local file or folder, or ``owner/name[/folder][/file]`` of the hub
+(``hf:`` in front says that it is). A name that looks like a path never goes to the hub.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from imprompt import hub
+from imprompt.catalog import ASSETS, AdapterRow, BaseRow, ControlRow, EncoderRow, Entry, MotionRow, lookup
+from imprompt.catalog.licences import check
+from imprompt.errors import ModelError
+from imprompt.io import check_path, read_json
+
+_PART = r"[A-Za-z0-9][\w.-]*"
+_HUB_ID = re.compile(rf"{_PART}/{_PART}(/[\w. -]+)*")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is: a local file or folder, or a file or folder of a hub repository."""
+
+    name: str
+    """As it was asked for."""
+    path: Path | None = None
+    """The local file or folder; ``None``: it is on the hub."""
+    repo: str = ""
+    inside: str = ""
+    """File or folder in the repository; empty: the repository itself."""
+    revision: str | None = None
+    row: Entry | None = None
+    """Its record, if it is in the catalogue."""
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is one file, by its name if it is on the hub."""
+        return self.inside.endswith(_WEIGHTS) if self.path is None else self.path.is_file()
+
+    @property
+    def folder(self) -> str:
+        """What ``from_pretrained`` is given: the local path, or the repository."""
+        return self.repo if self.path is None else str(self.path)
+
+    def file(self, name: str = "", *, what: str = "") -> Path:
+        """A file in it, fetched if it is on the hub; without ``name`` the source itself.
+
+        Raises :class:`ModelError` when it is not there.
+        """
+        if self.path is None:
+            inside = "/".join(part for part in (self.inside, name) if part)
+            return hub.fetch(
+                self.repo, inside, revision=self.revision, what=what or self.title, about=self.about
+            )
+        path = self.path / name if name else self.path
+        if not path.is_file():
+            raise ModelError(f"{what or self.title}: there is no file '{path}'.")
+        return path
+
+    def config(self, name: str = "config.json") -> Mapping[str, Any]:
+        """A JSON file in it as a table; empty if a local folder has no such file.
+
+        Raises :class:`ModelError` if it is damaged, or is on the hub and cannot be had.
+        """
+        if self.path is not None and not (self.path / name).is_file():
+            return {}
+        path = self.file(name)
+        table: Mapping[str, Any] = read_json(path, f"'{path}'", error=ModelError)
+        return table
+
+    @property
+    def weights(self) -> tuple[Path, ...]:
+        """Its ``.safetensors`` files on this machine."""
+        if self.path is None:
+            if self.is_file:
+                found = hub.cached_file(self.repo, self.inside, self.revision)
+                return () if found is None else (found,)
+            return tuple(hub.cached_weights(self.repo, self.inside, self.revision))
+        return (self.path,) if self.path.is_file() else tuple(sorted(self.path.rglob("*.safetensors")))
+
+    @property
+    def title(self) -> str:
+        """The name, quoted."""
+        return f"'{self.name}'"
+
+    @property
+    def about(self) -> str:
+        """Size and licence of what is in the catalogue, for messages."""
+        return "" if self.row is None else f"{size_of(self.row)}licence {self.row.licence}"
+
+
+def resolve(name: str | Path, kind: str, table: Mapping[str, Entry], others: str = "") -> Source:
+    """What a name stands for. Only this machine is looked at.
+
+    ``kind`` names it in messages ("base", "adapter", …), ``table`` is the part of the catalogue to look in
+    (may be empty), ``others`` what may be given instead of an alias. Raises :class:`UsageError` for an
+    unknown alias, :class:`ModelError` for a path at which there is nothing, or a licence that the switch
+    forbids.
+    """
+    text = str(name)
+    if text in table:
+        row = table[text]
+        check(f"{kind} '{text}'", row.licence)
+        inside = _inside(row)
+        if not row.bundled:
+            return Source(text, None, row.repo, inside, getattr(row, "revision", None), row)
+        path = ASSETS / inside
+        if not path.exists():
+            raise ModelError(
+                f"the bundled {kind} is incomplete: '{path.name}' is missing. Install imprompt again."
+            )
+        return Source(text, path, row=row)
+    explicit = text.startswith("hf:")
+    if not explicit:
+        path = check_path(text, kind)
+        if path.exists():
+            return Source(text, path)
+    found = text.removeprefix("hf:").replace(":", "/", 1)
+    if _HUB_ID.fullmatch(found) and (explicit or not _looks_like_a_path(found)):
+        owner, repo, *rest = found.split("/", 2)
+        return Source(text, None, f"{owner}/{repo}", rest[0] if rest else "", None, _known(found, table))
+    if "/" in text or "\\" in text or _has_ending(text) or not table:
+        what = others or "a file, a folder or a hub id (owner/name)"
+        raise ModelError(f"there is no {kind} at '{text}'; {what} is expected.")
+    lookup(table, text, kind, others or "a file, a folder or a hub id (owner/name)")
+    raise AssertionError("lookup raises for a name that is not in the table")
+
+
+def _has_ending(name: str) -> bool:
+    """Whether a name ends as a file of weights or a picture does."""
+    return bool(re.search(r"\.[A-Za-z]\w{1,11}$", name))
+
+
+def is_here(row: Entry) -> bool:
+    """Whether a model of the catalogue is on this machine; the hub is not asked."""
+    names = {AdapterRow: "", BaseRow: "model_index.json"}
+    file = "/".join(part for part in (_inside(row), names.get(type(row), "config.json")) if part)
+    revision = getattr(row, "revision", None)
+    return row.bundled or hub.cached_file(row.repo, file, revision) is not None
+
+
+def size_of(row: Entry) -> str:
+    """The download's size in words, with a comma after it; empty if it is not known."""
+    match row:
+        case BaseRow(gigabytes=size) if size:
+            return f"{size:g} GB, "
+        case AdapterRow(megabytes=size) | ControlRow(megabytes=size) | MotionRow(megabytes=size) if size:
+            return f"{size} MB, "
+        case EncoderRow(bytes=int(size)):
+            return f"{size / 1e9:.1f} GB, "
+    return ""
+
+
+def _inside(row: Entry) -> str:
+    match row:
+        case AdapterRow(file=inside) | EncoderRow(folder=inside) | ControlRow(folder=inside):
+            return inside
+        case MotionRow(bundled=True):
+            return "motion"
+    return ""
+
+
+def _known(hub_id: str, table: Mapping[str, Entry]) -> Entry | None:
+    """The record of a repository that is given by its id."""
+    return next((row for row in table.values() if row.repo == hub_id and not _inside(row)), None)
+
+
+def _looks_like_a_path(name: str) -> bool:
+    """Whether it is rather a mistyped path: of two parts and with a file's ending, or in a folder here."""
+    owner, *rest = name.split("/")
+    return Path(owner).is_dir() or (len(rest) == 1 and rest[0].endswith(_WEIGHTS))

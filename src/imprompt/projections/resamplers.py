@@ -1,0 +1,293 @@
+"""Projections with a perceiver resampler: queries that gather all patches (plus, FaceID-Plus, SD3.5).
+
+Dimensions as in :mod:`imprompt.projections.modules`; ``D`` is the resampler's width.
+"""
+
+import math
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from imprompt.catalog.variants import Variant
+from imprompt.errors import EncoderMismatch, ModelError, UsageError
+from imprompt.projections.modules import ImageProjection, Shapes, ratio, shape_of
+
+HEAD_WIDTH = 64  # of every published resampler; its number of heads follows from to_q
+
+
+class ResamplerProjection(ImageProjection):
+    """Learned queries that gather all patches (plus; Alayrac et al. 2022), or one raw face embedding."""
+
+    proj_in: nn.Linear
+    layers: nn.ModuleList
+    proj_out: nn.Linear
+    norm_out: nn.LayerNorm
+
+    def __init__(
+        self, variant: Variant, tokens: int, cross_dim: int, feature_width: int, widths: "Widths"
+    ) -> None:
+        super().__init__(variant, tokens, cross_dim, feature_width)
+        self.latents = nn.Parameter(torch.empty(1, tokens, widths.width))
+        _add_resampler(self, feature_width, cross_dim, widths)
+
+    @classmethod
+    def from_shapes(cls, variant: Variant, shapes: Shapes) -> Self:
+        _, tokens, _ = shape_of(shapes, "latents", 3)
+        _, feature_width = shape_of(shapes, "proj_in.weight", 2)
+        cross_dim, _ = shape_of(shapes, "proj_out.weight", 2)
+        return cls(variant, tokens, cross_dim, feature_width, Widths.of(shapes))
+
+    def forward(
+        self, features: Tensor, patches: Tensor | None = None, timestep: Tensor | None = None
+    ) -> Float[Tensor, "N T C"]:
+        self._no_patches(patches)
+        if self.feature == "face":  # each embedding is a sequence of one
+            self._check(features, "N E or N F E", dims=(2, 3))
+            sequence = features.reshape(-1, 1, self.feature_width)
+        else:
+            self._check(features, "N P W", dims=(3,))
+            sequence = features
+        tokens = _resample(self, self.latents.expand(len(sequence), -1, -1), sequence)
+        return tokens.reshape(len(features), -1, self.cross_dim)
+
+    def reset_parameters(self) -> None:
+        """Random weights for training: torch's defaults, and the reference's for the queries."""
+        super().reset_parameters()
+        nn.init.normal_(self.latents, std=self.latents.shape[-1] ** -0.5)
+
+
+class TimedResamplerProjection(ResamplerProjection):
+    """A resampler whose tokens depend on the timestep (InstantX's for SD3.5).
+
+    ``temb`` is the embedded timestep, ``b1, g1, b2, g2`` four parts of each block's linear map of
+    ``SiLU(temb)``: features get ``temb`` added, queries are modulated by ``·(1 + g) + b`` before attention
+    and before the feed-forward.
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        tokens: int,
+        cross_dim: int,
+        feature_width: int,
+        widths: "Widths",
+        frequencies: int,
+    ) -> None:
+        super().__init__(variant, tokens, cross_dim, feature_width, widths)
+        width = widths.width
+        self.time_width = width
+        """Width of the embedded timestep."""
+        self.time_embedding = _TimeEmbedding(frequencies, width)
+        for block in self.layers:
+            assert isinstance(block, nn.ModuleList)
+            block.append(nn.Sequential(nn.SiLU(), nn.Linear(width, 4 * width)))
+
+    @classmethod
+    def from_shapes(cls, variant: Variant, shapes: Shapes) -> Self:
+        _, tokens, _ = shape_of(shapes, "latents", 3)
+        _, feature_width = shape_of(shapes, "proj_in.weight", 2)
+        cross_dim, _ = shape_of(shapes, "proj_out.weight", 2)
+        _, frequencies = shape_of(shapes, "time_embedding.linear_1.weight", 2)
+        return cls(variant, tokens, cross_dim, feature_width, Widths.of(shapes), frequencies)
+
+    def embed_time(self, timestep: Float[Tensor, "N"]) -> Float[Tensor, "N D"]:
+        """The embedded timestep, which the adapter's layers read as well; ``timestep`` is in 0 to 1000."""
+        embedded: Tensor = self.time_embedding(timestep)
+        return embedded
+
+    def forward(
+        self, features: Tensor, patches: Tensor | None = None, timestep: Tensor | None = None
+    ) -> Float[Tensor, "N T C"]:
+        self._no_patches(patches)
+        self._check(features, "N P W", dims=(3,))
+        if timestep is None:
+            raise UsageError(
+                f"a {self.variant.name} projection makes other tokens at each step: pass timestep=."
+            )
+        temb = self.embed_time(timestep.reshape(-1).expand(len(features)))
+        sequence = self.proj_in(features) + temb[:, None]
+        latents = self.latents.expand(len(features), -1, -1)
+        for block in self.layers:
+            assert isinstance(block, nn.ModuleList)
+            attention, feed_forward, modulation = block
+            assert isinstance(feed_forward, nn.Sequential)
+            shift, scale, shift_2, scale_2 = modulation(temb)[:, None].chunk(4, dim=-1)
+            latents = attention(latents, sequence, shift, scale) + latents
+            inner = feed_forward[0](latents) * (1 + scale_2) + shift_2
+            latents = feed_forward[1:](inner) + latents
+        tokens: Tensor = self.norm_out(self.proj_out(latents))
+        return tokens
+
+
+class FaceResamplerProjection(ImageProjection):
+    """Face tokens that gather the face crop's patches (FaceID-Plus), added to themselves in PlusV2."""
+
+    def __init__(
+        self,
+        variant: Variant,
+        tokens: int,
+        feature_width: int,
+        inner: int,
+        cross_dim: int,
+        patch_width: int,
+        widths: "Widths",
+    ) -> None:
+        super().__init__(variant, tokens, cross_dim, feature_width)
+        self.patch_width = patch_width
+        self.proj = nn.Sequential(
+            nn.Linear(feature_width, inner), nn.GELU(), nn.Linear(inner, tokens * widths.width)
+        )
+        self.norm = nn.LayerNorm(widths.width)
+        self.perceiver_resampler = nn.Module()
+        _add_resampler(self.perceiver_resampler, patch_width, cross_dim, widths)
+
+    @classmethod
+    def from_shapes(cls, variant: Variant, shapes: Shapes) -> Self:
+        prefix = "perceiver_resampler."
+        inside = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+        inner, feature_width = shape_of(shapes, "proj.0.weight", 2)
+        rows, _ = shape_of(shapes, "proj.2.weight", 2)
+        (width,) = shape_of(shapes, "norm.weight", 1)
+        _, patch_width = shape_of(inside, "proj_in.weight", 2)
+        cross_dim, _ = shape_of(inside, "proj_out.weight", 2)
+        tokens = ratio(rows, width, "proj.2.weight", "norm.weight")
+        widths = Widths.of(inside, width)
+        return cls(variant, tokens, feature_width, inner, cross_dim, patch_width, widths)
+
+    def forward(
+        self, features: Tensor, patches: Tensor | None = None, timestep: Tensor | None = None
+    ) -> Float[Tensor, "N T C"]:
+        self._check(features, "N E or N F E", dims=(2, 3))
+        if patches is None:
+            raise EncoderMismatch(
+                f"a {self.variant.name} projection needs the face crop's hidden states (width "
+                f"{self.patch_width}) beside the face embedding: pass patches=."
+            )
+        self._check(patches, "N P W or N F P W", dims=(features.ndim + 1,), width=self.patch_width)
+        if patches.shape[:-2] not in (features.shape[:-1], (1,) * (features.ndim - 1)):
+            raise EncoderMismatch(
+                f"{tuple(features.shape[:-1])} face embeddings need as many crops, "
+                f"got {tuple(patches.shape[:-2])}."
+            )
+        faces = self.norm(self.proj(features).reshape(-1, self.tokens, self.norm.normalized_shape[0]))
+        sequence = patches.flatten(0, -3).expand(len(faces), -1, -1)
+        tokens = _resample(self.perceiver_resampler, faces, sequence)
+        if self.variant.shortcut:
+            tokens = faces + self.s_scale * tokens
+        return tokens.reshape(len(features), -1, self.cross_dim)
+
+    def negative(
+        self, features: Tensor | None = None, timestep: Tensor | None = None
+    ) -> Float[Tensor, "1 T C"]:
+        if features is None:
+            raise UsageError(
+                "negative tokens of FaceID-Plus are made of a zero face embedding and the encoder's features "
+                "of an all-zero preprocessed tensor (Kolors': zeros of their shape): pass them."
+            )
+        return self(self._zeros(), features)
+
+
+class Widths:
+    """Inner sizes of a resampler: width ``D``, depth, heads' total width, and each feed-forward's width."""
+
+    def __init__(self, width: int, depth: int, inner: int, hidden: int) -> None:
+        self.width, self.depth, self.inner, self.hidden = width, depth, inner, hidden
+
+    @classmethod
+    def of(cls, shapes: Shapes, width: int | None = None) -> Self:
+        """Read from a resampler's shapes. Raises :class:`ModelError` for what no resampler has."""
+        blocks = {key.split(".")[1] for key in shapes if key.startswith("layers.")}
+        depth = 1 + max((int(block) for block in blocks if block.isdecimal()), default=0)
+        if depth > len(blocks):
+            raise ModelError(
+                f"the resampler's blocks are not numbered 0 to {depth - 1}: found {sorted(blocks)}."
+            )
+        inner, columns = shape_of(shapes, "layers.0.0.to_q.weight", 2)
+        hidden, _ = shape_of(shapes, "layers.0.1.1.weight", 2)
+        if inner % HEAD_WIDTH:
+            raise ModelError(
+                f"'layers.0.0.to_q.weight' has {inner} rows, not a multiple of {HEAD_WIDTH}, a head's width."
+            )
+        return cls(width or columns, depth, inner, hidden)
+
+
+class _TimeEmbedding(nn.Module):
+    """Cosines and sines of the timestep through two linear layers, as diffusers' ``TimestepEmbedding``."""
+
+    def __init__(self, frequencies: int, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(frequencies, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, timestep: Float[Tensor, "N"]) -> Float[Tensor, "N D"]:
+        half = self.linear_1.in_features // 2
+        steps = torch.arange(half, device=timestep.device, dtype=torch.float32)
+        angles = timestep.float()[:, None] * torch.exp(-math.log(10_000) / half * steps)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
+        embedded: Tensor = self.linear_2(functional.silu(self.linear_1(waves)))
+        return embedded
+
+
+class _Attention(nn.Module):
+    """Latents attend to the features and to themselves; keys and values are stacked in ``to_kv``."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, inner, bias=False)
+        self.to_kv = nn.Linear(width, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, width, bias=False)
+
+    def forward(
+        self,
+        latents: Float[Tensor, "N T D"],
+        features: Float[Tensor, "N P D"],
+        shift: Float[Tensor, "N 1 D"] | None = None,
+        scale: Float[Tensor, "N 1 D"] | None = None,
+    ) -> Float[Tensor, "N T D"]:
+        latents = self.norm2(latents)
+        if shift is not None and scale is not None:
+            latents = latents * (1 + scale) + shift
+        query = self.to_q(latents)
+        key, value = self.to_kv(torch.cat([self.norm1(features), latents], dim=1)).chunk(2, dim=-1)
+        heads = (x.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2) for x in (query, key, value))
+        # The published d^(-1/4) on both q and k is this scale, kept apart there for the range of fp16.
+        gathered = functional.scaled_dot_product_attention(*heads)
+        out: Tensor = self.to_out(gathered.transpose(1, 2).flatten(2))
+        return out
+
+
+def _add_resampler(owner: Any, feature_width: int, cross_dim: int, widths: Widths) -> None:
+    width, hidden = widths.width, widths.hidden
+    owner.proj_in = nn.Linear(feature_width, width)
+    owner.layers = nn.ModuleList(
+        nn.ModuleList(
+            [
+                _Attention(width, widths.inner),
+                nn.Sequential(
+                    nn.LayerNorm(width),
+                    nn.Linear(width, hidden, bias=False),
+                    nn.GELU(),
+                    nn.Linear(hidden, width, bias=False),
+                ),
+            ]
+        )
+        for _ in range(widths.depth)
+    )
+    owner.proj_out = nn.Linear(width, cross_dim)
+    owner.norm_out = nn.LayerNorm(cross_dim)
+
+
+def _resample(
+    owner: Any, latents: Float[Tensor, "N T D"], features: Float[Tensor, "N P W"]
+) -> Float[Tensor, "N T C"]:
+    features = owner.proj_in(features)
+    for attention, feed_forward in owner.layers:
+        latents = attention(latents, features) + latents
+        latents = feed_forward(latents) + latents
+    tokens: Tensor = owner.norm_out(owner.proj_out(latents))
+    return tokens

@@ -1,0 +1,298 @@
+"""Weight files: the one door through which tensors come in from ``.safetensors``, and out to it.
+
+A file is checked before a tensor is read: that it is no pickle, web page or pointer, that its header is small
+and agrees with the file's size. Small files (adapters, features, embeddings) are copied into own memory, so
+that they may change on the disk while in use. Pickles are read by :func:`load_pickle` alone, as data.
+"""
+
+import contextlib
+import importlib
+import pickle
+import struct
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from imprompt.errors import ImpromptError, InputError, ModelError, first_line
+from imprompt.io import write_atomic
+
+Header: TypeAlias = dict[str, tuple[str, tuple[int, ...]]]
+"""Key → (dtype as safetensors names it, shape)."""
+
+MAX_HEADER = 4 * 1024 * 1024
+"""Largest header that is read, in bytes; that of SDXL's UNet has 0.2 MB."""
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".ipadpt")
+_NO_WEIGHTS = {
+    b"version https://git-lfs": "is a Git LFS pointer; the weights behind it were never fetched",
+    b"<!doctype": "is a web page; the download gave an error page or a login form",
+    b"<html": "is a web page; the download gave an error page or a login form",
+    b"gguf": "is a GGUF file",
+}
+
+
+def read_header(path: Path) -> tuple[Header, dict[str, str]]:
+    """Dtypes and shapes of a ``.safetensors`` file's tensors, and its metadata; no tensor is read.
+
+    Raises :class:`ModelError` for what is missing, a folder, empty, a pickle by whatever name, truncated or
+    damaged.
+    """
+    with open_tensors(path) as file:
+        header: Header = {}
+        for key in file.keys():  # noqa: SIM118  # no mapping
+            part = file.get_slice(key)
+            header[key] = part.get_dtype(), tuple(part.get_shape())
+        return header, file.metadata() or {}
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a ``.safetensors`` file, in own memory. Raises as :func:`read_header` does."""
+    return {key: tensor.clone() for key, tensor in iter_tensors(path)}
+
+
+def iter_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Key and tensor, one after the other, mapped from the file. Raises as :func:`read_header` does."""
+    with open_tensors(path) as file:
+        for key in file.keys():  # noqa: SIM118  # no mapping
+            yield key, file.get_tensor(key)
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path, error: type[ImpromptError] = ModelError) -> Iterator[Any]:
+    """A ``.safetensors`` file, checked and open (safetensors' ``safe_open`` for torch).
+
+    Whatever is wrong with it, also while it is read, is raised as ``error``, in one line.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    check_start(path, error)
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as wrong:
+        if isinstance(wrong, ImpromptError):
+            raise
+        raise error(f"'{path}' is truncated or damaged ({_fault(wrong)}). Get it again.") from wrong
+
+
+def check_start(path: Path, error: type[ImpromptError] = ModelError) -> None:
+    """Raise ``error`` for a file that is not there or empty, or whose first bytes are not those of a
+    ``.safetensors`` file with a header of at most :data:`MAX_HEADER` bytes."""
+    size = _size(path, error)
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as wrong:
+        raise error(f"'{path}' cannot be read: {wrong.strerror or wrong}.") from wrong
+    _check_kind(path, start, error)
+    if size < 8:
+        raise error(f"'{path}' is truncated: {size} bytes are no safetensors file.")
+    (length,) = struct.unpack("<Q", start[:8])
+    if length > MAX_HEADER:
+        raise error(
+            f"'{path}' is no safetensors file that is read here: it would have a header of {length:,} bytes."
+        )
+    if length > size - 8:
+        raise error(
+            f"'{path}' is truncated: its header alone takes {length:,} bytes, the file has {size:,}. "
+            "Get it again."
+        )
+
+
+def load_pickle(path: Path) -> dict[str, Tensor]:
+    """Tensors of a pickled ``.bin``, ``.pt`` or ``.ckpt``, flat, with dots between nested keys.
+
+    Raises :class:`ModelError` as :func:`unpickle` does, and for what holds anything but tensors.
+    """
+    content = unpickle(path)
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise ModelError(f"'{path}' holds a {type(content).__name__}; a table of tensors was expected.")
+    return flatten(content, f"'{path}'")
+
+
+def unpickle(path: Path) -> object:
+    """What torch pickled into a file: data only (``weights_only``), never code.
+
+    Raises :class:`ModelError` for what needs more than that, and for what is damaged.
+    """
+    _size(path, ModelError)
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start.startswith((b"PK", b"\x80")):
+        raise ModelError(f"'{path}' is no pickle of torch; convert reads .bin, .pt and .ckpt files.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"'{path}' holds more than tensors, or is damaged; nothing in it was run. Get the adapter "
+            "from its author as .safetensors."
+        ) from error
+    except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"'{path}' is damaged or truncated: {_reason(error)} Get it again.") from error
+
+
+def flatten(nested: Mapping[str, object], what: str) -> dict[str, Tensor]:
+    """Nested tables of tensors as one, dots between the keys.
+
+    Raises :class:`ModelError` for anything but tensors, and for tables that contain themselves.
+    """
+    flat: dict[str, Tensor] = {}
+    for key, value in _leaves(nested, "", what, ()):
+        if not isinstance(value, torch.Tensor):
+            raise ModelError(f"{what} has a {type(value).__name__} at '{key}'; only tensors are expected.")
+        if value.layout is not torch.strided or value.is_quantized:
+            raise ModelError(f"{what} has a sparse or quantised tensor at '{key}'; a plain one is expected.")
+        if key in flat:
+            raise ModelError(f"{what} has '{key}' twice.")
+        flat[key] = value
+    return flat
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    path: Path,
+    *,
+    overwrite: bool = True,
+    error: type[ImpromptError] = ModelError,
+) -> None:
+    """Write a ``.safetensors`` file whole or not at all. Raises ``error`` when it cannot be written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save
+
+    if not path.parent.is_dir():
+        raise error(f"'{path}' cannot be written: there is no folder '{path.parent}'.")
+    seen: set[int] = set()
+    plain = {}
+    for key, value in tensors.items():
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:  # the format has no shared memory
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        plain[key] = tensor
+    try:
+        write_atomic(path, save(plain, dict(metadata)), overwrite=overwrite)
+    except (SafetensorError, InputError, FileExistsError) as wrong:
+        raise error(f"'{path}' cannot be written: {_reason(wrong)}") from wrong
+
+
+def not_finite(tensor: Tensor) -> bool:
+    """Whether a floating-point tensor holds NaN or infinity.
+
+    Looks at the bits, in pieces that fit a processor's cache: many times faster than ``isfinite`` on the CPU.
+    """
+    if tensor.is_meta:
+        return False
+    if tensor.device.type != "cpu" or tensor.dtype not in _EXPONENTS:
+        return not bool(torch.isfinite(tensor).all())
+    integer, infinity = _EXPONENTS[tensor.dtype]
+    bits = tensor.detach().contiguous().view(integer).flatten()
+    piece = torch.empty(min(_PIECE, bits.numel()), dtype=integer)
+    for start in range(0, bits.numel(), _PIECE):
+        some = bits[start : start + _PIECE]
+        # Without the sign, all that is not finite is at least infinity.
+        if (
+            int(torch.bitwise_and(some, torch.iinfo(integer).max, out=piece[: some.numel()]).max())
+            >= infinity
+        ):
+            return True
+    return False
+
+
+@contextlib.contextmanager
+def silence_library_logging() -> Iterator[None]:
+    """While open, diffusers and transformers say nothing about loading.
+
+    Their log levels and progress bars, and the filters of warnings, are afterwards as the user had them.
+    """
+    import transformers.utils.logging
+
+    libraries: list[Any] = [transformers.utils.logging]
+    if "diffusers" in sys.modules:  # not imported for this alone
+        libraries.append(importlib.import_module("diffusers.utils.logging"))
+    before = [(each.get_verbosity(), each.is_progress_bar_enabled()) for each in libraries]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch_dtype.*is deprecated.*")
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")
+            for library in libraries:
+                library.set_verbosity_error()
+                library.disable_progress_bar()
+            yield
+    finally:
+        for library, (verbosity, bar) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()
+
+
+# ---- private
+
+_PIECE = 1 << 17
+_EXPONENTS = {  # dtype → integers of its width, and the bits of infinity
+    torch.float16: (torch.int16, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float32: (torch.int32, 0x7F80_0000),
+    torch.float64: (torch.int64, 0x7FF0_0000_0000_0000),
+}
+
+
+def _size(path: Path, error: type[ImpromptError]) -> int:
+    if path.is_dir():
+        raise error(f"'{path}' is a folder; the weights' file is expected.")
+    if not path.is_file():
+        raise error(f"there is no file '{path}'.")
+    size = path.stat().st_size
+    if not size:
+        raise error(f"'{path}' is empty. Get it again.")
+    return size
+
+
+def _check_kind(path: Path, start: bytes, error: type[ImpromptError]) -> None:
+    # No safetensors file with a header of at most 4 MB begins like a zip archive or a pickle's protocol.
+    if start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and start[8:9] != b"{"):
+        renamed = path.suffix not in _PICKLES
+        named = f" under the name of a {path.suffix or 'file'}" if renamed else ""
+        target = f"{path.stem}{'.converted' if renamed else ''}.safetensors"
+        raise error(
+            f"'{path}' is a pickle{named}, and unpickling can run code. Make it safe first: "
+            f"imprompt convert {path.name} {target}"
+        )
+    for mark, reason in _NO_WEIGHTS.items():
+        if start.lstrip().lower().startswith(mark):
+            raise error(f"'{path}' {reason}.")
+    if path.suffix in _PICKLES:
+        raise error(
+            f"'{path}' is named as a pickle, which is not opened here: imprompt convert makes a .safetensors "
+            "of it."
+        )
+
+
+def _leaves(
+    nested: Mapping[Any, object], prefix: str, what: str, above: tuple[int, ...]
+) -> Iterator[tuple[str, object]]:
+    if id(nested) in above or len(above) > 16:
+        raise ModelError(f"{what} contains itself, or is nested too deeply, at '{prefix}'.")
+    for key, value in nested.items():
+        if not isinstance(key, str):
+            raise ModelError(f"{what} has the key {key!r}; keys are text.")
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.", what, (*above, id(nested)))
+        else:
+            yield prefix + key, value
+
+
+def _fault(error: BaseException) -> str:
+    return _reason(error).removeprefix("Error while deserializing header: ").rstrip(".")
+
+
+def _reason(error: BaseException) -> str:
+    return first_line(error).rstrip(".") + "."
