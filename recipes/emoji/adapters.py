@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 from common import DATA, MODEL, RUNS, Row, cosine, load_pictures, load_rows
+from data import hashed
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -37,13 +38,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from unet import Captions
 
-from data import hashed
 from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.data.rows import read_dataset
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.training import TrainConfig, train
-from imprompt.training.cache import encode_features
+from imprompt.training.cache import ClipFeatures, encode_features
 
 NAMES = {"linear": "ip-adapter_emoji.safetensors", "resampler": "ip-adapter-plus_emoji.safetensors"}
 
@@ -152,7 +152,9 @@ def from_captions(kind: str, config: TrainConfig, steps: int, batch: int = 48) -
     rows = read_dataset(config.data).rows
     feature = {"linear": "pooled", "resampler": "hidden"}[kind]
     encoder = ImageEncoder.from_pretrained(str(MODEL / "image_encoder"), torch_dtype=torch.float32)
-    table, negative = encode_features(rows, encoder, feature, config, (128, 128))
+    reader = ClipFeatures(encoder, feature)
+    table = encode_features(rows, reader, config, [(128, 128)] * len(rows))
+    negative = reader.negative()[feature]
     names = {row.name for row in rows}
     everything = load_rows("all", None)
     records: dict[str, Row] = {row["file_name"]: row for row in everything if row["file_name"] in names}
@@ -212,8 +214,9 @@ def main() -> None:
         "data": rows_of(args.vocabulary, args.beside, args.often, args.most),
         "base": str(MODEL), "kind": args.kind,
         "output": RUNS / (args.name or f"adapter-{args.kind}"), "cache": RUNS / "adapter-cache",
-        "resume": True, "steps": max(1, args.steps), "minutes": args.minutes, "batch": args.batch,
-        "lr": args.lr, "schedule": "cosine", "warmup": min(50, args.steps // 10), "ema": 0.997,
+        "resume": True, "init": None, "steps": max(1, args.steps), "minutes": args.minutes,
+        "batch": args.batch, "lr": args.lr, "schedule": "cosine", "warmup": min(50, args.steps // 10),
+        "ema": 0.997,
         "betas": (0.9, 0.98), "latent": "mean",
         "references": (("self", 0.4), ("concept", 0.2), ("style", 0.4)),
         "captions": {

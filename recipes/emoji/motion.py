@@ -33,6 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import DATA, HERE, MODEL, RUNS, Ema, Loop, Row, load_rows, progress_mean, save_half
+from data import SIZE, bare, fetch, hashed, members, on_white
 from diffusers import AutoencoderKL, DDIMScheduler, MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from PIL import Image
@@ -40,8 +41,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 from unet import SCHEDULE, Captions, caption_of
-
-from data import SIZE, bare, fetch, hashed, members, on_white
 
 FRAMES = 16
 SHARED = 0.8

@@ -2,15 +2,18 @@
 
 import pytest
 import torch
+from PIL import Image
+from safetensors import safe_open
 
 import tiny
 from imprompt.data.rows import read_dataset
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.errors import ModelError
 from imprompt.training import cache
-from imprompt.training.cache import encode_features, encode_latents, fingerprint
+from imprompt.training.cache import ClipFeatures, Ranks, encode_features, encode_latents, fingerprint
 
 CPU = torch.device("cpu")
+SIDE = [(32, 32)] * 7
 
 
 @pytest.fixture
@@ -23,90 +26,133 @@ def vae():
     return tiny.tiny_sd().vae
 
 
-def test_latents_are_the_vaes_own(rows, vae, make_config):
-    table = encode_latents(rows, vae, make_config(), (32, 32), CPU)
-    from PIL import Image
+def shards(config):
+    return sorted(config.cache_folder.rglob("*.safetensors"))
 
+
+def test_latents_are_the_vaes_own(rows, vae, make_config):
+    table = encode_latents(rows, vae, make_config(), SIDE, CPU)
     crop = Image.open(rows[2].file).crop((4, 0, 36, 32))
     pixels = torch.tensor(list(crop.tobytes()), dtype=torch.float32).view(1, 32, 32, 3).permute(0, 3, 1, 2)
     with torch.no_grad():
         expected = vae.encode(pixels / 127.5 - 1).latent_dist
     scale = vae.config.scaling_factor
-    assert torch.allclose(table.rows("mean", [2])[0], expected.mean[0] * scale, atol=2e-3)
-    assert torch.allclose(table.rows("std", [2])[0], expected.std[0] * scale, atol=2e-3)
+    assert torch.allclose(table.rows("mean", [2], [0])[0], expected.mean[0] * scale, atol=2e-3)
+    assert torch.allclose(table.rows("std", [2], [0])[0], expected.std[0] * scale, atol=2e-3)
+    # SDXL's conditions: original height and width, top and left of the crop, height and width of the target
+    assert table.rows("crop", [2]).tolist() == [[32, 40, 0, 4, 32, 32]]
 
 
-def test_nothing_is_encoded_twice(rows, vae, make_config, monkeypatch):
-    encode_latents(rows, vae, make_config(), (32, 32), CPU)
-    monkeypatch.setattr(type(vae), "encode", lambda *_: pytest.fail("encoded again"))
-    table = encode_latents(rows, vae, make_config(), (32, 32), CPU)
-    assert table.rows("mean", [0]).shape == (1, 4, 16, 16)
+def test_a_mirrored_target_is_the_mirrored_picture(rows, vae, make_config):
+    from PIL import ImageOps
+
+    table = encode_latents(rows, vae, make_config(flip=0.5), SIDE, CPU)
+    ImageOps.mirror(Image.open(rows[2].file)).save(rows[2].file)
+    turned = encode_latents(rows, vae, make_config(), SIDE, CPU)
+    assert torch.allclose(table.rows("mean", [2], [1]), turned.rows("mean", [2], [0]), atol=2e-3)
+    assert not torch.allclose(table.rows("mean", [2], [0]), turned.rows("mean", [2], [0]), atol=2e-2)
 
 
-def test_another_picture_another_encoder_or_another_size_is_encoded_anew(rows, vae, make_config):
-    def files():
-        return {path.name for path in make_config().cache_folder.iterdir()}
+def test_one_new_picture_is_encoded_alone(rows, vae, make_config):
+    config = make_config()
+    before = encode_latents(rows, vae, config, SIDE, CPU).rows("mean", range(7), [0] * 7)
+    old = shards(config)
+    tiny.picture(50, (40, 32)).save(rows[3].file)
+    after = encode_latents(rows, vae, config, SIDE, CPU).rows("mean", range(7), [0] * 7)
+    (new,) = set(shards(config)) - set(old)
+    with safe_open(new, "pt") as file:
+        assert len(list(file.keys())) == 3  # mean, std and crop of one picture
+    same = [bool(torch.equal(a, b)) for a, b in zip(before, after, strict=True)]
+    assert same == [True, True, True, False, True, True, True]
 
-    encode_latents(rows, vae, make_config(), (32, 32), CPU)
-    first = files()
-    encode_latents(rows, vae, make_config(), (16, 16), CPU)
-    second = files()
+
+def test_another_encoder_or_another_size_is_encoded_anew(rows, vae, make_config):
+    config = make_config()
+    encode_latents(rows, vae, config, SIDE, CPU)
+    first = set(shards(config))
+    encode_latents(rows, vae, config, [(16, 16)] * 7, CPU)
+    second = set(shards(config))
     with torch.no_grad():
         next(vae.parameters()).add_(0.1)
-    encode_latents(rows, vae, make_config(), (32, 32), CPU)
-    third = files()
-    tiny.picture(50, (40, 32)).save(rows[0].file)
-    encode_latents(rows, vae, make_config(), (32, 32), CPU)
-    assert len(first) < len(second) < len(third) < len(files())
+    encode_latents(rows, vae, config, SIDE, CPU)
+    assert len(first) < len(second) < len(shards(config))
+    untouched = {path.stat().st_mtime_ns for path in shards(config)}
+    encode_latents(rows, vae, config, SIDE, CPU)
+    assert {path.stat().st_mtime_ns for path in shards(config)} == untouched
 
 
-def test_a_damaged_shard_is_made_anew(rows, vae, make_config):
-    before = encode_latents(rows, vae, make_config(), (32, 32), CPU).rows("mean", range(7))
-    (shard,) = make_config().cache_folder.iterdir()
-    shard.write_bytes(shard.read_bytes()[:50])
-    assert torch.equal(encode_latents(rows, vae, make_config(), (32, 32), CPU).rows("mean", range(7)), before)
+@pytest.mark.parametrize("damage", [lambda b: b[:50], lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]])
+def test_a_damaged_shard_is_noticed_by_one_flipped_bit_and_made_anew(rows, vae, make_config, damage):
+    before = encode_latents(rows, vae, make_config(), SIDE, CPU).rows("mean", range(7), [0] * 7)
+    (shard,) = shards(make_config())
+    shard.write_bytes(damage(shard.read_bytes()))
+    again = encode_latents(rows, vae, make_config(), SIDE, CPU)
+    assert torch.equal(again.rows("mean", range(7), [0] * 7), before)
 
 
-def test_a_broken_picture_is_reported_and_stops_nothing(rows, vae, make_config):
+def test_pictures_that_cannot_be_trained_on_are_reported_and_stop_nothing(rows, vae, make_config):
     rows[1].file.write_bytes(rows[1].file.read_bytes()[:90])
     rows[3].file.unlink()
+    Image.new("RGB", (1, 1)).save(rows[4].file)
+    Image.new("RGB", (4000, 1)).save(rows[5].file)
     for _ in range(2):  # from the encoder, then from disk
-        table = encode_latents(rows, vae, make_config(), (32, 32), CPU)
-        assert set(table.rejected) == {1, 3}
-        assert table.rows("mean", [0, 2]).isfinite().all()
+        table = encode_latents(rows, vae, make_config(), SIDE, CPU)
+        assert set(table.rejected) == {1, 3, 4, 5}
+        assert "4000×1 pixels: too small or too narrow" in table.rejected[5]
+        assert table.rows("mean", [0, 2], [0, 0]).isfinite().all()
+
+
+def test_without_a_cache_the_same_is_encoded_at_every_step(rows, vae, make_config):
+    rows[1].file.write_bytes(b"no picture")
+    stored = encode_latents(rows, vae, make_config(), SIDE, CPU)
+    live = encode_latents(rows, vae, make_config(cache="none"), SIDE, CPU)
+    assert live.rejected.keys() == stored.rejected.keys() == {1}
+    found = [table.rows("mean", [4, 2], [0, 0]) for table in (stored, live)]
+    assert torch.allclose(*found, atol=2e-3)
+
+
+def test_several_processes_share_the_encoding(rows, vae, make_config):
+    whole = encode_latents(rows, vae, make_config(), SIDE, CPU).rows("mean", range(7), [0] * 7)
+    config = make_config(cache=make_config().output / "shared")
+    for rank in (0, 1):  # one after the other: what each finds missing is its share of what is left
+        encode_latents(rows, vae, config, SIDE, CPU, Ranks(rank, 2))
+    assert len(shards(config)) == 2
+    encode_latents(rows, vae, config, SIDE, CPU, Ranks(0, 2))
+    encode_latents(rows, vae, config, SIDE, CPU)
+    table = encode_latents(rows, vae, config, SIDE, CPU)
+    assert torch.allclose(table.rows("mean", range(7), [0] * 7), whole, atol=1e-3)
 
 
 def test_a_table_reads_the_same_from_disk_as_from_memory(rows, make_config, monkeypatch):
-    encoder = ImageEncoder(*tiny.tiny_encoder())
+    encoder = ClipFeatures(ImageEncoder(*tiny.tiny_encoder()), "hidden")
     config = make_config(views=3)
-    table, _ = encode_features(rows, encoder, "hidden", config, (32, 32))
+    table = encode_features(rows, encoder, config, SIDE)
     monkeypatch.setattr(cache, "IN_MEMORY", 0)
-    lazy, _ = encode_features(rows, encoder, "hidden", config, (32, 32))
-    assert lazy._loaded is None
+    lazy = encode_features(rows, encoder, config, SIDE)
     assert torch.equal(lazy.rows("hidden", [4, 1], [2, 0]), table.rows("hidden", [4, 1], [2, 0]))
 
 
 def test_several_shards_keep_the_rows_order(rows, vae, make_config, monkeypatch):
-    whole = encode_latents(rows, vae, make_config(), (32, 32), CPU).rows("mean", range(7))
+    whole = encode_latents(rows, vae, make_config(), SIDE, CPU).rows("mean", range(7), [0] * 7)
     monkeypatch.setattr(cache, "SHARD", 3)
-    split = encode_latents(rows, vae, make_config(), (32, 32), CPU)
-    assert torch.allclose(split.rows("mean", range(7)), whole, atol=1e-3)
+    split = encode_latents(rows, vae, make_config(cache=make_config().output / "split"), SIDE, CPU)
+    assert torch.allclose(split.rows("mean", range(7), [0] * 7), whole, atol=1e-3)
 
 
 def test_versions_of_a_reference_differ_and_the_first_is_the_picture(rows, make_config):
-    encoder = ImageEncoder(*tiny.tiny_encoder())
-    plain, _ = encode_features(rows, encoder, "pooled", make_config(), (32, 32))
-    varied, negative = encode_features(rows, encoder, "pooled", make_config(views=3), (32, 32))
+    encoder = ClipFeatures(ImageEncoder(*tiny.tiny_encoder()), "pooled")
+    plain = encode_features(rows, encoder, make_config(), SIDE)
+    varied = encode_features(rows, encoder, make_config(views=3), SIDE)
     assert torch.allclose(varied.rows("pooled", [2], [0]), plain.rows("pooled", [2], [0]), atol=1e-3)
     assert not torch.allclose(varied.rows("pooled", [2], [1]), varied.rows("pooled", [2], [2]), atol=1e-3)
-    assert torch.equal(negative, torch.zeros(1, tiny.POOLED))
+    assert torch.equal(encoder.negative()["pooled"], torch.zeros(1, tiny.POOLED))
 
 
 def test_an_encoder_that_gives_nan_is_an_error(rows, vae, make_config):
     with torch.no_grad():
         next(vae.parameters()).fill_(float("nan"))
     with pytest.raises(ModelError, match="not finite"):
-        encode_latents(rows, vae, make_config(), (32, 32), CPU)
+        encode_latents(rows, vae, make_config(), SIDE, CPU)
 
 
 def test_a_fingerprint_sees_every_weight():

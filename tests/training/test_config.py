@@ -28,6 +28,12 @@ def checked(**values):
         ({"references": [("self", 1.5), ("style", -0.5)]}, "above 0"),
         ({"kind": "linnear"}, "linear"),
         ({"learning_rate": 1e-4}, "learning_rate: no such field; known are data, .*, lr"),
+        ({"stepz": 5}, "stepz: no such field; did you mean 'steps'"),
+        (
+            {"augmentation": {"colr": 0.1}},
+            "augmentation.colr: no such field; did you mean 'colour'.*crop",
+        ),
+        ({"kind": "plu"}, "plus"),
         ({"augmentation": {"crop": 1.0}}, "crop"),
     ],
 )
@@ -53,8 +59,20 @@ def test_an_unreadable_file_is_a_usage_error(tmp_path, name, text):
         TrainConfig.read(tmp_path / name)
 
 
+def test_a_resampler_is_called_plus():
+    assert checked(kind="plus").kind == checked(kind="resampler").kind == "plus"
+
+
+def test_what_is_left_open_is_chosen_by_the_pictures_and_the_start():
+    few, many = checked().resolved("linear", 20, True), checked().resolved("linear", 20_000, False)
+    assert (few.steps, few.lr) == (300, 3e-5)
+    assert (many.steps, many.lr) == (20_000, 1e-4)
+    assert checked(steps=7, lr=1.0).resolved("plus", 20, True).steps == 7
+
+
 def test_identity_leaves_out_what_a_resumed_run_may_change():
     first, second = checked(steps=10, workers=1), checked(steps=20, workers=4, resume=True)
     assert first.identity() == second.identity()
-    assert first.identity() != checked(lr=2e-4).identity()
+    assert first.identity() == checked(lr=2e-4).identity()
+    assert first.identity() != checked(ema=0.5).identity()
     json.dumps(first.identity())

@@ -1,31 +1,73 @@
-"""``imprompt evaluate``: measure a base and its adapters on held-out pictures."""
+"""``imprompt evaluate``: measure adapters on pictures of yours, and compare them."""
 
 import argparse
+from pathlib import Path
 
-from imprompt.errors import InputError
-
-HELP = "measure the bundled model, or another, on held-out pictures"
+HELP = "measure adapters on pictures of yours, and compare them on the same seeds"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", help="diffusers folder with eval/ and judge.safetensors")
-    parser.add_argument("--judge", help="another judge")
-    parser.add_argument("--eval-set", help="another evaluation set")
-    parser.add_argument("--adapter", action="append", help="adapter file (repeatable); default: the base's")
-    parser.add_argument("-n", metavar="N", help="pictures per figure; default 48")
-    for flag in ("steps", "guidance", "seed", "device"):
-        parser.add_argument(f"--{flag}")
-    parser.add_argument("--json", help="write figures and settings to this file")
+    from imprompt.evaluation.config import EvaluateConfig
+
+    fields = EvaluateConfig.model_fields
+
+    def field(flag: str, name: str | None = None, **options: object) -> None:
+        name = name or flag.lstrip("-").replace("-", "_")
+        about = (fields[name].description or "").replace("%", "%%")
+        parser.add_argument(flag, dest=name, help=about or None, default=None, **options)  # type: ignore[arg-type]
+
+    parser.add_argument("source", nargs="?", help=fields["source"].description)
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME[,scale=X][,profile=NAME][,label=TEXT]",
+        help="an adapter to measure; give it several times to compare; default: the base's default adapter",
+    )
+    field("--base", metavar="NAME")
+    field("--prompts", metavar="FILE")
+    field("--only", metavar="TAG")
+    field("-n", "n", metavar="N")
+    field("--samples", metavar="K")
+    field("--scales", metavar="X,X,…")
+    field("--steps", metavar="N")
+    field("--guidance", metavar="X")
+    field("--seed", metavar="N")
+    field("--device")
+    field("--clip", metavar="NAME")
+    field("--dino", metavar="NAME")
+    field("--face-model", metavar="FOLDER")
+    field("-o", "output", metavar="FOLDER")
+    parser.add_argument("--json", metavar="FILE", help="also write figures and settings to this file")
+    parser.add_argument("-q", "--quiet", action="store_true", default=None, help="no progress bar")
 
 
 def run(args: argparse.Namespace) -> int:
-    from imprompt.evaluation.report import main as report
+    from imprompt.evaluation.config import Contender, EvaluateConfig
 
-    words: list[str] = []
-    for name, value in vars(args).items():
-        flag = "-n" if name == "n" else "--" + name.replace("_", "-")
-        for each in value if isinstance(value, list) else [value]:
-            words += [] if each is None else [flag, each]
-    if code := report(words):
-        raise InputError(f"the evaluation ended with exit code {code}.")
+    stated = {name: value for name, value in vars(args).items() if value is not None}
+    contenders = tuple(Contender.parse(text) for text in stated.pop("adapter"))
+    target = Path(stated.pop("json")) if "json" in stated else None
+    if "scales" in stated:
+        stated["scales"] = tuple(part for part in stated["scales"].split(",") if part)
+    stated = {name: value for name, value in stated.items() if name in EvaluateConfig.model_fields}
+    config = EvaluateConfig.checked({**stated, "contenders": contenders})
+
+    from imprompt.evaluation import report as reports
+    from imprompt.evaluation.run import evaluate
+    from imprompt.io import write_atomic
+
+    if target is not None:
+        reports.check_target(target)
+    if config.output is not None:
+        reports.check_target(config.output / "report.html")
+        reports.check_html()
+    found = evaluate(config)
+    print(reports.table(found), end="")
+    if target is not None:
+        write_atomic(target, reports.to_json(found).encode(), overwrite=True)
+    if config.output is not None:
+        write_atomic(config.output / "report.json", reports.to_json(found).encode(), overwrite=True)
+        write_atomic(config.output / "report.html", reports.html(found).encode(), overwrite=True)
+        print(config.output / "report.html")
     return 0

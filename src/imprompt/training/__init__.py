@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from imprompt.training.config import Augmentation, TrainConfig
 
 if TYPE_CHECKING:
-    from imprompt.training.loop import train
+    from imprompt.training.trainer import train
 
 __all__ = ["Augmentation", "TrainConfig", "train"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "train":
-        from imprompt.training.loop import train
+        from imprompt.training.trainer import train
 
         return train
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,9 +1,10 @@
 """Everything frozen is computed once: latents, text states and image features of the whole set, on disk.
 
 The reference scripts encode picture, caption and reference anew in every step, half of their time. Here each
-is encoded once and kept in safetensors shards named by what they were made from (the pictures' bytes, the
-encoder's weights, the settings), so a shard can be stale only by a hash collision, and another run on the
-same data finds it. Training then runs UNet and adapter only.
+is encoded once and kept under a hash of its content, in a folder named by what encoded it (weights and
+settings): a new picture is encoded alone, and another run on the same data finds the rest. Shards are named
+by a hash of their own bytes, so a damaged one is noticed and its pictures are encoded again. Processes share
+the encoding. Without a cache folder, pictures are encoded at every step.
 """
 
 from __future__ import annotations
@@ -14,66 +15,131 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from imprompt.data.rows import Rejected, Row
 from imprompt.encoders.images import load_image
-from imprompt.errors import ImpromptError, ModelError
+from imprompt.errors import ImpromptError, InputError, ModelError
 from imprompt.training.config import TrainConfig
-from imprompt.training.data import augment, crop_to_shape
+from imprompt.training.data import augment, crop_box
+from imprompt.training.folder import disk_errors, save_tensors
 
 SHARD = 256  # pictures or captions a file: an interrupted encoding loses at most so many
 ENCODE_BATCH = 16
 IN_MEMORY = 4 * 2**30  # bytes of one table up to which it is read whole; above, rows are read from disk
 REFERENCE_SIDE = 512  # references are kept at this size while they wait for the encoder
+LEAST_SIDE, LARGEST_RATIO = 8, 10  # of a picture worth training on
 
-Encoded = tuple[dict[str, Tensor], dict[int, str]]
+Item: TypeAlias = "dict[str, Tensor] | str"
+"""The tensors of one picture or caption, or why it cannot be used."""
 
 
-class Table:
-    """Rows of several tensors, spread over shards; reads a few rows at a time.
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that share the encoding, and how to wait for all of them."""
 
-    ``rejected``: row number to reason, for rows that could not be encoded (their values are zeros).
-    """
+    index: int = 0
+    count: int = 1
+    wait: Callable[[], None] = lambda: None
 
-    def __init__(self, shards: Sequence[Path]) -> None:
-        self._files = [safe_open(shard, "pt") for shard in shards]
-        self._loaded: list[dict[str, Tensor]] | None = None
-        self.rejected: dict[int, str] = {}
-        for number, file in enumerate(self._files):
-            about = json.loads((file.metadata() or {}).get("rejected", "{}"))
-            self.rejected.update({number * SHARD + int(index): reason for index, reason in about.items()})
-        if sum(shard.stat().st_size for shard in shards) <= IN_MEMORY:
-            self._loaded = [{name: file.get_tensor(name) for name in file.keys()} for file in self._files]  # noqa: SIM118
+
+class Table(Protocol):
+    """Rows of several tensors, read a few at a time."""
+
+    rejected: dict[int, str]
+    """Row number to reason, for rows that could not be encoded."""
 
     def rows(self, name: str, indices: Sequence[int], views: Sequence[int] | None = None) -> Tensor:
         """The rows ``indices`` of tensor ``name`` as float32; ``views`` picks one of each row's versions."""
+
+
+class StoredTable:
+    """Rows kept in shards; ``keys`` names each row's content."""
+
+    def __init__(self, folder: Path, keys: Sequence[str], rejected: dict[int, str]) -> None:
+        self.keys, self.rejected = keys, dict(rejected)
+        self._files: dict[str, Any] = {}
+        self._loaded: dict[str, Tensor] | None = None
+        self._refused: dict[str, str] = {}
+        shards = sorted(folder.glob("*.safetensors"))
+        if sum(shard.stat().st_size for shard in shards) <= IN_MEMORY:
+            self._loaded = {}
+        for shard in shards:
+            self._add(shard)
+        for index, key in enumerate(keys):
+            if key in self._refused:
+                self.rejected[index] = self._refused[key]
+
+    def _add(self, shard: Path) -> None:
+        """Take in one shard; a damaged one is deleted, so that its rows are missing."""
+        content = shard.read_bytes() if self._loaded is not None else None
+        if _digest(content if content is not None else shard) != shard.stem:
+            shard.unlink(missing_ok=True)
+            return
+        with safe_open(shard, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("rejected", "{}"))
+            names = list(file.keys())
+        self._refused.update(about)
+        if content is not None and self._loaded is not None:
+            self._loaded.update(load_tensors(content))
+            return
+        opened = safe_open(shard, "pt")
+        self._files.update(dict.fromkeys(names, opened))
+
+    @property
+    def missing(self) -> list[int]:
+        """One row of each content that is not there yet."""
+        known = {name.rpartition("/")[0] for name in (self._files if self._loaded is None else self._loaded)}
+        known |= self._refused.keys()
+        first = {key: index for index, key in reversed(list(enumerate(self.keys)))}
+        return sorted(
+            index for key, index in first.items() if key not in known and index not in self.rejected
+        )
+
+    def rows(self, name: str, indices: Sequence[int], views: Sequence[int] | None = None) -> Tensor:
+        """See :class:`Table`."""
         found = []
         for place, index in enumerate(indices):
-            shard, inner = divmod(index, SHARD)
-            key = inner if views is None else (inner, views[place])
-            whole: Any = (
-                self._files[shard].get_slice(name) if self._loaded is None else self._loaded[shard][name]
-            )
-            found.append(whole[key].float())
+            key = f"{self.keys[index]}/{name}"
+            whole = self._files[key].get_tensor(key) if self._loaded is None else self._loaded[key]
+            found.append((whole if views is None else whole[views[place]]).float())
+        return torch.stack(found)
+
+
+class LiveTable:
+    """Rows encoded each time they are asked for."""
+
+    def __init__(self, encode: Callable[[Sequence[int]], list[Item]], rejected: dict[int, str]) -> None:
+        self.encode, self.rejected = encode, rejected
+
+    def rows(self, name: str, indices: Sequence[int], views: Sequence[int] | None = None) -> Tensor:
+        """See :class:`Table`."""
+        with torch.no_grad():
+            items = self.encode(indices)
+        found = []
+        for place, item in enumerate(items):
+            if isinstance(item, str):
+                raise InputError(f"row {indices[place]} cannot be read any more: {item}")
+            found.append((item[name] if views is None else item[name][views[place]]).float().cpu())
         return torch.stack(found)
 
 
 @dataclass(frozen=True)
 class EncodedSet:
-    """The whole set, encoded; ``negative`` (``1 E`` or ``1 P W``) stands for a dropped image."""
+    """The whole set, encoded. ``negative`` stands for a dropped image: by feature, ``1 E`` or ``1 P W``."""
 
     latents: Table
     features: Table
-    feature: str
-    negative: Tensor
+    feature: tuple[str, ...]
+    negative: dict[str, Tensor]
     texts: Table
     caption_index: dict[str, int]
     rejected: list[Rejected]
@@ -93,77 +159,165 @@ def fingerprint(*modules: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def picture_keys(rows: Sequence[Row], workers: int = 2) -> tuple[list[str], dict[int, str]]:
+    """A hash of each picture's bytes, and why some cannot be read."""
+    rejected: dict[int, str] = {}
+
+    def one(index: int) -> str:
+        try:
+            return hashlib.blake2b(rows[index].read(), digest_size=16).hexdigest()
+        except OSError as error:
+            rejected[index] = f"cannot be read ({error.strerror or error})"
+            return f"unreadable-{index}"
+
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(one, range(len(rows)))), rejected
+
+
 def encode_latents(
-    rows: Sequence[Row], vae: Any, config: TrainConfig, size: tuple[int, int], device: torch.device
+    rows: Sequence[Row],
+    vae: Any,
+    config: TrainConfig,
+    sizes: Sequence[tuple[int, int]],
+    device: torch.device,
+    ranks: Ranks | None = None,
 ) -> Table:
-    """Scaled posterior ``mean`` and ``std``, each ``N 4 h w``, of the rows' centre crops of ``size``."""
+    """Scaled posterior ``mean`` and ``std`` (each ``N V 4 h w``, ``V`` 2 where targets may be mirrored) and
+    ``crop`` (``N 6``: SDXL's original size, crop corner and target size, height first) of each row's target.
 
-    def encode(picked: Sequence[int]) -> Encoded:
-        pictures, rejected = _decode(rows, picked, size, config.workers)
-        parts: list[tuple[Tensor, Tensor]] = []
-        for batch in _chunks(pictures, ENCODE_BATCH):
-            pixels = torch.stack([_to_tensor(target) for target, _ in batch]) * 2 - 1
-            posterior = vae.encode(pixels.to(device, next(vae.parameters()).dtype)).latent_dist
-            shift = getattr(vae.config, "shift_factor", None) or 0.0
-            scale = vae.config.scaling_factor
-            parts.append(((posterior.mean - shift) * scale, posterior.std * scale))
-        mean, std = (torch.cat(column) for column in zip(*parts, strict=True))
-        return {"mean": mean, "std": std}, rejected
+    ``sizes`` is each target's (width, height).
+    """
+    keys, unread = picture_keys(rows, config.workers)
+    flips = 2 if config.flip else 1
 
-    return _table(config, "latents", _picture_keys(rows), f"{fingerprint(vae)} {size}", encode)
+    def encode(picked: Sequence[int]) -> list[Item]:
+        decoded = _decode(rows, picked, sizes, config.workers)
+        items: list[Item] = []
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        for batch in _runs(decoded):
+            if isinstance(batch, str):
+                items.append(batch)
+                continue
+            pixels = torch.stack([_to_tensor(one.target) for one in batch]) * 2 - 1
+            both = torch.stack([pixels, pixels.flip(-1)][:flips], 1).flatten(0, 1)
+            posterior = vae.encode(both.to(device, next(vae.parameters()).dtype)).latent_dist
+            mean = (posterior.mean - shift) * vae.config.scaling_factor
+            parts = (mean, posterior.std * vae.config.scaling_factor)
+            means, stds = (part.float().cpu().unflatten(0, (len(batch), flips)) for part in parts)
+            items += [
+                {"mean": means[n], "std": stds[n], "crop": torch.tensor(one.crop, dtype=torch.float32)}
+                for n, one in enumerate(batch)
+            ]
+        return items
+
+    named = [f"{key}-{size[0]}x{size[1]}" for key, size in zip(keys, sizes, strict=True)]
+    settings = f"{fingerprint(vae)} {flips}"
+    return _table(config, "latents", named, settings, encode, unread, ranks or Ranks(), rows, sizes)
+
+
+class FeatureEncoder(Protocol):
+    """Turns pictures into features for an adapter."""
+
+    identity: str
+    """A hash of the weights that do it."""
+    feature: tuple[str, ...]
+
+    def __call__(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Each feature of ``N`` pictures. Raises :class:`InputError` for a picture that has none."""
+
+    def negative(self) -> dict[str, Tensor]:
+        """What stands for no picture, one row of each feature."""
+
+
+class ClipFeatures:
+    """``pooled`` or ``hidden`` of an :class:`imprompt.encoders.clip.ImageEncoder`."""
+
+    def __init__(self, encoder: Any, feature: str) -> None:
+        self.encoder = encoder
+        self.feature: tuple[str, ...] = (feature,)
+        self.identity = fingerprint(encoder.model)
+
+    def __call__(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """See :class:`FeatureEncoder`."""
+        return {self.feature[0]: getattr(self.encoder.encode(list(images)), self.feature[0]).float().cpu()}
+
+    def negative(self) -> dict[str, Tensor]:
+        """Zeros for pooled features; for hidden states what the encoder makes of a zero preprocessed
+        tensor."""
+        found = self.encoder.encode([Image.new("RGB", (8, 8))])
+        if self.feature[0] == "pooled":
+            return {"pooled": torch.zeros_like(found.pooled).float().cpu()}
+        return {"hidden": found.negative_hidden.float().cpu()}
 
 
 def encode_features(
     rows: Sequence[Row],
-    encoder: Any,
-    feature: str,
+    encoder: FeatureEncoder,
     config: TrainConfig,
-    size: tuple[int, int],
-) -> tuple[Table, Tensor]:
-    """Image features of each row in ``config.views`` versions, ``N K E`` or ``N K P W``, and the negative.
+    sizes: Sequence[tuple[int, int]],
+    ranks: Ranks | None = None,
+) -> Table:
+    """Image features of each row in ``config.views`` versions, ``N K …``."""
+    keys, unread = picture_keys(rows, config.workers)
 
-    ``encoder`` is an :class:`imprompt.encoders.clip.ImageEncoder`, ``feature`` is ``pooled`` or ``hidden``.
-    The negative is the published one: a zero embedding (``1 E``) for pooled features, the encoder's output
-    for an all-zero preprocessed tensor (``1 P W``) for hidden states.
-    """
+    def versions(index: int, reference: Image.Image) -> list[Image.Image]:
+        seeds = [f"{config.seed}/{keys[index]}/{view}" for view in range(config.views)]
+        return [reference, *(augment(reference, config.augmentation, seed) for seed in seeds[1:])]
 
-    def encode(picked: Sequence[int]) -> Encoded:
-        pictures, rejected = _decode(rows, picked, size, config.workers)
-        versions = [
-            reference
-            if view == 0
-            else augment(reference, config.augmentation, f"{config.seed}/{name}/{view}")
-            for (_, reference), name in zip(pictures, (keys[index] for index in picked), strict=True)
-            for view in range(config.views)
-        ]
-        parts = [getattr(encoder.encode(batch), feature).cpu() for batch in _chunks(versions, ENCODE_BATCH)]
-        return {feature: torch.cat(parts).unflatten(0, (len(picked), config.views))}, rejected
+    def encode(picked: Sequence[int]) -> list[Item]:
+        decoded = dict(zip(picked, _decode(rows, picked, sizes, config.workers), strict=True))
+        shown = {i: versions(i, one.reference) for i, one in decoded.items() if not isinstance(one, str)}
+        encoded = dict(zip(shown, _encoded(encoder, list(shown.values())), strict=True))
+        return [one if isinstance(one, str) else encoded[index] for index, one in decoded.items()]
 
-    keys = _picture_keys(rows)
-    settings = f"{fingerprint(encoder.model)} {feature} {size} {config.views}"
+    settings = f"{encoder.identity} {encoder.feature} {config.views}"
     if config.views > 1:
         settings += f" {config.seed} {config.augmentation.model_dump_json()}"
-    table = _table(config, f"features-{feature}", keys, settings, encode)
-    if feature == "pooled":
-        return table, torch.zeros_like(table.rows(feature, [0], [0]))
-    return table, encoder.encode([Image.new("RGB", (8, 8))]).negative_hidden.float().cpu()
+    named = [f"{key}-{size[0]}x{size[1]}" for key, size in zip(keys, sizes, strict=True)]
+    name = "features-" + "-".join(encoder.feature)
+    return _table(config, name, named, settings, encode, unread, ranks or Ranks(), rows, sizes)
 
 
-def encode_texts(pipe: Any, captions: Sequence[str], config: TrainConfig, device: torch.device) -> Table:
+def _encoded(encoder: FeatureEncoder, versions: Sequence[list[Image.Image]]) -> list[Item]:
+    """Features of each picture's versions; one that has none does not keep the others from theirs."""
+    try:
+        flat = [image for each in versions for image in each]
+        parts = [encoder(batch) for batch in _chunks(flat, ENCODE_BATCH)]
+    except InputError as error:
+        if len(versions) == 1:
+            return [str(error)]
+        return [item for each in versions for item in _encoded(encoder, [each])]
+    if not parts:
+        return []
+    whole = {name: torch.cat([part[name] for part in parts]) for name in encoder.feature}
+    count = len(versions[0])
+    return [
+        {name: tensor[n * count : (n + 1) * count] for name, tensor in whole.items()}
+        for n in range(len(versions))
+    ]
+
+
+def encode_texts(
+    pipe: Any, captions: Sequence[str], config: TrainConfig, device: torch.device, ranks: Ranks | None = None
+) -> Table:
     """Text ``states`` (``N L C``) and, where the base has it, ``pooled`` text (``N E``) of each caption."""
     encoders = [module for module in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if module]
 
-    def encode(picked: Sequence[int]) -> Encoded:
-        parts: list[tuple[Tensor, ...]] = []
+    def encode(picked: Sequence[int]) -> list[Item]:
+        items: list[Item] = []
         for batch in _chunks([captions[index] for index in picked], ENCODE_BATCH):
             outputs = pipe.encode_prompt(
                 prompt=list(batch), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
             )
-            parts.append(tuple(output for output in outputs if output is not None))
-        named = zip(("states", "pooled"), zip(*parts, strict=True), strict=False)
-        return {name: torch.cat(column) for name, column in named}, {}
+            parts = [output.float().cpu() for output in outputs if output is not None]
+            names = ("states", "pooled")[: len(parts)]
+            items += [
+                {name: part[n] for name, part in zip(names, parts, strict=False)} for n in range(len(batch))
+            ]
+        return items
 
-    return _table(config, "texts", captions, fingerprint(*encoders), encode)
+    keys = [hashlib.blake2b(text.encode(), digest_size=16).hexdigest() for text in captions]
+    return _table(config, "texts", keys, fingerprint(*encoders), encode, {}, ranks or Ranks())
 
 
 def _table(
@@ -171,87 +325,116 @@ def _table(
     name: str,
     keys: Sequence[str],
     settings: str,
-    encode: Callable[[Sequence[int]], Encoded],
+    encode: Callable[[Sequence[int]], list[Item]],
+    unread: dict[int, str],
+    ranks: Ranks,
+    rows: Sequence[Row] | None = None,
+    sizes: Sequence[tuple[int, int]] = (),
 ) -> Table:
-    folder = config.cache_folder
+    if config.cache_folder is None and rows is not None:
+        found = zip(range(len(rows)), _decode(rows, range(len(rows)), sizes, config.workers), strict=True)
+        return LiveTable(encode, unread | {index: one for index, one in found if isinstance(one, str)})
+    root = config.cache_folder if config.cache_folder is not None else config.output / "cache"
+    folder = root / f"{name}-{hashlib.blake2b(settings.encode(), digest_size=10).hexdigest()}"
     folder.mkdir(parents=True, exist_ok=True)
-    shards: list[Path] = []
-    missing: list[tuple[Path, range]] = []
-    for start in range(0, len(keys), SHARD):
-        picked = range(start, min(start + SHARD, len(keys)))
-        content = json.dumps([name, settings, [keys[index] for index in picked]])
-        path = folder / f"{name}-{hashlib.blake2b(content.encode(), digest_size=10).hexdigest()}.safetensors"
-        shards.append(path)
-        if not _whole(path):
-            missing.append((path, picked))
-    total = sum(len(picked) for _, picked in missing)
-    with tqdm(total=total, desc=f"encoding {name}", unit="", disable=config.quiet or not total) as bar:
-        for path, picked in missing:
+    table = StoredTable(folder, keys, unread)
+    missing = table.missing
+    ranks.wait()
+    mine = missing[ranks.index :: ranks.count]
+    with tqdm(total=len(mine), desc=f"encoding {name}", disable=config.quiet or not mine) as bar:
+        for picked in _chunks(mine, SHARD):
             with torch.inference_mode():
-                tensors, rejected = encode(picked)
-            stored = {key: _compact(key, tensor) for key, tensor in tensors.items()}
-            part = path.with_name(f"{path.name}.{id(stored)}.part")
-            about = {str(index - picked[0]): reason for index, reason in rejected.items()}
-            save_file(stored, part, {"rejected": json.dumps(about)})
-            part.replace(path)
+                items = encode(picked)
+            _write_shard(folder, [keys[index] for index in picked], items)
             bar.update(len(picked))
-    return Table(shards)
+    ranks.wait()
+    return StoredTable(folder, keys, unread) if missing else table
 
 
-def _whole(path: Path) -> bool:
-    try:
-        with safe_open(path, "pt"):
-            return True
-    except FileNotFoundError:
-        return False
-    except SafetensorError:  # a damaged shard is made anew
-        return False
+def _write_shard(folder: Path, keys: Sequence[str], items: Sequence[Item]) -> None:
+    tensors: dict[str, Tensor] = {}
+    rejected: dict[str, str] = {}
+    for key, item in zip(keys, items, strict=True):
+        if isinstance(item, str):
+            rejected[key] = item
+            continue
+        tensors |= {f"{key}/{name}": _compact(name, tensor) for name, tensor in item.items()}
+    with disk_errors(folder, "the cache"):
+        part = save_tensors(tensors, {"rejected": json.dumps(rejected)}, folder / "shard.part")
+        part.replace(folder / f"{_digest(part)}.safetensors")
+
+
+def _digest(content: bytes | Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    if isinstance(content, bytes):
+        digest.update(content)
+    else:
+        with content.open("rb") as handle:
+            while chunk := handle.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _compact(name: str, tensor: Tensor) -> Tensor:
     """Half precision where the values fit it. Raises :class:`ModelError` for NaN or infinity."""
     if not tensor.isfinite().all():
         raise ModelError(
-            f"the frozen model gives values that are not finite ('{name}'); its weights are damaged"
+            f"the frozen model gives values that are not finite ('{name}'); its weights are damaged."
         )
     half = tensor.half()
-    return (half if half.isfinite().all() else tensor.float()).cpu().contiguous()
+    return (half if half.isfinite().all() and name != "crop" else tensor.float()).cpu().contiguous()
 
 
-def _picture_keys(rows: Sequence[Row]) -> list[str]:
-    keys = []
-    for row in rows:
-        try:
-            keys.append(hashlib.blake2b(row.file.read_bytes(), digest_size=16).hexdigest())
-        except OSError as error:
-            keys.append(f"unreadable: {error.strerror}")
-    return keys
+@dataclass(frozen=True)
+class _Decoded:
+    """One row's target at its size, its reference (the same crop), and SDXL's size conditions."""
+
+    target: Image.Image
+    reference: Image.Image
+    crop: tuple[float, ...]
 
 
 def _decode(
-    rows: Sequence[Row], picked: Sequence[int], size: tuple[int, int], workers: int
-) -> tuple[list[tuple[Image.Image, Image.Image]], dict[int, str]]:
-    """Target (``size``) and reference (one crop for both) of each row; a broken one is blank and reported."""
-    rejected: dict[int, str] = {}
-
-    def one(index: int) -> tuple[Image.Image, Image.Image]:
+    rows: Sequence[Row], picked: Iterable[int], sizes: Sequence[tuple[int, int]], workers: int
+) -> list[_Decoded | str]:
+    def one(index: int) -> _Decoded | str:
         try:
-            picture = load_image(rows[index].file)
+            picture = load_image(rows[index].read())
         except (ImpromptError, OSError) as error:
-            rejected[index] = str(error)
-            picture = Image.new("RGB", size, (255, 255, 255))
-        crop = crop_to_shape(picture, *size)
+            return str(error)
+        width, height = picture.size
+        if min(width, height) < LEAST_SIDE or max(width, height) > LARGEST_RATIO * min(width, height):
+            return f"{width}×{height} pixels: too small or too narrow to train on"
+        box = crop_box(width, height, *sizes[index])
+        crop = picture.crop(box)
         reference = crop.copy()
         reference.thumbnail((REFERENCE_SIDE, REFERENCE_SIDE), Image.Resampling.BICUBIC)
-        return crop.resize(size, Image.Resampling.LANCZOS) if crop.size != size else crop, reference
+        wide, high = sizes[index]
+        scale = wide / (box[2] - box[0])  # SDXL's conditions: as if the picture had been scaled, then cropped
+        conditions = (height, width, box[1] * scale, box[0] * scale, high, wide)
+        target = crop if crop.size == (wide, high) else crop.resize((wide, high), Image.Resampling.LANCZOS)
+        return _Decoded(target, reference, conditions)
 
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(one, picked)), rejected
+        return list(pool.map(one, picked))
+
+
+def _runs(decoded: Sequence[_Decoded | str]) -> list[list[_Decoded] | str]:
+    """Neighbours of one size together, at most ``ENCODE_BATCH`` of them, in order."""
+    runs: list[list[_Decoded] | str] = []
+    for one in decoded:
+        if isinstance(one, str):
+            runs.append(one)
+            continue
+        last = runs[-1] if runs else ""
+        if isinstance(last, list) and len(last) < ENCODE_BATCH and last[0].target.size == one.target.size:
+            last.append(one)
+        else:
+            runs.append([one])
+    return runs
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
-    import numpy as np
-
     return torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1)
 
 

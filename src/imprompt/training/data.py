@@ -1,8 +1,9 @@
 """From rows to what each training step shows: target, reference, caption, and what is dropped.
 
-Everything random is a function of ``(seed, number of the batch, purpose)`` alone, so a resumed run draws
-exactly what the uninterrupted one would have drawn, without any saved generator state. Pictures held out are
-not merely skipped: they never enter the lists that targets and references are drawn from.
+Every draw is a function of ``(run seed, global sample index, purpose)``; sample ``i`` of step ``s`` has the
+index ``s × samples per step + i``. So a resumed run draws what the uninterrupted one would have drawn, and
+two processes with a batch of 4 draw what one with 8 draws. Held-out pictures never enter the lists that
+targets and references are drawn from.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from imprompt.errors import InputError, UsageError
 from imprompt.training.config import ANY_CAPTION, Augmentation, TrainConfig
 
 WHITE = (255, 255, 255)
+LEAST_VALIDATION = 4
+BUCKETS = (0.5, 0.6, 0.75, 0.875, 1.0, 8 / 7, 4 / 3, 5 / 3, 2.0)
+"""Proportions, width to height, of pictures that are not cropped to squares."""
 Option = TypeVar("Option")
 
 
@@ -32,22 +36,35 @@ def generator_for(seed: int, purpose: str, index: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
+def bucket_size(width: int, height: int, side: int, multiple: int) -> tuple[int, int]:
+    """The (width, height) of about ``side²`` pixels, multiples of ``multiple``, nearest in proportions."""
+    ratio = min(BUCKETS, key=lambda each: abs(each - width / height) / each)
+    wide = max(1, round(side * ratio**0.5 / multiple)) * multiple
+    return wide, max(1, round(side / ratio**0.5 / multiple)) * multiple
+
+
 def crop_to_shape(image: Image.Image, width: int, height: int) -> Image.Image:
     """The largest centred part with the proportions ``width:height``, at the picture's own resolution.
 
     Target and reference are both made from this one crop, so that they show the same thing.
     """
-    if image.width * height > image.height * width:
-        cropped_width, cropped_height = max(1, round(image.height * width / height)), image.height
+    left, top, right, bottom = crop_box(image.width, image.height, width, height)
+    return image.crop((left, top, right, bottom))
+
+
+def crop_box(own_width: int, own_height: int, width: int, height: int) -> tuple[int, int, int, int]:
+    """That part as (left, top, right, bottom)."""
+    if own_width * height > own_height * width:
+        cropped_width, cropped_height = max(1, round(own_height * width / height)), own_height
     else:
-        cropped_width, cropped_height = image.width, max(1, round(image.width * height / width))
-    left, top = (image.width - cropped_width) // 2, (image.height - cropped_height) // 2
-    return image.crop((left, top, left + cropped_width, top + cropped_height))
+        cropped_width, cropped_height = own_width, max(1, round(own_width * height / width))
+    left, top = (own_width - cropped_width) // 2, (own_height - cropped_height) // 2
+    return left, top, left + cropped_width, top + cropped_height
 
 
 def augment(image: Image.Image, strength: Augmentation, key: str) -> Image.Image:
-    """A changed version of a reference picture, the same for the same ``key``: cropped or shrunk, shifted,
-    turned, mirrored and tinted, on white ground."""
+    """A changed version of a reference picture: cropped or shrunk, shifted, rotated, mirrored and tinted, on
+    white. The same ``key`` gives the same version."""
     draw = random.Random(key)
     width, height = image.size
     if draw.random() < strength.flip:
@@ -86,48 +103,65 @@ class Batch:
     captions: list[str]
     image_dropped: Tensor
     modes: list[str] = field(default_factory=list)
+    flips: list[int] = field(default_factory=list)
+    """1 where the target is mirrored."""
 
 
 class Plan:
     """Decides what every training step shows.
 
-    ``rows`` are all rows, ``unusable`` the numbers of those whose picture cannot be read; of the others only
-    those of the split ``train`` are ever drawn.
-    When no row is held out, a few training rows (chosen by a hash of their name, the same in every run) are
-    set aside for validation. Raises :class:`InputError` when nothing is left to train on and
-    :class:`UsageError` when a kind of reference or caption asked for exists for no picture.
+    ``rows`` are all rows; ``unusable`` the numbers of those whose picture cannot be read; ``keys`` a hash of
+    each picture's content (default: its name); ``sizes`` each target's (width, height): samples of one step
+    have one size; ``per_step`` the samples of a step over all processes. Only rows of the split ``train`` are
+    drawn; when no row is held out, at least four of them, chosen by their keys, are set aside for validation
+    (a third of them where there are fewer than twelve).
+    Raises :class:`InputError` when nothing is left to train on, :class:`UsageError` when a kind of reference
+    or caption asked for exists for no picture.
     """
 
-    def __init__(self, rows: Sequence[Row], config: TrainConfig, *, unusable: Collection[int] = ()) -> None:
-        self.config = config
-        self.rows = list(rows)
-        usable_rows = [(index, row) for index, row in enumerate(rows) if index not in unusable]
-        training = [index for index, row in usable_rows if row.trainable]
-        held_out = [index for index, row in usable_rows if not row.trainable]
-        by_hash = sorted(held_out or training, key=lambda index: _name_hash(self.rows[index]))
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        config: TrainConfig,
+        *,
+        unusable: Collection[int] = (),
+        keys: Sequence[str] | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
+        per_step: int | None = None,
+    ) -> None:
+        self.config, self.rows = config, list(rows)
+        self.keys = list(keys) if keys is not None else [_name_hash(row) for row in rows]
+        self.sizes = list(sizes) if sizes is not None else [(1, 1)] * len(rows)
+        self.per_step = per_step or config.batch * config.accumulate
+        usable = [(index, row) for index, row in enumerate(rows) if index not in unusable]
+        training = [index for index, row in usable if row.trainable]
+        held_out = [index for index, row in usable if not row.trainable]
+        by_hash = sorted(held_out or training, key=lambda index: self.keys[index])
         if held_out:
             self.validation = by_hash[: config.validation_rows]
         else:
-            self.validation = by_hash[: min(config.validation_rows, len(training) // 20)]
+            wanted = max(LEAST_VALIDATION, len(training) // 20)
+            self.validation = by_hash[: min(config.validation_rows, wanted, len(training) // 3)]
             training = sorted(set(training) - set(self.validation))
         if not training:
-            raise InputError("no picture to train on: every row is held out or could not be read")
+            raise InputError("no picture to train on: every row is held out or could not be read.")
         self.training = training
         self.validates_on_training_rows = not self.validation
         if not self.validation:
             self.validation = by_hash[: config.validation_rows]
         self._partners = self._find_partners()
         self._choices = {index: self._choices_of(index) for index in training}
-        usable = Counter(mode for choices in self._choices.values() for mode, _, _ in choices)
+        modes = Counter(mode for choices in self._choices.values() for mode, _, _ in choices)
         for mode, _ in config.references:
-            if not usable[mode]:
+            if not modes[mode]:
                 raise UsageError(
                     f"no training picture has another picture of its group '{mode}' and a caption of the "
                     f"kinds {list(config.caption_kinds(mode))}; check 'groups' and 'captions' in the "
-                    "metadata or leave this reference out"
+                    "metadata or "
+                    "leave this reference out."
                 )
-        self.usable_modes = dict(usable)
-        self._epoch: tuple[int, list[int]] = (-1, [])
+        self.usable_modes = dict(modes)
+        self._epoch: tuple[int, list[int]] = (0, self._order(0))
 
     @property
     def captions(self) -> list[str]:
@@ -140,17 +174,13 @@ class Plan:
 
     def validation_caption(self, index: int) -> str:
         """The first caption of a validation row, the fullest kind first."""
-        row = self.rows[index]
-        for kind in ("full", *row.captions):
-            if row.captions.get(kind):
-                return row.captions[kind][0]
-        return ""
+        return self.rows[index].caption
 
     def other_caption(self, index: int) -> str:
-        """What some training picture of other groups shows; without its style where captions have kinds."""
+        """A caption of some training picture of other groups; without its style where captions have kinds."""
         row = self.rows[index]
         others = [other for other in self.training if self.rows[other].groups != row.groups] or self.training
-        other = self.rows[others[int(_name_hash(row), 16) % len(others)]]
+        other = self.rows[others[int(self.keys[index][:16], 16) % len(others)]]
         return next(
             (other.captions[kind][0] for kind in ("concept", *other.captions) if other.captions.get(kind)), ""
         )
@@ -158,37 +188,57 @@ class Plan:
     def draw(self, number: int, *, process: int = 0, processes: int = 1) -> Batch:
         """The batch of forward pass ``number`` (counted over the whole run) on one of ``processes``.
 
-        Every training picture is shown once an epoch, in an order of its own for each epoch.
+        Every training picture is shown as often as it repeats in an epoch, in an order of its own for each
+        epoch.
         """
+        first = (number * processes + process) * self.config.batch
+        return self.samples(range(first, first + self.config.batch))
+
+    def samples(self, indices: Sequence[int]) -> Batch:
+        """The samples of these global indices."""
         config = self.config
-        place = (number * processes + process) * config.batch
-        targets = [self._at(place + offset) for offset in range(config.batch)]
-        luck = torch.rand(config.batch, 5, generator=generator_for(config.seed, f"draw {process}", number))
-        references, views, captions, dropped, modes = [], [], [], [], []
-        for target, (for_mode, for_reference, for_caption, for_view, for_drop) in zip(
-            targets, luck.tolist(), strict=True
-        ):
+        batch = Batch([], [], [], [], torch.zeros(len(indices), dtype=torch.bool))
+        for place, index in enumerate(indices):
+            target = self._at(index)
+            luck = torch.rand(6, generator=generator_for(config.seed, "draw", index)).tolist()
+            for_mode, for_reference, for_caption, for_view, for_drop, for_flip = luck
             mode, partners, texts = _weighted(self._choices[target], config.references, for_mode)
             drop_text = for_drop < config.drop_text
             if drop_text:  # without words, another picture as reference would teach to ignore it
                 mode = "self"
-            modes.append(mode)
-            references.append(target if mode == "self" else _pick_other(partners, target, for_reference))
-            views.append(int(for_view * config.views))
+            batch.modes.append(mode)
+            batch.targets.append(target)
+            batch.references.append(
+                target if mode == "self" else _pick_other(partners, target, for_reference)
+            )
+            batch.views.append(int(for_view * config.views))
             drop_image = config.drop_text <= for_drop < config.drop_text + config.drop_image
             both = 0 <= for_drop - config.drop_text - config.drop_image < config.drop_both
-            captions.append("" if drop_text or both else _pick(texts, for_caption))
-            dropped.append(drop_image or both)
-        return Batch(targets, references, views, captions, torch.tensor(dropped), modes)
+            batch.captions.append("" if drop_text or both else _pick(texts, for_caption))
+            batch.image_dropped[place] = drop_image or both
+            batch.flips.append(int(for_flip < config.flip))
+        return batch
 
-    def _at(self, place: int) -> int:
-        epoch, position = divmod(place, len(self.training))
+    def _at(self, index: int) -> int:
+        epoch, position = divmod(index, len(self._epoch[1]))
         if self._epoch[0] != epoch:
-            order = torch.randperm(
-                len(self.training), generator=generator_for(self.config.seed, "order", epoch)
-            )
-            self._epoch = (epoch, [self.training[index] for index in order.tolist()])
+            self._epoch = (epoch, self._order(epoch))
         return self._epoch[1][position]
+
+    def _order(self, epoch: int) -> list[int]:
+        """The targets of one epoch, which has the same length every time."""
+        generator = generator_for(self.config.seed, "order", epoch)
+        sizes: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index in self.training:
+            sizes[self.sizes[index]] += [index] * self.rows[index].repeats
+        if len(sizes) == 1:
+            return _shuffled(next(iter(sizes.values())), generator)
+        steps: list[list[int]] = []
+        for _, members in sorted(sizes.items()):
+            order = _shuffled(members, generator)
+            order += (order * self.per_step)[: -len(order) % self.per_step]  # fill the last step
+            steps += [order[at : at + self.per_step] for at in range(0, len(order), self.per_step)]
+        return [index for step in _shuffled(steps, generator) for index in step]
 
     def _find_partners(self) -> dict[tuple[str, str], list[int]]:
         partners: dict[tuple[str, str], list[int]] = defaultdict(list)
@@ -228,6 +278,10 @@ def _name_hash(row: Row) -> str:
     return hashlib.blake2b(row.name.encode(), digest_size=8).hexdigest()
 
 
+def _shuffled(values: Sequence[Option], generator: torch.Generator) -> list[Option]:
+    return [values[place] for place in torch.randperm(len(values), generator=generator).tolist()]
+
+
 def _weighted(
     choices: list[tuple[str, list[int], list[str]]], shares: Sequence[tuple[str, float]], luck: float
 ) -> tuple[str, list[int], list[str]]:
@@ -245,6 +299,6 @@ def _pick(options: Sequence[Option], luck: float) -> Option:
 
 
 def _pick_other(options: Sequence[int], own: int, luck: float) -> int:
-    """Any of ``options`` but ``own``, each as likely: the last one stands in for ``own`` itself."""
+    """Pick uniformly from ``options``, excluding ``own``."""
     found = options[min(int(luck * (len(options) - 1)), len(options) - 2)]
     return options[-1] if found == own else found

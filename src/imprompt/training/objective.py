@@ -1,4 +1,4 @@
-"""The formulas of a training step: what the model should predict, how errors are weighed, how fast it learns.
+"""The formulas of a training step: noise, target, weight of each error, learning rate.
 
 Plain functions on tensors and numbers; ``B`` pictures, latents ``B C h w``. Nothing here loads a model.
 """
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from imprompt.errors import ModelError
-from imprompt.training.config import TrainConfig
 
 
 def prediction_target(kind: str, clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -29,8 +28,8 @@ def prediction_target(kind: str, clean: Tensor, noise: Tensor, alpha_bar: Tensor
     if kind == "sample":
         return clean
     raise ModelError(
-        f"the base's scheduler has the prediction type '{kind}', for which adapters are not trained here; "
-        "use a base of type epsilon, v_prediction or sample."
+        f"the base's scheduler has the prediction type '{kind}'; adapters are trained on bases of type "
+        "epsilon, v_prediction or sample."
     )
 
 
@@ -48,24 +47,27 @@ def loss_weights(kind: str, alpha_bar: Tensor, gamma: float | None) -> Tensor:
     return {"epsilon": capped / snr, "v_prediction": capped / (snr + 1), "sample": capped}[kind]
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of optimizer step ``step`` (from 0)."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    if config.schedule == "constant":
-        return config.lr
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+def learning_rate(
+    step: int, *, peak: float, steps: int, warmup: int = 0, schedule: str = "constant"
+) -> float:
+    """The rate of optimizer step ``step`` (from 0): linear warm-up to ``peak``, then constant, or to 0 at
+    ``steps`` in a line or half a cosine. A function of the step alone, so a resumed run needs no state."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = min((step - warmup) / max(1, steps - warmup), 1.0)
+    return (
+        peak * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
+    )
 
 
-def stratified_timesteps(count: int, length: int, generator: torch.Generator) -> Tensor:
-    """``count`` timesteps of ``0 … length - 1``, one from each equal part of the schedule.
+def stratified_timesteps(positions: Tensor, luck: Tensor, count: int, length: int) -> Tensor:
+    """A timestep of ``0 … length - 1`` for each sample of a step of ``count``: sample ``i`` (``positions``)
+    draws from the ``i``-th of ``count`` equal parts by ``luck``, uniform over 0 to 1.
 
-    Each is uniform over its part, so together they are over the whole; the loss of a batch, which depends on
-    the timestep more than on anything else, varies less than with independent draws.
+    Together they are uniform over the whole schedule; the loss of a step, which depends on the timestep more
+    than on anything else, varies less than with independent draws.
     """
-    places = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    return (places * length).long().clamp_max(length - 1)
+    return ((positions + luck) / count * length).long().clamp_max(length - 1)
 
 
 def drop_features(features: Tensor, negative: Tensor, dropped: Tensor) -> Tensor:

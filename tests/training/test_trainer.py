@@ -1,9 +1,12 @@
 """Real training of tiny adapters: it learns, resumes bit for bit, and says what is wrong."""
 
 import json
+import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import huggingface_hub
 import pytest
@@ -13,10 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import tiny
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.errors import InputError, ModelError, UsageError
-from imprompt.training import loop
 from imprompt.training.cache import fingerprint
-from imprompt.training.loop import train
+from imprompt.training.data import Batch
+from imprompt.training.folder import WEIGHT_NAME, RunFolder
 from imprompt.training.objective import (
     drop_features,
     learning_rate,
@@ -24,11 +28,18 @@ from imprompt.training.objective import (
     prediction_target,
     stratified_timesteps,
 )
-from imprompt.training.world import World
+from imprompt.training.trainer import Sample, Trainer, make_accelerator, train
 
 
 def log_of(config):
     return [json.loads(line) for line in (config.output / "log.jsonl").read_text().splitlines()]
+
+
+def opened(config):
+    """A trainer that has taken no step yet."""
+    folder = RunFolder(config.output, resume=False)
+    folder.open()
+    return Trainer(config, make_accelerator(config), folder)
 
 
 def same(first, second):
@@ -63,34 +74,88 @@ def test_the_file_is_the_published_layout_and_diffusers_reads_it(make_config, ba
     assert image.isfinite().all()
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(make_config, tmp_path, monkeypatch):
-    mixed = {"references": [("self", 0.5), ("style", 0.5)], "views": 2, "schedule": "cosine", "warmup": 2}
-    whole = train(make_config(steps=6, output=tmp_path / "whole", accumulate=2, **mixed))
+def stops(number, at=3):
+    """Sends this process a signal after step ``at``."""
+    return lambda step: os.kill(os.getpid(), number) if step == at else None
 
-    taken = []
-    original = loop._Trainer._advance
 
-    def advance(self):
-        taken.append(self.step)
-        if len(taken) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self)
+MIXED = {
+    "references": [("self", 0.5), ("style", 0.5)], "views": 2, "schedule": "cosine", "warmup": 2, "flip": 0.5,
+    "accumulate": 2, "noise_offset": 0.1, "steps": 6,
+}  # fmt: skip
 
-    monkeypatch.setattr(loop._Trainer, "_advance", advance)
-    parts = make_config(steps=6, output=tmp_path / "parts", accumulate=2, **mixed)
-    before = signal.getsignal(signal.SIGINT)
+
+@pytest.fixture
+def whole(make_config, tmp_path):
+    return train(make_config(output=tmp_path / "whole", **MIXED))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stopped_run_leaves_a_usable_adapter_and_goes_on_bit_for_bit(make_config, tmp_path, whole, number):
+    config = make_config(output=tmp_path / "parts", **MIXED)
+    before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
-        train(parts)
-    assert signal.getsignal(signal.SIGINT) is before
-    assert not (tmp_path / "parts" / loop.WEIGHT_NAME).exists()
-    resumed = train(parts.model_copy(update={"resume": True}))
-    assert taken == [0, 1, 2, 3, 4, 5]
+        train(config, on_step=stops(number))
+    assert signal.getsignal(number) is before
+    assert IPAdapter.from_pretrained(config.output).checkpoint.metadata["imprompt.step"] == "3"
+    resumed = train(config.model_copy(update={"resume": True}))
     assert same(resumed, whole)
     losses = [
         [r["loss"] for r in log_of(make_config(output=tmp_path / n)) if "loss" in r]
         for n in ("whole", "parts")
     ]
     assert losses[0] == losses[1]
+
+
+KILLED = """
+import os, signal, sys
+from imprompt.training import TrainConfig, train
+train(TrainConfig.read(sys.argv[1]), on_step=lambda step: step < 3 or os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+def test_a_killed_run_goes_on_bit_for_bit_even_from_a_torn_log_and_a_damaged_checkpoint(
+    make_config, tmp_path, whole
+):
+    config = make_config(output=tmp_path / "killed", checkpoint_every=1, **MIXED)
+    (tmp_path / "run.json").write_text(config.model_dump_json())
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, tmp_path / "run.json"], capture_output=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    with (config.output / "log.jsonl").open("a") as log:
+        log.write('{"step": 3, "lo')
+    newest = max(config.output.glob("checkpoint-*.safetensors"))
+    content = bytearray(newest.read_bytes())
+    content[-5] ^= 3
+    newest.write_bytes(content)
+    assert same(train(config.model_copy(update={"resume": True})), whole)
+    assert [record["step"] for record in log_of(config) if "loss" in record] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_says_so(make_config):
+    config = make_config(steps=2, checkpoint_every=1)
+    train(config)
+    for path in config.output.glob("checkpoint-*.safetensors"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ModelError, match=r"every checkpoint .* SHA-256"):
+        train(make_config(steps=2, checkpoint_every=1, resume=True))
+
+
+def test_two_processes_of_4_learn_what_one_of_8_learns(make_config, tmp_path):
+    """The same samples; only sums run in another order."""
+    one = make_config(output=tmp_path / "one", batch=4, steps=5, save_dtype="float32", log_every=5)
+    two = make_config(output=tmp_path / "two", batch=2, steps=5, save_dtype="float32", log_every=5)
+    (tmp_path / "two.json").write_text(two.model_dump_json())
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["-m", "imprompt", "train"]
+    done = subprocess.run([*command, tmp_path / "two.json"], capture_output=True, check=False, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((two.output / "run.json").read_text())["samples_per_step"] == 4
+    first, second = load_file(train(one)), load_file(two.output / WEIGHT_NAME)
+    assert all(torch.allclose(first[name], second[name], atol=2e-5) for name in first)
+    with pytest.raises(UsageError, match=r"a step was 4 samples, now .* is 2"):
+        train(make_config(output=tmp_path / "two", batch=2, steps=5, save_dtype="float32", resume=True))
 
 
 def test_held_out_pictures_do_not_touch_the_weights(make_config, pictures, tmp_path):
@@ -103,9 +168,7 @@ def test_held_out_pictures_do_not_touch_the_weights(make_config, pictures, tmp_p
 
 def test_the_base_is_left_as_it_was(make_config, base):
     config = make_config()
-    world = World(config)
-    config.output.mkdir()
-    trainer = loop._Trainer(config, world)
+    trainer = opened(config)
     trainer.run()
     fresh = StableDiffusionPipeline.from_pretrained(base).unet
     assert fingerprint(trainer.unet) == fingerprint(fresh)
@@ -118,8 +181,7 @@ def test_a_dropped_image_is_a_zero_embedding_so_only_the_bias_learns(make_config
     config = make_config(
         drop_text=0, drop_image=1, drop_both=0, weight_decay=0, lr=1e-2, ema=0, save_dtype="float32"
     )
-    config.output.mkdir()
-    trainer = loop._Trainer(config, World(config))
+    trainer = opened(config)
     before = {name: value.clone() for name, value in trainer.adapter.state_dict()["image_proj"].items()}
     trainer.run()
     after = trainer.adapter.state_dict()["image_proj"]
@@ -136,13 +198,12 @@ def test_dropped_rows_become_the_negative_and_the_others_stay():
 
 def test_the_negative_of_a_resampler_is_the_encoded_zero_tensor(make_config, base):
     config = make_config(kind="resampler")
-    config.output.mkdir()
-    trainer = loop._Trainer(config, World(config))
+    trainer = opened(config)
     encoder = StableDiffusionPipeline.from_pretrained(base).image_encoder
     side = encoder.config.image_size
     with torch.no_grad():
         expected = encoder(torch.zeros(1, 3, side, side), output_hidden_states=True).hidden_states[-2]
-    assert torch.allclose(trainer.data.negative, expected, atol=1e-6)
+    assert torch.allclose(trainer.data.negative["hidden"], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
@@ -188,14 +249,17 @@ def test_a_v_prediction_base_trains_on_v(make_config, base, tmp_path):
     settings = folder / "scheduler" / "scheduler_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"prediction_type": "v_prediction"}))
     config = make_config(base=str(folder))
-    config.output.mkdir()
-    trainer = loop._Trainer(config, World(config))
+    trainer = opened(config)
     trainer.unet.forward = lambda noisy, *_, **__: (torch.zeros_like(noisy),)
     clean, noise = torch.full((1, 4, 16, 16), 3.0), torch.ones(1, 4, 16, 16)
-    features, steps = trainer.data.negative, torch.tensor([500])
+    batch = Batch([0], [0], [0], [""], torch.zeros(1, dtype=torch.bool))
+    sample = Sample(
+        batch, clean, noise, torch.tensor([500]), trainer.data.negative, trainer.data.text("states", [""]), {}
+    )
     alpha = trainer.alpha_bar[500]
-    with trainer._error(clean, noise, steps, features, [""]) as error:
-        assert error.item() == pytest.approx(float((alpha.sqrt() - 3 * (1 - alpha).sqrt()) ** 2), rel=1e-4)
+    assert trainer.error(sample).item() == pytest.approx(
+        float((alpha.sqrt() - 3 * (1 - alpha).sqrt()) ** 2), rel=1e-4
+    )
 
 
 def test_sdxl_trains_too(make_config, tmp_path):
@@ -219,8 +283,15 @@ def test_training_continues_from_an_adapter_file(make_config, tmp_path):
     )
     before, after = load_file(first), load_file(second)
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
-    with pytest.raises(UsageError, match="pooled"):
+    with pytest.raises(UsageError, match="reads pooled features; kind 'plus' trains on hidden"):
         train(make_config(output=tmp_path / "c", init=first, kind="resampler"))
+
+
+def test_a_launcher_that_started_one_process_for_several_is_told(make_config, monkeypatch):
+    for name, value in (("ACCELERATE_USE_CPU", "True"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="torchrun --nproc-per-node"):
+        train(make_config())
 
 
 def test_a_run_out_of_time_leaves_its_adapter_and_goes_on_when_resumed(make_config, tmp_path):
@@ -237,7 +308,7 @@ def test_samples_show_references_and_three_drawings_of_each(make_config):
     config = make_config(steps=2, sample_every=1)
     train(config)
     first, second = (Image.open(config.output / "samples" / f"{step:08d}.png") for step in (1, 2))
-    assert first.size == second.size == (4 * 34 + 2, 36)  # one held-out picture of 32 pixels, four columns
+    assert first.size == second.size == (5 * 34 + 2, 36)  # one held-out picture of 32 pixels, five columns
     assert first.crop((0, 0, 36, 36)).tobytes() == second.crop((0, 0, 36, 36)).tobytes()
 
 
@@ -247,9 +318,10 @@ def test_samples_do_not_change_what_is_learned(make_config, tmp_path):
 
 
 def test_timesteps_come_from_every_part_of_the_schedule():
-    drawn = stratified_timesteps(10, 1000, torch.Generator().manual_seed(0))
+    luck = torch.rand(10, generator=torch.Generator().manual_seed(0))
+    drawn = stratified_timesteps(torch.arange(10), luck, 10, 1000)
     assert (drawn // 100).tolist() == list(range(10))
-    assert stratified_timesteps(1, 1000, torch.Generator().manual_seed(0)).max() < 1000
+    assert stratified_timesteps(torch.tensor([0]), torch.tensor([0.9999999]), 1, 1000).max() < 1000
 
 
 def test_another_run_is_never_overwritten(make_config):
@@ -257,9 +329,82 @@ def test_another_run_is_never_overwritten(make_config):
     before = path.read_bytes()
     with pytest.raises(UsageError, match="already holds a run"):
         train(make_config())
-    with pytest.raises(UsageError, match=r"lr was 0\.0001, is 0\.01"):
-        train(make_config(resume=True, lr=1e-2))
+    with pytest.raises(UsageError, match=r"ema was 0\.999, is 0\.5"):
+        train(make_config(resume=True, ema=0.5))
     assert path.read_bytes() == before
+
+
+def recaption(folder):
+    path = folder / "metadata.jsonl"
+    path.write_text(path.read_text().replace("cat b", "cow b"))
+
+
+def remove_one(folder):
+    path = folder / "metadata.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [(recaption, "captions or groups have changed"), (remove_one, "there were 7 pictures, now 6"),
+     (lambda folder: tiny.picture(77, (40, 32)).save(folder / "2.png"), "pictures, captions")],
+)  # fmt: skip
+def test_other_data_is_another_run(make_config, pictures, change, says):
+    train(make_config(steps=1))
+    change(pictures)
+    with pytest.raises(UsageError, match=says):
+        train(make_config(steps=1, resume=True))
+
+
+def test_another_base_is_another_run_and_the_same_elsewhere_is_the_same(
+    make_config, base, pictures, tmp_path
+):
+    train(make_config(steps=1))
+    shutil.copytree(base, tmp_path / "moved base")
+    shutil.copytree(pictures, tmp_path / "moved pictures")
+    moved = {"base": str(tmp_path / "moved base"), "data": str(tmp_path / "moved pictures"), "steps": 2}
+    train(make_config(resume=True, lr=1e-3, **moved))
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "moved base")
+    with torch.no_grad():
+        next(pipe.unet.parameters()).mul_(1.5)
+    pipe.unet.save_pretrained(tmp_path / "moved base" / "unet")
+    with pytest.raises(UsageError, match="the base's weights have changed"):
+        train(make_config(resume=True, **moved))
+
+
+def test_one_folder_has_one_trainer(make_config):
+    config = make_config()
+    held = RunFolder(config.output, resume=False)
+    held.open()
+    with pytest.raises(UsageError, match="another process is training"):
+        train(make_config())
+    held.close()
+    assert not config.output.exists()
+    train(config)
+
+
+FULL = """
+import resource, signal, sys
+from imprompt.training import TrainConfig, train
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+limit = lambda step: step != 2 or resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+from imprompt.errors import InputError
+try:
+    train(TrainConfig.read(sys.argv[1]), on_step=limit)
+except InputError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_one_plain_sentence_and_the_last_checkpoint_stays(make_config, tmp_path):
+    config = make_config(checkpoint_every=1, steps=4)
+    (tmp_path / "run.json").write_text(config.model_dump_json())
+    done = subprocess.run([sys.executable, "-c", FULL, tmp_path / "run.json"], capture_output=True, text=True)
+    assert "the disk is full; make room and resume" in done.stdout, done.stderr[-2000:]
+    assert "The last one is 'checkpoint-00000001.safetensors'" in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+    assert not [path for path in config.output.iterdir() if "part" in path.name]
+    train(config.model_copy(update={"resume": True}))
 
 
 def test_a_finished_run_that_is_resumed_changes_nothing(make_config):
@@ -271,35 +416,43 @@ def test_a_finished_run_that_is_resumed_changes_nothing(make_config):
 def test_only_the_newest_checkpoints_are_kept_and_none_is_half_written(make_config):
     config = make_config(steps=6, checkpoint_every=1, keep_checkpoints=2)
     train(config)
-    assert sorted(path.name for path in config.output.glob("checkpoint-*")) == [
+    assert sorted(path.name for path in config.output.glob("checkpoint-*.safetensors")) == [
         "checkpoint-00000005.safetensors",
         "checkpoint-00000006.safetensors",
     ]
     assert not list(config.output.rglob("*.part"))
 
 
-def test_a_damaged_checkpoint_is_named(make_config):
-    config = make_config(checkpoint_every=2)
-    train(config)
-    newest = max(config.output.glob("checkpoint-*"))
-    newest.write_bytes(newest.read_bytes()[:100])
-    with pytest.raises(ModelError, match=newest.name):
-        train(make_config(checkpoint_every=2, resume=True))
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_without_a_result(make_config):
+def test_steps_without_a_finite_gradient_stop_the_run_without_a_result(make_config):
     config = make_config(steps=8, lr=1e30, clip=0)
     with pytest.raises(ModelError, match="not finite"):
         train(config)
-    assert not (config.output / loop.WEIGHT_NAME).exists()
+    assert not (config.output / WEIGHT_NAME).exists()
     assert not list(config.output.glob("checkpoint-*"))
+
+
+def test_one_bad_step_is_skipped_and_counted_and_changes_nothing(make_config):
+    trainer = opened(make_config(steps=3, latent="mean", ema=0))
+    before = {name: value.detach().clone() for name, value in trainer.adapter.named_parameters()}
+    whole = trainer.unet.forward
+    trainer.unet.forward = lambda *a, **k: (
+        whole(*a, **k)[0] * (math.nan if trainer.step == 0 and torch.is_grad_enabled() else 1.0),
+    )
+    seen = []
+    trainer.run(
+        lambda step: seen.append({n: v.detach().clone() for n, v in trainer.adapter.named_parameters()})
+    )
+    assert all(torch.equal(before[name], seen[0][name]) for name in before)
+    assert not all(torch.equal(before[name], seen[1][name]) for name in before)
+    assert all(value.isfinite().all() for value in seen[2].values())
+    assert trainer.skipped == 1
 
 
 def test_an_inpainting_base_is_refused(make_config, base, tmp_path):
     folder = tmp_path / "nine"
     shutil.copytree(base, folder)
     tiny.tiny_unet(in_channels=9).save_pretrained(folder / "unet")
-    with pytest.raises(ModelError, match="inpainting"):
+    with pytest.raises(UsageError, match="inpainting"):
         train(make_config(base=str(folder)))
 
 
@@ -330,13 +483,13 @@ def test_a_base_may_be_named_by_its_alias(make_config, tmp_path, monkeypatch):
         train(make_config(base="sd-15"))
 
 
-def test_the_rate_warms_up_and_falls_to_zero(make_config):
-    config = make_config(steps=110, warmup=10, schedule="cosine", lr=1.0)
-    rates = [learning_rate(config, step) for step in range(111)]
+def test_the_rate_warms_up_and_falls_to_zero():
+    rates = [learning_rate(step, peak=1.0, steps=110, warmup=10, schedule="cosine") for step in range(111)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[9] == rates[10] == 1.0
     assert rates[60] == pytest.approx(0.5)
     assert rates[110] == pytest.approx(0, abs=1e-12)
+    assert learning_rate(60, peak=1.0, steps=110, warmup=10, schedule="linear") == pytest.approx(0.5)
 
 
 def test_weights_are_averaged_over_the_run(make_config, tmp_path):

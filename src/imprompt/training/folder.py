@@ -1,0 +1,271 @@
+"""The folder of a training run: who may write to it, which run it holds, its log, and its checkpoints.
+
+One process holds ``.lock`` while a run goes on. ``run.json`` says which run it is, by contents. A checkpoint
+is ``checkpoint-STEP.safetensors`` beside a ``.json`` manifest with its SHA-256; one that does not match its
+manifest is not used. Everything is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from imprompt.data.rows import Row
+from imprompt.errors import InputError, ModelError, UsageError
+from imprompt.io import write_atomic
+
+WEIGHT_NAME = "ip-adapter.safetensors"
+RECORD, LOG, LOCK = "run.json", "log.jsonl", ".lock"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run is. Everything is known by its content, nothing by its path."""
+
+    config: dict[str, Any]
+    """The fields of the configuration that may not change."""
+    pictures: int
+    data: str
+    """Hash of all pictures, captions, groups and splits."""
+    base: str
+    """Hash of the weights of UNet, VAE and text encoders."""
+    encoder: str
+    start: str
+    """Hash of the weights that training began with."""
+    samples_per_step: int
+    """Batch × accumulate × processes."""
+
+    def differences(self, before: Mapping[str, Any]) -> list[str]:
+        """How this run differs from the one that ``before`` records, in words."""
+        now = json.loads(json.dumps(asdict(self)))
+        was, fields = before.get("config", {}), now["config"]
+        found = [
+            f"{name} was {was.get(name)}, is {fields[name]}"
+            for name in fields
+            if was.get(name) != fields[name]
+        ]
+        if before.get("pictures") != self.pictures:
+            found.append(f"there were {before.get('pictures')} pictures, now {self.pictures}")
+        elif before.get("data") != self.data:
+            found.append("pictures, captions or groups have changed")
+        names = {"base": "the base's weights", "encoder": "the image encoder", "start": "the initial weights"}
+        found += [f"{what} have changed" for name, what in names.items() if before.get(name) != now[name]]
+        if before.get("samples_per_step") != self.samples_per_step:
+            found.append(
+                f"a step was {before.get('samples_per_step')} samples, now batch × accumulate × processes is "
+                f"{self.samples_per_step}"
+            )
+        return found
+
+
+def data_hash(rows: Sequence[Row], keys: Sequence[str]) -> str:
+    """Hash of what ``rows`` show and say; ``keys`` are hashes of their pictures."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row, key in zip(rows, keys, strict=True):
+        about = [key, row.captions, row.groups, row.split, row.repeats]
+        digest.update(json.dumps(about, sort_keys=True, ensure_ascii=False).encode())
+    return digest.hexdigest()
+
+
+class RunFolder:
+    """Owns the folder between :meth:`open` and :meth:`close`; only the main process writes to it."""
+
+    def __init__(self, path: Path, *, resume: bool) -> None:
+        self.path, self.resume = path, resume
+        self._lock: int | None = None
+        self._made = False
+
+    def open(self) -> None:
+        """Lock the folder. Raises :class:`UsageError` when another process is training into it, or when it
+        holds a run and ``resume`` is not set."""
+        self._made = not self.path.exists()
+        with disk_errors(self.path, "the run's folder"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        if not _locked(self._lock):
+            os.close(self._lock)
+            self._lock = None
+            raise UsageError(f"another process is training into '{self.path}'; wait for it, or stop it.")
+        if not self.resume and ((self.path / RECORD).exists() or (self.path / WEIGHT_NAME).exists()):
+            self.close()
+            raise UsageError(f"'{self.path}' already holds a run; resume it (--resume) or name a new folder.")
+
+    def close(self) -> None:
+        """Give the folder free; one that no run began in is as it was before."""
+        if self._lock is None:
+            return
+        began = (self.path / RECORD).exists()
+        if not began:
+            (self.path / LOCK).unlink(missing_ok=True)
+        os.close(self._lock)
+        self._lock = None
+        if self._made and not began:
+            with contextlib.suppress(OSError):  # something else lies in it by now
+                self.path.rmdir()
+
+    def begin(self, identity: Identity) -> None:
+        """Record which run this is. Raises :class:`UsageError` when the folder holds another one."""
+        record = self.path / RECORD
+        if record.exists():
+            try:
+                before = json.loads(record.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ModelError(f"'{record}' is damaged: {error}.") from error
+            if changed := identity.differences(before):
+                raise UsageError(
+                    f"'{self.path}' holds another run ({'; '.join(changed)}). Put that back, or name a new "
+                    "folder."
+                )
+        self.write(RECORD, json.dumps(asdict(identity), indent=2, ensure_ascii=False) + "\n")
+
+    def write(self, name: str, text: str) -> None:
+        """Write a text file whole or not at all."""
+        write_atomic(self.path / name, text.encode(), overwrite=True)
+
+    # ---- log
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one line to the log; numbers that are not finite are written as null."""
+        line = json.dumps(_finite(record), allow_nan=False, ensure_ascii=False)
+        with disk_errors(self.path / LOG, LOG), (self.path / LOG).open("a", encoding="utf-8") as handle:
+            handle.write(line + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """The log's lines; what a crash left half-written is passed over."""
+        path = self.path / LOG
+        if not path.exists():
+            return []
+        found = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict) and "step" in record:
+                    found.append(record)
+        return found
+
+    def rewind(self, step: int) -> None:
+        """Forget log lines of steps that the resumed run takes again."""
+        kept = [record for record in self.records() if record["step"] <= step]
+        self.write(LOG, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+
+    # ---- checkpoints
+
+    def save_checkpoint(
+        self, step: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any], keep: int
+    ) -> Path:
+        """Write a checkpoint and forget all but the newest ``keep``.
+
+        Raises :class:`ModelError` when a tensor is not finite: what cannot be resumed is not kept as if it
+        could."""
+        bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+        if bad:
+            raise ModelError(
+                f"step {step} is not saved: {len(bad)} tensors are not finite, such as '{bad[0]}'."
+            )
+        path = self.path / f"checkpoint-{step:08d}.safetensors"
+        with disk_errors(path, f"step {step}", self._last()):
+            part = save_tensors(tensors, {"step": str(step)}, path.with_suffix(".part"))
+            manifest = {**about, "step": step, "sha256": _sha256(part), "bytes": part.stat().st_size}
+            self.write(path.with_suffix(".json").name, json.dumps(manifest) + "\n")
+            part.replace(path)
+        for old in self.checkpoints()[:-keep]:
+            old.unlink()
+            old.with_suffix(".json").unlink(missing_ok=True)
+        return path
+
+    def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any], list[str]] | None:
+        """The newest sound checkpoint: tensors, manifest, and which newer ones are damaged; ``None`` without
+        any. Raises :class:`ModelError` when all are damaged."""
+        damaged: list[str] = []
+        for path in reversed(self.checkpoints()):
+            try:
+                manifest = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+                if _sha256(path) != manifest["sha256"]:
+                    raise ValueError("its SHA-256 is not that of its manifest")
+                return load_file(path), manifest, damaged
+            except (OSError, ValueError, KeyError, SafetensorError) as error:
+                damaged.append(f"{path.name} ({error})")
+        if damaged:
+            raise ModelError(f"every checkpoint in '{self.path}' is damaged: {'; '.join(damaged)}.")
+        return None
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints' weights, oldest first."""
+        return sorted(self.path.glob("checkpoint-*.safetensors"))
+
+    def _last(self) -> str:
+        found = self.checkpoints()
+        return f" The last one is '{found[-1].name}'." if found else ""
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path, what: str, hint: str = "") -> Iterator[None]:
+    """Turn what a disk refuses into one :class:`InputError`."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        reason = "the disk is full; make room and resume" if full else error.strerror or str(error)
+        raise InputError(f"cannot write {what} to '{path}' ({reason}).{hint}") from error
+    except SafetensorError as error:
+        reason = "the disk is full; make room and resume" if _says_full(error) else str(error)
+        raise InputError(f"cannot write {what} to '{path}' ({reason}).{hint}") from error
+
+
+def save_tensors(tensors: Mapping[str, Tensor], about: dict[str, str], path: Path) -> Path:
+    """Write tensors under a name of their own beside ``path``, synced to disk; the caller renames it, and is
+    told of a full disk by :func:`disk_errors`."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, about)
+        with part.open("rb+") as handle:
+            os.fsync(handle.fileno())
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    return part
+
+
+def _says_full(error: SafetensorError) -> bool:
+    return any(
+        word in str(error) for word in ("No space left", "StorageFull", "FileTooLarge", "File too large")
+    )
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # Windows: an open file cannot be deleted there, but two runs are not told apart
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(each) for name, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,105 @@
+"""A sheet of samples drawn while training: what the adapter does by now, for people to look at.
+
+One row a held-out picture: the picture, drawn from its caption without the adapter, drawn from the picture
+alone, from both, and from the picture with the caption of something else. Noise is the same in every sheet.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.adapter.prompt import ImagePrompt
+from imprompt.encoders.images import load_image
+from imprompt.training.cache import EncodedSet
+from imprompt.training.data import Plan, crop_to_shape, generator_for
+
+ROWS, STEPS = 6, 20
+COLUMNS = ("picture", "caption alone", "picture alone", "both", "picture, other caption")
+
+
+class Preview:
+    """Draws sheets with the base's own pipeline, from encoded pictures and captions."""
+
+    def __init__(self, pipe: Any, adapter: IPAdapter, data: EncodedSet, plan: Plan, guidance: float) -> None:
+        self.pipe, self.adapter, self.data, self.guidance = pipe, adapter, data, guidance
+        self.shown = plan.validation[:ROWS]
+        self.sizes = [plan.sizes[row] for row in self.shown]
+        own = [plan.validation_caption(row) for row in self.shown]
+        other = [plan.other_caption(row) for row in self.shown]
+        self.asked = [(own, False), ([""] * len(own), True), (own, True), (other, True)]
+        pictures = [load_image(plan.rows[row].read()) for row in self.shown]
+        self.references = [
+            crop_to_shape(picture, *size).resize(size)
+            for picture, size in zip(pictures, self.sizes, strict=True)
+        ]
+        self._without: list[Image.Image] | None = None
+
+    @torch.no_grad()
+    def draw(self) -> tuple[bytes, list[list[Image.Image]]]:
+        """The sheet as PNG, and its pictures by column."""
+        if self._without is None:  # the same all through the run
+            self._without = self._draw(*self.asked[0])
+        columns = [self.references, self._without, *(self._draw(*asked) for asked in self.asked[1:])]
+        wide, high = (max(size[axis] for size in self.sizes) for axis in (0, 1))
+        gap = max(2, wide // 32)
+        sheet = Image.new(
+            "RGB", (len(columns) * (wide + gap) + gap, len(self.shown) * (high + gap) + gap), "white"
+        )
+        for x, column in enumerate(columns):
+            for y, picture in enumerate(column):
+                sheet.paste(picture, (gap + x * (wide + gap), gap + y * (high + gap)))
+        stream = io.BytesIO()
+        sheet.save(stream, "PNG")
+        return stream.getvalue(), columns
+
+    def _draw(self, captions: Sequence[str], with_picture: bool) -> list[Image.Image]:
+        unet = self.pipe.unet
+        weight = next(unet.parameters())
+        before = self.pipe.vae.device
+        self.pipe.vae.to(weight.device)
+        try:
+            self.adapter.attach(self.pipe)
+            images = []
+            for place, caption in enumerate(captions):
+                if with_picture:
+                    self.adapter.set_prompt(ImagePrompt(features=self._features(self.shown[place])))
+                images += self._one(caption, self.sizes[place], place, weight)
+            return images
+        finally:
+            self.adapter.clear_prompt()
+            self.adapter.attach(unet)
+            self.pipe.vae.to(before)
+
+    def _one(self, caption: str, size: tuple[int, int], place: int, weight: Tensor) -> list[Image.Image]:
+        states = self.data.text("states", [caption, ""]).to(weight.device, weight.dtype)
+        options: dict[str, Any] = {"prompt_embeds": states[:1], "negative_prompt_embeds": states[1:]}
+        if unet_takes_pooled(self.pipe.unet):
+            pooled = self.data.text("pooled", [caption, ""]).to(weight.device, weight.dtype)
+            options |= {"pooled_prompt_embeds": pooled[:1], "negative_pooled_prompt_embeds": pooled[1:]}
+        reduced = weight.dtype != torch.float32
+        with torch.autocast(weight.device.type, weight.dtype, enabled=reduced):
+            found: list[Image.Image] = self.pipe(
+                width=size[0],
+                height=size[1],
+                num_inference_steps=STEPS,
+                guidance_scale=self.guidance,
+                generator=generator_for(0, "samples", place),
+                **options,
+            ).images
+        return found
+
+    def _features(self, row: int) -> Tensor:
+        (name,) = self.data.feature
+        return self.data.features.rows(name, [row], [0])
+
+
+def unet_takes_pooled(unet: Any) -> bool:
+    """Whether the UNet reads pooled text and sizes beside the text states, as SDXL's does."""
+    return bool(unet.config.addition_embed_type == "text_time")

@@ -1,0 +1,143 @@
+"""What a run starts from: the frozen base, its image encoder, and the adapter with its first weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from imprompt.adapter.backbones.unet import cross_attentions
+from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.encoders.clip import ImageEncoder
+from imprompt.errors import UsageError
+from imprompt.generation.families import Base, find_base, load, load_adapter
+from imprompt.training.config import Kind, TrainConfig
+from imprompt.training.folder import WEIGHT_NAME
+
+FEATURES: dict[str, tuple[str, ...]] = {
+    "linear": ("pooled",),
+    "plus": ("hidden",),
+    "full": ("hidden",),
+    "faceid": ("face",),
+    "faceid-plus": ("face", "hidden"),
+}
+ENCODER_KEY = "imprompt.image_encoder"
+"""Metadata of an adapter file: where its image encoder is."""
+_CHECKPOINT = "checkpoint-"
+
+
+def load_base(name: str) -> tuple[Base, Any]:
+    """The base and its pipeline in float32 on the CPU. Raises :class:`ModelError` for one that cannot be
+    loaded, :class:`UsageError` for one that only inpaints: adapters of its plain base fit it."""
+    base = find_base(name)
+    return base, load(base, "generate", torch.float32)
+
+
+def load_start(config: TrainConfig, base: Base) -> IPAdapter | None:
+    """The adapter that ``config.init`` names; ``None`` for new weights.
+
+    ``auto`` is the base's default adapter, where its kind is the one asked for. Raises :class:`ModelError` or
+    :class:`UsageError` for what is missing or of another kind.
+    """
+    name = config.init
+    if name in (None, "new"):
+        return None
+    if name == "auto":
+        name = base.defaults.adapter
+        if name is None:
+            return None
+        adapter = _named(name)
+        return adapter if config.kind in (None, kind_of(adapter)) else None
+    assert name is not None
+    adapter = _named(name)
+    if config.kind not in (None, kind_of(adapter)):
+        raise UsageError(
+            f"'{name}' is of the kind '{kind_of(adapter)}' and reads {adapter.projection.feature} features; "
+            f"kind '{config.kind}' trains on {' and '.join(FEATURES[config.kind or 'linear'])}."
+        )
+    return adapter
+
+
+def kind_of(adapter: IPAdapter) -> Kind:
+    """The kind of training that an adapter's variant belongs to."""
+    variant = adapter.checkpoint.variant
+    if variant.feature == "face":
+        return "faceid-plus" if adapter.projection.patch_width is not None else "faceid"
+    return "linear" if variant.feature == "pooled" else "plus" if variant.name == "resampler" else "full"
+
+
+def new_adapter(config: TrainConfig, kind: Kind, unet: Any, feature_width: int) -> IPAdapter:
+    """New weights by the run's seed: a random projection, keys and values copied from the text's."""
+    if kind not in ("linear", "plus"):
+        raise UsageError(f"kind '{kind}' is trained from an adapter only: name one with init.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        named: Any = "resampler" if kind == "plus" else kind
+        return IPAdapter.new(unet, kind=named, feature_width=feature_width, tokens=config.tokens)
+
+
+def trainable(adapter: IPAdapter, config: TrainConfig, unet: Any) -> list[torch.nn.Parameter]:
+    """Mark what is trained, all of it or the projection and the layers of ``config.layers``; returns it.
+
+    Raises :class:`UsageError` when no layer has such a name."""
+    adapter.module.requires_grad_(True).train()
+    if config.layers:
+        layers = cross_attentions(unet)
+        chosen = [layer.index for layer in layers if any(part in layer.name for part in config.layers)]
+        if not chosen:
+            names = sorted({layer.name.partition(".transformer")[0] for layer in layers})
+            raise UsageError(f"layers: none has {' or '.join(config.layers)} in its name; there are {names}.")
+        for layer in layers:
+            if layer.index not in chosen:
+                for linear in adapter.key_value(layer.index):
+                    linear.requires_grad_(False)
+    return [parameter for parameter in adapter.parameters() if parameter.requires_grad]
+
+
+def load_encoder(config: TrainConfig, pipe: Any, start: IPAdapter | None) -> ImageEncoder:
+    """The image encoder in float32: the named one, the start's, or the base's own.
+
+    Raises :class:`UsageError` when there is none."""
+    if config.image_encoder is not None:
+        return ImageEncoder.from_pretrained(config.image_encoder, torch_dtype=torch.float32)
+    own = getattr(pipe, "image_encoder", None)
+    if own is not None:
+        name = getattr(own.config, "_name_or_path", "")
+        return ImageEncoder(own, pipe.feature_extractor, name=name or None).to(dtype=torch.float32)
+    found = None if start is None else start.image_encoder
+    if not isinstance(found, ImageEncoder):
+        raise UsageError(
+            f"base '{config.base}' has no image encoder of its own; name one with image_encoder, such as "
+            "h94/IP-Adapter:models/image_encoder."
+        )
+    return found.to(dtype=torch.float32)
+
+
+def _named(name: str) -> IPAdapter:
+    path = Path(name).expanduser()
+    if path.is_file() and path.name.startswith(_CHECKPOINT):
+        return _from_checkpoint(path)
+    if path.is_dir() and not (path / WEIGHT_NAME).exists():
+        found = sorted(path.glob(f"{_CHECKPOINT}*.safetensors"))
+        if found:
+            return _from_checkpoint(found[-1])
+    return load_adapter(name)
+
+
+def _from_checkpoint(path: Path) -> IPAdapter:
+    """The adapter inside a training checkpoint: its averaged weights, if it has any."""
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
+        kept = "averaged." if any(name.startswith("averaged.") for name in names) else "weights."
+        state: dict[str, dict[str, torch.Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+        for name in names:
+            section, _, key = name.removeprefix("weights.").partition(".")
+            if name.startswith("weights.") and section in state:
+                averaged = kept + name.removeprefix("weights.")
+                state[section][key] = file.get_tensor(averaged if averaged in names else name)
+    adapter = IPAdapter.from_state_dict(state)
+    adapter.checkpoint = replace(adapter.checkpoint, name=path.stem)
+    return adapter
