@@ -1,4 +1,4 @@
-"""``--sweep``: every combination drawn and saved, each with its own request inside, and all on one page."""
+"""``--sweep``: draw every combination of settings, each with its own request inside, and one page of all."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +21,12 @@ def sweep(
     overwrite: bool = False,
     numbered: bool = False,
 ) -> tuple[list[Result], list[Path]]:
-    """Draw ``request`` for all combinations of ``axes`` (as ``FIELD=VALUE,…``); returns the results and the
-    files: ``NAME-1.png``, ``NAME-2.png``, …, and last the page ``NAME-grid.png``.
+    """Draw ``request`` with all combinations of ``axes`` (``FIELD=VALUE,…``) and put all on one page.
 
-    All requests are checked before the first is drawn, and nothing is written before the last is.
+    Returns the results and the files: ``NAME-1.png``, ``NAME-2.png``, … and last ``NAME-grid.png``. With
+    ``overwrite`` files that imprompt did not make are replaced; with ``numbered`` another name is taken where
+    one is. All requests are checked before the first is drawn, and nothing is written before the last is.
+    Raises :class:`UsageError` for an axis that is unknown or has no effect.
     """
     target, engine = Path(target), engine or Engine()
     asked = spread(request, [read_axis(text) for text in axes])
@@ -39,11 +41,11 @@ def sweep(
 
 
 def sheet(asked: Sweep, images: Sequence[Image.Image]) -> Image.Image:
-    """The first axis runs to the right, all others downwards; what they share is said above."""
+    """The page: the first axis runs to the right, all others downwards; above stands what they share."""
     columns = len(asked.axes[0].values)
     rows = ["\n".join(labels[1:]) for labels in asked.labels[::columns]]
     first = asked.requests[0]
     swept = {axis.field for axis in asked.axes}
-    said = [f"“{first.prompt}”"] if first.prompt and "prompt" not in swept else []
-    said += [] if "seed" in swept else [f"seed {first.seed}"]
-    return grid(images, asked.axes[0].labels, rows, title=", ".join(said))
+    shared = [f"“{first.prompt}”"] if first.prompt and "prompt" not in swept else []
+    shared += [] if "seed" in swept else [f"seed {first.seed}"]
+    return grid(images, asked.axes[0].labels, rows, title=", ".join(shared))
