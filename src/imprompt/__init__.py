@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from imprompt.adapter.ipadapter import IPAdapter
     from imprompt.adapter.prompt import ImagePrompt
-    from imprompt.adapter.texts import TextRegion, TextRegions
+    from imprompt.adapter.regions import TextRegion, TextRegions
     from imprompt.app.embedding import embed
     from imprompt.app.sweep import sweep
     from imprompt.app.tuning import Tuned, tune
@@ -22,8 +22,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "IPAdapter": "imprompt.adapter.ipadapter",
     "ImagePrompt": "imprompt.adapter.prompt",
-    "TextRegion": "imprompt.adapter.texts",
-    "TextRegions": "imprompt.adapter.texts",
+    "TextRegion": "imprompt.adapter.regions",
+    "TextRegions": "imprompt.adapter.regions",
     "Engine": "imprompt.generation.engine",
     "Result": "imprompt.generation.engine",
     "generate": "imprompt.generation.engine",

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import weakref
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,39 +16,46 @@ from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, SlicedAttnProcessor
 from torch import Tensor, nn
 
-from imprompt.adapter.attention import Branch, DecoupledAttention, Injection, TrainingTokens
+from imprompt.adapter.attention import SiteProcessor
 from imprompt.adapter.backbones.unet import cross_attentions
+from imprompt.adapter.batch import PromptSource, TrainingTokens
+from imprompt.adapter.injection import Injection
+from imprompt.adapter.key_value import KeyValue
 from imprompt.adapter.prompt import CompiledPrompt
-from imprompt.errors import AdapterMismatch, ImpromptError, UsageError
+from imprompt.errors import AdapterMismatch, UsageError
 from tiny import TEXT_WIDTH, random_adapter_state, tiny_unet
 
 WIDTH = TEXT_WIDTH  # of tokens
+PARTS = ("to_k_ip", "to_v_ip")
 
 
-@dataclass(eq=False)
-class Weights:
-    """A source of image keys and values with random weights, which counts how often they are asked for."""
+class Weights(PromptSource):
+    """A source of image keys and values with random weights, which counts how often they are computed."""
 
-    unet: UNet2DConditionModel
-    seed: int = 3
-    samples: tuple[tuple[CompiledPrompt, ...], ...] = ()
-    training: TrainingTokens | None = None
-    branches: tuple[Branch, ...] | None = None
-    guidance: tuple[float, float | None] | None = None
-    lora: None = None
-    uses_text_projection: bool = False
-    asked: Counter[int] = field(default_factory=Counter)
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self, unet: UNet2DConditionModel, seed: int = 3, samples: tuple[tuple[CompiledPrompt, ...], ...] = ()
+    ) -> None:
+        self.unet: UNet2DConditionModel | None = unet
+        self.asked: Counter[int] = Counter()
+        self._samples = samples
+        weights = random_adapter_state(unet, seed=seed)["ip_adapter"]
         self.layers = {}
-        for name, weight in random_adapter_state(self.unet, seed=self.seed)["ip_adapter"].items():
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-            linear.weight = nn.Parameter(weight)
-            self.layers[name.removesuffix(".weight")] = linear
+        for index in sorted({int(name.split(".")[0]) for name in weights}):
+            key, value = (nn.Linear(*weights[f"{index}.{n}.weight"].T.shape, bias=False) for n in PARTS)
+            key.weight, value.weight = (nn.Parameter(weights[f"{index}.{n}.weight"]) for n in PARTS)
+            self.layers[index] = KeyValue(key, value)
+            self.layers[index].register_forward_hook(lambda *_, index=index: self.asked.update([index]))
 
-    def key_value(self, index: int) -> tuple[nn.Linear, nn.Linear]:
-        self.asked[index] += 1
-        return self.layers[f"{index}.to_k_ip"], self.layers[f"{index}.to_v_ip"]
+    @property
+    def samples(self) -> tuple[tuple[CompiledPrompt, ...], ...]:
+        return self._samples
+
+    @samples.setter
+    def samples(self, value: tuple[tuple[CompiledPrompt, ...], ...]) -> None:
+        self._samples = value
+
+    def key_value(self, index: int) -> KeyValue:
+        return self.layers[index]
 
 
 def row(seed: int = 0, tokens: int = 4, negative: int | None = 4, **fields: object) -> CompiledPrompt:
@@ -131,7 +138,7 @@ def test_a_layer_computes_the_published_formula(unet: UNet2DConditionModel) -> N
     with torch.no_grad():
         wanted = attend(seen["text"][0], attention.to_k, attention.to_v)
         for prompt in source.samples[0]:
-            wanted = wanted + prompt.scale * attend(prompt.tokens, *source.key_value(layer.index))
+            wanted = wanted + prompt.scale * attend(prompt.tokens, *source.key_value(layer.index).children())
         wanted = attention.to_out[0](wanted)
     torch.testing.assert_close(seen["out"][0], wanted, atol=1e-5, rtol=1e-5)
 
@@ -389,16 +396,87 @@ def test_a_foreign_processor_is_refused_and_nothing_changed(
     last.set_processor(Foreign())
     with pytest.raises(AdapterMismatch, match=r"mid_block.*Foreign"):
         Injection.into(unet, None)
-    assert not any(isinstance(p, DecoupledAttention) for p in unet.attn_processors.values())
+    assert not any(isinstance(p, SiteProcessor) for p in unet.attn_processors.values())
     assert not unet._forward_pre_hooks
 
 
-def test_processors_installed_afterwards_are_noticed(unet: UNet2DConditionModel) -> None:
+def sliced(unet: UNet2DConditionModel) -> None:
+    unet.set_attention_slice("max")
+
+
+CHANGES = {
+    "attention slicing": sliced,
+    "set_attn_processor": lambda unet: unet.set_attn_processor(AttnProcessor2_0()),
+    "fused projections": lambda unet: unet.fuse_qkv_projections(),
+    "one layer": lambda unet: unet.get_submodule(cross_attentions(unet)[1].name).set_processor(
+        SlicedAttnProcessor(1)
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("drawn", [False, True])
+def test_processors_installed_afterwards_do_not_silence_the_prompt(
+    unet: UNet2DConditionModel, change: str, drawn: bool
+) -> None:
+    injection, source = put(unet, row())
+    wanted = draw(unet)
+    if not drawn:
+        injection.remove(source)
+        injection, source = put(unet, row())
+    CHANGES[change](unet)
+    torch.testing.assert_close(draw(unet), wanted, atol=1e-5, rtol=1e-5)
+    injection.remove(source)
+    assert not any(isinstance(p, SiteProcessor) for p in unet.attn_processors.values())
+
+
+def test_a_foreign_processor_installed_afterwards_is_refused_before_anything_is_drawn(
+    unet: UNet2DConditionModel,
+) -> None:
+    class Foreign:
+        def __call__(self, attn: Attention, hidden_states: Tensor, **kwargs: object) -> Tensor:
+            raise AssertionError("drawn with")
+
     put(unet, row())
     draw(unet)
-    unet.set_attn_processor(AttnProcessor2_0())
-    with pytest.raises(ImpromptError, match="after the adapter was attached"):
-        draw(unet, noise(2))
+    unet.get_submodule(cross_attentions(unet)[-1].name).set_processor(Foreign())
+    with pytest.raises(AdapterMismatch, match="has a Foreign"):
+        draw(unet)
+
+
+def test_unfusing_and_attaching_again_leaves_no_dead_processor(unet: UNet2DConditionModel) -> None:
+    injection, source = put(unet, row())
+    wanted = draw(unet)
+    unet.fuse_qkv_projections()  # diffusers keeps our processors to give them back
+    injection.remove(source)
+    unet.unfuse_qkv_projections()
+    put(unet, row())
+    assert same(draw(unet), wanted)
+
+
+def test_a_new_strength_mask_or_prompt_is_written_into_the_same_tensors(unet: UNet2DConditionModel) -> None:
+    injection, source = put(unet, row(scale=0.4, mask=torch.eye(4)[None, None]))
+    draw(unet)
+    processor = unet.get_submodule(cross_attentions(unet)[0].name).processor
+    (kv,) = processor.image_kvs
+    asked = Counter(source.asked)
+    source.samples = ((replace(source.samples[0][0], scale=0.9, end=0.7),),)
+    injection.invalidate()
+    stronger = draw(unet)
+    assert source.asked == asked  # no keys for a new strength or window
+    source.samples = ((row(5, mask=torch.ones(1, 1, 4, 4)),),)
+    injection.invalidate()
+    other = draw(unet)
+    (now,) = processor.image_kvs
+    assert now.key is kv.key
+    assert now.value is kv.value
+    assert now.factor is not None
+    assert kv.factor is not None
+    assert now.factor.data_ptr() == kv.factor.data_ptr()
+    injection.remove(source)
+    put(unet, row(5, mask=torch.ones(1, 1, 4, 4)))
+    assert same(draw(unet), other)
+    assert not same(stronger, other)
 
 
 @pytest.mark.parametrize(
@@ -442,7 +520,7 @@ def test_live_tokens_equal_a_set_prompt_and_carry_gradients(unet: UNet2DConditio
     torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
     out.square().mean().backward()
     assert tokens.grad.abs().sum() > 0
-    assert all(part.weight.grad.abs().sum() > 0 for part in source.layers.values())
+    assert all(w.grad.abs().sum() > 0 for part in source.layers.values() for w in part.parameters())
     source.training = None
     injection.invalidate()
     assert same(draw(unet, noise(2)), wanted)

@@ -155,7 +155,7 @@ def test_what_cannot_be_widened_is_said() -> None:
     sample, text = torch.zeros(3, 4, 8, 8), torch.zeros(3, 5, TEXT_WIDTH)
     adapter.batch(guidance=["uncond", "cond", "cond"])
     adapter.set_guidance(3.0)
-    with pytest.raises(UsageError, match="negative, positive, positive"):
+    with pytest.raises(UsageError, match="uncond, cond, cond"):
         unet(sample, 500, text)
     adapter.batch(guidance=True)
     with pytest.raises(UsageError, match="pass text="):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.adapter.prompt import ImagePrompt, feathered, read_mask, resize_mask
-from imprompt.adapter.texts import TextRegion, TextRegions
+from imprompt.adapter.regions import TextRegion, TextRegions
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.errors import AdapterMismatch, InputError, UsageError
 from tiny import TEXT_WIDTH, picture, random_adapter_state, tiny_encoder, tiny_sd, tiny_sdxl, tiny_unet

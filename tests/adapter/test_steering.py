@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from imprompt.adapter.attention import DecoupledAttention
+from imprompt.adapter.attention import SiteProcessor
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.adapter.prompt import ImagePrompt
 from imprompt.encoders.clip import ImageEncoder
@@ -115,15 +115,15 @@ def test_a_curve_is_its_factor_at_each_timestep(unet: UNet2DConditionModel, adap
         torch.testing.assert_close(draw(unet, t), faded, rtol=1e-4, atol=1e-5)
 
 
-def test_curves_keep_the_very_groups_while_steps_go_by(
+def test_curves_keep_the_very_tensors_while_steps_go_by(
     unet: UNet2DConditionModel, adapter: IPAdapter
 ) -> None:
     adapter.set_prompt(picture(1), curve="smooth-out")
-    processors = [p for p in unet.attn_processors.values() if isinstance(p, DecoupledAttention)]
+    processors = [p for p in unet.attn_processors.values() if isinstance(p, SiteProcessor)]
     draw(unet, 900.0)
-    groups = [p.groups for p in processors]
+    kvs = [p.image_kvs for p in processors]
     draw(unet, 100.0)
-    assert all(a is b for a, b in zip(groups, (p.groups for p in processors), strict=True))
+    assert all(a is b for a, b in zip(kvs, (p.image_kvs for p in processors), strict=True))
 
 
 def test_samples_of_one_batch_have_their_own_steering(unet: UNet2DConditionModel, adapter: IPAdapter) -> None:

@@ -164,7 +164,7 @@ REFUSED = [
         "'subtract' takes the first picture minus",
         "generate a --image ref.png,combine=subtract --base BASE",
     ),
-    (2, "profile has 2 weights; this UNet takes", "generate a --image ref.png,profile=1,0 --base BASE"),
+    (2, "profile has 2 weights; this base takes", "generate a --image ref.png,profile=1,0 --base BASE"),
     (2, "end: 0.2 lies before start", "generate a --image ref.png,start=0.9,end=0.2 --base BASE"),
     (4, "carries no request", "info ref.png"),
     (4, "is a folder", "info ."),

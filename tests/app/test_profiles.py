@@ -58,7 +58,7 @@ def test_weights_of_ones_own_are_drawn_as_they_are(capsys: pytest.CaptureFixture
     assert next(line for line in lines if "mid_block.a" in line).split()[1] == "-1.00"
     assert charts("sdxl", "style-and-composition:0.5").count("▄") == 2
     assert main(["profiles", "1,2,3", "--base", "sd15"]) == 2
-    assert "profile has 3 weights; this UNet takes 16" in capsys.readouterr().err
+    assert "profile has 3 weights; this base takes 16" in capsys.readouterr().err
 
 
 def test_a_users_folder_is_read_and_nonsense_refused(

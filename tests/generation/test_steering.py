@@ -308,5 +308,5 @@ def test_regions_and_weights_without_sense_are_refused_at_once(image, said):
 
 def test_a_list_of_the_wrong_length_says_both_lengths(engine, common, pictures):
     ref = ImageRef(path=str(pictures / "ref.png"), profile=(1, 0))
-    with pytest.raises(UsageError, match="profile has 2 weights; this UNet takes 4"):
+    with pytest.raises(UsageError, match="profile has 2 weights; this base takes 4"):
         engine.run(Request(images=[ref], **common))

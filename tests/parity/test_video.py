@@ -290,9 +290,9 @@ def test_a_picture_a_frame_costs_no_more_passes_than_one(monkeypatch) -> None:
     calls: list[tuple[int, ...]] = []
     from imprompt.adapter import attention
 
-    read = attention.ImageKV.read
+    read = attention.ImageKV.attend
     monkeypatch.setattr(
-        attention.ImageKV, "read", lambda self, query: calls.append(self.key.shape) or read(self, query)
+        attention.ImageKV, "attend", lambda self, query: calls.append(self.key.shape) or read(self, query)
     )
     adapter.set_prompt(picture(1))
     draw(pipe, 5.0)

@@ -9,7 +9,8 @@ from diffusers import UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imprompt.adapter.backbones.unet import CrossLayer, cross_attentions
+from imprompt.adapter.backbones.base import Site
+from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.errors import UsageError
 from imprompt.schema.profiles import PROFILES, canonical, layer_weights, read_profile, roles
 from tiny import tiny_unet
@@ -30,21 +31,21 @@ def unet_of(family: str) -> UNet2DConditionModel:
 
 
 @cache
-def layers_of(family: str) -> tuple[CrossLayer, ...]:
+def layers_of(family: str) -> tuple[Site, ...]:
     return cross_attentions(unet_of(family))
 
 
 @pytest.fixture
-def sd15() -> tuple[CrossLayer, ...]:
+def sd15() -> tuple[Site, ...]:
     return layers_of("sd15")
 
 
 @pytest.fixture
-def sdxl() -> tuple[CrossLayer, ...]:
+def sdxl() -> tuple[Site, ...]:
     return layers_of("sdxl")
 
 
-def by_t(profile: object, layers: tuple[CrossLayer, ...]) -> list[float]:
+def by_t(profile: object, layers: tuple[Site, ...]) -> list[float]:
     weights = {}
     for layer, weight in zip(layers, layer_weights(profile, layers).weights, strict=True):
         assert weights.setdefault(layer.block_index, weight) == weight
@@ -56,7 +57,7 @@ def only(weights: dict[int, float], count: int) -> list[float]:
 
 
 def test_published_numbers_follow_diffusers_order_and_t_follows_execution(
-    sd15: tuple[CrossLayer, ...], sdxl: tuple[CrossLayer, ...]
+    sd15: tuple[Site, ...], sdxl: tuple[Site, ...]
 ) -> None:
     assert [layer.index for layer in sd15] == list(range(1, 32, 2))
     assert [layer.index for layer in sdxl] == list(range(1, 140, 2))
@@ -72,7 +73,7 @@ def test_published_numbers_follow_diffusers_order_and_t_follows_execution(
     assert [layer.level for layer in sdxl if layer.block_index in (0, 2, 4, 5, 8)][:1] == [1]
 
 
-def test_map_profiles_of_sdxl_are_the_published_blocks(sdxl: tuple[CrossLayer, ...]) -> None:
+def test_map_profiles_of_sdxl_are_the_published_blocks(sdxl: tuple[Site, ...]) -> None:
     expected = {
         "linear": [1.0] * 11,
         "style transfer": only({6: 1}, 11),
@@ -92,7 +93,7 @@ def test_map_profiles_of_sdxl_are_the_published_blocks(sdxl: tuple[CrossLayer, .
     assert {name: by_t(name, sdxl) for name in expected} == expected
 
 
-def test_map_profiles_of_sd15_are_the_published_blocks(sd15: tuple[CrossLayer, ...]) -> None:
+def test_map_profiles_of_sd15_are_the_published_blocks(sd15: tuple[Site, ...]) -> None:
     style = dict.fromkeys((0, 1, 2, 3, *range(9, 16)), 1.0)
     expected = {
         "style transfer": only(style, 16),
@@ -119,7 +120,7 @@ def test_ramps_follow_their_formula(family: str, request: pytest.FixtureRequest)
         assert by_t("reverse in-out", layers)[t] == pytest.approx(0.05 + 0.95 * centre)
 
 
-def test_precise_profiles_negate_where_the_image_must_not_act(sdxl: tuple[CrossLayer, ...]) -> None:
+def test_precise_profiles_negate_where_the_image_must_not_act(sdxl: tuple[Site, ...]) -> None:
     style, composition = (
         layer_weights(f"{name} precise", sdxl) for name in ("style transfer", "composition")
     )
@@ -148,7 +149,7 @@ def test_a_list_is_read_in_execution_order(weights: list[float]) -> None:
     assert by_t(weights, layers_of("sd15")) == weights
 
 
-def test_a_list_may_name_every_layer_of_sdxl(sdxl: tuple[CrossLayer, ...]) -> None:
+def test_a_list_may_name_every_layer_of_sdxl(sdxl: tuple[Site, ...]) -> None:
     weights = layer_weights([float(i) for i in range(70)], sdxl).weights
     place = {layer.name: weight for layer, weight in zip(sdxl, weights, strict=True)}
     assert place["down_blocks.1.attentions.0.transformer_blocks.1.attn2"] == 1
@@ -156,7 +157,7 @@ def test_a_list_may_name_every_layer_of_sdxl(sdxl: tuple[CrossLayer, ...]) -> No
     assert place["up_blocks.1.attentions.2.transformer_blocks.1.attn2"] == 69
 
 
-def test_patterns_and_diffusers_nested_form_agree(sdxl: tuple[CrossLayer, ...]) -> None:
+def test_patterns_and_diffusers_nested_form_agree(sdxl: tuple[Site, ...]) -> None:
     pattern = {"up_blocks.0.attentions.1": 0.7, "down_blocks.2": 0.2, "default": 0.0}
     nested = {"up": {"block_0": [0.0, 0.7, 0.0]}, "down": {"block_2": [0.2, 0.2]}, "default": 0.0}
     expected = only({2: 0.2, 3: 0.2, 6: 0.7}, 11)
@@ -180,7 +181,7 @@ def test_patterns_and_diffusers_nested_form_agree(sdxl: tuple[CrossLayer, ...]) 
     ],
 )
 def test_a_profile_that_does_not_fit_is_refused(
-    profile: object, message: str, sd15: tuple[CrossLayer, ...]
+    profile: object, message: str, sd15: tuple[Site, ...]
 ) -> None:
     with pytest.raises(UsageError, match=message):
         layer_weights(profile, sd15)

@@ -12,18 +12,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Literal, TypeAlias, Unpack
+from typing import Any, Literal, TypeAlias, Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from imprompt.adapter.attention import Injection, TrainingTokens
-from imprompt.adapter.backbones.unet import UNet, cross_attentions, describe, text_projection
+from imprompt.adapter.backbones.base import Backbone, Branch, Site
+from imprompt.adapter.batch import PromptSource, TrainingTokens
 from imprompt.adapter.combine import combine, log_weight_bias
 from imprompt.adapter.faces import FaceInput, FaceReaderLike, refuse_face_fields
 from imprompt.adapter.frames import track_of
-from imprompt.adapter.guidance import Branch
+from imprompt.adapter.injection import Injection, find_denoiser, placement
+from imprompt.adapter.key_value import KeyValue, key_value_of, linear_of, precise
 from imprompt.adapter.lora import PARTS, FaceLora, LowRank
 from imprompt.adapter.prompt import (
     CompiledPrompt,
@@ -39,20 +40,21 @@ from imprompt.adapter.prompt import (
     read_masks,
 )
 from imprompt.adapter.recorder import Recorder
-from imprompt.adapter.regions import encode_text
+from imprompt.adapter.regional import encode_text
 from imprompt.catalog import families, licences
 from imprompt.checkpoints.checkpoint import Checkpoint, StateDict, read, write
 from imprompt.checkpoints.locate import EncoderPlace, locate, published_encoders
 from imprompt.errors import AdapterMismatch, EncoderMismatch, InputError, UsageError
 from imprompt.projections import build_projection, new_linear, new_resampler
 from imprompt.projections.modules import ImageProjection
+from imprompt.projections.resamplers import TimedResamplerProjection
 from imprompt.schema import options
 
 EncoderLike: TypeAlias = PictureEncoder | str | Path | None
 _HALVES = ("down", "up")
 
 
-class IPAdapter:
+class IPAdapter(PromptSource):
     """An image prompt adapter (Ye et al. 2023) for diffusers UNets.
 
     ``projection`` turns an image encoder's features into tokens; ``module`` holds all weights, under their
@@ -69,17 +71,14 @@ class IPAdapter:
         self.projection: ImageProjection = build_projection(
             checkpoint.variant, checkpoint.state["image_proj"]
         )
-        self._layers = {n: _KeyValue.of(checkpoint.state["ip_adapter"], n) for n in checkpoint.layers}
+        normed = checkpoint.layout == "instantx-flux"
+        self._layers = {n: key_value_of(checkpoint.site(n), normed=normed) for n in checkpoint.layers}
         numbered = nn.ModuleDict({str(n): layer for n, layer in self._layers.items()})
         self.lora: FaceLora | None = _face_lora(checkpoint.lora, numbered)
         """A FaceID file's additions to the UNet's own attention, with their ``scale``; else ``None``."""
         self.module = nn.ModuleDict({"image_proj": self.projection, "ip_adapter": numbered})
         self.module.requires_grad_(False).eval()
         self.checkpoint = replace(checkpoint, state={"image_proj": {}, "ip_adapter": {}}, lora={})
-        self.samples: tuple[tuple[CompiledPrompt, ...], ...] = ()
-        self.training: TrainingTokens | None = None
-        self.branches: tuple[Branch, ...] | None = None
-        self.guidance: tuple[float, float | None] | None = None
         self._injection: weakref.ref[Injection] | None = None
         self._places: tuple[EncoderPlace, ...] = ()
         self._encoder: PictureEncoder | None = None
@@ -144,7 +143,7 @@ class IPAdapter:
     @classmethod
     def new(
         cls,
-        unet: UNet,
+        unet: nn.Module,
         *,
         kind: Literal["linear", "resampler"] = "linear",
         image_encoder: EncoderLike = None,
@@ -160,7 +159,10 @@ class IPAdapter:
         ``feature_width`` may be left out when an encoder object is given. All parameters require gradients.
         Raises :class:`UsageError` where a width cannot be known or does not fit.
         """
-        layers = cross_attentions(unet)
+        found = find_denoiser(unet)
+        if found is None:
+            raise UsageError(f"a {type(unet).__name__} is no denoiser that an adapter can be made for.")
+        layers = found[0].sites(unet)
         cross_dim = layers[0].cross_dim
         if feature_width is None:
             if image_encoder is None or isinstance(image_encoder, str | Path):
@@ -175,7 +177,7 @@ class IPAdapter:
             fresh = new_resampler(feature_width, tokens or 16, cross_dim, width, depth)
         ip_adapter = {}
         for layer in layers:
-            attention = unet.get_submodule(layer.name)
+            attention: Any = unet.get_submodule(layer.name)
             for mine, text in (("to_k_ip", attention.to_k), ("to_v_ip", attention.to_v)):
                 weight = text.weight.detach().to("cpu", torch.float32, copy=True)
                 ip_adapter[f"{layer.index}.{mine}.weight"] = weight
@@ -202,10 +204,39 @@ class IPAdapter:
 
     # ---- weights
 
-    def key_value(self, index: int) -> tuple[nn.Linear, nn.Linear]:
-        """``to_k_ip`` and ``to_v_ip`` of published layer ``index``."""
-        layer = self._layers[index]
-        return layer.to_k_ip, layer.to_v_ip
+    @property
+    def after_block(self) -> bool:
+        """Whether its contribution is added after the transformer block (XLabs)."""
+        return self.checkpoint.layout == "xlabs"
+
+    @property
+    def timed(self) -> bool:
+        """Whether tokens depend on the timestep (SD3.5)."""
+        return self.projection.variant.timed
+
+    @property
+    def token_count(self) -> int:
+        """Tokens of one picture."""
+        return self.projection.tokens
+
+    @property
+    def shows_uncond(self) -> bool:
+        """Whether the uncond branch has image tokens, by the variant's rule."""
+        return self.projection.variant.negative != "none"
+
+    def tokens_at(self, features: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Timed adapters: features ``(N, P, W)`` to tokens ``(N, T, C)``, and the embedded timestep."""
+        assert isinstance(self.projection, TimedResamplerProjection)
+        timestep = timestep.to(features.dtype)
+        return self.projection(features, timestep=timestep), self.projection.embed_time(timestep)
+
+    def has_site(self, index: int) -> bool:
+        """Whether it has keys and values for the site with published number ``index``."""
+        return index in self._layers
+
+    def key_value(self, index: int) -> KeyValue:
+        """The keys and values of the site with published number ``index``."""
+        return self._layers[index]
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All trainable weights."""
@@ -256,31 +287,29 @@ class IPAdapter:
         while a face is shown (:attr:`lora`); the user's own LoRAs stay as they are. Weights of a lower
         precision than the UNet's are raised to it and moved to its device, unless they are being trained.
         """
-        unet = getattr(target, "unet", target)
-        if not isinstance(unet, nn.Module) or not isinstance(unet, UNet):
+        found = find_denoiser(target)
+        if found is None:
             raise AdapterMismatch(
                 f"adapter '{self.checkpoint.name}' needs a diffusers UNet; {type(target).__name__} has none."
             )
+        backbone, model = found
         injection = self._injected()
-        if injection is not None and not injection.serves(unet):
+        if injection is not None and not injection.serves(model):
             raise UsageError(
-                f"adapter '{self.checkpoint.name}' is attached to another UNet; detach() it first."
+                f"adapter '{self.checkpoint.name}' is attached to another {backbone.noun}; detach() it first."
             )
-        self._check_fits(unet, type(target).__name__)
+        self._check_fits(backbone, model, type(target).__name__)
         borrowed = self._encoder_of(target)
-        injection = Injection.into(unet, None if unet is target else target)
+        device, dtype = placement(model)
+        injection = Injection.into(model, None if isinstance(target, nn.Module) else target)
         if not any(source is self for source in injection.sources):
             injection.sources.append(self)
         if self.lora is not None:
-            self.lora.into(unet, injection.layers)
+            self.lora.into(model, injection.sites)
         self._injection = weakref.ref(injection)
         self._borrowed = borrowed
         if not any(parameter.requires_grad for parameter in self.parameters()):
-            place = next(unet.parameters())
-            self.to(
-                None if place.is_meta else place.device,
-                torch.promote_types(self.dtype, place.dtype) if place.is_floating_point() else None,
-            )
+            self.to(device, None if dtype is None else precise(self.dtype, dtype))
         return self
 
     def detach(self) -> None:
@@ -350,7 +379,7 @@ class IPAdapter:
 
     def clear_prompt(self) -> None:
         """Show nothing: the model draws exactly as without the adapter."""
-        self.samples = ()
+        self._samples = ()
         self._invalidate()
 
     @contextmanager
@@ -412,8 +441,10 @@ class IPAdapter:
             rows = tuple(tuple(self._row(prompt) for prompt in prompts) for prompts in samples)
         if injection is not None:
             for row in (row for sample in rows for row in sample):
-                row.layer_weights(injection.layers)  # a profile that does not fit this UNet is said now
-        self.samples = rows if any(rows) else ()
+                row.layer_weights(
+                    self._sites(injection.sites)
+                )  # a profile that does not fit this UNet is said now
+        self._samples = rows if any(rows) else ()
         self._invalidate()
 
     def _row(self, prompt: ImagePrompt) -> CompiledPrompt:
@@ -641,26 +672,31 @@ class IPAdapter:
             f"got shape {tuple(tokens.shape)}."
         )
 
-    def _check_fits(self, unet: UNet, name: str) -> None:
-        if self.checkpoint.backbone != "unet":
+    def _sites(self, sites: Sequence[Site]) -> list[Site]:
+        """Those of a denoiser's sites that it has keys and values for."""
+        return [site for site in sites if site.index in self._layers]
+
+    def _check_fits(self, backbone: Backbone, model: nn.Module, name: str) -> None:
+        if self.checkpoint.backbone != backbone.name:
             made_for = self.checkpoint.base_title or self.checkpoint.backbone
             raise AdapterMismatch(
-                f"adapter '{self.checkpoint.name}' was made for {made_for}, {name} has a UNet. Use an "
-                "adapter trained for this base."
+                f"adapter '{self.checkpoint.name}' was made for {made_for}, {name} has a {backbone.noun}. "
+                "Use an adapter trained for this base."
             )
-        layers = cross_attentions(unet)
+        sites = backbone.sites(model)
         mine = {n: tuple(layer.to_k_ip.weight.shape) for n, layer in self._layers.items()}
-        theirs = {layer.index: (layer.width, layer.cross_dim) for layer in layers}
-        if mine != theirs:
+        theirs = {site.index: (site.width, site.cross_dim) for site in sites}
+        fits = mine == theirs if backbone.name == "unet" else mine.items() <= theirs.items()
+        if not fits:
             where = next((n for n in sorted(mine.keys() & theirs.keys()) if mine[n] != theirs[n]), None)
             detail = f"; first differing layer {where}: {mine[where]}, not {theirs[where]}" if where else ""
             raise AdapterMismatch(
-                f"adapter '{self.checkpoint.name}' was made for a UNet with "
-                f"{describe(len(mine), self.checkpoint.cross_dim)}, {name} has "
-                f"{describe(len(theirs), layers[0].cross_dim if layers else 0)}{detail}. "
+                f"adapter '{self.checkpoint.name}' was made for a {backbone.noun} with "
+                f"{backbone.describe(len(mine), self.checkpoint.cross_dim)}, {name} has "
+                f"{backbone.describe(len(theirs), sites[0].cross_dim if sites else 0)}{detail}. "
                 "Use an adapter trained for this base."
             )
-        text = text_projection(unet)
+        text: Any = backbone.text_projection(model)
         family = "kolors" if text is not None else "sdxl"
         if self.checkpoint.base in ("kolors", "sdxl") and self.checkpoint.base != family:
             title = families()[family].title
@@ -675,9 +711,9 @@ class IPAdapter:
                 f"through a Kolors UNet's projection of its text; {name} has none of that width."
             )
         if self.lora is not None:
-            self.lora.check(unet, layers, self.checkpoint.name)
+            self.lora.check(model, sites, self.checkpoint.name)
         for row in (row for sample in self.samples for row in sample):
-            row.layer_weights(layers)
+            row.layer_weights(self._sites(sites))
 
     def _encoder_of(self, pipe: object) -> PictureEncoder | None:
         """The pipeline's own image encoder, when it has one of the right widths."""
@@ -762,29 +798,9 @@ def _face_lora(weights: dict[str, Tensor], numbered: nn.ModuleDict) -> FaceLora 
         if str(number) not in numbered:
             numbered[str(number)] = nn.Module()
         layers[number] = {
-            part: LowRank(*(_linear(weights[f"{number}.to_{part}_lora.{half}.weight"]) for half in _HALVES))
+            part: LowRank(*(linear_of(weights, f"{number}.to_{part}_lora.{half}") for half in _HALVES))
             for part in PARTS
         }
         for part, low in layers[number].items():
             numbered[str(number)].add_module(f"to_{part}_lora", low)
     return FaceLora(layers)
-
-
-class _KeyValue(nn.Module):
-    """One layer's keys and values for image tokens, under their published names."""
-
-    def __init__(self, key: Tensor, value: Tensor) -> None:
-        super().__init__()
-        self.to_k_ip, self.to_v_ip = (_linear(weight) for weight in (key, value))
-
-    @classmethod
-    def of(cls, layers: dict[str, Tensor], index: int) -> "_KeyValue":
-        return cls(layers[f"{index}.to_k_ip.weight"], layers[f"{index}.to_v_ip.weight"])
-
-
-def _linear(weight: Tensor) -> nn.Linear:
-    """A bias-free layer around ``weight`` itself: SDXL's 682 MB are not held twice."""
-    with torch.device("meta"):
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    layer.weight = nn.Parameter(weight.detach())
-    return layer

@@ -10,38 +10,17 @@ Dimensions: B rows of the UNet's batch, L tokens, I and O widths of a layer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from imprompt.adapter.backbones.unet import CrossLayer
+from imprompt.adapter.backbones.base import Call, Site
+from imprompt.adapter.prompt import CompiledPrompt
 from imprompt.errors import AdapterMismatch, UsageError
 
 PARTS = ("q", "k", "v", "out")
-
-
-@runtime_checkable
-class Shows(Protocol):
-    """Of a prompt: whether it acts at all, see :class:`imprompt.adapter.prompt.CompiledPrompt`."""
-
-    @property
-    def acts(self) -> bool: ...
-
-
-@runtime_checkable
-class Batch(Protocol):
-    """Of the UNet's call: its rows, see :class:`imprompt.adapter.attention.Call`."""
-
-    @property
-    def batch(self) -> int: ...
-    @property
-    def frames(self) -> int: ...
-    @property
-    def branches(self) -> Sequence[object]: ...
-    @property
-    def device(self) -> torch.device: ...
 
 
 class LowRank(nn.Module):
@@ -65,11 +44,11 @@ class FaceLora:
         self.layers = layers
         """Published number of an attention → part (``q``, ``k``, ``v``, ``out``) → its addition."""
         self.scale = 1.0
-        """Strength; published adapters are meant for 1."""
+        """Strength, read at every call; published adapters are meant for 1."""
         self._factor: float | Tensor = 0.0
         self._handles: list[Any] = []
 
-    def check(self, unet: Any, layers: Sequence[CrossLayer], name: str) -> None:
+    def check(self, unet: Any, layers: Sequence[Site], name: str) -> None:
         """Raise :class:`AdapterMismatch` where an addition has no layer of its widths to add to."""
         found = {}
         for number, attention in _attentions(unet, layers):
@@ -91,7 +70,7 @@ class FaceLora:
                 "Use an adapter trained for this base."
             )
 
-    def into(self, unet: Any, layers: Sequence[CrossLayer]) -> None:
+    def into(self, unet: Any, layers: Sequence[Site]) -> None:
         """Put the additions on the UNet's layers, resting until :meth:`show`; twice is once."""
         if self._handles:
             return
@@ -111,21 +90,21 @@ class FaceLora:
         """Add nothing until :meth:`show`."""
         self._factor = 0.0
 
-    def show(self, samples: Sequence[Sequence[Shows]] | None, call: Batch) -> None:
+    def show(self, samples: Sequence[Sequence[CompiledPrompt]] | None, call: Call) -> None:
         """Add in the rows whose sample has a prompt that acts; ``None``: in all."""
         acting = [True] if samples is None else [any(row.acts for row in rows) for rows in samples]
         if len(set(acting)) < 2:
-            self._factor = self.scale if any(acting) else 0.0
+            self._factor = float(any(acting))
             return
-        each = call.batch // len(call.branches) // len(acting)
-        spread = [float(acts) for acts in acting for _ in range(each * call.frames)] * len(call.branches)
-        self._factor = self.scale * torch.tensor(spread, device=call.device).reshape(-1, 1, 1)
+        each = call.samples // len(acting)
+        rows = [float(acts) for acts in acting for _ in range(each * call.frames)] * len(call.branches)
+        self._factor = torch.tensor(rows, device=call.device).reshape(-1, 1, 1)
 
     def _hook(self, low: LowRank) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         def add(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             factor = self._factor
             if isinstance(factor, float):
-                if factor == 0.0:
+                if factor == 0.0 or self.scale == 0.0:
                     return None
             elif len(factor) != len(output):
                 raise UsageError(
@@ -134,12 +113,12 @@ class FaceLora:
                 )
             else:
                 factor = factor.to(output.dtype)
-            return output + factor * low(args[0]).to(output.dtype)
+            return output + self.scale * factor * low(args[0]).to(output.dtype)
 
         return add
 
 
-def _attentions(unet: Any, layers: Sequence[CrossLayer]) -> list[tuple[int, Any]]:
+def _attentions(unet: Any, layers: Sequence[Site]) -> list[tuple[int, Any]]:
     """(published number, attention): each cross-attention and the self-attention before it."""
     found = []
     for layer in layers:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from imprompt.adapter.backbones.unet import CrossLayer
+from imprompt.adapter.backbones.base import Site
 from imprompt.adapter.frames import Track
 from imprompt.adapter.schedule import When
 from imprompt.errors import InputError, UsageError
@@ -140,7 +140,7 @@ class ImagePrompt:
     """A factor over the schedule, beside the window: a name of ``options.CURVES`` or points (fraction,
     factor)."""
     scaling: str = "v-only"
-    """Where the strength enters, see :mod:`imprompt.adapter.scaling`. Window, curve and mask act on what is
+    """Where the strength enters, see :mod:`imprompt.adapter.batch`. Window, curve and mask act on what is
     added in every mode."""
     select: str | int | Sequence[int] | None = None
     """Which tokens of each picture are shown, as numbers from 0 or ``"0-3,8"``; ``None`` is all."""
@@ -298,8 +298,10 @@ class CompiledPrompt:
     cross-attention."""
     track: Track | None = None
     """How it varies over the frames of a video."""
+    pictures: int = 1
+    """Number of pictures in :attr:`tokens` (timed adapters: in the features that stand there)."""
 
-    def layer_weights(self, layers: Sequence[CrossLayer]) -> LayerWeights:
+    def layer_weights(self, layers: Sequence[Site]) -> LayerWeights:
         """Scale times profile for each layer; exactly 0 where the prompt does not act at all."""
         spread = layer_weights(self.profile, layers)
         scale = self.scale if self.acts else 0.0

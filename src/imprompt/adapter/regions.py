@@ -1,145 +1,110 @@
-"""Texts with a place: inside a prompt's mask its own words are read instead of the pipeline's prompt.
+"""Regional prompts without a picture: several texts in one drawing, each inside its own mask.
 
-At every query, ``text = (1 − Σ sᵢ) · A(q, prompt) + Σ sᵢ · A(q, textᵢ)`` with ``sᵢ = mᵢ / max(1, Σ m)``: the
-masks' shares, made to add up to 1 where masks overlap, and 0 in the guidance's negative rows. Where no mask
-is, the prompt's own attention is kept bit for bit. All of it happens before the layer's output projection,
-in one pass, with the same mask grids as the pictures'.
-
-Dimensions: B rows of the UNet's batch, H heads, L queries, D head width, T tokens, C token width, M samples.
+:class:`TextRegions` sits on a UNet beside image prompt adapters, or alone where there is none, and hands its
+texts to the same attention (:mod:`imprompt.adapter.regional`). A region that has a picture too is an
+``ImagePrompt`` with ``mask`` and ``text``; both kinds share overlaps.
 """
 
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention
-from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from imprompt.adapter.batch import MaskGrids
-from imprompt.adapter.prompt import CompiledPrompt
-from imprompt.errors import InputError, UsageError
+from imprompt.adapter.batch import PromptSource
+from imprompt.adapter.frames import track_of
+from imprompt.adapter.injection import Injection, find_denoiser
+from imprompt.adapter.prompt import CompiledPrompt, Picture, check_feather, read_masks
+from imprompt.errors import AdapterMismatch, UsageError
 
 
 @dataclass(frozen=True, eq=False)
-class Regional:
-    """The texts of one layer and how much of each every query reads."""
+class TextRegion:
+    """What is said in one place, in place of the pipeline's prompt.
 
-    texts: tuple[Float[Tensor, "B _ C"], ...]
-    biases: tuple[Float[Tensor, "B 1 1 _"] | None, ...]
-    shares: tuple[Float[Tensor, "B 1 L 1"], ...]
-    rest: Float[Tensor, "B 1 L 1"]
-    """What is left to the pipeline's prompt."""
-
-    def read(
-        self, attn: Attention, query: Float[Tensor, "B H L D"], prompt: Float[Tensor, "B H L D"]
-    ) -> Float[Tensor, "B H L D"]:
-        """The text's attention, given that of the pipeline's prompt. Keys are the layer's own, made here so
-        that LoRAs and offloading act on them as on the prompt's."""
-        out = prompt * self.rest
-        for text, bias, share in zip(self.texts, self.biases, self.shares, strict=True):
-            states = attn.norm_encoder_hidden_states(text) if attn.norm_cross else text
-            key, value = (
-                part(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-                for part in (attn.to_k, attn.to_v)
-            )
-            if attn.norm_k is not None:
-                key = attn.norm_k(key)
-            out = out + share * F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        return out
-
-
-@dataclass(eq=False)
-class Regions:
-    """All texts with a place of one call of the UNet; layers of one size share their :class:`Regional`."""
-
-    _texts: list[Tensor] = field(default_factory=list)
-    _biases: list[Tensor | None] = field(default_factory=list)
-    _grids: list[tuple[MaskGrids, Tensor]] = field(default_factory=list)
-    _made: dict[tuple[int, int], Regional] = field(default_factory=dict)
-
-    def add(
-        self,
-        rows: Sequence[CompiledPrompt | None],
-        sample_of: Sequence[int],
-        active: Sequence[bool],
-        masks: MaskGrids,
-    ) -> None:
-        """One prompt of every sample: row ``b`` of the batch shows sample ``sample_of[b]``, and reads texts
-        where ``active``."""
-        texts = [None if row is None else row.text for row in rows]
-        said = [text for text in texts if text is not None]
-        if not said:
-            return
-        place, dtype, width = masks.device, masks.dtype, said[0].shape[-1]
-        longest = max(len(text) for text in said)
-        stack = torch.zeros(len(rows), longest, width, device=place, dtype=dtype)
-        bias = torch.zeros(len(rows), 1, 1, longest, device=place, dtype=dtype)
-        for m, text in enumerate(texts):
-            if text is not None:
-                stack[m, : len(text)] = text.to(place, dtype)
-                bias[m, ..., len(text) :] = float("-inf")
-        order = torch.tensor(list(sample_of), device=place)
-        speaks = torch.tensor(
-            [on and texts[m] is not None for m, on in zip(sample_of, active, strict=True)], device=place
-        )
-        self._texts.append(stack[order])
-        self._biases.append(bias[order] if bool(bias.any()) else None)
-        self._grids.append((masks, speaks.to(dtype)[:, None, None, None]))
-
-    def at(self, size: tuple[int, int]) -> Regional | None:
-        """The texts for a layer of ``size`` (height, width); ``None`` when there are none."""
-        if not self._texts:
-            return None
-        if size not in self._made:
-            placed = [grid * speaks for masks, speaks in self._grids if (grid := masks.at(size)) is not None]
-            covered = torch.stack(placed).sum(0)
-            shares = tuple(share / covered.clamp_min(1) for share in placed)
-            rest = (1 - covered).clamp_min(0)
-            self._made[size] = Regional(tuple(self._texts), tuple(self._biases), shares, rest)
-        return self._made[size]
-
-
-def project_text(projection: Any | None, states: Float[Tensor, "*B E"]) -> Float[Tensor, "*B C"]:
-    """States as wide as a Kolors UNet's text brought to its cross-attentions' width by its own
-    ``projection``; ``None``: they are."""
-    if projection is None:
-        return states
-    weight = projection.weight
-    # A weight on meta belongs to an offloading hook, which moves what comes in itself.
-    states = states.to(
-        device=None if weight.is_meta else weight.device,
-        dtype=weight.dtype if weight.is_floating_point() else None,  # quantised layers compute in the states'
-    )
-    projected: Tensor = projection(states)
-    return projected
-
-
-def encode_text(pipe: Any, text: str | Tensor, width: int) -> Float[Tensor, "T C"]:
-    """A text's embeddings as the pipeline makes them of its prompt.
-
-    Embeddings are only checked: ``(T, C)`` or ``(1, T, C)``, finite, ``C`` being ``width``. Raises
-    :class:`UsageError` for words without a pipeline, :class:`InputError` for other embeddings.
+    ``text`` is words, or their embeddings ``(T, C)``. ``mask`` is white, or 1, there: a picture or a tensor
+    ``(H, W)`` in [0, 1], of any size, stretched over the output; in a video also one a frame. Soft values
+    mix. ``feather`` is the width of its edge, a fraction of its shorter side.
     """
-    if isinstance(text, Tensor):
-        states = text
-    else:
-        if not hasattr(pipe, "encode_prompt"):
-            raise UsageError(
-                "text as words is encoded by the pipeline: attach the adapter to one before, or give the "
-                "words' embeddings (T, C)."
+
+    text: str | Tensor
+    mask: Picture | Tensor | Sequence[Picture | Tensor]
+    feather: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.text, str) and not self.text.strip():
+            raise UsageError("text of a region is empty; say what is drawn there, or leave the region out.")
+        check_feather(self.feather)
+
+
+class TextRegions(PromptSource):
+    """Regional texts on a diffusers pipeline (or a bare UNet, which takes embeddings only).
+
+    At every query ``text = (1 − Σ sᵢ) · A(q, prompt) + Σ sᵢ · A(q, textᵢ)``: outside all masks the prompt is
+    read bit for bit as without, and the uncond rows always are.
+    """
+
+    def __init__(self) -> None:
+        self._injection: weakref.ref[Injection] | None = None
+
+    def attach(self, target: object) -> "TextRegions":
+        """Sit on the UNet of the pipeline that will be called. Raises :class:`AdapterMismatch` for what has
+        none, :class:`UsageError` while on another."""
+        found = find_denoiser(target)
+        if found is None or found[0].name != "unet":
+            raise AdapterMismatch(f"regional texts need a diffusers UNet; {type(target).__name__} has none.")
+        unet = found[1]
+        before = None if self._injection is None else self._injection()
+        if before is not None and not before.serves(unet):
+            raise UsageError("these regions are attached to another UNet; detach() them first.")
+        injection = Injection.into(unet, None if isinstance(target, nn.Module) else target)
+        if not any(source is self for source in injection.sources):
+            injection.sources.append(self)
+        self._injection = weakref.ref(injection)
+        return self
+
+    def set(self, regions: Sequence[TextRegion]) -> None:
+        """Say these in every sample that is drawn, until something else is set; none: the prompt alone.
+
+        Raises :class:`UsageError` before :meth:`attach`, :class:`InputError` for what is no mask or covers
+        nothing, and keeps the previous ones then.
+        """
+        self.set_batch([regions])
+
+    def set_batch(self, samples: Sequence[Sequence[TextRegion]]) -> None:
+        """Say in each sample of a batch what is its own; the pipeline's batch is a multiple of them.
+        Raises as :meth:`set`."""
+        injection = None if self._injection is None else self._injection()
+        if injection is None:
+            raise UsageError("attach() the regions to a pipeline first, which encodes their words.")
+        with torch.inference_mode(False), torch.no_grad():
+            rows = tuple(
+                tuple(_row(region, injection.encode_text(region.text)) for region in regions)
+                for regions in samples
             )
-        states = pipe.encode_prompt(
-            prompt=text,
-            device=getattr(pipe, "_execution_device", pipe.device),
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-        )[0]
-    states = states[0] if states.ndim == 3 and len(states) == 1 else states
-    if states.ndim != 2 or states.shape[-1] != width or not bool(torch.isfinite(states).all()):
-        raise InputError(
-            f"text has shape {tuple(states.shape)}; finite embeddings (tokens, {width}) are expected."
-        )
-    return states.detach()
+        self._samples = rows if any(rows) else ()
+        injection.invalidate()
+
+    def detach(self) -> None:
+        """Leave the UNet as it was found."""
+        injection = None if self._injection is None else self._injection()
+        self._injection, self._samples = None, ()
+        if injection is not None:
+            injection.remove(self)
+
+
+def _row(region: TextRegion, text: Tensor) -> CompiledPrompt:
+    mask, masks = read_masks(region.mask, region.feather)
+    silent = text.new_zeros(1, text.shape[-1])  # of strength 0, so that no layer gets a group for it
+    return CompiledPrompt(
+        tokens=silent,
+        negative=silent,
+        scale=0.0,
+        profile="linear",
+        start=0.0,
+        end=1.0,
+        mask=mask,
+        text=text,
+        track=track_of(None, ((0.0, 1.0),), masks, pictures=1, plain=True),
+    )

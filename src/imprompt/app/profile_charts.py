@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from imprompt.adapter.backbones.unet import BlockKind, CrossLayer
+from imprompt.adapter.backbones.base import BlockKind, Site
 from imprompt.catalog import bases
 from imprompt.errors import ModelError
 from imprompt.schema.profiles import PROFILES, Profile, layer_weights, read_profile
@@ -81,7 +81,7 @@ def tables(base: str, profile: str | None = None) -> dict[str, dict[str, object]
     }
 
 
-def layers_of(base: str) -> tuple[CrossLayer, ...]:
+def layers_of(base: str) -> tuple[Site, ...]:
     """The cross-attention layers of a base in published order; ``base`` is an alias or a diffusers folder.
 
     Raises :class:`ModelError` when there is no UNet configuration to read.
@@ -99,7 +99,7 @@ def layers_of(base: str) -> tuple[CrossLayer, ...]:
     return layers_from(json.loads(path.read_text(encoding="utf-8")))
 
 
-def layers_from(config: Mapping[str, Any]) -> tuple[CrossLayer, ...]:
+def layers_from(config: Mapping[str, Any]) -> tuple[Site, ...]:
     """The cross-attention layers that the configuration of a ``UNet2DConditionModel`` describes.
 
     Raises :class:`ModelError` for block types other than those of Stable Diffusion.
@@ -108,13 +108,13 @@ def layers_from(config: Mapping[str, Any]) -> tuple[CrossLayer, ...]:
     published = sorted(
         running, key=lambda item: item[1][1] == "middle"
     )  # published files end with the middle
-    layers: list[CrossLayer] = []
+    layers: list[Site] = []
     for index, (name, kind, level, depth) in published:
         width = config["block_out_channels"][level]
         for k in range(depth):
             path = f"{name}.transformer_blocks.{k}.attn2"
             number = 2 * len(layers) + 1
-            layers.append(CrossLayer(path, number, index, kind, level, width, config["cross_attention_dim"]))
+            layers.append(Site(path, number, index, kind, level, width, config["cross_attention_dim"]))
     return tuple(layers)
 
 
@@ -151,9 +151,9 @@ def _rows(base: str, profile: str | None) -> dict[str, list[Block]]:
     return {name: _blocks(layers, said) for name, said in chosen.items()}
 
 
-def _blocks(layers: Sequence[CrossLayer], profile: Profile) -> list[Block]:
+def _blocks(layers: Sequence[Site], profile: Profile) -> list[Block]:
     found = layer_weights(profile, layers)
-    rows: dict[int, list[tuple[CrossLayer, float, bool]]] = {}
+    rows: dict[int, list[tuple[Site, float, bool]]] = {}
     for row in zip(layers, found.weights, found.negated, strict=True):
         rows.setdefault(row[0].block_index, []).append(row)
     return [

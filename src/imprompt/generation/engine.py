@@ -26,7 +26,7 @@ from PIL import Image
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.adapter.prompt import EncodedFaces, EncodedPictures, ImagePrompt
 from imprompt.adapter.recorder import Attribution
-from imprompt.adapter.texts import TextRegion, TextRegions
+from imprompt.adapter.regions import TextRegion, TextRegions
 from imprompt.encoders import face as faces
 from imprompt.encoders.features import is_saved, joined, shown_name
 from imprompt.encoders.framing import encode, noisy

@@ -2,7 +2,7 @@
 
 One home for the names of the combining rules, the framings, the scalings and the curves, so that a request
 can be checked before anything heavy is loaded. What they do is in ``adapter.combine``, ``encoders.framing``,
-``adapter.scaling`` and ``adapter.schedule``.
+``adapter.batch`` and ``adapter.schedule``.
 """
 
 import difflib

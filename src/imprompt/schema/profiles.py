@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from imprompt.errors import UsageError
 
 if TYPE_CHECKING:
-    from imprompt.adapter.backbones.unet import CrossLayer
+    from imprompt.adapter.backbones.base import Site
 
 Profile = str | Sequence[float | int] | Mapping[str, object]
 """A profile's name (``NAME:FACTOR`` where it has a second part); weights in execution order, one a block or
@@ -53,6 +53,8 @@ class Roles:
     """InstantStyle's pair."""
     precise: Mapping[int, float]
     """Shares that "composition precise" gives the blocks which are not composition; 1 where not listed."""
+    known: bool = True
+    """Whether blocks have roles at all; on transformers none are known."""
 
 
 _SD15 = Roles(
@@ -131,7 +133,9 @@ _SECOND: dict[str, Callable[[int, Roles], bool]] = {
     "composition-precise": lambda t, r: t not in r.composition,
 }
 """The blocks whose strength ``NAME:FACTOR`` sets apart: the published weight of the composition, or boost."""
-_STAGES = ("down", "mid", "up")
+_STAGES = ("down", "mid", "up", "transformer_blocks", "single_transformer_blocks")
+_POSITIONAL = ("linear", "ease-in", "ease-out", "ease-in-out", "reverse-in-out")
+"""Profiles that need no roles of blocks: the ones for transformers, whose blocks have no measured roles."""
 _ALIASES = {
     "normal": "linear",
     "standard": "linear",
@@ -141,7 +145,7 @@ _ALIASES = {
 }
 
 
-def layer_weights(profile: Profile, layers: Sequence[CrossLayer]) -> LayerWeights:
+def layer_weights(profile: Profile, layers: Sequence[Site]) -> LayerWeights:
     """A profile's weight for each of ``layers`` (published order), to be multiplied by the prompt's scale.
 
     A name is one of :data:`PROFILES` (case, spaces, ``_`` and ``-`` do not matter). A sequence is in
@@ -155,6 +159,11 @@ def layer_weights(profile: Profile, layers: Sequence[CrossLayer]) -> LayerWeight
     if isinstance(profile, str):
         name, _, factor = profile.partition(":")
         where = roles(layers)
+        if not where.known and name not in _POSITIONAL:
+            raise UsageError(
+                f"profile {name!r} is measured on UNet blocks and means nothing on a transformer base. Use "
+                f"{', '.join(_POSITIONAL)}, a list of weights, or block patterns."
+            )
         negated = _NEGATED.get(name, lambda t, r: False)
         apart = _SECOND.get(name, lambda t, r: False)
         return LayerWeights(
@@ -219,8 +228,8 @@ def _from_text(text: str) -> Profile:
 def _pattern(name: str) -> str:
     if not _looks_like_pattern(name):
         raise UsageError(
-            f"profile: {name.strip()!r} names no blocks; patterns start with down, mid or up, hold a '*', "
-            "or are 'default'."
+            f"profile: {name.strip()!r} names no blocks; patterns start with down, mid, up or "
+            "transformer_blocks, hold a '*', or are 'default'."
         )
     return name.strip()
 
@@ -253,7 +262,7 @@ def canonical(name: str) -> str:
     return key
 
 
-def roles(layers: Sequence[CrossLayer]) -> Roles:
+def roles(layers: Sequence[Site]) -> Roles:
     """The blocks' roles: the published ones for the block structures of SD1.5 and SDXL, else by position.
 
     By position means SD1.5's roles told structurally: composition is the deepest attending down level (its
@@ -268,6 +277,9 @@ def roles(layers: Sequence[CrossLayer]) -> Roles:
     )
     inputs = [(t, stage) for t, kind, stage in blocks if kind == "input"]
     outputs = [(t, stage) for t, kind, stage in blocks if kind == "output"]
+    if not inputs or not outputs:
+        nothing: frozenset[int] = frozenset()
+        return Roles(len(blocks), {}, nothing, nothing, nothing, {}, known=False)
     deepest = [t for t, stage in inputs if stage == inputs[-1][1]]
     first_up = frozenset(t for t, stage in outputs if stage == outputs[0][1])
     middle = frozenset(t for t, kind, _ in blocks if kind == "middle")
@@ -282,7 +294,7 @@ def roles(layers: Sequence[CrossLayer]) -> Roles:
     )
 
 
-def _in_order(weights: Sequence[float], layers: Sequence[CrossLayer]) -> tuple[float, ...]:
+def _in_order(weights: Sequence[float], layers: Sequence[Site]) -> tuple[float, ...]:
     numbers = [_number(weight, f"weight {i}") for i, weight in enumerate(weights)]
     running = sorted(
         range(len(layers)), key=lambda i: layers[i].block_index
@@ -294,13 +306,13 @@ def _in_order(weights: Sequence[float], layers: Sequence[CrossLayer]) -> tuple[f
         by_layer = dict(zip(running, numbers, strict=True))
         return tuple(by_layer[i] for i in range(len(layers)))
     raise UsageError(
-        f"profile has {len(numbers)} weights; this UNet takes {blocks} (one a block)"
+        f"profile has {len(numbers)} weights; this base takes {blocks} (one a block)"
         + (f" or {len(layers)} (one a layer)" if len(layers) != blocks else "")
-        + ", in execution order: down, middle, up."
+        + ", in execution order (UNets: down, middle, up)."
     )
 
 
-def _by_pattern(table: Mapping[str, object], layers: Sequence[CrossLayer]) -> tuple[float, ...]:
+def _by_pattern(table: Mapping[str, object], layers: Sequence[Site]) -> tuple[float, ...]:
     patterns = {name: _number(value, name) for name, value in _flat(table, layers).items()}
     default = patterns.pop("default", None)
     weights: list[float] = []
@@ -320,13 +332,13 @@ def _by_pattern(table: Mapping[str, object], layers: Sequence[CrossLayer]) -> tu
     unused = [pattern for pattern in patterns if pattern not in used]
     if unused:
         raise UsageError(
-            f"profile names {unused[0]!r}, which no cross-attention of this UNet matches; "
+            f"profile names {unused[0]!r}, which no attention layer of this base matches; "
             f"its blocks are {', '.join(dict.fromkeys(layer.block for layer in layers))}."
         )
     return tuple(weights)
 
 
-def _flat(table: Mapping[str, object], layers: Sequence[CrossLayer]) -> dict[str, object]:
+def _flat(table: Mapping[str, object], layers: Sequence[Site]) -> dict[str, object]:
     """diffusers' nested form (``down``/``mid``/``up`` → ``block_i`` → number or list) as name patterns."""
     flat: dict[str, object] = {}
     for key, value in table.items():
@@ -342,7 +354,7 @@ def _flat(table: Mapping[str, object], layers: Sequence[CrossLayer]) -> dict[str
     return flat
 
 
-def _spread(name: str, value: object, layers: Sequence[CrossLayer]) -> dict[str, object]:
+def _spread(name: str, value: object, layers: Sequence[Site]) -> dict[str, object]:
     if not isinstance(value, Sequence) or isinstance(value, str):
         return {name: value}
     held = list(dict.fromkeys(layer.block for layer in layers if _covers(name, layer.name)))
@@ -361,7 +373,7 @@ def _number(value: object, name: str) -> float:
     return float(value)
 
 
-def block_counts(layers: Sequence[CrossLayer]) -> tuple[int, int, int]:
+def block_counts(layers: Sequence[Site]) -> tuple[int, int, int]:
     """How many attention blocks there are in the input, middle and output part: (6, 1, 9) for SD1.5."""
     blocks = {layer.block_index: layer.kind for layer in layers}
     input_, middle, output = (

@@ -92,8 +92,7 @@ def trainable(adapter: IPAdapter, config: TrainConfig, unet: Any) -> list[torch.
             raise UsageError(f"layers: none has {' or '.join(config.layers)} in its name; there are {names}.")
         for layer in layers:
             if layer.index not in chosen:
-                for linear in adapter.key_value(layer.index):
-                    linear.requires_grad_(False)
+                adapter.key_value(layer.index).requires_grad_(False)
     return [parameter for parameter in adapter.parameters() if parameter.requires_grad]
 
 

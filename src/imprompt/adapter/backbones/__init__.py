@@ -1,0 +1,2 @@
+"""Base architectures: :mod:`.base` says what a row holds, one module has each row, :mod:`.table` lists
+them."""

@@ -1,4 +1,4 @@
-"""Which cross-attentions a UNet has: the one place that knows their order, names and resolutions.
+"""UNets (SD1.5, SD2, SDXL, Kolors, AnimateDiff): image prompts in every text cross-attention ``attn2``.
 
 Two orders matter and differ. Published checkpoints number layers as diffusers lists attention processors:
 down, up, middle, the ``k``-th cross-attention being ``2k+1``. Named profiles count attention blocks as they
@@ -6,62 +6,88 @@ run: down, middle, up. Attention of motion modules (``motion_modules``, ``tempor
 never counted.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any
 
-from imprompt.catalog import family_of
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
+from torch import Tensor, nn
 
-BlockKind = Literal["input", "middle", "output"]
+from imprompt.adapter.attention import SiteProcessor, merge_heads, split_heads
+from imprompt.adapter.backbones.base import Backbone, BlockKind, Grid, Inputs, Site, batched_branches
+
 _KINDS: dict[str, BlockKind] = {"down_blocks": "input", "mid_block": "middle", "up_blocks": "output"}
 _RANKS = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 
 
-@runtime_checkable
-class UNet(Protocol):
-    """What is read of a diffusers UNet (any of its UNet classes, compiled or not)."""
+class UNetProcessor(SiteProcessor):
+    """A cross-attention's processor: text as ever, plus the image prompts before the output projection."""
 
-    @property
-    def attn_processors(self) -> Mapping[str, object]: ...
-    @property
-    def down_blocks(self) -> Any: ...
-    @property
-    def up_blocks(self) -> Any: ...
-    def get_submodule(self, target: str) -> Any: ...
-    def register_forward_pre_hook(self, hook: Any, *, with_kwargs: bool) -> Any: ...
-    def register_forward_hook(self, hook: Any) -> Any: ...
-
-
-@dataclass(frozen=True)
-class CrossLayer:
-    """One cross-attention (``attn2``) of a UNet."""
-
-    name: str
-    """Module path, e.g. ``down_blocks.1.attentions.0.transformer_blocks.0.attn2``."""
-    index: int
-    """Published number ``N`` of ``ip_adapter.N.to_k_ip.weight``: odd, from 1."""
-    block_index: int
-    """Position of its attention block in execution order, from 0; layers of one block share it."""
-    kind: BlockKind
-    level: int
-    """How often the latent has been halved here (each time rounding up)."""
-    width: int
-    """Width of its keys and values, ``H·D``."""
-    cross_dim: int
-    """Width of the tokens it reads."""
-
-    @property
-    def block(self) -> str:
-        """Module path of the attention block that holds it, e.g. ``down_blocks.1.attentions.0``."""
-        return _block_of(self.name)
-
-    def size(self, height: int, width: int) -> tuple[int, int]:
-        """This layer's (height, width) for a latent of ``height × width``: halved, rounding up, per level."""
-        factor = 2**self.level
-        return -(-height // factor), -(-width // factor)
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if self.idle:
+            if temb is not None:  # not every processor takes it
+                kwargs["temb"] = temb
+            return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        residual, shape = hidden_states, hidden_states.shape
+        hidden_states = _prepared(attn, hidden_states, temb)
+        query = split_heads(attn.to_q(hidden_states), attn.heads)
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        out = _text_attention(attn, query, hidden_states, encoder_hidden_states, attention_mask)
+        if self.regional is not None:
+            out = self.regional.read(attn, query, out)
+        out = self.add_images(out, lambda kv: kv.attend(query), attn.to_out[0])
+        out = attn.to_out[1](attn.to_out[0](merge_heads(out).to(query.dtype)))
+        if len(shape) == 4:
+            out = out.transpose(-1, -2).reshape(shape)
+        if attn.residual_connection:
+            out = out + residual
+        return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
 
 
-def cross_attentions(unet: UNet) -> tuple[CrossLayer, ...]:
+def _prepared(attn: Attention, hidden_states: Tensor, temb: Tensor | None) -> Tensor:
+    if attn.spatial_norm is not None:
+        hidden_states = attn.spatial_norm(hidden_states, temb)
+    if hidden_states.ndim == 4:
+        hidden_states = hidden_states.flatten(2).transpose(1, 2)
+    if attn.group_norm is not None:
+        hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+    return hidden_states
+
+
+def _text_attention(
+    attn: Attention, query: Tensor, hidden_states: Tensor, text: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    if text is None:
+        text = hidden_states
+    elif attn.norm_cross:
+        text = attn.norm_encoder_hidden_states(text)
+    if mask is not None:
+        rows, length = text.shape[:2]
+        mask = attn.prepare_attention_mask(mask, length, rows)
+        mask = mask.view(rows, attn.heads, -1, mask.shape[-1])
+    key, value = split_heads(attn.to_k(text), attn.heads), split_heads(attn.to_v(text), attn.heads)
+    if attn.norm_k is not None:
+        key = attn.norm_k(key)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def cross_attentions(unet: Any) -> tuple[Site, ...]:
     """All cross-attentions of a diffusers UNet in the order of published checkpoints (down, up, middle)."""
     names = [
         name.removesuffix(".processor")
@@ -71,11 +97,11 @@ def cross_attentions(unet: UNet) -> tuple[CrossLayer, ...]:
     blocks = list(dict.fromkeys(_block_of(name) for name in names))
     blocks.sort(key=lambda block: _RANKS[block.split(".")[0]])  # stable: keeps the order inside each part
     levels = _levels(unet)
-    layers = []
+    sites = []
     for position, name in enumerate(names):
         attention, stage = unet.get_submodule(name), name.split(".")[0]
-        layers.append(
-            CrossLayer(
+        sites.append(
+            Site(
                 name=name,
                 index=2 * position + 1,
                 block_index=blocks.index(_block_of(name)),
@@ -85,21 +111,16 @@ def cross_attentions(unet: UNet) -> tuple[CrossLayer, ...]:
                 cross_dim=attention.to_k.in_features,
             )
         )
-    return tuple(layers)
+    return tuple(sites)
 
 
-def text_projection(unet: UNet) -> Any | None:
-    """The linear layer with which a Kolors UNet brings text to its own width; ``None`` in other UNets."""
+def text_projection(unet: Any) -> nn.Module | None:
+    """The UNet's text projection layer (Kolors: ``encoder_hid_proj``), if any."""
     config = getattr(unet, "config", {})
-    return (
-        unet.get_submodule("encoder_hid_proj") if config.get("encoder_hid_dim_type") == "text_proj" else None
-    )
-
-
-def describe(count: int, cross_dim: int) -> str:
-    """A layer count and token width in words, with the family's name where it is a published one."""
-    family = family_of("unet", count, cross_dim)
-    return f"{count} cross-attentions of width {cross_dim}" + (f" ({family.title})" if family else "")
+    if config.get("encoder_hid_dim_type") != "text_proj":
+        return None
+    layer: nn.Module = unet.get_submodule("encoder_hid_proj")
+    return layer
 
 
 def _block_of(name: str) -> str:
@@ -107,7 +128,7 @@ def _block_of(name: str) -> str:
     return ".".join(parts[: 3 if parts[0] == "mid_block" else 4])
 
 
-def _levels(unet: UNet) -> dict[str, int]:
+def _levels(unet: Any) -> dict[str, int]:
     """Halvings of the latent at each block's attention: a block's own resampler comes after its attention."""
     levels, level = {}, 0
     for i, block in enumerate(unet.down_blocks):
@@ -118,3 +139,42 @@ def _levels(unet: UNet) -> dict[str, int]:
         levels[f"up_blocks.{i}"] = level
         level -= getattr(block, "upsamplers", None) is not None
     return levels
+
+
+def _recognises(model: object) -> bool:
+    parts = ("attn_processors", "down_blocks", "up_blocks", "mid_block")
+    return isinstance(model, nn.Module) and all(hasattr(model, part) for part in parts)
+
+
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    named = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
+    text = named.get("encoder_hidden_states")
+    timestep = torch.as_tensor(named["timestep"], device=named["sample"].device)
+    return Inputs(named["sample"], text if isinstance(text, Tensor) else None, timestep)
+
+
+def _grid(model: Any, inputs: Inputs, kwargs: dict[str, Any]) -> Grid:
+    frames = inputs.latents.shape[2] if inputs.latents.ndim == 5 else 1
+    height, width = inputs.latents.shape[-2:]
+    return Grid(height, width, frames)
+
+
+UNET = Backbone(
+    name="unet",
+    component="unet",
+    noun="UNet",
+    recognises=_recognises,
+    sites=cross_attentions,
+    inputs=_inputs,
+    grid=_grid,
+    branches=batched_branches,
+    processor=UNetProcessor,
+    wraps=(
+        AttnProcessor,
+        AttnProcessor2_0,
+        FusedAttnProcessor2_0,
+        SlicedAttnProcessor,
+        XFormersAttnProcessor,
+    ),
+    text_projection=text_projection,
+)

@@ -1,0 +1,371 @@
+"""The image prompts' place in one denoiser: processors at its attention sites, and a hook around its calls.
+
+:class:`Injection` is shared by all adapters on a denoiser and is gone with the last. Before each call its
+hook reads the layout of the batch (:mod:`imprompt.adapter.backbones`), sees that the processors are still
+there and that their tensors fit the call (:mod:`imprompt.adapter.batch`), and sets the factors of this step.
+"""
+
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from imprompt.adapter.attention import SiteProcessor
+from imprompt.adapter.backbones.base import (
+    Backbone,
+    Branch,
+    Call,
+    Caller,
+    Inputs,
+    LastCall,
+    Site,
+    find_caller,
+)
+from imprompt.adapter.backbones.table import BACKBONES
+from imprompt.adapter.batch import Batch, PromptSource
+from imprompt.adapter.guidance import WIDENED, merged, widened
+from imprompt.adapter.recorder import Recorder
+from imprompt.adapter.regional import encode_text, project_text
+from imprompt.adapter.schedule import Clock
+from imprompt.errors import AdapterMismatch, UsageError
+
+_LAYOUTS_KEPT = 4  # of batch layouts that alternate within a run: CFG branches called one by one, SAG, …
+
+
+def find_denoiser(target: object) -> tuple[Backbone, nn.Module] | None:
+    """The backbone row and the denoiser of a pipeline, or of a bare denoiser; ``None`` where there is
+    none."""
+    for backbone in BACKBONES:
+        for model in (getattr(target, backbone.component, None), target):
+            model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+            if isinstance(model, nn.Module) and backbone.recognises(model):
+                return backbone, model
+    return None
+
+
+def placement(model: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    """Device and number format for weights beside ``model``: ``None`` where its own say nothing (weights
+    that an offloading hook keeps on meta, quantised and float8 storage)."""
+    weight = next(model.parameters())
+    computes = weight.is_floating_point() and weight.dtype.itemsize > 1
+    return None if weight.is_meta else weight.device, weight.dtype if computes else None
+
+
+class Injection:
+    """References run from the denoiser to here and never back, so that dropping a pipeline frees
+    everything."""
+
+    def __init__(self, backbone: Backbone, model: nn.Module, sites: tuple[Site, ...]) -> None:
+        self.backbone, self.sites = backbone, sites
+        self.sources: list[PromptSource] = []
+        self.recorder: Recorder | None = None
+        self._model = weakref.ref(model)
+        self._pipe: weakref.ref[object] | None = None
+        attentions = [model.get_submodule(site.name) for site in sites]
+        self._attentions = [weakref.ref(attention) for attention in attentions]
+        self._batches: dict[Call, Batch] = {}
+        self._stale: set[Call] = set()
+        self._shown: Batch | None = None
+        self._merge: tuple[int, float] | None = None
+        """Number of branches of a widened batch and the ratio to merge it with; ``None``: as it was
+        called."""
+        self._last: LastCall = None
+        self._grid: tuple[Any, Any] | None = None
+        self._clock: tuple[Any, Any, Clock] | None = None
+        self._hooks: list[Any] = []
+
+    @classmethod
+    def into(cls, model: nn.Module, pipe: object | None) -> "Injection":
+        """The denoiser's injection: the one that is there, or a new one. ``pipe`` is who will call it.
+
+        Raises :class:`AdapterMismatch`, with nothing changed, when a site's processor cannot be combined.
+        """
+        found = find_denoiser(model)
+        if found is None:
+            raise AdapterMismatch(f"{type(model).__name__} is no denoiser that image prompts are known for.")
+        backbone, model = found
+        sites = backbone.sites(model)
+        attentions = [model.get_submodule(site.name) for site in sites]
+        there = {
+            p.injection
+            for a in attentions
+            if isinstance(p := a.processor, SiteProcessor) and p.injection.attached
+        }
+        injection = there.pop() if there else cls(backbone, model, sites)
+        if not injection._hooks:
+            for site, attention in zip(sites, attentions, strict=True):
+                _refuse_foreign(backbone, site.name, _own(attention.processor))
+            injection._install(model)
+        injection._pipe = None if pipe is None else weakref.ref(pipe)
+        injection._last = None
+        injection.invalidate()
+        return injection
+
+    @property
+    def attached(self) -> bool:
+        """Whether its hooks are on the denoiser."""
+        return bool(self._hooks)
+
+    @property
+    def pipe(self) -> object | None:
+        """The pipeline it was attached to, if that still exists."""
+        return None if self._pipe is None else self._pipe()
+
+    @property
+    def text_projection(self) -> nn.Module | None:
+        """The layer that projects text states to the cross-attention width, if any (Kolors)."""
+        model = self._model()
+        return None if model is None else self.backbone.text_projection(model)
+
+    def encode_text(self, text: str | Tensor) -> Float[Tensor, "T C"]:
+        """A text as the cross-attentions read the prompt. Raises :class:`UsageError` for transformers."""
+        if self.backbone.name != "unet":
+            raise UsageError(
+                f"regional text is not supported on a {self.backbone.noun}: its text stream reads the image "
+                "as well. Leave text out, or use a UNet base."
+            )
+        projection: Any = self.text_projection
+        width = self.sites[0].cross_dim if projection is None else projection.in_features
+        return project_text(projection, encode_text(self.pipe, text, width))
+
+    def serves(self, model: nn.Module) -> bool:
+        """Whether it sits in ``model``."""
+        return self._model() is getattr(model, "_orig_mod", model)
+
+    def remove(self, source: PromptSource) -> None:
+        """Take one adapter away; with the last, put back the very processors that were found."""
+        self.sources = [other for other in self.sources if other is not source]
+        self.invalidate()
+        self._batches.clear()
+        if self.sources:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for attention in self._live_attentions():
+            if isinstance(attention.processor, SiteProcessor):
+                attention.set_processor(attention.processor.previous)
+
+    def invalidate(self) -> None:
+        """Say that prompts have changed: the next call takes them over, into the same tensors if they fit."""
+        self._stale = set(self._batches)
+        self._shown = None
+        for source in self.sources:
+            if source.lora is not None:
+                source.lora.rest()
+        for attention in self._live_attentions():
+            if isinstance(processor := attention.processor, SiteProcessor):
+                processor.image_kvs, processor.regional = (), None
+
+    # ---- private
+
+    def _install(self, model: nn.Module) -> None:
+        for site, attention in zip(self.sites, self._live_attentions(), strict=True):
+            attention.set_processor(self.backbone.processor(_own(attention.processor), self, site))
+        # Compiling is Python over lists, nothing for torch.compile; the model behind it stays one graph.
+        before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
+        self._hooks = [
+            model.register_forward_pre_hook(before, with_kwargs=True),
+            model.register_forward_hook(after),
+        ]
+
+    def _live_attentions(self) -> list[Any]:
+        return [attention for ref in self._attentions if (attention := ref()) is not None]
+
+    def _before(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The forward pre-hook: see that everything fits this call, and set the factors of this step."""
+        self._merge = None
+        if not any(source.training is not None or source.samples for source in self.sources):
+            return None
+        self._keep_processors()
+        caller = find_caller()
+        inputs = self.backbone.inputs(args, kwargs)
+        call = self._read(model, inputs, kwargs, caller)
+        training = any(source.training is not None for source in self.sources)
+        ratio = None if training else self._guidance(call, caller)
+        if ratio is not None:
+            args, kwargs, call = self._widen(args, kwargs, call, ratio)
+        batch = self._batch(call, training)
+        timestep = inputs.timestep.to(call.device, torch.float32)
+        if batch.gated or self.recorder is not None:
+            clock = self._clock_of(caller, call.device)
+            batch.step(clock, timestep)
+            if self.recorder is not None:
+                self.recorder.step(clock.position(timestep).mean() / clock.length, call, self.sites)
+        return None if ratio is None else (args, kwargs)
+
+    def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """The forward hook: of a widened batch give back what was called for."""
+        return output if self._merge is None else merged(output, *self._merge)
+
+    def _keep_processors(self) -> None:
+        """Put our processors back where others were installed since: attention slicing, xFormers, fused
+        projections, ``set_attn_processor``. Raises :class:`AdapterMismatch` for what computes something else,
+        before anything is drawn."""
+        for site, attention in zip(self.sites, self._live_attentions(), strict=True):
+            processor = attention.processor
+            if isinstance(processor, SiteProcessor) and processor.injection is self:
+                continue
+            previous = _own(processor)
+            _refuse_foreign(self.backbone, site.name, previous)
+            attention.set_processor(self.backbone.processor(previous, self, site))
+            self._shown = None
+
+    def _read(self, model: nn.Module, inputs: Inputs, kwargs: dict[str, Any], caller: Caller | None) -> Call:
+        latents = inputs.latents
+        kind = latents.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        branches = self._branches(inputs, caller)
+        if branches[-1] == "cond" and inputs.text is not None:
+            self._last = weakref.ref(latents), weakref.ref(inputs.text)
+        if len(latents) % len(branches):
+            raise UsageError(
+                f"the {self.backbone.noun} is called with a batch of {len(latents)}, which {len(branches)} "
+                f"branches ({', '.join(branches)}) cannot share; state the layout with "
+                "adapter.batch(guidance=…)."
+            )
+        return Call(
+            batch=len(latents),
+            grid=self._grid_of(model, inputs, kwargs),
+            device=latents.device,
+            dtype=torch.get_autocast_dtype(kind) if autocast else latents.dtype,
+            branches=branches,
+        )
+
+    def _grid_of(self, model: nn.Module, inputs: Inputs, kwargs: dict[str, Any]) -> Any:
+        """The grid; FLUX's is read from position ids, which stay one object for a run."""
+        ids = kwargs.get("img_ids")
+        if ids is None:
+            return self.backbone.grid(model, inputs, kwargs)
+        if self._grid is None or self._grid[0] is not ids:
+            self._grid = ids, self.backbone.grid(model, inputs, kwargs)
+        return self._grid[1]
+
+    def _branches(self, inputs: Inputs, caller: Caller | None) -> tuple[Branch, ...]:
+        """The CFG branches of this call: as stated, else as the pipeline that is calling has them."""
+        for source in self.sources:
+            if source.branches is not None:
+                return source.branches
+        if caller is None:
+            caller = self._absent_caller()
+        if caller is None:
+            return ("cond",)
+        return self.backbone.branches(inputs, caller, self._last)
+
+    def _absent_caller(self) -> Caller | None:
+        """Who counts as calling where no diffusers pipeline does: the object attached to, if it is the
+        user's own. A pipeline's flags are left over from its last run and say nothing of this call."""
+        if self._pipe is None:
+            return None
+        pipe = self._pipe()
+        if pipe is None:
+            raise UsageError(
+                f"the pipeline that the adapter was attached to is gone, but its {self.backbone.noun} is "
+                "still called; attach the adapter to the pipeline that calls it."
+            )
+        if hasattr(type(pipe), "register_modules"):
+            raise UsageError(
+                f"the {self.backbone.noun} of a {type(pipe).__name__} is called from outside of it, so that "
+                "its guidance says nothing of this call; state the layout with adapter.batch(guidance=…)."
+            )
+        return Caller(pipe, {})
+
+    def _guidance(self, call: Call, caller: Caller | None) -> float | None:
+        """The ratio of the image's guidance to the text's; ``None`` without a guidance of the image's own."""
+        stated = {
+            source.guidance for source in self.sources if source.guidance is not None and source.samples
+        }
+        if not stated or call.branches == ("uncond",):
+            return None
+        if len(stated) > 1:
+            raise UsageError(f"the adapters state different guidances for the image: {sorted(stated)}.")
+        if call.branches not in WIDENED:
+            raise UsageError(
+                "guidance for the image needs a batch of uncond and cond branches (or cond alone), not "
+                f"{', '.join(call.branches)}."
+            )
+        ((image, text),) = stated
+        if text is None:
+            text = self._text_guidance(call, caller)
+        return image / text
+
+    def _text_guidance(self, call: Call, caller: Caller | None) -> float:
+        """The scale with which the pipeline guides towards its text; 1 where it does not."""
+        pipe = Caller(self.pipe, {}) if caller is None and self.pipe is not None else caller
+        if "uncond" not in call.branches:
+            true_cfg = bool(pipe is not None and pipe.variables.get("do_true_cfg"))
+            return float(pipe.value("true_cfg_scale")) if true_cfg and pipe is not None else 1.0
+        scale = None if pipe is None else pipe.value("guidance_scale")
+        if scale is None:
+            raise UsageError("guidance for the image: the text's cannot be read here; pass text= too.")
+        return float(scale)
+
+    def _widen(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call, ratio: float
+    ) -> tuple[tuple[Any, ...], dict[str, Any], Call]:
+        rows, branches = {call.batch, call.batch * call.frames}, len(call.branches)
+        kept = {name: value for name, value in kwargs.items() if name in self.backbone.unbatched}
+        args, kwargs = widened(args, rows, branches), widened(kwargs, rows, branches) | kept
+        self._merge = branches + 1, ratio
+        return args, kwargs, replace(call, batch=call.batch + call.samples, branches=WIDENED[call.branches])
+
+    def _batch(self, call: Call, training: bool) -> Batch:
+        """The tensors for ``call``, up to date and shown to the processors."""
+        batch = self._batches.get(call)
+        if batch is None:
+            heads = {s.name: a.heads for s, a in zip(self.sites, self._live_attentions(), strict=True)}
+            if len(self._batches) >= _LAYOUTS_KEPT:
+                self._batches.pop(next(iter(self._batches)))
+            batch = self._batches[call] = Batch(call, self.sites, heads)
+            self._stale.add(call)
+        if training or call in self._stale:
+            self._update(batch, training)
+        if batch is not self._shown or training:
+            for site, attention in zip(self.sites, self._live_attentions(), strict=True):
+                processor = attention.processor
+                processor.image_kvs = batch.image_kvs[site.name]
+                processor.regional = batch.regional[site.name]
+            for source in self.sources:
+                if source.lora is not None:
+                    source.lora.show(None if source.training is not None else source.samples, call)
+            self._shown = batch
+        return batch
+
+    def _update(self, batch: Batch, training: bool) -> None:
+        if training:
+            batch.update(self.sources, self.text_projection)
+            return
+        # No autograd graph and no inference tensors: these tensors outlive the call that makes them.
+        device = batch.call.device.type
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+            batch.update(self.sources, self.text_projection)
+        self._stale.discard(batch.call)
+
+    def _clock_of(self, caller: Caller | None, device: torch.device) -> Clock:
+        """The clock of the run: made anew when the scheduler or its timesteps are other objects."""
+        pipe = self.pipe if caller is None else caller.pipe
+        scheduler = getattr(pipe, "scheduler", None)
+        timesteps = getattr(scheduler, "timesteps", None)
+        if self._clock is None or self._clock[0] is not scheduler or self._clock[1] is not timesteps:
+            self._clock = scheduler, timesteps, Clock.of(scheduler, device)
+        return self._clock[2]
+
+
+def _own(processor: Any) -> Any:
+    """The base's own processor under those of injections that are gone."""
+    while isinstance(processor, SiteProcessor):
+        processor = processor.previous
+    return processor
+
+
+def _refuse_foreign(backbone: Backbone, name: str, processor: Any) -> None:
+    if not isinstance(processor, backbone.wraps):
+        raise AdapterMismatch(
+            f"layer {name} has a {type(processor).__name__}, beside which an image prompt cannot be read. "
+            "Remove what installed it first (pipe.unload_ip_adapter() for diffusers' own)."
+        )

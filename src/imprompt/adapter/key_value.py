@@ -1,0 +1,137 @@
+"""An adapter's keys and values at one site, under their published names.
+
+:class:`KeyValue` is two linear layers, with biases where the file has them (FLUX, XLabs).
+:class:`NormedKeyValue` also norms keys without weights (FLUX, InstantX); :class:`TimedKeyValue` modulates
+tokens by the timestep and brings norms of its own (SD3.5, InstantX).
+
+Dimensions: S token sequences, T tokens, C token width, W site width, H heads, D head width, E time width.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from imprompt.adapter.attention import JointNorms, split_heads
+
+
+class KeyValue(nn.Module):
+    """``to_k_ip`` and ``to_v_ip`` of one site."""
+
+    def __init__(self, to_k_ip: nn.Linear, to_v_ip: nn.Linear) -> None:
+        super().__init__()
+        self.to_k_ip, self.to_v_ip = to_k_ip, to_v_ip
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "S T C"],
+        heads: int,
+        dtype: torch.dtype,
+        temb: Float[Tensor, "1 E"] | None = None,
+    ) -> tuple[Float[Tensor, "S H T D"], Float[Tensor, "S H T D"]]:
+        """Keys and values on the tokens' device, in the more precise of the weights' format and ``dtype``."""
+        dtype = precise(self.to_k_ip.weight.dtype, dtype)
+        tokens = self.modulate(tokens.to(dtype), temb)
+        key, value = (split_heads(linear(tokens, layer), heads) for layer in (self.to_k_ip, self.to_v_ip))
+        return self.norm_key(key), value
+
+    def modulate(self, tokens: Tensor, temb: Tensor | None) -> Tensor:
+        """The tokens as keys and values read them."""
+        return tokens
+
+    def norm_key(self, key: Tensor) -> Tensor:
+        """The keys as the softmax reads them."""
+        return key
+
+    @property
+    def joint_norms(self) -> JointNorms | None:
+        """Norms for queries and image keys that the site's attention needs as well (SD3.5)."""
+        return None
+
+
+class NormedKeyValue(KeyValue):
+    """Keys RMS-normed over the head width without weights, eps 1e-5; values raw (InstantX FLUX)."""
+
+    def norm_key(self, key: Tensor) -> Tensor:
+        return F.rms_norm(key, key.shape[-1:], eps=1e-5)
+
+
+class TimedKeyValue(KeyValue):
+    """Tokens under an adaptive LayerNorm of the time embedding, keys under an RMS norm (InstantX SD3.5)."""
+
+    def __init__(
+        self, to_k_ip: nn.Linear, to_v_ip: nn.Linear, time: nn.Linear, norms: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        super().__init__(to_k_ip, to_v_ip)
+        self.norm_ip = nn.ModuleDict({"linear": time})
+        self.norm_q, self.norm_k, self.norm_ip_k = (_Weight(weight) for weight in norms)
+
+    def modulate(self, tokens: Tensor, temb: Tensor | None) -> Tensor:
+        if temb is None:
+            raise ValueError("a timed adapter's keys need the time embedding")
+        shift, scale = linear(F.silu(temb.to(tokens.dtype)), self.norm_ip["linear"])[:, None].chunk(2, dim=-1)
+        return F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+    def norm_key(self, key: Tensor) -> Tensor:
+        return rms(key, self.norm_ip_k.weight)
+
+    @property
+    def joint_norms(self) -> JointNorms | None:
+        return JointNorms(self.norm_q.weight, self.norm_k.weight)
+
+
+def key_value_of(weights: Mapping[str, Tensor], *, normed: bool = False) -> KeyValue:
+    """The module for one site's published weights, told by what the site has.
+
+    ``normed`` is InstantX's rule for FLUX, whose norm has no weights. The tensors themselves become the
+    parameters: SDXL's 682 MB are not held twice.
+    """
+    to_k, to_v = (linear_of(weights, name) for name in ("to_k_ip", "to_v_ip"))
+    if "norm_ip.linear.weight" in weights:
+        norms = (weights["norm_q.weight"], weights["norm_k.weight"], weights["norm_ip_k.weight"])
+        return TimedKeyValue(to_k, to_v, linear_of(weights, "norm_ip.linear"), norms)
+    return NormedKeyValue(to_k, to_v) if normed else KeyValue(to_k, to_v)
+
+
+def linear_of(weights: Mapping[str, Tensor], name: str) -> nn.Linear:
+    """A linear layer around the tensors ``name.weight`` and, if there is one, ``name.bias``."""
+    weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+    with torch.device("meta"):
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer.weight = nn.Parameter(weight.detach())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach())
+    return layer
+
+
+class _Weight(nn.Module):
+    """A norm's weight under its published name."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach())
+
+
+def rms(x: Tensor, weight: Tensor) -> Tensor:
+    """RMS norm over the last dimension with ``weight``, eps 1e-6."""
+    return F.rms_norm(x, x.shape[-1:], weight.to(x.device, x.dtype), eps=1e-6)
+
+
+def linear(x: Tensor, layer: Any) -> Tensor:
+    """``layer`` on ``x``, with its weights streamed to ``x``'s device and format: they may lie elsewhere."""
+    weight, bias = layer.weight, layer.bias
+    return F.linear(
+        x,
+        weight.to(x.device, x.dtype),
+        None if bias is None else bias.to(x.device, x.dtype),
+    )
+
+
+def precise(stored: torch.dtype, compute: torch.dtype) -> torch.dtype:
+    """The finer of two formats; float8 and integers are formats of storage only and give way."""
+    return (
+        torch.promote_types(stored, compute) if stored.is_floating_point and stored.itemsize > 1 else compute
+    )

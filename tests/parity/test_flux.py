@@ -1,0 +1,251 @@
+"""XLabs' adapters on tiny FLUX and Chroma pipelines, against diffusers' own load_ip_adapter."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+import tinydit
+from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.adapter.prompt import ImagePrompt
+from imprompt.encoders.clip import ImageEncoder
+from imprompt.errors import UsageError
+from tiny import picture
+
+STEPS = {"num_inference_steps": 3, "output_type": "latent", "height": 32, "width": 48}
+
+
+def seeds(count: int = 1) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
+def call(pipe: Any, rows: int = 1, cfg: bool = False, **fields: Any) -> Tensor:
+    chroma = "Chroma" in type(pipe).__name__
+    pooled = None if chroma else 32
+    texts = tinydit.text(rows, pooled=pooled)
+    if chroma:
+        texts["prompt_attention_mask"] = torch.ones(rows, 7)
+    if cfg:
+        texts |= tinydit.negative(rows, pooled)
+        if chroma:
+            texts["negative_prompt_attention_mask"] = torch.ones(rows, 7)
+        fields |= {"guidance_scale": 3.0} if chroma else {"true_cfg_scale": 3.0}
+    elif chroma:
+        fields |= {"guidance_scale": 0.0}
+    count = rows * fields.get("num_images_per_prompt", 1)
+    images: Tensor = pipe(generator=seeds(count), **STEPS | texts | fields).images
+    return images
+
+
+def theirs(pipe: Any, folder: Path, scale: Any, *, seeds_of_files: tuple[int, ...] = (7,)) -> Any:
+    names = []
+    for seed in seeds_of_files:
+        names.append(f"ip{seed}.safetensors")
+        save_file(tinydit.xlabs_state(seed=seed), folder / names[-1])
+    pipe.load_ip_adapter([str(folder)] * len(names), weight_name=names, subfolder=[""] * len(names))
+    pipe.set_ip_adapter_scale(scale)
+    return pipe
+
+
+def ours(pipe: Any, seed: int = 7, **kind: Any) -> IPAdapter:
+    encoder = ImageEncoder(tinydit.clip(), tinydit.clip_processor())
+    return IPAdapter.from_state_dict(tinydit.xlabs_state(seed=seed, **kind), image_encoder=encoder).attach(
+        pipe
+    )
+
+
+MAKERS = {"FLUX": tinydit.flux, "Chroma": tinydit.chroma}
+
+
+@pytest.mark.parametrize("base", MAKERS)
+@pytest.mark.parametrize("scale", [0.5, 1.3, -0.4])
+@pytest.mark.parametrize("cfg", [False, True])
+def test_one_picture_equals_diffusers(base: str, scale: float, cfg: bool, tmp_path: Path) -> None:
+    pipe = MAKERS[base]()
+    plain = call(pipe, cfg=cfg)
+    adapter = ours(pipe)
+    adapter.set_prompt(picture(1), scale=scale)
+    got = call(pipe, cfg=cfg)
+    adapter.detach()
+    assert torch.equal(call(pipe, cfg=cfg), plain)
+    wanted = call(theirs(MAKERS[base](), tmp_path, scale), cfg=cfg, ip_adapter_image=picture(1))
+    assert (got - plain).abs().max() > 1e-2
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_scale_zero_is_plain_to_the_bit() -> None:
+    pipe = tinydit.flux()
+    plain = call(pipe, cfg=True)
+    ours(pipe).set_prompt(picture(1), scale=0.0)
+    assert torch.equal(call(pipe, cfg=True), plain)
+
+
+def test_weights_per_block_two_pictures_and_a_batch_equal_diffusers(tmp_path: Path) -> None:
+    pipe, oracle = tinydit.flux(), theirs(tinydit.flux(), tmp_path, [0.3, 0.9])
+    adapter = ours(pipe)
+    adapter.set_prompt(picture(1), profile=[0.3, 0.9])
+    shown = {"ip_adapter_image": picture(1)}
+    torch.testing.assert_close(call(pipe), call(oracle, **shown), atol=1e-5, rtol=1e-5)
+    many = {"rows": 2, "cfg": True, "num_images_per_prompt": 2}
+    torch.testing.assert_close(call(pipe, **many), call(oracle, **many, **shown), atol=1e-5, rtol=1e-5)
+    oracle.set_ip_adapter_scale(0.7)
+    adapter.set_prompt([picture(1), picture(2)], scale=0.7)
+    both = {"ip_adapter_image": [[picture(1), picture(2)]]}
+    torch.testing.assert_close(call(pipe), call(oracle, **both), atol=1e-5, rtol=1e-5)
+
+
+def test_two_adapters_equal_diffusers(tmp_path: Path) -> None:
+    pipe, oracle = tinydit.flux(), theirs(tinydit.flux(), tmp_path, 0.6, seeds_of_files=(7, 8))
+    for seed in (7, 8):
+        ours(pipe, seed).set_prompt(picture(seed), scale=0.6)
+    shown = {"ip_adapter_image": [picture(7), picture(8)]}
+    torch.testing.assert_close(call(pipe, cfg=True), call(oracle, cfg=True, **shown), atol=1e-5, rtol=1e-5)
+
+
+TASKS = {
+    "image-to-image": (diffusers.FluxImg2ImgPipeline, {"image": picture(3), "strength": 0.7}),
+    "inpaint": (
+        diffusers.FluxInpaintPipeline,
+        {"image": picture(3), "mask_image": Image.new("L", (48, 32), 255), "strength": 0.7},
+    ),
+    "Kontext": (diffusers.FluxKontextPipeline, {"image": picture(3), "_auto_resize": False}),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_other_tasks_equal_diffusers(task: str, tmp_path: Path) -> None:
+    kind, fields = TASKS[task]
+    pipe = tinydit.flux(kind)
+    plain = call(pipe, cfg=True, **fields)
+    ours(pipe).set_prompt(picture(1), scale=0.8)
+    got = call(pipe, cfg=True, **fields)
+    oracle = theirs(tinydit.flux(kind), tmp_path, 0.8)
+    wanted = call(oracle, cfg=True, **fields, ip_adapter_image=picture(1))
+    assert (got - plain).abs().max() > 1e-2
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_shows_each_sample_its_own_picture() -> None:
+    """diffusers mixes them (huggingface/diffusers#13959)."""
+    pipe = tinydit.flux()
+    adapter = ours(pipe)
+    prompts = [ImagePrompt(picture(seed), scale=0.8, mask=mask) for seed, mask in ((1, None), (2, left()))]
+    adapter.set_batch(prompts)
+    together = call(pipe, 2, cfg=True)
+    for i, prompt in enumerate(prompts):
+        adapter.set_prompt(prompt)
+        texts = {k: v[i : i + 1] for k, v in (tinydit.text(2) | tinydit.negative(2)).items()}
+        alone = pipe(generator=seeds(2)[i], true_cfg_scale=3.0, **STEPS, **texts).images
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+def left() -> Tensor:
+    mask = torch.zeros(8, 12)
+    mask[:, :6] = 1
+    return mask
+
+
+def _terms(pipe: Any, draw: Any) -> Tensor:
+    """What the first double block adds to each token in the first step: rows, tokens, width."""
+    found: list[Tensor] = []
+    block = pipe.transformer.transformer_blocks[0].attn
+    handle = block.register_forward_hook(
+        lambda module, args, out: found.append(out[2]) if len(out) > 2 else None
+    )
+    try:
+        draw()
+    finally:
+        handle.remove()
+    return found[0]
+
+
+@pytest.mark.parametrize("kind", [diffusers.FluxPipeline, diffusers.FluxKontextPipeline])
+def test_a_mask_keeps_each_picture_to_its_tokens(kind: type[Any]) -> None:
+    pipe = tinydit.flux(kind)
+    fields = {"image": picture(3), "_auto_resize": False} if "Kontext" in kind.__name__ else {}
+    one, other = ours(pipe), ours(pipe, 8)
+    terms = {}
+    for name, pictures in {
+        "one": (left(), None),
+        "other": (None, 1 - left()),
+        "both": (left(), 1 - left()),
+    }.items():
+        for adapter, mask in zip((one, other), pictures, strict=True):
+            adapter.clear_prompt() if mask is None else adapter.set_prompt(picture(1), mask=mask)
+        terms[name] = _terms(pipe, lambda: call(pipe, **fields))
+    grid = {name: term[:, :96].unflatten(1, (8, 12)) for name, term in terms.items()}
+    assert not grid["one"][:, :, 6:].any()
+    assert not grid["other"][:, :, :6].any()
+    assert not terms["both"][:, 96:].any()  # Kontext's reference
+    torch.testing.assert_close(terms["both"], terms["one"] + terms["other"])
+
+
+def test_a_mask_of_ones_changes_nothing() -> None:
+    pipe = tinydit.flux()
+    adapter = ours(pipe)
+    adapter.set_prompt(picture(1))
+    wanted = call(pipe)
+    adapter.set_prompt(picture(1), mask=torch.ones(5, 5))
+    assert torch.equal(call(pipe), wanted)
+
+
+@pytest.mark.parametrize("window", [(0.0, 0.34), (0.34, 1.0)])
+def test_a_window_is_a_share_of_the_steps(window: tuple[float, float]) -> None:
+    pipe = tinydit.flux()
+    adapter = ours(pipe)
+    adapter.set_prompt(picture(1), start=window[0], end=window[1])
+    acting = []
+    attention = pipe.transformer.transformer_blocks[0].attn
+    attention.register_forward_hook(lambda module, args, out: acting.append(bool(out[2].any())))
+    call(pipe)
+    assert acting == ([True, True, False] if window[0] == 0 else [False, False, True])
+
+
+def test_without_a_picture_nothing_happens_and_nothing_fails() -> None:
+    """diffusers raises TypeError."""
+    pipe = tinydit.flux()
+    plain = call(pipe)
+    ours(pipe)
+    assert torch.equal(call(pipe), plain)
+
+
+def test_guidance_of_the_images_own_is_ordinary_at_the_same_scale() -> None:
+    pipe = tinydit.flux()
+    adapter = ours(pipe)
+    adapter.set_prompt(picture(1))
+    wanted = call(pipe, cfg=True)
+    adapter.set_guidance(3.0)
+    torch.testing.assert_close(call(pipe, cfg=True), wanted, atol=1e-4, rtol=1e-4)
+    adapter.set_guidance(0.0)
+    assert not torch.allclose(call(pipe, cfg=True), wanted, atol=1e-2)
+
+
+def test_regional_text_and_named_profiles_are_refused() -> None:
+    pipe = tinydit.flux()
+    adapter = ours(pipe)
+    with pytest.raises(UsageError, match="measured on UNet blocks"):
+        adapter.set_prompt(picture(1), profile="style")
+    with pytest.raises(UsageError, match="regional text is not supported"):
+        adapter.set_prompt(picture(1), mask=left(), text=torch.zeros(4, tinydit.JOINT))
+
+
+def test_the_whole_transformer_compiles_to_one_graph() -> None:
+    pipe = tinydit.flux()
+    adapter = ours(pipe)
+    adapter.set_prompt(picture(1), scale=0.5)
+    wanted = call(pipe)
+    graphs: list[Any] = []
+    pipe.transformer = torch.compile(
+        pipe.transformer, backend=lambda graph, inputs: graphs.append(graph) or graph, dynamic=False
+    )
+    torch.testing.assert_close(call(pipe), wanted)
+    count = len(graphs)
+    for scale in (0.9, 0.2):
+        adapter.set_prompt(picture(2), scale=scale, end=0.5)
+        call(pipe)
+    assert len(graphs) == count

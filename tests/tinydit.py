@@ -1,0 +1,287 @@
+"""Tiny transformer bases with random weights: FLUX, Chroma and SD3 pipelines, and adapters for them."""
+
+import copy
+from functools import cache
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+JOINT = 32  # width of the text, and of XLabs' and InstantX's FLUX tokens
+POOLED = 24  # the tiny CLIP's projected embedding
+HEIGHT, WIDTH = 32, 48  # pixels; a grid of 8 × 12 tokens on FLUX and SD3
+
+
+def _seeded(model: Any, seed: int) -> Any:
+    """Norm weights that are not all 1, so that a forgotten norm shows."""
+    random = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if "norm" in name and name.endswith("weight") and weight.ndim == 1:
+            weight.data = 1 + 0.3 * torch.randn(weight.shape, generator=random)
+    return model.eval().requires_grad_(False)
+
+
+@cache
+def _vae() -> AutoencoderKL:
+    torch.manual_seed(1)
+    return AutoencoderKL(
+        block_out_channels=(4, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.0609,
+        scaling_factor=1.5035,
+        mid_block_add_attention=False,
+    ).eval()
+
+
+@cache
+def flux_transformer(in_channels: int = 16) -> diffusers.FluxTransformer2DModel:
+    torch.manual_seed(2)
+    return _seeded(
+        diffusers.FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=in_channels,
+            out_channels=16,
+            num_layers=2,
+            num_single_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=JOINT,
+            pooled_projection_dim=32,
+            axes_dims_rope=(4, 4, 8),
+            guidance_embeds=True,
+        ),
+        3,
+    )
+
+
+@cache
+def chroma_transformer() -> diffusers.ChromaTransformer2DModel:
+    torch.manual_seed(2)
+    return _seeded(
+        diffusers.ChromaTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=JOINT,
+            axes_dims_rope=(4, 4, 8),
+            approximator_num_channels=8,
+            approximator_hidden_dim=16,
+            approximator_layers=1,
+        ),
+        3,
+    )
+
+
+@cache
+def sd3_transformer(dual: bool = False, qk_norm: str | None = None) -> diffusers.SD3Transformer2DModel:
+    torch.manual_seed(2)
+    return _seeded(
+        diffusers.SD3Transformer2DModel(
+            sample_size=32,
+            patch_size=2,
+            in_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            caption_projection_dim=32,
+            joint_attention_dim=JOINT,
+            pooled_projection_dim=64,
+            out_channels=4,
+            pos_embed_max_size=32,
+            dual_attention_layers=(0,) if dual else (),
+            qk_norm=qk_norm,
+        ),
+        3,
+    )
+
+
+@cache
+def clip() -> CLIPVisionModelWithProjection:
+    torch.manual_seed(4)
+    return CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=37,
+            projection_dim=POOLED,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=32,
+            patch_size=8,
+        )
+    ).eval()
+
+
+@cache
+def siglip() -> SiglipVisionModel:
+    torch.manual_seed(4)
+    config = SiglipVisionConfig(
+        hidden_size=24,
+        intermediate_size=37,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+    )
+    return SiglipVisionModel(config).eval()
+
+
+def clip_processor() -> CLIPImageProcessorPil:
+    return CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+
+
+def siglip_processor() -> SiglipImageProcessorPil:
+    return SiglipImageProcessorPil(size={"height": 32, "width": 32})
+
+
+def flux(kind: type[Any] = diffusers.FluxPipeline, in_channels: int = 16, **parts: Any) -> Any:
+    """A FLUX pipeline of ``kind`` without text encoders, with the tiny CLIP where it takes one."""
+    texts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    return _pipe(kind, flux_transformer(in_channels), texts, clip(), clip_processor(), parts)
+
+
+def chroma(kind: type[Any] = diffusers.ChromaPipeline) -> Any:
+    texts = dict.fromkeys(("text_encoder", "tokenizer"))
+    return _pipe(kind, chroma_transformer(), texts, clip(), clip_processor(), {})
+
+
+def sd3(
+    kind: type[Any] = diffusers.StableDiffusion3Pipeline, *, dual: bool = False, qk_norm: str | None = None
+) -> Any:
+    texts = dict.fromkeys(f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3"))
+    return _pipe(kind, sd3_transformer(dual, qk_norm), texts, siglip(), siglip_processor(), {}, shift=3.0)
+
+
+def _pipe(
+    kind: type[Any], transformer: Any, texts: dict[str, None], encoder: Any, processor: Any,
+    parts: dict[str, Any], shift: float = 1.0,
+) -> Any:  # fmt: skip
+    pipe = kind(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        vae=copy.deepcopy(_vae()),
+        transformer=copy.deepcopy(transformer),
+        **texts,
+        **parts,
+    )
+    if "image_encoder" in pipe.components:
+        pipe.register_modules(image_encoder=copy.deepcopy(encoder), feature_extractor=processor)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def text(rows: int = 1, seed: int = 5, pooled: int | None = 32) -> dict[str, Tensor]:
+    """Prompt embeddings for pipelines without text encoders."""
+    random = torch.Generator().manual_seed(seed)
+    found = {"prompt_embeds": torch.randn(rows, 7, JOINT, generator=random)}
+    if pooled is not None:
+        found["pooled_prompt_embeds"] = torch.randn(rows, pooled, generator=random)
+    return found
+
+
+def negative(rows: int = 1, pooled: int | None = 32) -> dict[str, Tensor]:
+    return {f"negative_{name}": value for name, value in text(rows, 6, pooled).items()}
+
+
+def _random(seed: int) -> Any:
+    random = torch.Generator().manual_seed(seed)
+
+    def weight(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random) / shape[-1] ** 0.5
+
+    return weight
+
+
+def xlabs_state(tokens: int = 4, blocks: int = 2, *, seed: int = 7) -> dict[str, Tensor]:
+    """XLabs' published keys for the tiny FLUX (and Chroma)."""
+    weight = _random(seed)
+    state = {
+        "ip_adapter_proj_model.proj.weight": weight(tokens * JOINT, POOLED),
+        "ip_adapter_proj_model.proj.bias": weight(tokens * JOINT),
+        "ip_adapter_proj_model.norm.weight": 1 + weight(JOINT),
+        "ip_adapter_proj_model.norm.bias": weight(JOINT),
+    }
+    for i in range(blocks):
+        for part in "kv":
+            name = f"double_blocks.{i}.processor.ip_adapter_double_stream_{part}_proj"
+            state |= {f"{name}.weight": 2 * weight(32, JOINT), f"{name}.bias": 5 * weight(32)}
+    return state
+
+
+def instantx_flux_state(
+    sites: int = 5, tokens: int = 6, *, width: int = 24, seed: int = 9
+) -> dict[str, dict[str, Tensor]]:
+    """InstantX's published keys for the tiny FLUX: ``tokens`` tokens from SigLIP's pooled output."""
+    weight = _random(seed)
+    image_proj = {
+        "proj.0.weight": weight(2 * width, width),
+        "proj.0.bias": weight(2 * width),
+        "proj.2.weight": weight(tokens * JOINT, 2 * width),
+        "proj.2.bias": weight(tokens * JOINT),
+        "norm.weight": 1 + weight(JOINT),
+        "norm.bias": weight(JOINT),
+    }
+    ip_adapter = {f"{i}.to_{part}_ip.weight": 2 * weight(32, JOINT) for i in range(sites) for part in "kv"}
+    return {"image_proj": image_proj, "ip_adapter": ip_adapter}
+
+
+def instantx_sd3_state(
+    sites: int = 2, tokens: int = 5, *, features: int = 24, seed: int = 9
+) -> dict[str, dict[str, Tensor]]:
+    """InstantX's published keys for the tiny SD3: a timed resampler, width 128 (2 heads of 64), depth 4."""
+    weight = _random(seed)
+    width, out = 128, 32
+    proj: dict[str, Tensor] = {
+        "latents": weight(1, tokens, width) * width**0.5,
+        "proj_in.weight": weight(width, features),
+        "proj_in.bias": weight(width),
+        "proj_out.weight": weight(out, width),
+        "proj_out.bias": weight(out),
+        "norm_out.weight": 1 + weight(out),
+        "norm_out.bias": weight(out),
+        "time_embedding.linear_1.weight": weight(width, 16),
+        "time_embedding.linear_1.bias": weight(width),
+        "time_embedding.linear_2.weight": weight(width, width),
+        "time_embedding.linear_2.bias": weight(width),
+    }
+    for i in range(4):
+        for norm in ("0.norm1", "0.norm2", "1.0"):
+            proj |= {f"layers.{i}.{norm}.weight": 1 + weight(width), f"layers.{i}.{norm}.bias": weight(width)}
+        proj |= {
+            f"layers.{i}.0.to_q.weight": weight(width, width),
+            f"layers.{i}.0.to_kv.weight": weight(2 * width, width),
+            f"layers.{i}.0.to_out.weight": weight(width, width),
+            f"layers.{i}.1.1.weight": weight(4 * width, width),
+            f"layers.{i}.1.3.weight": weight(width, 4 * width),
+            f"layers.{i}.2.1.weight": weight(4 * width, width),
+            f"layers.{i}.2.1.bias": weight(4 * width),
+        }
+    layers: dict[str, Tensor] = {}
+    for n in range(sites):
+        layers |= {
+            f"{n}.norm_ip.linear.weight": weight(2 * out, width),
+            f"{n}.norm_ip.linear.bias": weight(2 * out),
+            f"{n}.to_k_ip.weight": weight(out, out),
+            f"{n}.to_v_ip.weight": weight(out, out),
+            f"{n}.norm_q.weight": 1 + weight(8),
+            f"{n}.norm_k.weight": 1 + weight(8),
+            f"{n}.norm_ip_k.weight": 1 + weight(8),
+        }
+    return {"image_proj": proj, "ip_adapter": layers}
