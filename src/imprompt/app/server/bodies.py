@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from starlette.datastructures import FormData, UploadFile
-from starlette.formparsers import MultiPartException
+from starlette.exceptions import HTTPException
 from starlette.requests import Request as HTTPRequest
 
 from imprompt import catalog
@@ -54,10 +54,10 @@ async def form_body(http: HTTPRequest, settings: Settings) -> FormData:
     parts = settings.limits.parts
     try:
         return await http.form(max_files=parts, max_fields=parts, max_part_size=settings.limits.json_bytes)
-    except MultiPartException as error:
-        raise Problem(400, "bad_multipart", f"the body is no valid multipart/form-data ({error}).") from error
-    except (ValueError, KeyError, UnicodeError) as error:
-        raise Problem(400, "bad_multipart", "the body is no valid multipart/form-data.") from error
+    except (HTTPException, ValueError, KeyError) as error:
+        detail = f" ({error.detail})" if isinstance(error, HTTPException) else ""
+        text = f"the body is no valid multipart/form-data{detail}."
+        raise Problem(400, "bad_multipart", text) from error
 
 
 def texts(form: FormData) -> dict[str, str]:

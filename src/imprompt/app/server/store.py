@@ -14,7 +14,7 @@ import re
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from imprompt.encoders.images import load_image
 from imprompt.errors import ImpromptError
 from imprompt.io import write_atomic
 from imprompt.output import Record, read_record
+from imprompt.schema.request import Request
 
 ID = re.compile(r"[0-9a-f]{64}")
 THUMBNAIL = 320
@@ -221,9 +222,13 @@ class Store:
         return thumbnail(self.path(picture).read_bytes())
 
     def record(self, picture: str) -> Record | None:
-        """The request inside a picture, if imprompt wrote one."""
+        """The request inside a picture, if imprompt wrote one, with pictures named by their ids."""
         with contextlib.suppress(ImpromptError):
-            return read_record(self.path(picture))
+            found = read_record(self.path(picture))
+            text = found.request.to_json()
+            for name in found.request.files:  # reading completes names to paths beside the file
+                text = text.replace(json.dumps(name), json.dumps(Path(name).name if _is_id(name) else name))
+            return replace(found, request=Request.from_json(text))
         return None
 
     def bytes(self) -> int:
@@ -261,6 +266,10 @@ class Store:
                 yield self._database
         except sqlite3.OperationalError as error:
             raise disk_problem(error) from error
+
+
+def _is_id(name: str) -> bool:
+    return ID.fullmatch(Path(name).name) is not None
 
 
 def describe(content: bytes, identity: str) -> Picture:

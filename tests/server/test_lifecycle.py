@@ -1,0 +1,109 @@
+"""Restarts, killed workers and shutdown: no accepted job is lost, none is drawn twice."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serving import Running, free_port, submit, wait
+
+pytestmark = pytest.mark.slow
+
+
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_killed_worker_comes_back_and_tries_its_job_once_more(starting: Callable[..., Running]) -> None:
+    running = starting()
+    worker = running.queue.workers[0]
+
+    def kill_while_drawing(client: httpx.Client, job: str) -> None:
+        until(lambda: worker.ready and client.get(f"/api/v1/jobs/{job}").json()["step"] > 0, 240)
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGKILL)
+        until(lambda: not worker.ready)
+
+    with running.client() as client:
+        job, behind = submit(client, steps=60)["id"], submit(client, seed=2)["id"]
+        kill_while_drawing(client, job)
+        assert wait(client, job, 300)["state"] == "done"
+        assert wait(client, behind)["state"] == "done"
+        job, behind = submit(client, steps=60, seed=3)["id"], submit(client, seed=4)["id"]
+        for _ in range(2):
+            kill_while_drawing(client, job)
+        failed = wait(client, job, 300)
+        assert (failed["state"], failed["error"]["code"]) == ("failed", "worker_died")
+        assert wait(client, behind, 300)["state"] == "done"
+        assert "imprompt_worker_deaths_total 3.0" in client.get("/metrics").text
+
+
+def serve(folder: Path, port: int) -> "subprocess.Popen[str]":
+    command = [
+        sys.executable,
+        "-m",
+        "imprompt.app.cli",
+        "serve",
+        "--port",
+        str(port),
+        "--folder",
+        str(folder),
+    ]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def answering(port: int, path: str = "/readyz") -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}{path}").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_sigterm_finishes_what_is_drawn_and_the_next_server_draws_the_rest(tmp_path: Path) -> None:
+    port = free_port()
+    first = serve(tmp_path, port)
+    until(lambda: answering(port), 240)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        running = submit(client, steps=30)["id"]
+        # Another size, so that they are no batch.
+        waiting = [submit(client, seed=seed, size=[64, 64 + 8 * seed])["id"] for seed in range(3)]
+        until(lambda: client.get(f"/api/v1/jobs/{running}").json()["step"] > 0)
+        first.send_signal(signal.SIGTERM)
+        until(lambda: not answering(port))
+        refused = client.post("/api/v1/jobs", json={"request": {"prompt": "late"}})
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "draining"
+    assert first.wait(120) == 0
+    second = serve(tmp_path, port)
+    until(lambda: answering(port), 240)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        for job in [running, *waiting]:
+            assert wait(client, job)["state"] == "done"
+        history = [job["id"] for job in client.get("/api/v1/history").json()["jobs"]]
+        assert sorted(history) == sorted([running, *waiting])
+        assert 'imprompt_jobs_total{state="done"} 3.0' in client.get("/metrics").text
+    second.send_signal(signal.SIGINT)
+    assert second.wait(60) == 0
+
+
+def test_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:
+    one, other = free_port(), free_port()
+    first = serve(tmp_path, one)
+    try:
+        until(lambda: answering(one, "/healthz"), 120)
+        second = serve(tmp_path, other)
+        _, told = second.communicate(timeout=120)
+        assert second.returncode != 0
+        assert "in use by another server" in told
+    finally:
+        first.terminate()
+        first.wait(60)

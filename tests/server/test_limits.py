@@ -1,0 +1,306 @@
+"""What strangers and broken programs send: the documented answer, nothing lost, and the next job is fine."""
+
+import io
+import json
+import shutil
+import socket
+import struct
+import subprocess
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from PIL import Image
+
+from imprompt.app.server.settings import Limits, Settings
+from imprompt.errors import UsageError
+from serving import Running, picture, submit, upload, wait
+
+JSON = {"Content-Type": "application/json"}
+JOB = {"request": {"prompt": "a cat", "steps": 2, "seed": 1}}
+
+
+@pytest.fixture
+def quick(starting: Callable[..., Running]) -> Running:
+    """A server with short patience, small caps and no worker."""
+    limits = Limits(header_seconds=1, body_seconds=2, json_bytes=64 * 1024, picture_bytes=256 * 1024)
+    return starting(ready=False, devices=(), limits=limits)
+
+
+def raw(running: Running, sent: bytes, *, seconds: float = 10) -> bytes:
+    """What the server answers to bytes, until it closes the connection."""
+    with socket.create_connection(("127.0.0.1", urlsplit(running.url).port), timeout=seconds) as connection:
+        connection.sendall(sent)
+        found = b""
+        while chunk := connection.recv(65536):
+            found += chunk
+    return found
+
+
+def head(running: Running, path: str, *lines: str) -> bytes:
+    host = f"Host: 127.0.0.1:{running.settings.port}"
+    return "\r\n".join([f"POST {path} HTTP/1.1", host, *lines, "", ""]).encode()
+
+
+def code(answer: httpx.Response) -> tuple[int, str]:
+    return answer.status_code, answer.json()["error"]["code"]
+
+
+def test_endless_bodies_are_cut_off(quick: Running) -> None:
+    def endless() -> Iterator[bytes]:
+        for _ in range(10_000):  # 10 GB, were they read
+            yield b" " * 1_000_000
+
+    start = time.monotonic()
+    with quick.client() as client:
+        try:
+            answer = client.post(
+                "/api/v1/jobs", content=endless(), headers={"Content-Type": "application/json"}
+            )
+            assert code(answer) == (413, "too_large")
+        except httpx.WriteError:  # closed while we were still sending
+            pass
+        assert client.get("/healthz").status_code == 200
+    assert time.monotonic() - start < 20
+    stated = head(quick, "/api/v1/jobs", "Content-Type: application/json", "Content-Length: 10000000000")
+    assert b" 413 " in raw(quick, stated).split(b"\r\n")[0]
+
+
+def test_slow_headers_and_slow_bodies_are_cut_off(quick: Running) -> None:
+    assert raw(quick, b"POST /api/v1/jobs HTTP/1.1\r\nHost: 127") == b""
+    short = head(quick, "/api/v1/jobs", "Content-Type: application/json", "Content-Length: 100") + b"{"
+    assert b" 408 " in raw(quick, short).split(b"\r\n")[0]
+
+
+def test_wrong_lengths_and_nonsense_are_answered(quick: Running) -> None:
+    long = head(
+        quick, "/api/v1/jobs", "Content-Type: application/json", "Content-Length: 2", "Connection: close"
+    )
+    assert b" 422 " in raw(quick, long + b"{}garbage after the body").split(b"\r\n")[0]
+    assert b" 400 " in raw(quick, b"\x16\x03\x01\x02 this is no HTTP\r\n\r\n").split(b"\r\n")[0]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"not json",
+        b"[1]",
+        b'{"request": {"prompt": "a cat", "scale": NaN}}',
+        b'{"request": {"prompt": "a cat", "guidance": Infinity}}',
+        b'{"request": ' + b'{"a":' * 5000 + b"1" + b"}" * 5001,
+        b"[" * 60_000,
+        b'{"request": {"prompt": "\xff\xfe"}}',
+    ],
+)
+def test_bodies_that_are_no_sound_json_are_400(quick: Running, body: bytes) -> None:
+    with quick.client() as client:
+        answer = client.post("/api/v1/jobs", content=body, headers=JSON)
+        assert code(answer) == (400, "bad_json")
+
+
+def test_multipart_of_many_parts_or_broken_is_400(quick: Running) -> None:
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    many = b"".join(b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n1\r\n' for _ in range(5000))
+    with quick.client() as client:
+        assert code(client.post("/api/v1/pictures", content=many, headers=kind)) == (400, "bad_multipart")
+        broken = b'--x\r\nContent-Disposition: form-data; name="file"; filename="../../a"\r\n\r\n'
+        answer = client.post("/api/v1/pictures", content=broken, headers=kind)
+        assert answer.status_code in (400, 422)
+        none = {"Content-Type": "multipart/form-data"}
+        assert code(client.post("/api/v1/pictures", content=b"x", headers=none)) == (400, "bad_multipart")
+        assert code(client.post("/api/v1/pictures", content=b"x")) == (415, "media_type")
+
+
+def bomb(side: int) -> bytes:
+    """A PNG whose header promises side² pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = zlib.compress(b"\0" * 1_000_000)
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>",
+        b"GIF89a",
+        picture()[:200],
+        bomb(50_000),
+        b"%PDF-1.7",
+        b"\0" * 1000,
+    ],
+    ids=["empty", "svg", "gif-head", "truncated", "bomb", "pdf", "zeros"],
+)
+def test_what_is_no_picture_is_refused(quick: Running, content: bytes) -> None:
+    with quick.client() as client:
+        answer = client.post("/api/v1/pictures", files={"file": ("../../etc/passwd", content)})
+        assert code(answer) == (422, "bad_picture")
+
+
+def test_a_picture_over_the_cap_is_413(quick: Running) -> None:
+    with quick.client() as client:
+        answer = client.post("/api/v1/pictures", files={"file": ("a.png", b"x" * 300_000)})
+        assert code(answer) == (413, "too_large")
+
+
+def test_the_name_of_a_file_says_nothing(quick: Running) -> None:
+    with quick.client() as client:
+        for name in ("../../x.png", "con.png", "a\u202egnp.exe", "x" * 300):
+            answer = client.post("/api/v1/pictures", files={"file": (name, picture(), "text/html")})
+            assert answer.status_code == 201
+            found = client.get(answer.json()["url"])
+            assert found.headers["content-type"] == "image/png"
+            assert found.headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"steps": 100_000}, "steps"),
+        ({"steps": 999}, "steps"),
+        ({"count": 99}, "count"),
+        ({"size": [4096, 4096]}, "size"),
+        ({"size": [127, 127]}, "size"),
+        ({"base": "/etc/passwd"}, "base"),
+        ({"base": "someone/model"}, "base"),
+        ({"base": "sdxl"}, "base"),
+        ({"images": ["../../secret.png"]}, "images"),
+        ({"images": ["https://example.org/a.png"]}, "images"),
+        ({"images": ["0" * 64]}, "images"),
+        ({"images": [{"scale": "strong"}]}, "images.0"),
+        ({"loras": ["/tmp/x.safetensors"]}, "loras.path"),
+        ({"device": "cuda:7"}, "device"),
+        ({"quantize": "x.gguf"}, "quantize"),
+        ({"face_model": "/tmp"}, "face_model"),
+        ({"prompt": 7}, "prompt"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_requests_outside_what_is_offered_name_the_field(
+    client: httpx.Client, fields: dict, field: str
+) -> None:
+    answer = client.post("/api/v1/jobs", json={"request": {"prompt": "a cat", **fields}})
+    assert answer.status_code == 422
+    assert answer.json()["error"]["field"].startswith(field.split(".")[0])
+    assert str(Path.home()) not in answer.text
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/api/v1/jobs/" + "0" * 24,
+        "/api/v1/jobs/../../etc/passwd",
+        "/api/v1/jobs/%2e%2e%2fetc",
+        "/api/v1/pictures/" + "0" * 64,
+        "/api/v1/pictures/..%2f..%2fjournal.sqlite",
+        "/static/../guard.py",
+        "/static/%2e%2e/guard.py",
+        "/nothing",
+    ],
+)
+def test_what_is_not_there_is_said(running: Running, path: str) -> None:
+    lines = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{running.settings.port}\r\nConnection: close\r\n\r\n"
+    first, _, rest = raw(running, lines.encode()).partition(b"\r\n")
+    assert first.split()[1] in (b"404", b"422")
+    assert json.loads(rest.rpartition(b"\r\n\r\n")[2])["error"]["code"]
+
+
+@pytest.mark.parametrize(
+    "payload", ["!!!", "aGVsbG8=", "data:text/html;base64,PGI+", "file:///etc/passwd", 7, None]
+)
+def test_base64_that_is_no_picture_is_422(client: httpx.Client, payload: object) -> None:
+    answer = client.post("/sdapi/v1/img2img", json={"prompt": "x", "init_images": [payload]})
+    assert (answer.status_code, answer.json()["error"]) == (422, "bad_picture")
+
+
+def test_other_names_and_other_sites_are_kept_out(client: httpx.Client) -> None:
+    assert code(client.get("/api/v1/history", headers={"Host": "evil.example"})) == (403, "bad_host")
+    for headers in (
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Sec-Fetch-Site": "cross-site"},
+    ):
+        assert code(client.post("/api/v1/jobs", json=JOB, headers=headers)) == (403, "cross_origin")
+    own = {"Origin": str(client.base_url).rstrip("/"), "Sec-Fetch-Site": "same-origin"}
+    assert client.get("/api/v1/history", headers=own).status_code == 200
+    assert "access-control-allow-origin" not in client.get("/", headers=own).headers
+
+
+def test_a_token_is_needed_where_one_is_set(starting: Callable[..., Running]) -> None:
+    running = starting(ready=False, devices=(), token="open sesame")
+    with running.client() as client:
+        assert client.get("/healthz").status_code == 200
+        assert code(client.get("/api/v1/history")) == (401, "unauthorized")
+        assert code(client.get("/api/v1/history", headers={"Authorization": "Bearer wrong"}))[0] == 401
+        assert (
+            client.get("/api/v1/history", headers={"Authorization": "Bearer open sesame"}).status_code == 200
+        )
+        assert client.get("/api/v1/history", auth=("anyone", "open sesame")).status_code == 200
+        welcome = client.get("/?token=open%20sesame")
+        assert (welcome.status_code, welcome.headers["location"]) == (303, "/")
+        assert "httponly" in welcome.headers["set-cookie"].lower()
+        assert client.get("/api/v1/history").status_code == 200  # by the cookie
+
+
+def test_other_addresses_need_a_token(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--token"):
+        Settings(folder=tmp_path, host="0.0.0.0").check()
+    Settings(folder=tmp_path, host="0.0.0.0", token="long enough").check()
+
+
+def test_a_full_queue_is_429_with_when_to_come_back(starting: Callable[..., Running]) -> None:
+    running = starting(ready=False, devices=(), limits=Limits(queue=3, client_share=2))
+    with running.client() as client:
+        jobs = [submit(client, seed=seed)["id"] for seed in range(2)]
+        refused = client.post("/api/v1/jobs", json=JOB)
+        assert code(refused) == (429, "client_share")
+        assert int(refused.headers["retry-after"]) >= 1
+        jobs.append(submit(client, {"X-Client-Id": "another"}, seed=9)["id"])
+        assert code(client.post("/api/v1/jobs", json=JOB, headers={"X-Client-Id": "third"})) == (
+            429,
+            "queue_full",
+        )
+        for job in jobs:
+            assert client.delete(f"/api/v1/jobs/{job}").json()["state"] == "cancelled"
+        assert client.post("/api/v1/jobs", json=JOB).status_code == 202
+
+
+def test_pictures_may_vanish_while_the_server_runs(client: httpx.Client, running: Running) -> None:
+    shown = upload(client, picture("orange"))
+    shutil.rmtree(running.settings.folder / "pictures")
+    answer = client.post("/api/v1/jobs", json={"request": {"prompt": "a cat", "images": [shown["id"]]}})
+    assert code(answer) == (422, "unknown_picture")
+    assert wait(client, submit(client, seed=77)["id"])["state"] == "done"
+    assert upload(client, picture("orange"))["id"] == shown["id"]
+
+
+def test_a_full_disk_accepts_nothing_and_loses_nothing(
+    starting: Callable[..., Running], tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)]
+    if subprocess.run(mounting, check=False).returncode:
+        pytest.skip("mounting a small disk needs more rights")
+    try:
+        running = starting(ready=False, devices=(), folder=disk)
+        stream = io.BytesIO()
+        Image.effect_noise((1000, 1000), 80).save(stream, "PNG")
+        with running.client() as client:
+            full = client.post("/api/v1/pictures", files={"file": ("a.png", stream.getvalue())})
+            assert code(full) == (507, "disk_full")
+            kept = upload(client, picture())
+            assert client.get(kept["url"]).content == picture()
+            assert client.get("/api/v1/history").status_code == 200
+        running.stop()
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
