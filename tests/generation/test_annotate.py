@@ -25,9 +25,11 @@ from transformers import (
 )
 
 import tiny
+from facemodels import pack, photo
+from imprompt.encoders.face import OnnxFaces
 from imprompt.errors import InputError, ModelError, UsageError
 from imprompt.generation import annotate as module
-from imprompt.generation.annotate import annotate, annotate_frames, edges, skeletons
+from imprompt.generation.annotate import annotate, annotate_frames, edges, face_keypoints, skeletons
 
 
 def drawing(lines: int, ground: int, size: int = 64) -> Image.Image:
@@ -261,7 +263,7 @@ def test_a_pose_is_drawn_where_the_joints_are_found(people, place):
 
 
 def test_a_picture_without_anybody_is_refused(people, monkeypatch):
-    monkeypatch.setattr(module, "_SEEN", 0.9999)  # the detector's person has sigmoid(9)
+    monkeypatch.setattr(module, "MIN_SCORE", 0.9999)  # the detector's person has sigmoid(9)
     with pytest.raises(InputError, match="pose finds nobody"):
         annotate("pose", tiny.picture(1, (96, 96)))
 
@@ -277,3 +279,39 @@ def test_a_model_that_cannot_be_had_is_named_with_its_licence(monkeypatch):
     with pytest.raises(ModelError, match=r"Depth-Anything-V2-Small-hf.*Apache-2\.0.*none:PATH") as said:
         annotate("depth", tiny.picture(1))
     assert "\n" not in str(said.value)
+
+
+POINTS = np.array([[60.4, 70.6], [110.2, 66.9], [84.7, 100.3], [66.1, 130.8], [104.9, 128.2]])
+
+
+def test_the_points_of_a_face_are_drawn_as_instantid_was_trained():
+    """``draw_kps`` of the published code, written out again."""
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255)]
+    expected = np.zeros([192, 160, 3])
+    for limb in np.array([[0, 2], [1, 2], [3, 2], [4, 2]]):
+        x, y = POINTS[limb][:, 0], POINTS[limb][:, 1]
+        length = ((x[0] - x[1]) ** 2 + (y[0] - y[1]) ** 2) ** 0.5
+        angle = np.degrees(np.arctan2(y[0] - y[1], x[0] - x[1]))
+        polygon = cv2.ellipse2Poly(
+            (int(np.mean(x)), int(np.mean(y))), (int(length / 2), 4), int(angle), 0, 360, 1
+        )
+        expected = cv2.fillConvexPoly(expected.copy(), polygon, colours[limb[0]])
+    expected = (expected * 0.6).astype(np.uint8)
+    for point, colour in zip(POINTS, colours, strict=True):
+        expected = cv2.circle(expected.copy(), (int(point[0]), int(point[1])), 10, colour, -1)
+    drawn = face_keypoints(POINTS, (160, 192))
+    assert drawn.size == (160, 192)
+    assert np.array_equal(np.asarray(drawn), expected)
+
+
+@pytest.mark.filterwarnings("ignore:the face models")
+def test_the_largest_face_of_a_picture_is_drawn(tmp_path):
+    folder = pack(tmp_path / "buffalo_l")
+    scene = photo((160, 320, "red"), (400, 160, "green"))
+    drawn = np.asarray(annotate("face", scene, face_model=str(folder)))
+    largest, other = OnnxFaces.from_folder(folder).find(scene)
+    assert largest.area > other.area
+    assert np.array_equal(drawn, np.asarray(face_keypoints(largest.landmarks, scene.size)))
+    assert drawn[320:340, 160:180].max() == 0
+    with pytest.raises(InputError, match="no face"):
+        annotate("face", Image.new("RGB", (64, 64)), face_model=str(folder))

@@ -1,8 +1,8 @@
-"""A picture → the map that a ControlNet or T2I-Adapter follows, in its size and as RGB.
+"""Make the map that a ControlNet or T2I-Adapter follows from a picture: RGB, of the picture's size.
 
-Edges come from OpenCV; depth, segmentation and poses from transformers' models of the hub. Each is imported
-or fetched when its kind is asked for, once for all frames of a clip, and given back after the last. What
-cannot be found well is refused in one line, never guessed. Nothing here knows ControlNets or requests.
+Edges come from OpenCV, depth, segmentation and poses from models of transformers, faces from the face models
+of :mod:`imprompt.encoders.face`. A model is loaded when its kind is asked for, once for all frames of a clip,
+and freed after the last one. A picture in which nothing is found is an error of one line.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from PIL import Image
 from imprompt.errors import InputError, ModelError, UsageError, first_line
 
 CANNY = (100, 200)
-"""Thresholds of the published canny ControlNets' own examples (gradient of 8-bit values)."""
+"""Hysteresis thresholds in the examples of the published canny ControlNets (gradients of 8-bit values)."""
 
 MODELS: dict[str, tuple[str, str]] = {
     "depth": ("depth-anything/Depth-Anything-V2-Small-hf", "99 MB, Apache-2.0"),
@@ -25,36 +25,37 @@ MODELS: dict[str, tuple[str, str]] = {
     "person": ("PekingU/rtdetr_r18vd_coco_o365", "81 MB, Apache-2.0"),
     "pose": ("usyd-community/vitpose-base-simple", "344 MB, Apache-2.0"),
 }
-"""What is found → the hub's repository that finds it, its size and licence. All hold safetensors. A pose is
-found in what ``person`` finds."""
+"""Kind → hub repository of the model that finds it, its size and licence. All hold safetensors. Joints
+(``pose``) are looked for in the boxes that ``person`` finds."""
 
-_PAPER = 0.6  # share of a line drawing that is its ground, at least
-_NEAR_GROUND = 24  # how far the ground's brightness may be from its median
-_SEEN = 0.3  # from which score on a person or a joint counts, as in ViTPose's own examples
+_MIN_BACKGROUND = 0.6  # share of a line drawing that is background, at least
+_BACKGROUND_RANGE = 24  # how far the background's brightness may be from its median
+MIN_SCORE = 0.3  # for a person or a joint to count, as in ViTPose's examples
 
 
-def annotate(kind: str, picture: Image.Image) -> Image.Image:
-    """The map of one of :data:`~imprompt.schema.request.CONTROLS` for an RGB picture, of its size.
+def annotate(kind: str, picture: Image.Image, *, face_model: str | None = None) -> Image.Image:
+    """The map of one RGB picture, of its size; see :func:`annotate_frames`."""
+    return annotate_frames(kind, [picture], face_model=face_model)[0]
 
-    Raises as :func:`annotate_frames`.
+
+def annotate_frames(
+    kind: str, pictures: Iterable[Image.Image], *, face_model: str | None = None
+) -> list[Image.Image]:
+    """The maps of RGB pictures for one of :data:`~imprompt.schema.request.CONTROLS`, by a model that is
+    loaded once.
+
+    A frame in which nothing is found is black if something is found in another. ``face_model`` is the folder
+    of face models for the kind ``face``; ``None``: InsightFace's packs where InsightFace keeps them. Raises
+    :class:`UsageError` when a library is missing, :class:`InputError` when nothing is found in any picture,
+    :class:`ModelError` when a model cannot be loaded.
     """
-    return annotate_frames(kind, [picture])[0]
-
-
-def annotate_frames(kind: str, pictures: Iterable[Image.Image]) -> list[Image.Image]:
-    """:func:`annotate` of each picture, by a model that is loaded once. A frame in which nothing is found is
-    black.
-
-    Raises :class:`UsageError` when a library is missing, :class:`InputError` when no picture holds what is
-    asked for, :class:`ModelError` when a model cannot be had.
-    """
-    find = _ANNOTATORS[kind]()
+    find = _face(face_model) if kind == "face" else _ANNOTATORS[kind]()
     found: list[Image.Image] = []
-    nothing: list[_Nothing] = []
+    nothing: list[_NothingFound] = []
     for picture in pictures:
         try:
             found.append(find(picture.convert("RGB")))
-        except _Nothing as error:
+        except _NothingFound as error:
             nothing.append(error)
             found.append(Image.new("RGB", picture.size))
     if nothing and len(nothing) == len(found):
@@ -65,20 +66,21 @@ def annotate_frames(kind: str, pictures: Iterable[Image.Image]) -> list[Image.Im
 def edges(picture: Image.Image, low: float = CANNY[0], high: float = CANNY[1]) -> Image.Image:
     """Canny edges (Canny 1986) of an RGB picture, as RGB of its size: 255 on an edge, 0 elsewhere.
 
-    The strongest of the three colours' gradients counts; ``low`` and ``high`` are the hysteresis thresholds.
-    Raises :class:`UsageError` when OpenCV is not installed.
+    At each pixel the strongest gradient of the three colours is used; ``low`` and ``high`` are the hysteresis
+    thresholds. Raises :class:`UsageError` when OpenCV is not installed.
     """
     found = _opencv("canny").Canny(np.asarray(picture.convert("RGB")), low, high)
     return Image.fromarray(found).convert("RGB")
 
 
 def skeletons(people: Sequence[np.ndarray], size: tuple[int, int]) -> Image.Image:
-    """People's joints drawn on black as OpenPose's body of 18 joints, which the pose ControlNets learnt from.
+    """Draw people's joints on black as the 18 joints of OpenPose, which pose ControlNets were trained with.
 
-    ``people``: for each the 17 joints of COCO as (17, 3): x and y in pixels, score; those below 0.3 are left
-    out. The neck, which COCO lacks, is the middle of the shoulders. Limbs are ellipses of 4 pixels to either
-    side in 0.6 of their colour, joints discs of radius 4, at a shorter side of 512 (lllyasviel/ControlNet,
-    ``annotator/openpose``). Raises :class:`UsageError` when OpenCV is not installed.
+    ``people`` has an array (17, 3) for each person: x and y in pixels and the score of COCO's joints; joints
+    with a score below 0.3 are left out. The neck, which COCO does not have, is the middle of the shoulders.
+    Limbs are ellipses of half-width 4 in 0.6 of their colour, joints discs of radius 4, for a shorter side of
+    512 pixels (lllyasviel/ControlNet, ``annotator/openpose``). ``size`` is (width, height). Raises
+    :class:`UsageError` when OpenCV is not installed.
     """
     cv2 = _opencv("pose")
     canvas = np.zeros((size[1], size[0], 3), np.uint8)
@@ -90,7 +92,7 @@ def skeletons(people: Sequence[np.ndarray], size: tuple[int, int]) -> Image.Imag
     for body in bodies:
         for (one, other), colour in zip(_LIMBS, _COLOURS, strict=False):
             (x0, y0, seen), (x1, y1, seen_too) = body[one], body[other]
-            if min(seen, seen_too) < _SEEN:
+            if min(seen, seen_too) < MIN_SCORE:
                 continue
             centre = round((x0 + x1) / 2), round((y0 + y1) / 2)
             half = round(math.hypot(x1 - x0, y1 - y0) / 2), thick
@@ -99,12 +101,38 @@ def skeletons(people: Sequence[np.ndarray], size: tuple[int, int]) -> Image.Imag
             cv2.fillConvexPoly(canvas, shape, [int(part * 0.6) for part in colour])
     for body in bodies:
         for (x, y, seen), colour in zip(body, _COLOURS, strict=True):
-            if seen >= _SEEN:
+            if seen >= MIN_SCORE:
                 cv2.circle(canvas, (round(x), round(y)), thick, colour, thickness=-1)
     return Image.fromarray(canvas)
 
 
+def face_keypoints(landmarks: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    """Draw the five points of one face on black, as InstantID's ControlNet was trained with them.
+
+    ``landmarks`` (5, 2) are x and y in pixels of the eyes, the nose and the corners of the mouth. From the
+    nose to each other point runs an ellipse of half-width 4 in 0.6 of that point's colour; the points are
+    discs of radius 10 in full colour (``draw_kps`` of instantX-research/InstantID, which does not scale with
+    ``size``, (width, height)). Raises :class:`UsageError` when OpenCV is not installed.
+    """
+    cv2 = _opencv("face")
+    canvas = np.zeros((size[1], size[0], 3), np.uint8)
+    nose = landmarks[2]
+    for number in (0, 1, 3, 4):
+        point, colour = landmarks[number], _FACE_COLOURS[number]
+        across, down = point - nose
+        centre = int((point[0] + nose[0]) / 2), int((point[1] + nose[1]) / 2)
+        half = int(math.hypot(across, down) / 2), 4
+        shape = cv2.ellipse2Poly(centre, half, int(math.degrees(math.atan2(down, across))), 0, 360, 1)
+        cv2.fillConvexPoly(canvas, shape, colour)
+    canvas = (canvas * 0.6).astype(np.uint8)
+    for point, colour in zip(landmarks, _FACE_COLOURS, strict=True):
+        cv2.circle(canvas, (int(point[0]), int(point[1])), 10, colour, thickness=-1)
+    return Image.fromarray(canvas)
+
+
 # ---- private
+
+_FACE_COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255))
 
 # OpenPose's joints by their places in COCO's, 17 being the neck: nose, neck, right arm, left arm, right leg,
 # left leg, right and left eye, right and left ear.
@@ -122,8 +150,8 @@ _COLOURS = [  # of joints; limb i has joint i's: the hues from red, 20° apart a
 _Find = Callable[[Image.Image], Image.Image]
 
 
-class _Nothing(InputError):
-    """A picture without what a control follows: no map, but among others' frames an empty one."""
+class _NothingFound(InputError):
+    """There is nothing in a picture that the control could follow."""
 
     def __init__(self, what: str) -> None:
         super().__init__(f"control: {what}; it would have no effect.")
@@ -132,34 +160,34 @@ class _Nothing(InputError):
 def _canny(picture: Image.Image) -> Image.Image:
     found = edges(picture)
     if not found.getbbox():
-        raise _Nothing("canny finds no edge in the picture")
+        raise _NothingFound("canny finds no edge in the picture")
     return found
 
 
 def _depth() -> _Find:
-    """Near is bright, as in MiDaS, which the depth ControlNets were trained on."""
+    """Near is bright, as in the maps of MiDaS that depth ControlNets were trained with."""
     processor, model = _loaded("depth", "AutoModelForDepthEstimation")
 
     def find(picture: Image.Image) -> Image.Image:
-        found = _seen(processor, model, picture)
+        found = _output(processor, model, picture)
         depth = processor.post_process_depth_estimation(found, [(picture.height, picture.width)])[0]
         values = depth["predicted_depth"].float().numpy()
         low, high = float(values.min()), float(values.max())
         if not high > low:
-            raise _Nothing("depth finds the picture equally far everywhere")
+            raise _NothingFound("depth finds the picture equally far everywhere")
         return Image.fromarray(((values - low) / (high - low) * 255).round().astype(np.uint8)).convert("RGB")
 
     return find
 
 
 def _segments() -> _Find:
-    """Each pixel in the colour that ADE20K gives to what it shows."""
+    """Each pixel in the colour of its class in ADE20K."""
     processor, model = _loaded("seg", "AutoModelForSemanticSegmentation")
     colours = np.frombuffer(bytes.fromhex(_ADE20K), np.uint8).reshape(-1, 3)
 
     def find(picture: Image.Image) -> Image.Image:
         size = (picture.height, picture.width)
-        found = _seen(processor, model, picture)
+        found = _output(processor, model, picture)
         labels = processor.post_process_semantic_segmentation(found, target_sizes=[size])[0]
         return Image.fromarray(colours[labels.numpy()])
 
@@ -169,55 +197,74 @@ def _segments() -> _Find:
 def _drawing(kind: str, picture: Image.Image) -> Image.Image:
     """A line drawing with its lines bright on black, as ControlNets take them."""
     grey = np.asarray(picture.convert("L"), dtype=np.int16)
-    ground = int(np.median(grey))
-    if (np.abs(grey - ground) <= _NEAR_GROUND).mean() < _PAPER:
+    background = int(np.median(grey))
+    if (np.abs(grey - background) <= _BACKGROUND_RANGE).mean() < _MIN_BACKGROUND:
         raise InputError(
-            f"control: {kind} takes a line drawing, and this is none (no even ground); of other pictures "
-            f"canny finds the edges, and a finished map goes by none:PATH."
+            f"control: {kind} takes a line drawing, and this picture has no even background; use canny for "
+            "other pictures, or give a finished map as none:PATH."
         )
-    lines = (ground - grey if ground >= 128 else grey - ground).clip(0)
-    if lines.max() <= _NEAR_GROUND:
-        raise _Nothing(f"{kind} finds no line in the picture")
+    lines = (background - grey if background >= 128 else grey - background).clip(0)
+    if lines.max() <= _BACKGROUND_RANGE:
+        raise _NothingFound(f"{kind} finds no line in the picture")
     full = lines * (255 / lines.max())
-    if kind == "scribble":  # trained on strokes without shades
+    if kind == "scribble":  # its ControlNets were trained with strokes of full brightness
         full = np.where(full >= 128, 255, 0)
     return Image.fromarray(full.round().astype(np.uint8)).convert("RGB")
 
 
 def _pose() -> _Find:
-    """People by a detector, their joints by ViTPose (Xu et al. 2022), drawn as OpenPose does."""
+    """People by a detector, their joints by ViTPose (Xu et al. 2022), drawn as OpenPose draws them."""
     _opencv("pose")
     if importlib.util.find_spec("scipy") is None:
         raise UsageError(
             "control: pose needs SciPy, which is not installed; run pip install 'imprompt[control]', or give "
             "a drawn skeleton as none:PATH."
         )
-    watcher, detector = _loaded("person", "AutoModelForObjectDetection")
+    detector_processor, detector = _loaded("person", "AutoModelForObjectDetection")
     processor, model = _loaded("pose", "VitPoseForPoseEstimation")
 
     def find(picture: Image.Image) -> Image.Image:
-        found = watcher.post_process_object_detection(
-            _seen(watcher, detector, picture), _SEEN, [(picture.height, picture.width)]
+        found = detector_processor.post_process_object_detection(
+            _output(detector_processor, detector, picture), MIN_SCORE, [(picture.height, picture.width)]
         )[0]
-        names = [detector.config.id2label[int(label)] for label in found["labels"]]
-        boxes = found["boxes"].numpy()[[name == "person" for name in names]]
+        labels = [detector.config.id2label[int(label)] for label in found["labels"]]
+        boxes = found["boxes"].numpy()[[label == "person" for label in labels]]
         if not len(boxes):
-            raise _Nothing("pose finds nobody in the picture")
-        boxes[:, 2:] -= boxes[:, :2]  # ViTPose takes left, top, width, height
-        joints = _seen(processor, model, picture, boxes=[boxes])
+            raise _NothingFound("pose finds nobody in the picture")
+        boxes[:, 2:] -= boxes[:, :2]  # ViTPose reads left, top, width, height
+        joints = _output(processor, model, picture, boxes=[boxes])
         people = processor.post_process_pose_estimation(joints, boxes=[boxes])[0]
         drawn = skeletons(
             [np.column_stack([one["keypoints"].numpy(), one["scores"].numpy()]) for one in people],
             picture.size,
         )
         if not drawn.getbbox():
-            raise _Nothing("pose finds no limbs in the picture")
+            raise _NothingFound("pose finds no limbs in the picture")
         return drawn
 
     return find
 
 
-def _as_it_is(picture: Image.Image) -> Image.Image:
+def _face(face_model: str | None) -> _Find:
+    """The five points of the largest face."""
+    _opencv("face")
+    from imprompt.encoders import face
+
+    packs = ("antelopev2", "buffalo_l")
+    models = face.installed(packs) if face_model is None else face.OnnxFaces.from_folder(face_model)
+    if models is None:
+        raise ModelError(f"control: face finds the points by face models. {face.how_to_get(packs)}")
+
+    def find(picture: Image.Image) -> Image.Image:
+        found = models.find(picture)
+        if not found:
+            raise _NothingFound("face finds no face in the picture")
+        return face_keypoints(max(found, key=lambda one: one.area).landmarks, picture.size)
+
+    return find
+
+
+def _unchanged(picture: Image.Image) -> Image.Image:
     return picture
 
 
@@ -227,12 +274,12 @@ _ANNOTATORS: dict[str, Callable[[], _Find]] = {
     "pose": _pose,
     "lineart": lambda: partial(_drawing, "lineart"),
     "scribble": lambda: partial(_drawing, "scribble"),
-    "tile": lambda: _as_it_is,
+    "tile": lambda: _unchanged,
     "seg": _segments,
-    "frame": lambda: _as_it_is,
-    "none": lambda: _as_it_is,
+    "frame": lambda: _unchanged,
+    "none": lambda: _unchanged,
 }
-"""Kind → what loads its finder."""
+"""Kind → what loads its function from picture to map."""
 
 
 def _opencv(kind: str) -> Any:
@@ -247,8 +294,8 @@ def _opencv(kind: str) -> Any:
 
 
 def _loaded(kind: str, model_class: str) -> tuple[Any, Any]:
-    """The picture processor of a kind's model, and the model: on the CPU in fp32, so that the map is the same
-    wherever it is drawn."""
+    """The image processor and the model of a kind: on the CPU in float32, so that the map is the same on all
+    devices."""
     repository, about = MODELS[kind]
     try:
         import transformers
@@ -258,14 +305,14 @@ def _loaded(kind: str, model_class: str) -> tuple[Any, Any]:
     except Exception as error:  # the hub's client raises nearly anything
         reason = first_line(error)
         raise ModelError(
-            f"control: {kind} is found by {repository} ({about}), which cannot be had: {reason} Look at the "
+            f"control: {kind} is found by {repository} ({about}), which cannot be loaded: {reason} Check the "
             "network and HF_HUB_OFFLINE, or give a finished map as none:PATH."
         ) from error
     return processor, model.eval()
 
 
-def _seen(processor: Any, model: Any, picture: Image.Image, **more: Any) -> Any:
-    """What a model says about a picture."""
+def _output(processor: Any, model: Any, picture: Image.Image, **more: Any) -> Any:
+    """The model's output for a picture."""
     import torch
 
     with torch.inference_mode():
