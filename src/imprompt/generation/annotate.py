@@ -49,7 +49,7 @@ def annotate_frames(
     :class:`UsageError` when a library is missing, :class:`InputError` when nothing is found in any picture,
     :class:`ModelError` when a model cannot be loaded.
     """
-    find = _face(face_model) if kind == "face" else _ANNOTATORS[kind]()
+    find = _ANNOTATORS[kind](face_model)
     found: list[Image.Image] = []
     nothing: list[_NothingFound] = []
     for picture in pictures:
@@ -164,7 +164,7 @@ def _canny(picture: Image.Image) -> Image.Image:
     return found
 
 
-def _depth() -> _Find:
+def _depth(_: object) -> _Find:
     """Near is bright, as in the maps of MiDaS that depth ControlNets were trained with."""
     processor, model = _loaded("depth", "AutoModelForDepthEstimation")
 
@@ -180,7 +180,7 @@ def _depth() -> _Find:
     return find
 
 
-def _segments() -> _Find:
+def _segments(_: object) -> _Find:
     """Each pixel in the colour of its class in ADE20K."""
     processor, model = _loaded("seg", "AutoModelForSemanticSegmentation")
     colours = np.frombuffer(bytes.fromhex(_ADE20K), np.uint8).reshape(-1, 3)
@@ -212,7 +212,7 @@ def _drawing(kind: str, picture: Image.Image) -> Image.Image:
     return Image.fromarray(full.round().astype(np.uint8)).convert("RGB")
 
 
-def _pose() -> _Find:
+def _pose(_: object) -> _Find:
     """People by a detector, their joints by ViTPose (Xu et al. 2022), drawn as OpenPose draws them."""
     _opencv("pose")
     if importlib.util.find_spec("scipy") is None:
@@ -268,18 +268,19 @@ def _unchanged(picture: Image.Image) -> Image.Image:
     return picture
 
 
-_ANNOTATORS: dict[str, Callable[[], _Find]] = {
-    "canny": lambda: _canny,
+_ANNOTATORS: dict[str, Callable[[str | None], _Find]] = {
+    "canny": lambda _: _canny,
     "depth": _depth,
     "pose": _pose,
-    "lineart": lambda: partial(_drawing, "lineart"),
-    "scribble": lambda: partial(_drawing, "scribble"),
-    "tile": lambda: _unchanged,
+    "face": _face,
+    "lineart": lambda _: partial(_drawing, "lineart"),
+    "scribble": lambda _: partial(_drawing, "scribble"),
+    "tile": lambda _: _unchanged,
     "seg": _segments,
-    "frame": lambda: _unchanged,
-    "none": lambda: _unchanged,
+    "frame": lambda _: _unchanged,
+    "none": lambda _: _unchanged,
 }
-"""Kind → what loads its function from picture to map."""
+"""Kind → what loads its function from picture to map, given the folder of face models."""
 
 
 def _opencv(kind: str) -> Any:

@@ -46,6 +46,7 @@ CONTROLS: dict[str, str] = {
     "pose": "the limbs of people, as OpenPose draws them",
     "lineart": "a line drawing, dark on light or light on dark",
     "scribble": "a rough drawing of a few strokes",
+    "face": "eyes, nose and mouth of the largest face, for InstantID",
     "tile": "the picture itself, to be drawn anew in detail",
     "seg": "what each place of a photograph is, in ADE20K's colours",
     "frame": "animate: the picture itself, as the frame it stands `at`",

@@ -1,0 +1,95 @@
+"""What diffusers' pipelines can do with each kind of control model: a check for each kind, before loading."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from imprompt.errors import UsageError
+from imprompt.schema.request import Request
+
+if TYPE_CHECKING:
+    from imprompt.generation.control import Control
+
+
+def is_t2i_xl(control: "Control") -> bool:
+    """Whether a T2I-Adapter is for SDXL."""
+    return str(control.config.get("adapter_type")).endswith("_xl")
+
+
+def _check_nowhere(controls: "Sequence[Control]", _: Request) -> None:
+    """Only SparseCtrls take a picture that stands at one frame."""
+    for control in controls:
+        if control.ref.at is not None:
+            raise UsageError(
+                f"control '{control.ref.path}': at={control.ref.at} needs a SparseCtrl, and "
+                f"'{control.name}' is {control.net_title}, which is followed in every frame."
+            )
+
+
+def _check_union(controls: "Sequence[Control]", request: Request) -> None:
+    if request.task == "animate":
+        raise UsageError(f"{controls[0].title}, which diffusers takes for stills only; use a ControlNet.")
+    _check_nowhere(controls, request)
+
+
+def _check_t2i(controls: "Sequence[Control]", request: Request) -> None:
+    """diffusers' T2I-Adapters know one task, no start, and an end only for SDXL."""
+    first = controls[0]
+    if request.task != "generate":
+        raise UsageError(
+            f"{first.title}, which diffusers takes for generate only, not for {request.task}; use a "
+            "ControlNet."
+        )
+    xl, ends = is_t2i_xl(first), {control.ref.end for control in controls}
+    if any(control.ref.start > 0 for control in controls) or (not xl and ends != {1.0}) or len(ends) > 1:
+        raise UsageError(
+            f"{first.title}, which acts from the first step"
+            + (" to one end for all" if xl else " to the last")
+            + "; start and end need a ControlNet."
+        )
+    _check_nowhere(controls, request)
+
+
+def _check_sparse(controls: "Sequence[Control]", request: Request) -> None:
+    """diffusers' SparseCtrl takes pictures at single frames of a clip that starts from noise."""
+    first = controls[0]
+    if request.task != "animate" or request.video is not None:
+        raise UsageError(
+            f"{first.title}, which diffusers takes for clips that start from no video; use a ControlNet."
+        )
+    assert request.frames is not None
+    known = int(first.config.get("motion_max_seq_length", 32))
+    if request.frames > known:
+        raise UsageError(
+            f"control '{first.name}' tells {known} frames apart, not {request.frames}; ask for fewer "
+            "--frames."
+        )
+    for control in controls:
+        if problem := _sparse_problem(control, first, request.frames):
+            raise UsageError(f"control '{control.ref.path}': {problem}")
+    if len({control.ref.at for control in controls}) < len(controls):
+        raise UsageError(
+            f"controls: '{first.name}' takes one picture a frame, but two stand at the same one."
+        )
+
+
+def _sparse_problem(control: "Control", first: "Control", frames: int) -> str | None:
+    ref = control.ref
+    if ref.at is None:
+        return f"'{first.name}' is a SparseCtrl; say the frame that the picture stands at, such as at=0."
+    if ref.at >= frames:
+        return f"at={ref.at} lies behind the last of {frames} frames, from 0."
+    if ref.start > 0 or ref.end < 1 or ref.scale != first.ref.scale:
+        return (
+            f"'{first.name}' is a SparseCtrl, which acts from the first step to the last, with one scale for "
+            "all its pictures."
+        )
+    return None
+
+
+CHECKS: dict[str, Callable[["Sequence[Control]", Request], None]] = {
+    "controlnet": _check_nowhere,
+    "union": _check_union,
+    "t2i": _check_t2i,
+    "sparse": _check_sparse,
+}
+"""Kind of control model → raises :class:`UsageError` for what its pipelines cannot do."""

@@ -1,0 +1,42 @@
+"""InstantID's ControlNet (IdentityNet): it reads face tokens where other ControlNets read the text."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from imprompt.errors import ModelError
+from imprompt.generation.control import Control
+
+
+@contextmanager
+def face_states(
+    pipe: Any, controls: Sequence[Control], negative: Float[Tensor, "N T C"], positive: Float[Tensor, "N T C"]
+) -> Iterator[None]:
+    """While this is open, the ControlNets of face controls read face tokens in place of text states.
+
+    ``negative`` and ``positive`` are the image tokens (N, T, C) of the N pictures of a batch. A ControlNet
+    that is called with all rows of classifier-free guidance reads [negative, positive], one that is called
+    with the conditional rows alone (guess mode) reads ``positive``; pooled text and time ids stay (Wang et
+    al. 2024, InstantID, and its published pipeline). The hooks are removed at the end.
+    """
+    models = getattr(pipe.controlnet, "nets", [pipe.controlnet])
+    both = torch.cat([negative, positive])
+
+    def replace(_: Any, args: Any, call: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        states = call["encoder_hidden_states"]
+        tokens = both if len(states) % len(both) == 0 else positive
+        if len(states) % len(tokens):
+            raise ModelError(f"the face tokens of {len(positive)} pictures do not fit {len(states)} rows.")
+        repeated = tokens.repeat_interleave(len(states) // len(tokens), 0)
+        return args, call | {"encoder_hidden_states": repeated.to(states)}
+
+    with ExitStack() as hooks:
+        for control, model in zip(controls, models, strict=True):
+            if control.reads_face:
+                handle = model.register_forward_pre_hook(replace, with_kwargs=True)
+                hooks.callback(handle.remove)
+        yield
