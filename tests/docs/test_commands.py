@@ -17,6 +17,8 @@ from imprompt.app import cli
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("docs/**/*.md")])
 DRAWING = ("generate", "edit", "inpaint", "animate", "tune")
+SHORT = (*DRAWING, "train", "evaluate")
+"""Commands that are run with two steps."""
 ENDLESS = ("serve",)
 """Commands that run until they are stopped; their flags are read."""
 FOREIGN = ("pip", "make", "curl", "python", "docker", "srun", "torchrun", "xdg-open")
@@ -77,12 +79,12 @@ def run_command(words: list[str], runs: bool) -> int:
         return 0
     if rest[0] in ENDLESS:
         rest = [rest[0], "--help"] if "--help" in rest else [*rest, "--help"]
-    if rest[0] in DRAWING:
+    if rest[0] in SHORT:
         rest += [] if "--steps" in rest else ["--steps", "2"]
         rest += ["--quiet"]
-        if not runs:
-            for name in named_pictures(rest):
-                Image.new("RGB", (64, 64), "gray").save(name)
+    if rest[0] in DRAWING and not runs:
+        for name in named_pictures(rest):
+            Image.new("RGB", (64, 64), "gray").save(name)
     return cli.main(rest)
 
 
