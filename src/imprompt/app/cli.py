@@ -23,6 +23,7 @@ VERBS = (
     "edit",
     "inpaint",
     "animate",
+    "batch",
     "serve",
     "tune",
     "info",

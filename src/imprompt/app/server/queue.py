@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from imprompt import catalog
+from imprompt.app.batching import batch_key
 from imprompt.app.server import messages as say
 from imprompt.app.server.metrics import Metrics
 from imprompt.app.server.problems import Problem
@@ -341,10 +342,14 @@ class Queue:
         for job in self._waiting:
             heads.setdefault(job.client, job)
         first = min(heads.values(), key=lambda job: (self._served.get(job.client, 0.0), job.number))
-        key = batch_key(first)
+        key = None if first.attempts else batch_key(first.request)
         if key is None:
             return [first]
-        others = [job for job in self._waiting if job is not first and batch_key(job) == key]
+        others = [
+            job
+            for job in self._waiting
+            if job is not first and not job.attempts and batch_key(job.request) == key
+        ]
         return [first, *others[: self.settings.limits.batch - 1]]
 
     def _heard(self, worker: Worker, message: object) -> None:
@@ -460,18 +465,6 @@ class Queue:
         task = asyncio.get_running_loop().create_task(tell())
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
-
-
-def batch_key(job: Job) -> str | None:
-    """Equal for jobs that can be drawn as one batch; ``None`` for one that is drawn alone.
-
-    The Engine draws requests together that differ only in texts, image prompts and seed.
-    """
-    request = job.request
-    if request.count != 1 or request.task == "animate" or job.attempts:
-        return None
-    values = request.model_dump(mode="json", exclude={"prompt", "negative", "images", "seed", "hashes"})
-    return json.dumps(values, sort_keys=True)
 
 
 def _task(job: Job) -> say.Task:

@@ -1,0 +1,240 @@
+"""``imprompt batch``: draw a file of requests, one JSON object a line, and go on where it stopped.
+
+Every finished job is a line of the manifest in the output folder, written once its files are there. A job
+whose line says done, whose request is still the same and whose files exist is not drawn again. What fails is
+listed and does not stop the rest.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from imprompt.errors import ImpromptError, InputError, UsageError
+
+if TYPE_CHECKING:
+    from imprompt.generation.engine import Engine, Result
+    from imprompt.schema.request import Request
+
+HELP = "draw a file of requests, one JSON object a line"
+_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+_LINE_BYTES = 1 << 20
+_RANKS = (("SLURM_PROCID", "SLURM_NTASKS"), ("RANK", "WORLD_SIZE"))  # of srun, of torchrun
+
+
+@dataclass(frozen=True)
+class Job:
+    """One line of the file."""
+
+    id: str
+    """Stem of its files' names; the line's own ``id``, else its number."""
+    digest: str
+    """Of the line's fields: equal as long as the same is asked."""
+    request: "Request | None"
+    error: str | None = None
+    """Why the line is no request."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``imprompt batch``."""
+    parser.add_argument("jobs", help="a .jsonl file: a request a line; paths in it are relative to the file")
+    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="where files and manifest go")
+    parser.add_argument("--format", help="png, jpg or webp; clips: webp, gif or mp4; default: png, webp")
+    parser.add_argument(
+        "--batch", type=int, default=8, metavar="N", help="drawn together at most; default: 8"
+    )
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="draw only part I (from 1) of N; auto: as SLURM's srun or torchrun say",
+    )
+    parser.add_argument("--device", help="for requests that name none")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw the file's jobs; 1 when some failed. Raises :class:`UsageError` and :class:`InputError`."""
+    source, folder = Path(args.jobs).expanduser().absolute(), Path(args.output).expanduser().absolute()
+    if args.batch < 1:
+        raise UsageError(f"--batch {args.batch}: 1 or more is expected.")
+    index, count = read_shard(args.shard)
+    jobs = list(read_jobs(source, args.device))
+    _check_ids(jobs)
+    part = jobs[index::count]
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "manifest.jsonl" if count == 1 else f"manifest-{index + 1}-of-{count}.jsonl"
+    done = read_manifests(folder)
+    left = [job for job in part if not _is_done(job, done.get(job.id), folder)]
+    if len(left) < len(part):
+        print(f"imprompt: {len(part) - len(left)} of {len(part)} are drawn already", file=sys.stderr)
+    with (folder / name).open("a", encoding="utf-8") as manifest, contextlib.chdir(source.parent):
+        failed = _draw_all(left, folder, manifest, args)
+    for job, error in failed:
+        print(f"imprompt: {job.id}: {error}", file=sys.stderr)
+    print(f"imprompt: {len(left) - len(failed)} drawn, {len(failed)} failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+# ---- reading
+
+
+def read_shard(text: str | None) -> tuple[int, int]:
+    """``I/N`` as an index from 0 and a count. Raises :class:`UsageError`."""
+    if text is None:
+        return 0, 1
+    if text == "auto":
+        for rank, size in _RANKS:
+            if rank in os.environ and size in os.environ:
+                return int(os.environ[rank]), int(os.environ[size])
+        raise UsageError("--shard auto: neither SLURM nor torchrun has started this process; say I/N.")
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise UsageError(f"--shard '{text}': I/N is expected, such as 1/8, counted from 1.")
+    return int(match[1]) - 1, int(match[2])
+
+
+def read_jobs(source: Path, device: str | None = None) -> Iterator[Job]:
+    """The jobs of a file; a line that is no request has an ``error``. Raises :class:`InputError`."""
+    try:
+        with source.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _read_job(f"{number:06}", line, device)
+    except OSError as error:
+        raise InputError(f"'{source}' cannot be read ({error.strerror}).") from error
+
+
+def _read_job(default: str, line: bytes, device: str | None) -> Job:
+    from imprompt.io import read_json
+    from imprompt.schema.request import Request
+
+    identity, digest = default, hashlib.sha256(line.strip()).hexdigest()
+    try:
+        values = read_json(line, "the line", error=UsageError, max_bytes=_LINE_BYTES)
+        given = values.pop("id", default)
+        if not isinstance(given, str) or not _ID.fullmatch(given):
+            raise UsageError(f"id: {given!r}; letters, digits and ._- are expected, for it names files.")
+        identity = given
+        if device is not None:
+            values.setdefault("device", device)
+        return Job(identity, digest, Request.from_mapping(values))
+    except ImpromptError as error:
+        return Job(identity, digest, None, str(error))
+
+
+def _check_ids(jobs: Sequence[Job]) -> None:
+    seen: set[str] = set()
+    for job in jobs:
+        if job.id.lower() in seen:
+            raise UsageError(f"id: '{job.id}' is there twice, and files are named by it.")
+        seen.add(job.id.lower())
+
+
+def read_manifests(folder: Path) -> dict[str, Mapping[str, Any]]:
+    """What earlier runs have drawn, of all shards: id → its last line. Half a line at an end is ignored."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for path in sorted(folder.glob("manifest*.jsonl")):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                entry = json.loads(line)
+                if isinstance(entry, dict) and entry.get("state") == "done":
+                    found[str(entry.get("id"))] = entry
+    return found
+
+
+def _is_done(job: Job, entry: Mapping[str, Any] | None, folder: Path) -> bool:
+    if entry is None or entry.get("digest") != job.digest:
+        return False
+    return all((folder / name).exists() for name in entry.get("files", ()))
+
+
+# ---- drawing
+
+
+def _draw_all(
+    jobs: Sequence[Job], folder: Path, manifest: TextIO, args: argparse.Namespace
+) -> list[tuple[Job, str]]:
+    """Draw jobs in batches; returns those that failed, and why."""
+    from tqdm import tqdm
+
+    failed: list[tuple[Job, str]] = []
+    with tqdm(total=len(jobs), unit="job", disable=args.quiet or not sys.stderr.isatty()) as bar:
+        engine = _engine() if any(job.request is not None for job in jobs) else None
+        for batch in _batches(jobs, args.batch):
+            for job, outcome in _draw(engine, batch):
+                entry = _finish(job, outcome, folder, args.format)
+                if "error" in entry:
+                    failed.append((job, entry["error"]))
+                manifest.write(json.dumps(entry) + "\n")
+                bar.update()
+            manifest.flush()
+            os.fsync(manifest.fileno())
+    return failed
+
+
+def _engine() -> "Engine":
+    from imprompt.generation.engine import Engine
+
+    return Engine()
+
+
+def _batches(jobs: Iterable[Job], most: int) -> Iterator[list[Job]]:
+    """Jobs that can be drawn together, at most ``most`` at once; lines that are no requests come alone."""
+    from imprompt.app.batching import batch_key
+
+    groups: dict[str, list[Job]] = {}
+    for job in jobs:
+        key = None if job.request is None else batch_key(job.request)
+        groups.setdefault(f"alone {job.id}" if key is None else key, []).append(job)
+    for group in groups.values():
+        for start in range(0, len(group), most):
+            yield group[start : start + most]
+
+
+def _draw(engine: "Engine | None", batch: Sequence[Job]) -> Iterator[tuple[Job, "Result | ImpromptError"]]:
+    """Each job with its result or what went wrong; when a batch fails, each of it is drawn alone."""
+    wanted = [job for job in batch if job.request is not None]
+    yield from ((job, UsageError(job.error or "")) for job in batch if job.request is None)
+    if engine is None or not wanted:
+        return
+    if len(wanted) > 1:
+        with contextlib.suppress(ImpromptError):
+            results = engine.run_batch([job.request for job in wanted if job.request is not None])
+            yield from zip(wanted, results, strict=True)
+            return
+    for job in wanted:
+        assert job.request is not None
+        try:
+            yield job, engine.run(job.request)
+        except ImpromptError as error:
+            yield job, error
+
+
+def _finish(job: Job, outcome: "Result | ImpromptError", folder: Path, form: str | None) -> dict[str, Any]:
+    """Save a result; the job's line of the manifest."""
+    from imprompt.output import save
+
+    entry: dict[str, Any] = {"id": job.id, "digest": job.digest, "time": round(time.time(), 3)}
+    try:
+        if isinstance(outcome, ImpromptError):
+            raise outcome
+        assert job.request is not None
+        suffix = form or ("webp" if job.request.task == "animate" else "png")
+        paths = save(outcome, folder / f"{job.id}.{suffix.removeprefix('.')}", overwrite=True)
+    except ImpromptError as error:
+        return entry | {"state": "failed", "error": " ".join(str(error).split())}
+    files = [path.relative_to(folder).as_posix() for path in paths]
+    return entry | {
+        "state": "done",
+        "files": files,
+        "seed": outcome.request.seed,
+        "notes": list(outcome.notes),
+    }

@@ -1,0 +1,97 @@
+"""`imprompt batch`: results by id, resumed, sharded, and failures that stop nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from imprompt.app.batch import read_shard
+from imprompt.app.cli import main
+from imprompt.errors import UsageError
+from imprompt.output import read_request
+
+
+def jobs(folder: Path, *lines: object) -> Path:
+    path = folder / "jobs.jsonl"
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def manifest(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+
+
+def test_draws_lists_failures_and_goes_on_where_it_stopped(tmp_path: Path, capsys) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    owl = {"id": "owl", "prompt": "an owl", "images": ["red.png"], "steps": 2, "seed": 1}
+    cat = {"prompt": "a cat", "steps": 2, "seed": 2}
+    file = jobs(tmp_path, owl, "not json", {"id": "gone", "images": ["no.png"], "steps": 2}, cat)
+    out = tmp_path / "drawn"
+    assert main(["batch", str(file), "-o", str(out)]) == 1
+    assert read_request(out / "owl.png").prompt == "an owl"
+    assert read_request(out / "000004.png").seed == 2
+    assert {entry["id"]: entry["state"] for entry in manifest(out)} == {
+        "owl": "done", "000002": "failed", "gone": "failed", "000004": "done",
+    }  # fmt: skip
+    told = capsys.readouterr().err
+    assert "no.png" in told
+    assert "2 drawn, 2 failed" in told
+
+    drawn = (out / "owl.png").stat().st_mtime_ns
+    (out / "000004.png").unlink()
+    Image.new("RGB", (64, 64), "blue").save(tmp_path / "no.png")
+    assert main(["batch", str(file), "-o", str(out)]) == 1  # the line that is no JSON
+    assert (out / "owl.png").stat().st_mtime_ns == drawn
+    assert (out / "000004.png").exists()
+    assert (out / "gone.png").exists()
+
+    jobs(tmp_path, {**owl, "seed": 7})
+    assert main(["batch", str(file), "-o", str(out)]) == 0
+    assert read_request(out / "owl.png").seed == 7
+
+
+def test_a_batch_draws_as_each_alone(tmp_path: Path) -> None:
+    lines = [{"prompt": prompt, "steps": 2, "seed": 5} for prompt in ("a cat", "an owl")]
+    file = jobs(tmp_path, *lines)
+    for size in ("1", "8"):
+        assert main(["batch", str(file), "-o", str(tmp_path / size), "--batch", size]) == 0
+    for name in ("000001.png", "000002.png"):
+        one, other = (Image.open(tmp_path / size / name).convert("RGB").tobytes() for size in ("1", "8"))
+        assert max(abs(a - b) for a, b in zip(one, other, strict=True)) <= 2
+
+
+def test_shards_draw_every_job_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = jobs(tmp_path, *({"prompt": "a cat", "steps": 1, "seed": seed} for seed in range(3)))
+    out = tmp_path / "drawn"
+    assert main(["batch", str(file), "-o", str(out), "--shard", "1/2"]) == 0
+    assert sorted(path.name for path in out.glob("*.png")) == ["000001.png", "000003.png"]
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert main(["batch", str(file), "-o", str(out), "--shard", "auto"]) == 0
+    assert len(list(out.glob("*.png"))) == 3
+    assert len(list(out.glob("manifest-*-of-2.jsonl"))) == 2
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
+def test_wrong_shards_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--shard"):
+        read_shard(text)
+
+
+@pytest.mark.parametrize(
+    ("lines", "text"),
+    [
+        ([{"id": "a", "prompt": "x"}, {"id": "A", "prompt": "y"}], "twice"),
+    ],
+)
+def test_ids_that_would_share_a_file_are_refused(tmp_path: Path, capsys, lines: list, text: str) -> None:
+    assert main(["batch", str(jobs(tmp_path, *lines)), "-o", str(tmp_path / "out")]) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_an_id_that_leaves_the_folder_fails_alone(tmp_path: Path) -> None:
+    file = jobs(tmp_path, {"id": "../evil", "prompt": "x"}, {"id": "good", "prompt": "a cat", "steps": 1})
+    assert main(["batch", str(file), "-o", str(tmp_path / "out")]) == 1
+    assert not (tmp_path / "evil.png").exists()
+    assert (tmp_path / "out" / "good.png").exists()
