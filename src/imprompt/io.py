@@ -12,6 +12,7 @@ import io
 import json
 import os
 import secrets
+import shutil
 import stat
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
@@ -96,23 +97,26 @@ def write_folder(
             part.mkdir()
             for name, content in files.items():
                 _write_new(part / name, content)
-            try:
-                if path.exists():
-                    path.rename(old)
-                part.rename(path)
-            except BaseException:
-                if old.exists() and not path.exists():
-                    old.rename(path)
-                raise
+            _swap(part, path, old)
     finally:
         if part.exists():
-            for file in part.iterdir():
-                file.unlink()
-            part.rmdir()
+            shutil.rmtree(part)
     if is_ours is not None and old.exists():
         with _writing(path):
             _clear(old, path, is_ours)
     return path
+
+
+def _swap(part: Path, path: Path, old: Path) -> None:
+    """Rename ``part`` to ``path``; what is there becomes ``old``, or comes back if that fails."""
+    try:
+        if path.exists():
+            path.rename(old)
+        part.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
 
 
 def _clear(old: Path, new: Path, is_ours: Callable[[Path], bool]) -> None:

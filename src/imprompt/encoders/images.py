@@ -167,15 +167,7 @@ def content_hash(image: Image.Image) -> str:
 def _opened(source: Source, max_pixels: int) -> Iterator[tuple[Image.Image, str]]:
     """The picture, whose header is checked, and its name for messages; any failure inside becomes an
     :class:`InputError`."""
-    stream: IO[bytes] | None = None
-    if isinstance(source, Image.Image):
-        name = "the given PIL image"
-    elif isinstance(source, bytes):
-        name, stream = f"the given data ({len(source)} bytes)", io.BytesIO(source)
-    elif isinstance(source, str | Path):
-        name, stream = f"'{printable(str(source))}'", _stream(source)
-    else:
-        raise InputError(f"a picture is a path, bytes or a PIL image; got a {type(source).__name__}.")
+    stream, name = _stream(source)
     try:
         with warnings.catch_warnings():
             # Pillow warns of damage and of size, which an error says if it matters. What is larger than its
@@ -207,12 +199,19 @@ def _opened(source: Source, max_pixels: int) -> Iterator[tuple[Image.Image, str]
             stream.close()
 
 
-def _stream(source: str | Path) -> IO[bytes]:
-    path = check_file(source)
+def _stream(source: Source) -> tuple[IO[bytes] | None, str]:
+    """What to read, ``None`` for a PIL image, and its name for messages."""
+    if isinstance(source, Image.Image):
+        return None, "the given PIL image"
+    if isinstance(source, bytes):
+        return io.BytesIO(source), f"the given data ({len(source)} bytes)"
+    if not isinstance(source, str | Path):
+        raise InputError(f"a picture is a path, bytes or a PIL image; got a {type(source).__name__}.")
+    name = f"'{printable(str(source))}'"
     try:
-        return path.open("rb")
+        return check_file(source).open("rb"), name
     except OSError as error:
-        raise InputError(f"'{source}' cannot be read ({error.strerror}).") from error
+        raise InputError(f"{name} cannot be read ({error.strerror}).") from error
 
 
 def _sniffed(stream: IO[bytes] | None, name: str) -> Image.Image:

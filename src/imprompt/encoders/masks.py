@@ -26,16 +26,9 @@ def mask_tensor(
     """
     if not isinstance(mask, Tensor | np.ndarray):
         mask = np.array(load_mask(mask, notes=notes))
-    try:
-        values = torch.as_tensor(mask).detach()
-    except TypeError as error:  # a number format that torch lacks, or objects
-        raise InputError(f"mask: {error}") from error
-    if values.is_complex():
-        raise InputError(f"mask has dtype {values.dtype}; floats in [0, 1], booleans or bytes are expected.")
-    if values.ndim not in (2, 3, 4) or not values.numel() or values.shape[:-2].numel() != 1:
-        raise InputError(f"mask has shape {tuple(values.shape)}; one picture (H, W) is expected.")
+    values = _plane(mask)
     whole = values.dtype != torch.bool and not values.is_floating_point()
-    values = values.reshape(values.shape[-2:]).to(torch.float32)
+    values = values.to(torch.float32)
     if not bool(torch.isfinite(values).all()):
         raise InputError("mask holds NaN or infinite values.")
     low, high = float(values.min()), float(values.max())
@@ -49,3 +42,16 @@ def mask_tensor(
     if whole and high == 1 and notes is not None:
         notes.append("mask holds only the values 0 and 1; 1 is read as inside")
     return values
+
+
+def _plane(mask: "Tensor | np.ndarray[Any, Any]") -> Tensor:
+    """The numbers as a tensor (H, W) of their own type. Raises :class:`InputError`."""
+    try:
+        values = torch.as_tensor(mask).detach()
+    except TypeError as error:  # a number format that torch lacks, or objects
+        raise InputError(f"mask: {error}") from error
+    if values.is_complex():
+        raise InputError(f"mask has dtype {values.dtype}; floats in [0, 1], booleans or bytes are expected.")
+    if values.ndim not in (2, 3, 4) or not values.numel() or values.shape[:-2].numel() != 1:
+        raise InputError(f"mask has shape {tuple(values.shape)}; one picture (H, W) is expected.")
+    return values.reshape(values.shape[-2:])

@@ -62,14 +62,7 @@ def _frames(
     context.thread_count = 1  # each thread keeps frames of its own in memory
     context.options = {"max_pixels": str(MAX_PIXELS)}
     rate = stream.average_rate or stream.guessed_rate
-    if stream.frames > max_frames:
-        raise InputError(f"{name} has {stream.frames} frames; at most {max_frames} are read. Cut it first.")
-    size = 3 * context.width * context.height
-    if size > 3 * MAX_PIXELS or size * max(1, stream.frames) > budget.left:
-        budget.take(size * max(1, stream.frames), name)
-        raise InputError(
-            f"{name} has frames of {context.width}×{context.height} pixels; scale it down first."
-        )
+    _check_claims(stream, name, max_frames, budget)
     frames: list[Image.Image] = []
     for frame in container.decode(stream):
         if len(frames) == max_frames:
@@ -82,3 +75,15 @@ def _frames(
     if len({frame.size for frame in frames}) > 1:
         raise InputError(f"the frames of {name} have different sizes; one is expected.")
     return frames, float(rate)
+
+
+def _check_claims(stream: av.VideoStream, name: str, max_frames: int, budget: Budget) -> None:
+    """Refuse by its header what would be refused while it is decoded."""
+    width, height, count = stream.codec_context.width, stream.codec_context.height, stream.frames
+    if count > max_frames:
+        raise InputError(f"{name} has {count} frames; at most {max_frames} are read. Cut it first.")
+    if width * height > MAX_PIXELS:
+        raise InputError(f"{name} has frames of {width}×{height} pixels; scale it down first.")
+    size = 3 * width * height * count
+    if size > budget.left:
+        budget.take(size, name)

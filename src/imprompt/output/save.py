@@ -7,6 +7,7 @@ anything but frames of imprompt never.
 
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -49,17 +50,8 @@ def save(
     Raises :class:`UsageError` for an unknown format and :class:`InputError` when a file cannot be written.
     """
     results = drawn if isinstance(drawn, Sequence) else [drawn]
-    task = results[0].request.task
-    target = _checked(path, task)
-    suffix = target.suffix.lower()
-    try:
-        made = [each for result in results for each in _encoded(result, suffix, target.parent)]
-    except (UsageError, InputError) as error:
-        raise type(error)(f"cannot write '{target}': {error}") from error
-    endings = [name.name.removeprefix(target.stem) for name in names(target, len(made))]
-    files: _Files = dict(zip(endings, made, strict=True))
-    if maps:
-        files |= _maps(results[0])
+    target = _checked(path, results[0].request.task)
+    files = _files(results, target) | (_maps(results[0]) if maps else {})
     files |= {f"-{name}.png": encode_png(page, {_PAGE_KEY: name}) for name, page in (pages or {}).items()}
     while True:
         chosen = free_name(target.parent, target.stem, files, target.suffix) if numbered else target
@@ -181,6 +173,16 @@ def _checked(path: str | Path, task: Task) -> Path:
     return target
 
 
+def _files(results: "Sequence[Result]", target: Path) -> _Files:
+    """The pictures or clips as they will be on the disk."""
+    try:
+        made = [each for one in results for each in _encoded(one, target.suffix.lower(), target.parent)]
+    except (UsageError, InputError) as error:
+        raise type(error)(f"cannot write '{target}': {error}") from error
+    endings = [name.name.removeprefix(target.stem) for name in names(target, len(made))]
+    return dict(zip(endings, made, strict=True))
+
+
 def _encoded(result: "Result", suffix: str, folder: Path) -> Iterator[bytes | dict[str, bytes]]:
     """Each picture or clip of a result as it will be in the file."""
     request = result.request
@@ -228,9 +230,7 @@ def _write(
         )
     except FileExistsError:
         for folder in placed if exclusive else ():
-            for file in folder.iterdir():
-                file.unlink()
-            folder.rmdir()
+            shutil.rmtree(folder)
         raise
     return list(files)
 
