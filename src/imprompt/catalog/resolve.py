@@ -35,6 +35,8 @@ class Source:
     revision: str | None = None
     row: Entry | None = None
     """Its record, if it is in the catalogue."""
+    kind: str = ""
+    """Names it in messages: "base", "adapter", …"""
 
     @property
     def is_file(self) -> bool:
@@ -84,8 +86,8 @@ class Source:
 
     @property
     def title(self) -> str:
-        """The name, quoted."""
-        return f"'{self.name}'"
+        """What it is, and its name in quotes."""
+        return f"{self.kind} '{self.name}'".lstrip()
 
     @property
     def about(self) -> str:
@@ -107,22 +109,23 @@ def resolve(name: str | Path, kind: str, table: Mapping[str, Entry], others: str
         check(f"{kind} '{text}'", row.licence)
         inside = _inside(row)
         if not row.bundled:
-            return Source(text, None, row.repo, inside, getattr(row, "revision", None), row)
+            return Source(text, None, row.repo, inside, getattr(row, "revision", None), row, kind)
         path = ASSETS / inside
         if not path.exists():
             raise ModelError(
                 f"the bundled {kind} is incomplete: '{path.name}' is missing. Install imprompt again."
             )
-        return Source(text, path, row=row)
+        return Source(text, path, row=row, kind=kind)
     explicit = text.startswith("hf:")
     if not explicit:
         path = check_path(text, kind)
         if path.exists():
-            return Source(text, path)
+            return Source(text, path, kind=kind)
     found = text.removeprefix("hf:").replace(":", "/", 1)
     if _HUB_ID.fullmatch(found) and (explicit or not _looks_like_a_path(found)):
         owner, repo, *rest = found.split("/", 2)
-        return Source(text, None, f"{owner}/{repo}", rest[0] if rest else "", None, _known(found, table))
+        inside, row = rest[0] if rest else "", _known(found, table)
+        return Source(text, None, f"{owner}/{repo}", inside, None, row, kind)
     if "/" in text or "\\" in text or _has_ending(text) or not table:
         what = others or "a file, a folder or a hub id (owner/name)"
         raise ModelError(f"there is no {kind} at '{text}'; {what} is expected.")

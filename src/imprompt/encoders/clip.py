@@ -1,13 +1,12 @@
-"""CLIP vision towers: pictures in, features for an adapter out.
+"""Image encoders: pictures in, features for an adapter out.
 
-transformers' model runs underneath; pictures are prepared here with Pillow and numpy, exactly as its
-``CLIPImageProcessor`` does (resize the short side, crop the centre, normalise), so that no torchvision is
-needed.
+transformers' models run underneath: CLIP vision towers with projection, and SigLIP's. Pictures are prepared
+by its Pillow processors, so that no torchvision is needed and pixels are the same with it.
 
-Dimensions: ``N`` pictures, ``P`` patches and class token, ``E`` pooled width, ``W`` width of hidden states.
+Dimensions: ``N`` pictures, ``P`` tokens (patches, and CLIP's class token), ``E`` pooled width, ``W`` width of
+hidden states, ``S`` side of the model's input.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,100 +18,53 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from imprompt import hub
+from imprompt.catalog import encoders
+from imprompt.catalog.resolve import Source, resolve
 from imprompt.encoders.images import load_image
 from imprompt.errors import InputError, ModelError, first_line
+from imprompt.io import read_json
 from imprompt.weights import silence_library_logging
 
-_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, R, G, B in 0 to 1
-_STD = (0.26862954, 0.26130258, 0.27577711)
-_CONFIG, _PREPROCESSING = "config.json", "preprocessor_config.json"
+_PREPROCESSING = "preprocessor_config.json"
+_LONGEST = 16_384  # pixels that a picture's long side may be scaled to before its centre is cut out
 
 
 @dataclass(frozen=True)
 class Features:
-    """What an encoder sees in ``N`` pictures; what another program left out has width 0."""
+    """An encoder's output for ``N`` pictures; what another program left out has width 0."""
 
     pooled: Float[Tensor, "N E"]
-    """The projected embedding of each picture (``image_embeds``)."""
+    """The projected embedding of each picture (``image_embeds``); of SigLIP ``pooler_output``."""
     hidden: Float[Tensor, "N P W"]
     """All tokens before the last block (``hidden_states[-2]``)."""
     negative_hidden: Float[Tensor, "1 P W"]
     """The same of an all-zero *preprocessed* tensor, which is the mean colour: what plus adapters learned as
-    "no picture"."""
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How a picture becomes the model's input; the defaults are CLIP's."""
-
-    resize: int | tuple[int, int] | None = 224
-    """The short side in pixels, or (height, width); ``None`` leaves the size alone."""
-    crop: tuple[int, int] | None = (224, 224)
-    """(height, width) cut from the centre; a smaller picture is surrounded with zeros before normalising."""
-    resample: Image.Resampling = Image.Resampling.BICUBIC
-    rescale: float = 1 / 255
-    mean: tuple[float, ...] = _MEAN
-    std: tuple[float, ...] = _STD
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "Preprocessing":
-        """Read a ``preprocessor_config.json``. Raises :class:`ModelError` for what is not understood."""
-        try:
-            return cls(
-                resize=_resize(config.get("size", 224)) if config.get("do_resize", True) else None,
-                crop=_crop(config.get("crop_size", 224)) if config.get("do_center_crop", True) else None,
-                resample=Image.Resampling(config.get("resample", Image.Resampling.BICUBIC)),
-                rescale=float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1,
-                mean=_channels(config.get("image_mean") or _MEAN) if config.get("do_normalize", True) else (),
-                std=_channels(config.get("image_std") or _STD) if config.get("do_normalize", True) else (),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(
-                f"the image encoder's {_PREPROCESSING} cannot be used: {error}. size, crop_size, resample, "
-                "image_mean and image_std are expected as CLIP has them."
-            ) from error
-
-    def __call__(self, image: Image.Image) -> Float[np.ndarray, "3 h w"]:
-        """The model's input for one RGB picture, as transformers computes it, to the bit."""
-        if self.resize is not None:
-            height, width = self._target(image)
-            image = image.resize((width, height), self.resample)
-        pixels = np.asarray(image)
-        if self.crop is not None:
-            pixels = _centre(pixels, *self.crop)
-        # In double precision first: the order of roundings is the reference's.
-        scaled = (pixels.astype(np.float64) * self.rescale).astype(np.float32)
-        if self.mean:
-            mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
-            scaled = ((scaled - mean) / std).astype(np.float32)
-        return np.ascontiguousarray(scaled.transpose(2, 0, 1))
-
-    def _target(self, image: Image.Image) -> tuple[int, int]:
-        if isinstance(self.resize, tuple):
-            return self.resize
-        assert self.resize is not None
-        short, long = sorted(image.size)
-        stretched = int(self.resize * long / short)
-        return (stretched, self.resize) if image.width <= image.height else (self.resize, stretched)
+    "no picture". Of SigLIP zeros, as its adapters learned."""
+    last: Float[Tensor, "N P W"] | None = None
+    """The last hidden state, of SigLIP only (FLUX Redux reads it)."""
 
 
 class ImageEncoder:
-    """A CLIP vision tower with projection, and how its pictures are prepared.
+    """An image encoder and the processor that prepares its pictures.
 
-    ``model`` is transformers' ``CLIPVisionModelWithProjection``; ``processor`` its image processor, of which
-    only the settings are used, or ``None`` for CLIP's own at the model's size. A pipeline's objects will do:
-    ``ImageEncoder(pipe.image_encoder, pipe.feature_extractor)``. The weights must not change while in use.
+    ``model`` is transformers' ``CLIPVisionModelWithProjection`` or ``SiglipVisionModel``; ``processor`` its
+    image processor, of which only the settings are used, or ``None`` for the usual one at the model's size. A
+    pipeline's objects will do: ``ImageEncoder(pipe.image_encoder, pipe.feature_extractor)``. The weights must
+    not change while in use. Raises :class:`ModelError` for settings that are not understood.
     """
 
     def __init__(self, model: Any, processor: Any = None, *, name: str | None = None) -> None:
         config = getattr(model.config, "vision_config", model.config)
         self.model = model
-        self.pooled_width = int(config.projection_dim)
+        self.is_siglip = "siglip" in str(getattr(config, "model_type", ""))
+        """Whether it is SigLIP's, without a projection: pooled features are as wide as hidden ones."""
         self.hidden_width = int(config.hidden_size)
+        self.pooled_width = self.hidden_width if self.is_siglip else int(config.projection_dim)
         self.size = int(config.image_size)
         """Side of the square input in pixels."""
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
-        self.preprocessing = _preprocessing(processor, self.size)
+        self.processor = _processor(processor, self.size, is_siglip=self.is_siglip)
         self._negative: tuple[tuple[torch.device, torch.dtype], Tensor] | None = None
 
     @classmethod
@@ -123,42 +75,30 @@ class ImageEncoder:
         torch_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> "ImageEncoder":
-        """Load a local folder, a hub repository, or ``repository:subfolder``.
+        """Load an encoder: an alias, a local folder, or ``owner/name[/folder]`` of the hub.
 
         Without a ``preprocessor_config.json`` with the weights, or in a ``feature_extractor`` beside their
-        folder, pictures are prepared as CLIP's are. ``torch_dtype`` ``None`` keeps the stored number format.
-        Raises :class:`ModelError` when it is not there, incomplete, or no CLIP vision tower with projection.
+        folder, pictures are prepared as CLIP's (SigLIP's) are. ``torch_dtype`` ``None`` keeps the stored
+        dtype. Only safetensors are read. Raises :class:`ModelError` when it is not there, incomplete, or no
+        CLIP vision tower with projection or SigLIP.
         """
-        from safetensors import SafetensorError
-        from transformers import CLIPVisionModelWithProjection
-
-        source = str(source)
-        if subfolder is None and not Path(source).exists() and ":" in source:
-            source, _, subfolder = source.partition(":")
-        name = f"{source}:{subfolder}" if subfolder else source
-        if Path(source).exists() and not Path(source, subfolder or "", _CONFIG).is_file():
-            raise ModelError(f"no image encoder at '{name}': there is no {_CONFIG}.")
+        place = _locate(source, subfolder)
+        config = place.config()
+        if not config:
+            raise ModelError(f"no image encoder at '{place.name}': there is no config.json.")
         try:
-            with silence_library_logging():
-                loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
-                    source,
-                    subfolder=subfolder or "",
-                    dtype=torch_dtype or "auto",
-                    output_loading_info=True,
-                    use_safetensors=True,
-                )
-            model, info = loaded
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = first_line(error)
-            raise ModelError(f"image encoder '{name}' cannot be loaded: {reason}") from error
+            model, info = _load(place, config, torch_dtype)
+        except Exception as error:  # transformers raises nearly anything on damaged or absent files
+            if place.path is None:
+                raise hub.failure(f"image encoder '{place.name}'", place.repo, error) from error
+            raise ModelError(f"image encoder '{place.name}' cannot be loaded: {first_line(error)}") from error
         absent = sorted(key for key in info["missing_keys"] if not key.endswith("position_ids"))
         if absent:
             raise ModelError(
-                f"'{name}' is no whole CLIP vision tower with projection: {len(absent)} weights are missing, "
-                f"such as '{absent[0]}'."
+                f"'{place.name}' is no whole CLIP vision tower with projection: {len(absent)} weights are "
+                f"missing, such as '{absent[0]}'."
             )
-        settings = _settings(source, subfolder)
-        encoder = cls(model.requires_grad_(False).eval(), settings, name=name)
+        encoder = cls(model.requires_grad_(False).eval(), _settings(place), name=place.name)
         return encoder if device is None else encoder.to(device, None)
 
     def to(
@@ -170,37 +110,46 @@ class ImageEncoder:
             self._negative = None
         return self
 
-    def encode(self, images: Sequence[Image.Image]) -> Features:
-        """Features of pictures of any size, in the model's number format, without gradients.
+    def prepare(self, images: Sequence[Image.Image]) -> Float[Tensor, "N 3 S S"]:
+        """The model's input for pictures of any size.
 
         Raises :class:`InputError` for no picture at all, :class:`ModelError` when the processor makes them
         another size than the model takes.
         """
         if not images:
             raise InputError("no picture to encode; give at least one.")
-        prepared = torch.from_numpy(np.stack([self.preprocessing(_rgb(image)) for image in images]))
+        bounded = [_bounded(_rgb(image), self.size) for image in images]
+        prepared = torch.from_numpy(np.stack(self.processor(bounded).pixel_values))
         if prepared.shape[1:] != (3, self.size, self.size):
             height, width = prepared.shape[2:]
             raise ModelError(
                 f"image encoder '{self.name}' takes pictures of {self.size}×{self.size}, its processor makes "
                 f"{width}×{height}. Use the processor it was published with."
             )
-        pooled, hidden = self._run(prepared)
-        return Features(pooled=pooled, hidden=hidden, negative_hidden=self._negative_hidden())
+        return prepared
+
+    def encode(self, images: Sequence[Image.Image]) -> Features:
+        """Features of pictures of any size, in the model's dtype, without gradients. Raises as
+        :meth:`prepare`."""
+        pooled, hidden, last = self._run(self.prepare(images))
+        return Features(pooled, hidden, self._negative_hidden(hidden), last if self.is_siglip else None)
 
     @torch.no_grad()
-    def _run(self, prepared: Float[Tensor, "N 3 S S"]) -> tuple[Tensor, Tensor]:
-        device, dtype = self._place()
-        seen = self.model(prepared.to(device, dtype), output_hidden_states=True)
-        return seen.image_embeds, seen.hidden_states[-2]
+    def _run(self, prepared: Float[Tensor, "N 3 S S"]) -> tuple[Tensor, Tensor, Tensor]:
+        device, dtype = self._device_and_dtype()
+        output = self.model(prepared.to(device, dtype), output_hidden_states=True)
+        pooled = output.pooler_output if self.is_siglip else output.image_embeds
+        return pooled, output.hidden_states[-2], output.last_hidden_state
 
-    def _negative_hidden(self) -> Tensor:
-        if self._negative is None or self._negative[0] != self._place():
-            _, hidden = self._run(torch.zeros(1, 3, self.size, self.size))
-            self._negative = (self._place(), hidden)
+    def _negative_hidden(self, hidden: Tensor) -> Tensor:
+        if self.is_siglip:
+            return torch.zeros_like(hidden[:1])
+        if self._negative is None or self._negative[0] != self._device_and_dtype():
+            _, negative, _ = self._run(torch.zeros(1, 3, self.size, self.size))
+            self._negative = (self._device_and_dtype(), negative)
         return self._negative[1]
 
-    def _place(self) -> tuple[torch.device, torch.dtype]:
+    def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         weight = next(self.model.parameters())
         # Weights that wait on meta belong to an offloading hook, which moves its inputs itself.
         return torch.device("cpu") if weight.is_meta else weight.device, weight.dtype
@@ -210,65 +159,81 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else load_image(image)
 
 
-def _preprocessing(processor: Any, size: int) -> Preprocessing:
-    if processor is None:
-        return Preprocessing(resize=size, crop=(size, size))
-    return Preprocessing.from_config(processor if isinstance(processor, Mapping) else processor.to_dict())
+def _bounded(image: Image.Image, size: int) -> Image.Image:
+    """The picture, or of a very long one the middle, which is all that a processor cuts out of it: it would
+    scale the whole to a strip of gigabytes first."""
+    short, long = sorted(image.size)
+    keep = max(short, _LONGEST * short // size)
+    if long <= keep:
+        return image
+    left, top = (max(0, (side - keep) // 2) for side in image.size)
+    return image.crop((left, top, left + min(image.width, keep), top + min(image.height, keep)))
 
 
-def _settings(source: str, subfolder: str | None) -> dict[str, Any] | None:
-    """The processor's settings, ``None`` where none are published."""
+def _locate(source: str | Path, subfolder: str | None) -> Source:
+    name = f"{source}:{subfolder}" if subfolder else str(source)
     if Path(source).exists():
-        folder = Path(source, subfolder or "").resolve()
-        places = (folder / _PREPROCESSING, folder.parent / "feature_extractor" / _PREPROCESSING)
-        path = next((place for place in places if place.is_file()), None)
-    else:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
-
-        try:
-            path = Path(hf_hub_download(source, _PREPROCESSING, subfolder=subfolder))
-        except EntryNotFoundError:  # most published encoders have none
-            path = None
-    if path is None:
-        return None
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"'{path}' cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise ModelError(f"'{path}' holds no settings.")
-    return settings
+        return Source(name, Path(source, subfolder or ""))
+    folder, _, inside = str(source).partition(":")
+    if Path(folder).is_dir():
+        return Source(name, Path(folder, inside))
+    place = resolve(str(source), "image encoder", encoders(), "a folder or a hub id (owner/name/folder)")
+    if place.path is not None or not subfolder:
+        return place
+    inside = "/".join(part for part in (place.inside, subfolder) if part)
+    return Source(name, None, place.repo, inside, kind="image encoder")
 
 
-def _resize(size: Any) -> int | tuple[int, int]:
-    if isinstance(size, int):
-        return size
-    if size.get("shortest_edge"):
-        if size.get("longest_edge"):
-            raise ValueError(f"size {size} with a longest edge is not supported")
-        return int(size["shortest_edge"])
-    return int(size["height"]), int(size["width"])
+def _load(place: Source, config: Mapping[str, Any], dtype: torch.dtype | None) -> Any:
+    """(model, loading info). Whatever transformers raises comes out."""
+    import transformers
 
-
-def _crop(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size["height"]), int(size["width"]))
-
-
-def _channels(values: Any) -> tuple[float, ...]:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
-
-
-def _centre(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The centre of a picture, surrounded with zeros where it is smaller."""
-    if pixels.shape[0] < height or pixels.shape[1] < width:
-        # Of an odd difference the larger part goes first, as in the reference.
-        up, left = (
-            max(want - have + 1, 0) // 2 for want, have in zip((height, width), pixels.shape, strict=False)
+    siglip = "siglip" in str(config.get("model_type"))
+    kind = transformers.SiglipVisionModel if siglip else transformers.CLIPVisionModelWithProjection
+    with silence_library_logging():
+        return kind.from_pretrained(
+            place.folder,
+            subfolder=place.inside,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            use_safetensors=True,
         )
-        padded = np.zeros((max(height, pixels.shape[0]), max(width, pixels.shape[1]), 3), pixels.dtype)
-        padded[up : up + pixels.shape[0], left : left + pixels.shape[1]] = pixels
-        pixels = padded
-    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
-    return pixels[top : top + height, left : left + width]
+
+
+def _processor(given: Any, size: int, *, is_siglip: bool) -> Any:
+    """transformers' processor in its form that runs on Pillow, with the settings of ``given``."""
+    import transformers
+
+    name = "SiglipImageProcessor" if is_siglip else "CLIPImageProcessor"
+    kind = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)  # before transformers 5
+    if given is None:
+        square = {"height": size, "width": size}
+        settings = {"size": square} if is_siglip else {"size": {"shortest_edge": size}, "crop_size": square}
+    else:
+        settings = dict(given if isinstance(given, Mapping) else given.to_dict())
+    try:
+        processor = kind.from_dict(settings)
+        processor([Image.new("RGB", (2, 2))])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"the image encoder's {_PREPROCESSING} cannot be used: {first_line(error)}."
+        ) from error
+    return processor
+
+
+def _settings(place: Source) -> Mapping[str, Any] | None:
+    """The processor's settings, ``None`` where none are published."""
+    if place.path is None:
+        try:
+            path = place.file(_PREPROCESSING)
+        except ModelError:  # most published encoders have none
+            return None
+    else:
+        folder = place.path.resolve()
+        places = (folder / _PREPROCESSING, folder.parent / "feature_extractor" / _PREPROCESSING)
+        found = next((each for each in places if each.is_file()), None)
+        if found is None:
+            return None
+        path = found
+    settings: Mapping[str, Any] = read_json(path, f"'{path}'", error=ModelError)
+    return settings
