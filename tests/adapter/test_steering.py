@@ -198,7 +198,7 @@ def test_files_that_hold_no_features_are_refused(tmp_path: Path) -> None:
 
     save_file({"pooled": torch.zeros(1, 3)}, tmp_path / "other.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"no")
-    for name, said in (("other", "no picture's features"), ("broken", "damaged"), ("absent", "no file")):
+    for name, said in (("other", "no picture's features"), ("broken", "truncated"), ("absent", "no file")):
         with pytest.raises(InputError, match=said):
             load(tmp_path / f"{name}.safetensors")
     nan = Saved(ImageEncoder(*tiny_encoder()).encode([picture()]), "t", "", (), "crop")

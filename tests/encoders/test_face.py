@@ -12,20 +12,8 @@ from PIL import Image
 
 from facemodels import pack, photo, recogniser, scrfd, yunet
 from imprompt.encoders.clip import ImageEncoder
-from imprompt.encoders.face import (
-    TEMPLATE,
-    Face,
-    Faces,
-    OnnxFaces,
-    align,
-    apart,
-    installed,
-    joined,
-    load,
-    read,
-    save,
-    similarity,
-)
+from imprompt.encoders.face import Faces, OnnxFaces, installed, joined, load, read, save
+from imprompt.encoders.face_geometry import TEMPLATE, Face, align, nms, similarity
 from imprompt.errors import ImpromptError, InputError, ModelError
 from tiny import HIDDEN, tiny_encoder
 
@@ -100,7 +88,7 @@ def test_of_overlapping_faces_the_surest_stays_and_the_largest_comes_first() -> 
     def face(left: float, side: float, score: float) -> Face:
         return Face((left, 0, left + side, side), score, TEMPLATE)
 
-    kept = apart([face(0, 10, 0.6), face(1, 10, 0.9), face(100, 30, 0.5), face(0, 3, 0.7)])
+    kept = nms([face(0, 10, 0.6), face(1, 10, 0.9), face(100, 30, 0.5), face(0, 3, 0.7)])
     assert [(each.box[0], each.score) for each in kept] == [(100, 0.5), (1, 0.9), (0, 0.7)]
 
 
@@ -141,17 +129,18 @@ def test_the_look_is_the_encoders_of_the_large_crop(reader: OnnxFaces) -> None:
 
 def test_a_permissive_pair_works_and_its_space_is_its_own(tmp_path: Path) -> None:
     yunet(tmp_path / "face_detection_yunet_2023mar.onnx")
-    matrix = recogniser(tmp_path / "face_recognition_sface_2021dec.onnx", 128)
+    matrix = recogniser(tmp_path / "glintr100.onnx")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing to say of a licence
-        reader = OnnxFaces.from_folder(tmp_path)
+        reader = OnnxFaces.from_folder(tmp_path, space="auraface")
     image = photo((160, 320, "red"))
     (face,) = reader.find(image)
     assert face.box == pytest.approx((144, 304, 184, 344), abs=0.5)
     found = read(reader, image)
-    assert (found.space, tuple(found.embedding.shape)) == ("sface", (1, 128))
+    assert (found.space, tuple(found.embedding.shape)) == ("auraface", (1, 512))
     crop = np.asarray(align(image, face.landmarks), np.float64)
-    np.testing.assert_allclose(found.embedding[0].numpy(), crop.mean((0, 1)) @ matrix, rtol=1e-3, atol=0.5)
+    wanted = ((crop.mean((0, 1)) - 127.5) / 127.5) @ matrix
+    np.testing.assert_allclose(found.embedding[0].numpy(), wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_no_face_and_no_such_face_say_what_was_tried(reader: OnnxFaces) -> None:
@@ -167,7 +156,7 @@ def test_no_face_and_no_such_face_say_what_was_tried(reader: OnnxFaces) -> None:
 def test_a_licence_is_said_and_a_folder_without_models_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="buffalo_l are InsightFace's.*non-commercial"):
         OnnxFaces.from_folder(folder)
-    with pytest.raises(ModelError, match="no folder"):
+    with pytest.raises(ModelError, match="no face models at"):
         OnnxFaces.from_folder(tmp_path / "nowhere")
     with pytest.raises(ModelError, match=r"0 files that are a face detector by name \(no \.onnx file\)"):
         OnnxFaces.from_folder(tmp_path)
@@ -181,6 +170,9 @@ def test_a_licence_is_said_and_a_folder_without_models_refused(folder: Path, tmp
     scrfd(tmp_path / "det_10g.onnx")
     scrfd(tmp_path / "w600k_r50.onnx")
     with pytest.raises(ModelError, match="no face recogniser"):
+        OnnxFaces.from_folder(tmp_path)
+    recogniser(tmp_path / "w600k_r50.onnx", 128)
+    with pytest.raises(ModelError, match="512 numbers out are expected"):
         OnnxFaces.from_folder(tmp_path)
 
 

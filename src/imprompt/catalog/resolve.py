@@ -124,8 +124,8 @@ def resolve(name: str | Path, kind: str, table: Mapping[str, Entry], others: str
     found = text.removeprefix("hf:").replace(":", "/", 1)
     if _HUB_ID.fullmatch(found) and (explicit or not _looks_like_a_path(found)):
         owner, repo, *rest = found.split("/", 2)
-        inside, row = rest[0] if rest else "", _known(found, table)
-        return Source(text, None, f"{owner}/{repo}", inside, None, row, kind)
+        known = _known(found, table)
+        return Source(text, None, f"{owner}/{repo}", rest[0] if rest else "", None, known, kind)
     if "/" in text or "\\" in text or _has_ending(text) or not table:
         what = others or "a file, a folder or a hub id (owner/name)"
         raise ModelError(f"there is no {kind} at '{text}'; {what} is expected.")
