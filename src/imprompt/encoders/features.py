@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -107,14 +107,25 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def joined(parts: Sequence[Features]) -> Features:
+class Parts(Protocol):
+    """Features by their attributes alone."""
+
+    @property
+    def pooled(self) -> Tensor: ...
+    @property
+    def hidden(self) -> Tensor: ...
+    @property
+    def negative_hidden(self) -> Tensor: ...
+
+
+def joined(parts: Sequence[Parts]) -> Features:
     """Several pictures' features as one. Raises :class:`InputError` when their widths differ, as those of
     different encoders do."""
     shapes = {tuple(part.hidden.shape[1:]) + tuple(part.pooled.shape[1:]) for part in parts}
     if len(shapes) != 1:
         raise InputError("the pictures of one prompt have features of different encoders; use one for all.")
     like = parts[0].pooled
-    last = [part.last.to(like) for part in parts if part.last is not None]
+    last = [part.last.to(like) for part in parts if isinstance(part, Features) and part.last is not None]
     return Features(
         torch.cat([part.pooled.to(like) for part in parts]),
         torch.cat([part.hidden.to(like) for part in parts]),
