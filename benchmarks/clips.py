@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from imprompt.adapter.prompt import ImagePrompt
 from imprompt.encoders.framing import encode
 from imprompt.generation.engine import Engine
 from imprompt.generation.families import find_base, load, load_adapter
 from imprompt.generation.video import find_motion, moving
-from imprompt.schema.request import ImageRef, Request
+from imprompt.schema.prompt import ImagePrompt
+from imprompt.schema.request import Request
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
 def clip(picture: Image.Image, frames: int, steps: int) -> dict[str, float]:
     """Seconds of a clip prompted by one picture, loading included, and the process's largest memory."""
     request = Request(
-        task="animate", prompt="a cat", images=[ImageRef(path="it")], frames=frames, steps=steps, seed=0
+        task="animate", prompt="a cat", images=["it"], frames=frames, steps=steps, seed=0
     )
     started = time.perf_counter()
     worked = seconds(lambda: Engine().run(request, pictures={"it": picture}))

@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from imprompt.adapter.ipadapter import IPAdapter
-    from imprompt.adapter.prompt import ImagePrompt
-    from imprompt.adapter.regions import TextRegion, TextRegions
+    from imprompt.adapter.regions import TextRegions
     from imprompt.app.embedding import embed
     from imprompt.app.sweep import sweep
     from imprompt.app.tuning import Tuned, tune
     from imprompt.generation.engine import Engine, Result, generate
-    from imprompt.schema.request import ImageRef, RegionRef, Request
+    from imprompt.schema.prompt import ImagePrompt, TextRegion
+    from imprompt.schema.request import Request
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "IPAdapter": "imprompt.adapter.ipadapter",
-    "ImagePrompt": "imprompt.adapter.prompt",
-    "TextRegion": "imprompt.adapter.regions",
+    "ImagePrompt": "imprompt.schema.prompt",
+    "TextRegion": "imprompt.schema.prompt",
     "TextRegions": "imprompt.adapter.regions",
     "Engine": "imprompt.generation.engine",
     "Result": "imprompt.generation.engine",
@@ -31,16 +31,12 @@ _HOMES = {
     "sweep": "imprompt.app.sweep",
     "tune": "imprompt.app.tuning",
     "Tuned": "imprompt.app.tuning",
-    "ImageRef": "imprompt.schema.request",
-    "RegionRef": "imprompt.schema.request",
     "Request": "imprompt.schema.request",
 }
 __all__ = [
     "Engine",
     "IPAdapter",
     "ImagePrompt",
-    "ImageRef",
-    "RegionRef",
     "Request",
     "Result",
     "TextRegion",

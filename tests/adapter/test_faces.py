@@ -10,12 +10,12 @@ import torch
 from facemodels import pack, photo
 from faces import face_state, person
 from imprompt.adapter.ipadapter import IPAdapter
-from imprompt.adapter.prompt import ImagePrompt
 from imprompt.catalog import adapters
 from imprompt.checkpoints.checkpoint import read
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.face import Faces, OnnxFaces, save
 from imprompt.errors import EncoderMismatch, ImpromptError, InputError, UsageError
+from imprompt.schema.prompt import ImagePrompt
 from tiny import picture, random_adapter_state, tiny_encoder, tiny_unet
 
 PHOTO = photo((160, 320, "red"), (480, 160, "green"))
@@ -119,7 +119,7 @@ REFUSED = [
     ("faceid-plus", person(), {}, EncoderMismatch, "crop's hidden states"),
     ("faceid", person(), {"s_scale": 1.0}, UsageError, "belongs to FaceID-PlusV2"),
     ("faceid", PHOTO, {"framing": "pad"}, UsageError, "reads the face alone"),
-    ("faceid", person(), {"face": 1}, UsageError, "is for pictures"),
+    ("faceid", person(), {"face": 1}, UsageError, "face: has no effect on features"),
     ("faceid", PHOTO, {"face": "left"}, UsageError, "'largest' is expected"),
     ("faceid", Faces(torch.ones(1, 512), "buffalo_l", None, None), {}, None, ""),
 ]

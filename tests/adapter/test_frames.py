@@ -1,15 +1,13 @@
 """Prompts over the frames of a video, on a tiny real video UNet: each frame sees what it would see alone."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from diffusers import UNetMotionModel
 
 import tiny
 from imprompt.adapter.ipadapter import IPAdapter
-from imprompt.adapter.prompt import ImagePrompt
 from imprompt.errors import InputError, UsageError
+from imprompt.schema.prompt import ImagePrompt
 
 FRAMES = 4
 
@@ -90,7 +88,7 @@ def test_prompts_with_and_without_a_track_add_up_in_a_batch_of_clips(video):
     negative = tokens(6)[0]
     video[0].batch(guidance=True)  # the first clip is now the unconditional half
     try:
-        guided = drawn(video, replace(still, negative=negative), replace(moving, negative=negative), batch=2)
+        guided = drawn(video, still.replace(negative=negative), moving.replace(negative=negative), batch=2)
     finally:
         video[0].batch(guidance=None)
     assert torch.allclose(guided[1], together[1], atol=1e-5)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from controls import tiny_controlnet, tiny_t2i
 from imprompt.adapter.ipadapter import IPAdapter
-from imprompt.adapter.prompt import ImagePrompt
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.errors import UsageError
+from imprompt.schema.prompt import ImagePrompt
 from tiny import TEXT_WIDTH, picture, random_adapter_state, tiny_encoder, tiny_sd, tiny_sdxl, tiny_unet
 
 MASK = Image.new("L", (32, 32), 255)

@@ -82,7 +82,7 @@ def _rows(pipe: Any, call: Callable[[], object]) -> list[tuple[bool, ...]]:
 
 
 def _tokens(tokens: Tensor, negative: Tensor) -> Any:
-    from imprompt.adapter.prompt import ImagePrompt
+    from imprompt.schema.prompt import ImagePrompt
 
     return ImagePrompt(tokens=tokens, negative=negative)
 

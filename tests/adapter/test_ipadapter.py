@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.adapter.ipadapter import IPAdapter
-from imprompt.adapter.prompt import ImagePrompt
 from imprompt.errors import (
     AdapterMismatch,
     EncoderMismatch,
@@ -24,6 +23,7 @@ from imprompt.errors import (
     ModelError,
     UsageError,
 )
+from imprompt.schema.prompt import ImagePrompt
 from tiny import (
     HIDDEN,
     PICTURE,

@@ -15,8 +15,8 @@ from torch import nn
 import imprompt
 from faces import face_state, person
 from imprompt.adapter.ipadapter import IPAdapter
-from imprompt.adapter.prompt import ImagePrompt
 from imprompt.errors import AdapterMismatch
+from imprompt.schema.prompt import ImagePrompt
 from tiny import PICTURE, StateDict, tiny_sd, tiny_sdxl
 
 

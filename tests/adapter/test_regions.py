@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from imprompt.adapter.ipadapter import IPAdapter
-from imprompt.adapter.prompt import ImagePrompt, feathered, read_mask, resize_mask
-from imprompt.adapter.regions import TextRegion, TextRegions
+from imprompt.adapter.masks import feathered, read_mask, resize_mask
+from imprompt.adapter.regions import TextRegions
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.errors import AdapterMismatch, InputError, UsageError
+from imprompt.schema.prompt import ImagePrompt, TextRegion
 from tiny import TEXT_WIDTH, picture, random_adapter_state, tiny_encoder, tiny_sd, tiny_sdxl, tiny_unet
 
 LEFT = torch.zeros(16, 16)
@@ -142,9 +143,9 @@ def test_words_are_encoded_as_the_pipelines_own_prompt(family: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"text": words(1)}, "text is said inside a mask"),
-        ({"feather": 0.1}, "give a mask"),
-        ({"mask": LEFT, "feather": 2.0}, "a fraction of the mask's side"),
+        ({"text": words(1)}, "text: has no effect without a mask"),
+        ({"feather": 0.1}, "feather: has no effect without a mask"),
+        ({"mask": LEFT, "feather": 2.0}, "feather: .*less than or equal to 1"),
         ({"mask": LEFT, "feather": float("nan")}, "a finite number"),
         ({"mask": LEFT, "text": "a dog"}, "attach the adapter to one before"),
         ({"mask": LEFT, "text": torch.zeros(3, 7)}, r"shape \(3, 7\)"),
@@ -262,8 +263,8 @@ def test_regions_without_sense_are_refused_and_nothing_changes(
     texts.set([TextRegion(words(2), LEFT)])
     before = texts.samples
     for make, error, said in (
-        (lambda: TextRegion(" ", LEFT), UsageError, "text of a region is empty"),
-        (lambda: TextRegion("a", LEFT, feather=2.0), UsageError, "a fraction of the mask's side"),
+        (lambda: TextRegion(" ", LEFT), UsageError, "text is empty"),
+        (lambda: TextRegion("a", LEFT, feather=2.0), UsageError, "feather: .*less than or equal to 1"),
         (lambda: texts.set([TextRegion("a dog", LEFT)]), UsageError, "encoded by the pipeline"),
         (lambda: texts.set([TextRegion(words(2)[:, :3], LEFT)]), InputError, r"shape \(5, 3\)"),
         (lambda: texts.set([TextRegion(words(2), torch.zeros(4, 4))]), InputError, "0 everywhere"),

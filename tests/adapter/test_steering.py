@@ -1,6 +1,5 @@
 """What a prompt's fields do to a whole UNet: combining, shares, curves, scalings, tokens, saved files."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,12 @@ from torch import Tensor
 
 from imprompt.adapter.attention import SiteProcessor
 from imprompt.adapter.ipadapter import IPAdapter
-from imprompt.adapter.prompt import ImagePrompt
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.features import Saved, fingerprint, load, save
 from imprompt.encoders.framing import encode
 from imprompt.errors import EncoderMismatch, InputError, UsageError
 from imprompt.schema.options import COMBINES, SCALINGS
+from imprompt.schema.prompt import ImagePrompt
 from tiny import POOLED, TEXT_WIDTH, picture, random_adapter_state, tiny_encoder, tiny_unet
 
 
@@ -222,7 +221,7 @@ def test_a_fingerprint_does_not_depend_on_the_number_format() -> None:
         ({"image": "a.png", "curve": "0:1,2:0"}, "outside 0 to 1"),
         ({"image": "a.png", "scaling": "k"}, "scaling 'k' is unknown"),
         ({"image": "a.png", "select": "3-1"}, "names no token"),
-        ({"features": torch.zeros(1, 4), "framing": "pad"}, "is for pictures"),
+        ({"features": torch.zeros(1, 4), "framing": "pad"}, "framing: has no effect on features"),
         ({"tokens": torch.zeros(1, 4, 4), "combine": "add"}, "acts on features"),
     ],
 )
@@ -249,7 +248,7 @@ def test_what_is_watched_is_drawn_as_ever_and_measured(
     assert not found.maps[0, :, 5:].any()
     assert not found.strength[1, 0].any()
     assert (found.strength[1, 1] > 0).all()
-    adapter.set_prompt(replace(prompts[0], scale=2.0))
+    adapter.set_prompt(prompts[0].replace(scale=2.0))
     with adapter.recording() as recorder:
         draw(unet, 900.0)
     # The query is other behind the first layer, so only there is the length exactly twice.

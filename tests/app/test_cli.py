@@ -21,7 +21,7 @@ from controls import saved, tiny_controlnet
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.app import cli
 from imprompt.output import read_request
-from imprompt.schema.request import ImageRef
+from imprompt.schema.prompt import ImagePrompt
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +101,7 @@ def test_info_tells_what_a_picture_was_made_with(say):
     assert code == 0
     assert re.search(r"^prompt +a cat$", out, re.M)
     assert re.search(r"^seed +9$", out, re.M)
-    assert json.loads(say("info", "cat.png", "--json")[1])["request"]["images"][0]["path"] == "ref.png"
+    assert json.loads(say("info", "cat.png", "--json")[1])["request"]["images"][0]["image"] == "ref.png"
 
 
 def test_an_adapter_is_inspected_and_a_pickled_one_converted(say, place):
@@ -240,7 +240,7 @@ def test_help_sets_every_option_apart_from_what_it_is_for(say):
     assert code == 0
     listed = out.partition("options of --image:")[2].partition("options of --region:")[0]
     names = {line.split()[0] for line in listed.splitlines() if re.match(r"  \w", line)}
-    assert names == set(ImageRef.model_fields) - {"path"}
+    assert names == set(ImagePrompt.model_fields) - {"image", "features", "tokens"}
 
 
 def test_a_new_folder_is_an_output_when_its_name_says_so(say):

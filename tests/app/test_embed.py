@@ -10,7 +10,8 @@ from imprompt.app.cli import main
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.features import load
 from imprompt.errors import EncoderMismatch, UsageError
-from imprompt.schema.request import ImageRef, Request
+from imprompt.schema.prompt import ImagePrompt
+from imprompt.schema.request import Request
 from tiny import picture, random_adapter_state, tiny_encoder, tiny_unet
 
 
@@ -43,14 +44,14 @@ def test_embedded_pictures_are_their_features(
 
 
 def test_every_field_of_an_image_can_be_said_on_the_command_line_and_comes_back() -> None:
-    ref = ImageRef.parse(
+    ref = ImagePrompt.parse(
         "a,b.png,scale=0.5,weight=2,combine=norm average,framing=letterbox,curve=0:1,0.5:0.2,"
         "scaling=K+V,select=0-1,3,start=0.1"
     )
-    assert ref == ImageRef(
-        path="a,b.png",
+    assert ref == ImagePrompt(
+        "a,b.png",
         scale=0.5,
-        weight=2.0,
+        weights=[2.0],
         combine="norm-average",
         framing="pad",
         curve="0:1,0.5:0.2",
@@ -62,17 +63,18 @@ def test_every_field_of_an_image_can_be_said_on_the_command_line_and_comes_back(
     assert Request.from_json(request.to_json()) == request
 
 
-def test_pictures_alike_but_for_their_weight_are_one_prompt() -> None:
-    images = tuple(ImageRef(path=f"{i}.png", combine="subtract", weight=1.0 + i) for i in range(3))
-    assert len(Request(images=images).groups) == 1
-    assert len(Request(images=(*images[:2], ImageRef(path="c.png"))).groups) == 2
+def test_a_picture_more_belongs_to_the_prompt_before_it() -> None:
+    prompt = ImagePrompt.parse("0.png,combine=subtract", also=["1.png,weight=2", "2.png,weight=3"])
+    assert prompt == ImagePrompt(["0.png", "1.png", "2.png"], combine="subtract", weights=[1, 2, 3])
+    with pytest.raises(UsageError, match=r"--also '1\.png,scale=2': unknown option 'scale'"):
+        ImagePrompt.parse("0.png", also=["1.png,scale=2"])
 
 
 @pytest.mark.parametrize(
     ("image", "said"),
     [
-        ("a.png,combine=subtract", "images: combine: 'subtract'"),
-        ("a.png,weight=-1", "images: weights: -1.0 is negative"),
+        ("a.png,combine=subtract", "combine: 'subtract'"),
+        ("a.png,weight=-1", "weights: -1.0 is negative"),
         ("a.png,weight=0", "add up to 0"),
         ("a.png,weight=0.5", "no effect on a picture without others"),
         ("a.safetensors,framing=pad", "no effect on saved features"),
@@ -85,7 +87,7 @@ def test_pictures_alike_but_for_their_weight_are_one_prompt() -> None:
 )
 def test_steering_without_sense_is_refused_before_anything_is_loaded(image: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        Request(images=(ImageRef.parse(image),))
+        Request(images=(ImagePrompt.parse(image),))
 
 
 def test_a_face_saved_by_comfyui_becomes_saved_faces(
@@ -154,7 +156,7 @@ def test_published_widths_name_their_encoder(tmp_path: Path) -> None:
         ([torch.ones(2, 1, 4), torch.ones(2, 1, 4)], "(list)"),
         (torch.full((1, 4), float("nan")), "NaN"),
         (torch.ones(1, 4, dtype=torch.int64), "[1, 4]"),
-        (ImageRef, "holds more than tensors"),
+        (ImagePrompt, "holds more than tensors"),
     ],
 )
 def test_another_content_is_refused_and_leaves_no_file(

@@ -14,7 +14,8 @@ from imprompt.app.cli import main
 from imprompt.errors import InputError, UsageError
 from imprompt.evaluation.front import Fidelity, NormalizedScore, choose, pareto_front
 from imprompt.output import read_request
-from imprompt.schema.request import ImageRef, Request
+from imprompt.schema.prompt import ImagePrompt
+from imprompt.schema.request import Request
 
 points = st.lists(st.builds(Fidelity, st.floats(-0.5, 1.5), st.floats(-0.5, 1.5)), min_size=1, max_size=12)
 
@@ -130,9 +131,9 @@ def test_tuning_writes_the_chosen_request_the_plot_and_the_sheet(
 
 
 def test_tuning_needs_a_text_and_a_picture(tmp_path) -> None:
-    for request in (Request(prompt="a"), Request(images=[ImageRef(path="a.png")])):
+    for request in (Request(prompt="a"), Request(images=[ImagePrompt("a.png")])):
         with pytest.raises(UsageError, match="give both"):
             tune(request, tmp_path / "x")
     with pytest.raises(UsageError, match="holds only features"):
-        tune(Request(prompt="a", images=[ImageRef(path="a.safetensors")]), tmp_path / "x")
+        tune(Request(prompt="a", images=[ImagePrompt("a.safetensors")]), tmp_path / "x")
     assert not (tmp_path / "x").exists()

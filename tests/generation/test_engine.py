@@ -1,8 +1,11 @@
 """Requests drawn on tiny real models: the three tasks, repetition, steering, and every refusal."""
 
+import gc
 import json
 import shutil
+import weakref
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -12,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from imprompt import output
 from imprompt.errors import InputError, ModelError, UsageError
 from imprompt.generation.engine import Engine, generate
-from imprompt.schema.request import ImageRef, Request
+from imprompt.schema.prompt import ImagePrompt
+from imprompt.schema.request import Request
 
 
 def pixels(image):
@@ -69,7 +73,9 @@ def test_editing_keeps_more_of_the_picture_with_less_strength(engine, common, pi
         return pixels(engine.run(request).images[0])
 
     start = Image.open(pictures / "other.png").resize((32, 32), Image.Resampling.LANCZOS)
-    vae = engine._pipes["generate"].vae  # random: "kept" is what it makes of the start
+    vae = diffusers.AutoencoderKL.from_pretrained(
+        common["base"], subfolder="vae"
+    )  # random: "kept" is what it makes of the start
     with torch.no_grad():
         x = torch.from_numpy(np.asarray(start) / 127.5 - 1).permute(2, 0, 1)[None].float()
         kept = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)[0].permute(1, 2, 0)
@@ -106,21 +112,21 @@ def test_pictures_can_be_handed_over_instead_of_read(engine, common, pictures):
 
 def test_differently_steered_pictures_are_prompts_of_their_own(engine, common, pictures):
     names = [str(pictures / "ref.png"), str(pictures / "other.png")]
-    together = engine.run(Request(prompt="a", images=names, scale=0.8, **common))
+    together = engine.run(Request(prompt="a", images=[names], scale=0.8, **common))
     apart = engine.run(
         Request(
             prompt="a",
-            images=[ImageRef(path=names[0], scale=0.8), ImageRef(path=names[1], scale=0.4)],
+            images=[ImagePrompt(names[0], scale=0.8), ImagePrompt(names[1], scale=0.4)],
             **common,
         )
     )
-    assert len(together.request.groups) == 1
-    assert len(apart.request.groups) == 2
+    assert len(together.request.images) == 1
+    assert len(apart.request.images) == 2
     assert not np.array_equal(pixels(together.images[0]), pixels(apart.images[0]))
 
 
 def test_a_window_that_never_opens_is_no_prompt(engine, common, pictures):
-    ref = ImageRef(path=str(pictures / "ref.png"), start=0.5, end=0.5)
+    ref = ImagePrompt(str(pictures / "ref.png"), start=0.5, end=0.5)
     closed = engine.run(Request(prompt="a", images=[ref], **common)).images[0]
     alone = engine.run(Request(prompt="a", **no_adapter(common))).images[0]
     assert np.array_equal(pixels(closed), pixels(alone))
@@ -274,29 +280,36 @@ def test_an_inpainting_base_is_refused_before_its_weights_are_read(inpainting_ba
         generate(asked, pictures={"i": white, "m": white})
 
 
-def test_too_little_memory_is_said_and_given_back(base, monkeypatch):
+def test_too_little_memory_is_said_and_given_back(base):
     engine = Engine()
 
-    def exhausted(*_: object) -> None:
+    def exhausted(*_: object) -> None:  # real exhaustion takes the machine
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
 
     asked = Request(prompt="a", base=str(base), steps=2, seed=1)
-    with monkeypatch.context() as patch:
-        patch.setattr("imprompt.generation.engine._checked", exhausted)  # real exhaustion takes the machine
-        with pytest.raises(ModelError, match=r"memory does not suffice.*--size"):
-            engine.run(asked)
-    assert not engine._pipes
+    with pytest.raises(ModelError, match=r"memory does not suffice.*--size"):
+        engine.run(asked, on_step=exhausted)
+    assert engine.loaded == ()
     assert engine.run(asked).images[0].size == (32, 32)
 
 
 def test_release_forgets_everything(base, pictures):
-    engine = Engine()
+    engine, before = Engine(), alive(diffusers.StableDiffusionPipeline)
     engine.run(
         Request(images=[pictures / "ref.png"], base=str(base), adapter=str(base / "adapters"), steps=2)
     )
+    assert engine.loaded == (str(base), str(base / "adapters"))
+    kept = weakref.ref(next(iter(alive(diffusers.StableDiffusionPipeline) - before)))
     engine.release()
-    assert not engine._pipes
-    assert not engine._features
+    assert engine.loaded == ()
+    gc.collect()
+    assert kept() is None
+
+
+def alive(kind):
+    """The living objects of that class."""
+    gc.collect()
+    return {each for each in gc.get_objects() if type(each) is kind}
 
 
 def no_adapter(common):

@@ -9,7 +9,8 @@ from PIL import Image
 from imprompt import output
 from imprompt.schema import options as words
 from imprompt.schema.profiles import PROFILES
-from imprompt.schema.request import ImageRef, RegionRef, Request
+from imprompt.schema.prompt import ImagePrompt, TextRegion
+from imprompt.schema.request import Request
 
 share = st.floats(0, 1).map(lambda x: round(x, 4))
 number = st.floats(-10, 10).map(lambda x: round(x, 4))
@@ -27,10 +28,10 @@ profile = (
 
 
 @st.composite
-def refs(draw: Any) -> ImageRef:
+def refs(draw: Any) -> ImagePrompt:
     start, end = sorted((draw(share), draw(share)))
     fields: dict[str, Any] = {
-        "path": draw(path),
+        "image": draw(path),
         "scale": draw(st.none() | number),
         "start": start,
         "end": end,
@@ -48,15 +49,15 @@ def refs(draw: Any) -> ImageRef:
         fields["noise"] = draw(st.sampled_from(["fade", "shuffle:0.8"]))
     else:
         fields["negative"] = draw(st.none() | path)
-    return ImageRef(**fields)
+    return ImagePrompt(**fields)
 
 
-def as_flag(ref: ImageRef) -> str:
+def as_flag(ref: ImagePrompt) -> str:
     """The reference as one would type it: every field that is not as by default."""
-    parts = [ref.path]
-    for name, field in ImageRef.model_fields.items():
+    parts = [ref.image]
+    for name, field in ImagePrompt.model_fields.items():
         value = getattr(ref, name)
-        if name == "path" or value == field.default:
+        if name == "image" or value == field.default:
             continue
         if isinstance(value, tuple):
             value = ",".join(map(str, value))
@@ -68,15 +69,15 @@ def as_flag(ref: ImageRef) -> str:
 
 @given(refs())
 @settings(max_examples=80, deadline=None)
-def test_what_is_typed_is_what_is_meant(ref: ImageRef) -> None:
-    assert ImageRef.parse(as_flag(ref)) == ref
+def test_what_is_typed_is_what_is_meant(ref: ImagePrompt) -> None:
+    assert ImagePrompt.parse(as_flag(ref)) == ref
 
 
 @given(said, path, share)
 @settings(max_examples=40, deadline=None)
 def test_what_is_typed_of_a_region_is_what_is_meant(text: str, mask: str, feather: float) -> None:
-    region = RegionRef(text=text, mask=mask, feather=feather)
-    assert RegionRef.parse(f"{text},mask={mask},feather={feather}") == region
+    region = TextRegion(text=text, mask=mask, feather=feather)
+    assert TextRegion.parse(f"{text},mask={mask},feather={feather}") == region
     request = Request(regions=[region], seed=1)
     assert Request.from_json(request.to_json()) == request
 
@@ -84,11 +85,10 @@ def test_what_is_typed_of_a_region_is_what_is_meant(text: str, mask: str, feathe
 @given(st.lists(refs(), min_size=1, max_size=3), st.none() | st.floats(0, 20))
 @settings(max_examples=40, deadline=None)
 def test_requests_come_back_from_json_and_from_pictures(
-    tmp_path_factory: Any, images: list[ImageRef], image_guidance: float | None
+    tmp_path_factory: Any, images: list[ImagePrompt], image_guidance: float | None
 ) -> None:
     request = Request(prompt="an owl", images=images, image_guidance=image_guidance, seed=3)
     assert Request.from_json(request.to_json()) == request
-    assert tuple(ref for group in request.groups for ref in group) == request.images
 
     class Drawn:
         provenance: dict[str, str] = {}  # noqa: RUF012

@@ -15,7 +15,8 @@ from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.app.cli import main
 from imprompt.app.embedding import embed
 from imprompt.errors import UsageError
-from imprompt.schema.request import ImageRef, RegionRef, Request
+from imprompt.schema.prompt import ImagePrompt, TextRegion
+from imprompt.schema.request import Request
 
 
 def drawn(engine, common, *images, **fields):
@@ -40,8 +41,8 @@ def test_every_word_changes_the_picture_and_repeats_from_its_file(engine, common
     if "negative" in said:
         said = {"negative": str(pictures / said["negative"])}
     path = str(pictures / "wide.png")
-    plain = drawn(engine, common, ImageRef(path=path), scale=1)
-    result = engine.run(Request(prompt="a cat", images=[ImageRef(path=path, **said)], scale=1, **common))
+    plain = drawn(engine, common, ImagePrompt(path), scale=1)
+    result = engine.run(Request(prompt="a cat", images=[ImagePrompt(path, **said)], scale=1, **common))
     assert not np.array_equal(np.asarray(result.images[0]), plain)
     (saved,) = output.save(result, tmp_path / "x.png")
     again = engine.run(output.read_request(saved))
@@ -53,16 +54,18 @@ def test_silence_in_any_word_is_no_adapter(engine, common, pictures):
     alone = np.asarray(engine.run(Request(prompt="a cat", **plain)).images[0]).astype(int)
     path = str(pictures / "ref.png")
     for silent in ({"curve": "0:0"}, {"scale": 0, "scaling": "k+mean-v-penalty"}, {"start": 0.5, "end": 0.5}):
-        assert np.array_equal(drawn(engine, common, ImageRef(path=path, **silent), scale=1), alone)
+        prompt = ImagePrompt(path, **{"scale": 1, **silent})
+        assert np.array_equal(drawn(engine, common, prompt), alone)
 
 
 def test_pictures_are_subtracted_in_the_order_given(engine, common, pictures):
-    one, other = (ImageRef(path=str(pictures / f"{n}.png"), combine="subtract") for n in ("ref", "other"))
-    assert not np.array_equal(drawn(engine, common, one, other), drawn(engine, common, other, one))
+    names = [str(pictures / f"{n}.png") for n in ("ref", "other")]
+    one, other = (ImagePrompt(order, combine="subtract") for order in (names, names[::-1]))
+    assert not np.array_equal(drawn(engine, common, one), drawn(engine, common, other))
 
 
 def test_noise_is_the_same_for_every_picture_of_a_request(engine, common, pictures):
-    images = [ImageRef(path=str(pictures / "ref.png"), noise="gaussian")]
+    images = [ImagePrompt(str(pictures / "ref.png"), noise="gaussian")]
     second = engine.run(Request(images=images, count=2, **common)).images[1]
     alone = engine.run(Request(images=images, **{**common, "seed": common["seed"] + 1})).images[0]
     assert np.array_equal(np.asarray(second), np.asarray(alone))
@@ -70,7 +73,7 @@ def test_noise_is_the_same_for_every_picture_of_a_request(engine, common, pictur
 
 def test_an_embedded_picture_draws_what_the_picture_draws(engine, common, base, pictures, tmp_path):
     saved = embed([pictures / "ref.png"], tmp_path / "ref.safetensors", encoder=str(base / "image_encoder"))
-    shown = drawn(engine, common, ImageRef(path=str(pictures / "ref.png")))
+    shown = drawn(engine, common, ImagePrompt(str(pictures / "ref.png")))
     result = engine.run(Request(prompt="a cat", images=[saved], **common))
     assert np.array_equal(np.asarray(result.images[0]), shown)
     assert result.provenance["encoder"] == "none"
@@ -83,21 +86,21 @@ def test_a_file_of_several_pictures_is_all_of_them(engine, common, base, picture
     two = [pictures / "ref.png", pictures / "other.png"]
     saved = embed(two, tmp_path / "two.safetensors", encoder=str(base / "image_encoder"))
     for combine in ("concat", "subtract", "average"):
-        both = [ImageRef(path=str(path), combine=combine) for path in two]
-        file = ImageRef(path=str(saved), combine=combine)
-        assert np.array_equal(drawn(engine, common, file), drawn(engine, common, *both))
-    three = [ImageRef(path=str(saved), weight=0.5), ImageRef(path=str(two[0]), weight=2)]
-    each = [ImageRef(path=str(path), weight=0.5) for path in two]
-    assert np.array_equal(drawn(engine, common, *three), drawn(engine, common, *each, three[1]))
+        both = ImagePrompt(two, combine=combine)
+        file = ImagePrompt(saved, combine=combine)
+        assert np.array_equal(drawn(engine, common, file), drawn(engine, common, both))
+    three = ImagePrompt([saved, two[0]], weights=[0.5, 2])
+    each = ImagePrompt([*two, two[0]], weights=[0.5, 0.5, 2])
+    assert np.array_equal(drawn(engine, common, three), drawn(engine, common, each))
     one = embed(two[:1], tmp_path / "one.safetensors", encoder=str(base / "image_encoder"))
     with pytest.raises(UsageError, match="two at least; got 1"):
-        drawn(engine, common, ImageRef(path=str(one), combine="subtract"))
+        drawn(engine, common, ImagePrompt(str(one), combine="subtract"))
 
 
 def test_a_picture_of_which_much_is_cut_off_is_told(engine, common, pictures):
     result = engine.run(Request(prompt="a", images=[pictures / "wide.png"], **common))
     assert any("50% lies outside" in note for note in result.notes)
-    framed = [ImageRef(path=str(pictures / "wide.png"), framing="squash")]
+    framed = [ImagePrompt(str(pictures / "wide.png"), framing="squash")]
     assert not engine.run(Request(prompt="a", images=framed, **common)).notes
 
 
@@ -106,7 +109,7 @@ def test_explaining_draws_the_same_and_says_where(engine, common, pictures):
     half[:, :16] = 255
     mask = Image.fromarray(half.numpy().astype(np.uint8))
     request = Request(
-        prompt="a cat", images=[ImageRef(path=str(pictures / "ref.png"), mask="left")], scale=1, **common
+        prompt="a cat", images=[ImagePrompt(str(pictures / "ref.png"), mask="left")], scale=1, **common
     )
     plain = engine.run(request, pictures={"left": mask})
     told = engine.run(request, pictures={"left": mask}, explain=True)
@@ -157,16 +160,18 @@ def test_the_command_line_explains(common, pictures, tmp_path, capsys):
 )
 def test_noise_without_sense_is_refused(fields, said):
     with pytest.raises(UsageError, match=said):
-        Request(images=[ImageRef(path="a.png", **fields)])
+        Request(images=[ImagePrompt("a.png", **fields)])
 
 
 # ---- regions, guidance of its own, several adapters, weights by layer
 
 
 def test_a_region_says_its_own_text_and_comes_back_from_its_file(engine, common, pictures, tmp_path):
-    there = {"path": str(pictures / "ref.png"), "mask": str(pictures / "mask.png"), "scale": 0}
-    silent = drawn(engine, common, ImageRef(**there))
-    request = Request(prompt="a cat", images=[ImageRef(**there, text="a dog, noto", feather=0.2)], **common)
+    there = {"image": str(pictures / "ref.png"), "mask": str(pictures / "mask.png"), "scale": 0}
+    silent = drawn(engine, common, ImagePrompt(**there))
+    request = Request(
+        prompt="a cat", images=[ImagePrompt(**there, text="a dog, noto", feather=0.2)], **common
+    )
     result = engine.run(request)
     assert not np.array_equal(np.asarray(result.images[0]), silent)
     (saved,) = output.save(result, tmp_path / "x.png")
@@ -179,7 +184,7 @@ def test_texts_have_places_without_a_picture_or_an_adapter(engine, common, pictu
     plain = {name: value for name, value in common.items() if name != "adapter"}
     mask = str(pictures / "mask.png")
     alone = np.asarray(engine.run(Request(prompt="a cat", **plain)).images[0])
-    request = Request(prompt="a cat", regions=[RegionRef(text="a dog, noto", mask=mask)], **plain)
+    request = Request(prompt="a cat", regions=[TextRegion(text="a dog, noto", mask=mask)], **plain)
     result = engine.run(request)
     assert result.request.adapter is None
     assert mask in result.request.hashes
@@ -199,8 +204,8 @@ def test_texts_have_places_without_a_picture_or_an_adapter(engine, common, pictu
 
 def test_texts_with_a_place_act_beside_pictures_edits_and_controls(engine, common, pictures, tmp_path):
     mask, ref = str(pictures / "mask.png"), str(pictures / "ref.png")
-    regions = [RegionRef(text="a dog", mask=mask, feather=0.1)]
-    shown = [ImageRef(path=ref, mask=mask, scale=0.5), ImageRef(path=str(pictures / "other.png"))]
+    regions = [TextRegion(text="a dog", mask=mask, feather=0.1)]
+    shown = [ImagePrompt(ref, mask=mask, scale=0.5), ImagePrompt(str(pictures / "other.png"))]
     net = tmp_path / "net"
     controls.saved(controls.tiny_controlnet(), net)
     for fields in (
@@ -221,15 +226,15 @@ def test_texts_with_a_place_act_beside_pictures_edits_and_controls(engine, commo
 @pytest.mark.parametrize(
     ("region", "said"),
     [
-        ("a dog", "mask: field required"),
-        (",mask=m.png", "text: string should have at least 1 character"),
+        ("a dog", "mask: a region needs one"),
+        (",mask=m.png", "text is empty"),
         ("a dog,mask=m.png,scale=1", "unknown option 'scale'; known are mask, feather"),
         ("a dog,mask=m.png,feather=2", "feather: input should be less than or equal to 1"),
     ],
 )
 def test_a_text_without_a_place_is_refused(region, said):
     with pytest.raises(UsageError, match=re.escape(said)):
-        RegionRef.parse(region)
+        TextRegion.parse(region)
 
 
 def test_the_image_has_guidance_of_its_own(engine, common, pictures):
@@ -248,16 +253,16 @@ def test_adapters_of_one_request_add_up(engine, common, base, pictures):
     state = tiny.random_adapter_state(pipe.unet, "plus", seed=9)
     IPAdapter.from_state_dict(state).save_pretrained(second)
     ref, other = str(pictures / "ref.png"), str(pictures / "other.png")
-    both = drawn(engine, common, ref, ImageRef(path=other, adapter=str(second)), scale=1)
+    both = drawn(engine, common, ref, ImagePrompt(other, adapter=str(second)), scale=1)
     assert not np.array_equal(both, drawn(engine, common, ref, scale=1))
-    silent = drawn(engine, common, ref, ImageRef(path=other, adapter=str(second), scale=0), scale=1)
+    silent = drawn(engine, common, ref, ImagePrompt(other, adapter=str(second), scale=0), scale=1)
     assert np.array_equal(silent, drawn(engine, common, ref, scale=1))
     own = {name: value for name, value in common.items() if name != "adapter"}
-    result = engine.run(Request(images=[ImageRef(path=other, adapter=str(second))], **own))
+    result = engine.run(Request(images=[ImagePrompt(other, adapter=str(second))], **own))
     assert result.request.adapter is None
     assert result.provenance["adapter"] == "ip-adapter"
     with pytest.raises(UsageError, match="each image names its own"):
-        Request(images=[ImageRef(path=other, adapter=str(second))], adapter="x")
+        Request(images=[ImagePrompt(other, adapter=str(second))], adapter="x")
 
 
 @pytest.mark.parametrize(
@@ -270,7 +275,7 @@ def test_adapters_of_one_request_add_up(engine, common, base, pictures):
     ],
 )
 def test_weights_by_layer_are_said_in_a_request_and_come_back(engine, common, pictures, tmp_path, said):
-    ref = ImageRef.parse(f"{pictures / 'ref.png'},profile={said},scale=1")
+    ref = ImagePrompt.parse(f"{pictures / 'ref.png'},profile={said},scale=1")
     request = Request(images=[ref], **common)
     assert Request.from_json(request.to_json()) == request
     result = engine.run(request)
@@ -282,8 +287,8 @@ def test_weights_by_layer_are_said_in_a_request_and_come_back(engine, common, pi
 
 def test_weights_of_zero_in_every_layer_are_no_adapter(engine, common, pictures):
     path = str(pictures / "ref.png")
-    none = drawn(engine, common, ImageRef(path=path, profile=(0, 0, 0, 0)), scale=1)
-    assert np.array_equal(none, drawn(engine, common, ImageRef(path=path), scale=0))
+    none = drawn(engine, common, ImagePrompt(path, profile=(0, 0, 0, 0)), scale=1)
+    assert np.array_equal(none, drawn(engine, common, ImagePrompt(path), scale=0))
 
 
 @pytest.mark.parametrize(
@@ -303,10 +308,10 @@ def test_weights_of_zero_in_every_layer_are_no_adapter(engine, common, pictures)
 )
 def test_regions_and_weights_without_sense_are_refused_at_once(image, said):
     with pytest.raises(UsageError, match=re.escape(said)):
-        Request(images=(ImageRef.parse(image),))
+        Request(images=(ImagePrompt.parse(image),))
 
 
 def test_a_list_of_the_wrong_length_says_both_lengths(engine, common, pictures):
-    ref = ImageRef(path=str(pictures / "ref.png"), profile=(1, 0))
+    ref = ImagePrompt(str(pictures / "ref.png"), profile=(1, 0))
     with pytest.raises(UsageError, match="profile has 2 weights; this base takes 4"):
         engine.run(Request(images=[ref], **common))

@@ -11,9 +11,10 @@ from imprompt.app.cli import main
 from imprompt.errors import UsageError
 from imprompt.generation.sweep import read_axis, spread
 from imprompt.output import read_request
-from imprompt.schema.request import ImageRef, Request
+from imprompt.schema.prompt import ImagePrompt
+from imprompt.schema.request import Request
 
-TWO = Request(prompt="a", images=[ImageRef(path="a.png"), ImageRef(path="b.png", start=0.5)], seed=3)
+TWO = Request(prompt="a", images=[ImagePrompt("a.png"), ImagePrompt("b.png", start=0.5)], seed=3)
 
 
 def swept(request: Request, *axes: str) -> tuple[Request, ...]:
@@ -83,7 +84,7 @@ def test_a_sweep_without_sense_is_refused_before_anything_is_drawn(axes: list[st
 
 
 def test_a_sweep_without_effect_is_refused() -> None:
-    own = Request(images=[ImageRef(path="a.png", scale=1)])
+    own = Request(images=[ImagePrompt("a.png", scale=1)])
     with pytest.raises(UsageError, match="every image has its own"):
         swept(own, "scale=0,1")
     with pytest.raises(UsageError, match="there is no image to change"):

@@ -13,7 +13,8 @@ from controls import saved, tiny_controlnet, tiny_sparse, tiny_union
 from imprompt import output
 from imprompt.errors import AdapterMismatch, InputError, ModelError, UsageError
 from imprompt.generation.engine import Engine, generate
-from imprompt.schema.request import ControlRef, ImageRef, RegionRef, Request
+from imprompt.schema.prompt import ImagePrompt, TextRegion
+from imprompt.schema.request import ControlRef, Request
 
 FRAMES = 4
 
@@ -96,10 +97,9 @@ def test_noise_on_a_loop_moves_little_by_little_and_ends_where_it_began(engine, 
 
 def test_key_pictures_stand_at_their_frames(engine, asked, pictures):
     names = [str(pictures / "ref.png"), str(pictures / "other.png")]
-    keys = [ImageRef(path=name, at=at, scale=1) for name, at in zip(names, (0, FRAMES - 1), strict=True)]
-    result = engine.run(asked(images=keys))
-    assert len(result.request.groups) == 1
-    one = engine.run(asked(images=[ImageRef(path=names[0], scale=1)]))
+    keys = ImagePrompt(names, at=(0, FRAMES - 1), scale=1)
+    result = engine.run(asked(images=[keys]))
+    one = engine.run(asked(images=[ImagePrompt(names[0], scale=1)]))
     assert not np.array_equal(pixels(result.images)[-1], pixels(one.images)[-1])
 
 
@@ -108,11 +108,11 @@ def test_a_folder_and_an_animated_picture_show_one_picture_a_frame(engine, asked
         for number in range(FRAMES):
             moving.seek(number)
             moving.convert("RGB").save(tmp_path / f"{number}.png")
-    by_folder = engine.run(asked(images=[ImageRef(path=str(tmp_path), at="each")]))
-    keys = [ImageRef(path=str(tmp_path / f"{i}.png"), at=i) for i in range(FRAMES)]
-    by_keys = engine.run(asked(images=keys))
+    by_folder = engine.run(asked(images=[ImagePrompt(str(tmp_path), at="each")]))
+    keys = ImagePrompt([tmp_path / f"{i}.png" for i in range(FRAMES)], at=range(FRAMES))
+    by_keys = engine.run(asked(images=[keys]))
     assert np.array_equal(pixels(by_folder.images), pixels(by_keys.images))
-    six = engine.run(asked(images=[ImageRef(path=str(film), at="each")], frames=6))
+    six = engine.run(asked(images=[ImagePrompt(str(film), at="each")], frames=6))
     assert len(six.images) == 6
 
 
@@ -121,11 +121,11 @@ def test_a_mask_may_move(engine, asked, pictures, tmp_path):
         mask = Image.new("L", (16, 16))
         mask.paste(255, (4 * number, 0, 4 * number + 4, 16))
         mask.save(tmp_path / f"{number}.png")
-    ref = ImageRef(path=str(pictures / "ref.png"), mask=str(tmp_path), scale=1)
+    ref = ImagePrompt(str(pictures / "ref.png"), mask=str(tmp_path), scale=1)
     moving = engine.run(asked(images=[ref]))
     still = engine.run(asked(images=[ref.replace(mask=str(tmp_path / "0.png"))]))
     assert not np.array_equal(pixels(moving.images)[-1], pixels(still.images)[-1])
-    text = RegionRef(text="a dog", mask=str(tmp_path))
+    text = TextRegion(text="a dog", mask=str(tmp_path))
     moving = engine.run(asked(regions=[text]))
     still = engine.run(asked(regions=[text.replace(mask=str(tmp_path / "0.png"))]))
     assert not np.array_equal(pixels(moving.images)[-1], pixels(still.images)[-1])
@@ -296,8 +296,8 @@ def test_a_long_clip_is_drawn_in_windows_and_leaves_the_pipeline_as_it_was(engin
     "fields",
     [
         {"images": ["<film>"]},
-        {"images": [{"path": "ref.png", "mask": "<film>"}]},
-        {"images": [{"path": "ref.png", "negative": "<film>"}]},
+        {"images": [{"image": "ref.png", "mask": "<film>"}]},
+        {"images": [{"image": "ref.png", "negative": "<film>"}]},
         {"images": ["ref.png"], "task": "edit", "image": "<film>"},
         {"images": ["ref.png"], "task": "inpaint", "image": "ref.png", "mask": "<film>"},
     ],
@@ -395,9 +395,9 @@ def test_a_motion_adapter_of_another_base_is_refused_and_nothing_changes(asked, 
 
 REFUSED = [
     (InputError, "is a still", {"video": "ref.png"}),
-    (InputError, "is a still", {"images": [{"path": "ref.png", "at": "each"}]}),
-    (InputError, "6 pictures, the clip has 4 frames", {"images": [{"path": "<film>", "at": "each"}]}),
-    (InputError, "6 masks, the clip has 4", {"images": [{"path": "ref.png", "mask": "<film>"}]}),
+    (InputError, "is a still", {"images": [{"image": "ref.png", "at": "each"}]}),
+    (InputError, "6 pictures, the clip has 4 frames", {"images": [{"image": "<film>", "at": "each"}]}),
+    (InputError, "6 masks, the clip has 4", {"images": [{"image": "ref.png", "mask": "<film>"}]}),
     (InputError, "6 frames at 12 a second, not 9", {"video": "<film>", "frames": 9}),
     (UsageError, "tells 8 frames apart, not 16", {"frames": 20, "context": 16}),
     (ModelError, "no motion adapter at", {"motion": "no/such/folder"}),
@@ -417,13 +417,13 @@ def test_what_cannot_move_is_said_in_one_line(engine, asked, pictures, film, kin
 
 CONTRADICTIONS = [
     ({"task": "generate", "frames": 8}, "frames: has no effect in the task 'generate'"),
-    ({"task": "generate", "images": [{"path": "a", "at": 3}]}, "at and frame_curve"),
+    ({"task": "generate", "images": [{"image": "a", "at": 3}]}, "at and frame_curve"),
     ({"task": "animate", "strength": 0.5}, "strength: has no effect without a video"),
-    ({"task": "animate", "images": [{"path": "a", "at": 3}, {"path": "b"}]}, "either all stand at a frame"),
-    ({"task": "animate", "images": [{"path": "a", "at": 3}, {"path": "b", "at": 3}]}, "must ascend"),
-    ({"task": "animate", "frames": 4, "images": [{"path": "a", "at": 4}]}, "behind the last of 4"),
+    ({"task": "animate", "images": [{"image": ["a", "b"], "at": [3]}]}, "1 frames are given for 2 pictures"),
+    ({"task": "animate", "images": [{"image": ["a", "b"], "at": [3, 3]}]}, "each later than the one before"),
+    ({"task": "animate", "frames": 4, "images": [{"image": "a", "at": 4}]}, "behind the last of 4"),
     ({"task": "animate", "image": "a"}, "image: has no effect in the task 'animate'"),
-    ({"task": "animate", "images": [{"path": "a", "at": "all"}]}, "at"),
+    ({"task": "animate", "images": [{"image": "a", "at": "all"}]}, "at"),
     ({"task": "generate", "controls": [{"kind": "frame", "path": "a", "at": 0}]}, "controls: at has no"),
     ({"task": "animate", "controls": [{"kind": "frame", "path": "a"}]}, "a frame stands somewhere"),
 ]
@@ -475,7 +475,7 @@ def test_a_sweep_of_clips_writes_a_file_each_and_a_page(engine, asked, tmp_path)
 
 def test_in_a_clip_too_the_image_has_guidance_of_its_own(engine, asked, pictures):
     def drawn(**fields):
-        images = [{"path": pictures / "ref.png", "scale": 1}]
+        images = [{"image": pictures / "ref.png", "scale": 1}]
         return pixels(engine.run(asked(images=images, guidance=4, **fields)).images)
 
     ordinary = drawn()
@@ -485,7 +485,7 @@ def test_in_a_clip_too_the_image_has_guidance_of_its_own(engine, asked, pictures
 
 def test_in_a_clip_too_a_region_says_its_own_text(engine, asked, pictures):
     def drawn(**fields):
-        where = {"path": pictures / "ref.png", "scale": 0, "mask": pictures / "mask.png", **fields}
+        where = {"image": pictures / "ref.png", "scale": 0, "mask": pictures / "mask.png", **fields}
         return pixels(engine.run(asked(images=[where])).images)
 
     assert np.abs(drawn(text="a dog") - drawn()).max() > 2

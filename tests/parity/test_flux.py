@@ -12,9 +12,9 @@ from torch import Tensor
 
 import tinydit
 from imprompt.adapter.ipadapter import IPAdapter
-from imprompt.adapter.prompt import ImagePrompt
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.errors import UsageError
+from imprompt.schema.prompt import ImagePrompt
 from tiny import picture
 
 STEPS = {"num_inference_steps": 3, "output_type": "latent", "height": 32, "width": 48}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import tinydit
 from imprompt.adapter.ipadapter import IPAdapter
-from imprompt.adapter.prompt import ImagePrompt
+from imprompt.schema.prompt import ImagePrompt
 from tiny import picture
 
 CALL: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent", "height": 32, "width": 48}

@@ -18,10 +18,10 @@ from diffusers import (
 
 from controls import saved, tiny_controlnet, tiny_sparse
 from imprompt.adapter.ipadapter import IPAdapter
-from imprompt.adapter.prompt import ImagePrompt
 from imprompt.generation.control import control_call, controlled, find_controls, load_net
 from imprompt.generation.families import Base
 from imprompt.generation.video import Motion, moving
+from imprompt.schema.prompt import ImagePrompt
 from imprompt.schema.request import ControlRef, Request
 from tiny import picture, random_adapter_state, tiny_encoder, tiny_motion, tiny_sd, tiny_sdxl
 

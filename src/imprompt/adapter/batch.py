@@ -23,7 +23,8 @@ from imprompt.adapter.attention import ImageKV
 from imprompt.adapter.backbones.base import Branch, Call, Site
 from imprompt.adapter.key_value import KeyValue
 from imprompt.adapter.lora import FaceLora
-from imprompt.adapter.prompt import CompiledPrompt, resize_mask
+from imprompt.adapter.masks import resize_mask
+from imprompt.adapter.prompt import CompiledPrompt
 from imprompt.adapter.regional import Regional, Regions, project_text
 from imprompt.adapter.schedule import Clock, Gate, When
 from imprompt.errors import UsageError

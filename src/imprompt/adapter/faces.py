@@ -1,23 +1,26 @@
 """What a face adapter reads: photos, embeddings or saved faces become its features, or are refused.
 
-An adapter understands only the embeddings it was trained on: those of one face model, normalised or raw as
-its training had them. That is checked here, as far as what is given tells. Finding faces is the business of
-:mod:`imprompt.encoders.face`.
+An adapter understands only the embeddings it was trained on: those of one face model, normalised or raw.
+That is checked here as far as the input tells. :mod:`imprompt.encoders.face` finds the faces.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from imprompt.adapter.prompt import EncodedFaces, FaceReader, ImagePrompt, Picture, PictureEncoder
 from imprompt.checkpoints.checkpoint import Checkpoint
+from imprompt.encoders import face as faces
+from imprompt.encoders.clip import ImageEncoder
+from imprompt.encoders.face import FaceEmbedder, Faces, OnnxFaces
 from imprompt.errors import EncoderMismatch, UsageError
 from imprompt.schema import options
+from imprompt.schema.prompt import ImagePrompt
 
-FaceReaderLike: TypeAlias = FaceReader | str | Path | None
+FaceReaderLike: TypeAlias = FaceEmbedder | str | Path | None
 
 _UNIT = 0.02  # how far from 1 a normalised embedding's length may be: fp16 and rounding
 
@@ -30,71 +33,59 @@ class FaceInput:
         self._width = checkpoint.feature_width
         published = checkpoint.published
         self._pack = None if published is None else published.face_pack
-        self._reader: FaceReader | None = None
+        self._reader: FaceEmbedder | None = None
 
     @property
-    def reader(self) -> FaceReader | None:
-        """The given one, else the pack the adapter was trained with, where InsightFace keeps it here."""
-        if self._reader is None:
-            from imprompt.encoders.face import installed
+    def crop(self) -> Literal["aligned", "square"]:
+        """The picture beside an embedding: the upright face, or the square around its box."""
+        return self._variant.crop
 
-            self._reader = installed(self._packs())
+    @property
+    def reader(self) -> FaceEmbedder | None:
+        """The given one, else the pack that the adapter was trained with, if InsightFace keeps it here."""
+        if self._reader is None:
+            self._reader = faces.installed(self._packs())
         return self._reader
 
     @reader.setter
     def reader(self, reader: FaceReaderLike) -> None:
         if isinstance(reader, str | Path):
-            from imprompt.encoders.face import OnnxFaces
-
             reader = OnnxFaces.from_folder(reader)
         if reader is not None:
             self._check_space(reader.space)
         self._reader = reader
 
-    def encode(
-        self,
-        pictures: Sequence[Picture],
-        face: str | int,
-        encoder: Callable[[], PictureEncoder] | None,
-    ) -> EncodedFaces:
-        """The face in each picture; with ``encoder`` its crop's look too. Raises :class:`EncoderMismatch`
-        without a face model, :class:`InputError` where there is no such face."""
-        from imprompt.encoders import face as faces
-        from imprompt.encoders.features import is_saved
-        from imprompt.encoders.images import load_image
+    def read(
+        self, images: Sequence[Image.Image], names: Sequence[str], face: str, encoder: ImageEncoder | None
+    ) -> Faces:
+        """The face in each picture; with ``encoder`` the features of its crop too.
 
-        number, parts = options.read_face(face), []
-        for picture in pictures:
-            if is_saved(picture):
-                parts.append(faces.load(str(picture)))
-                continue
-            if self.reader is None:
-                raise EncoderMismatch(
-                    f"adapter '{self._name}' reads faces: {faces.how_to_get(self._packs())} Or give "
-                    "embeddings made elsewhere as features."
-                )
-            name = str(picture) if isinstance(picture, str | Path) else "the given picture"
-            image = load_image(picture)  # type: ignore[arg-type]  # a PIL image is known here by its shape
-            look = None if encoder is None else encoder()
-            found = faces.read(self.reader, image, number, look, name, self._variant.crop)  # type: ignore[arg-type]
-            parts.append(found)
-        return faces.joined(parts)
+        Raises :class:`EncoderMismatch` without a face model, :class:`InputError` where there is no such face.
+        """
+        if self.reader is None:
+            raise EncoderMismatch(
+                f"adapter '{self._name}' reads faces: {faces.how_to_get(self._packs())} Or give embeddings "
+                "made elsewhere as features."
+            )
+        number = options.read_face(face)
+        return faces.joined(
+            [
+                faces.read(self.reader, image, number, encoder, name, self._variant.crop)
+                for image, name in zip(images, names, strict=True)
+            ]
+        )
 
-    def features(self, shown: EncodedFaces) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def features(self, found: Faces) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(embeddings as the adapter was trained on them, crops' patches, those of a zero picture)."""
-        self._check_space(shown.space)
-        embedding = self.normed(shown.embedding.float())
+        self._check_space(found.space)
+        embedding = found.embedding.float()
+        if self._variant.embedding == "normed":
+            embedding = torch.nn.functional.normalize(embedding, dim=-1)
         if self._variant.feature == "face":
             return embedding, None, None
-        if self._variant.negative == "zero_features" and shown.patches is not None:
-            return embedding, shown.patches, torch.zeros_like(shown.patches[:1])
-        return embedding, shown.patches, shown.negative_patches
-
-    def normed(self, embedding: Tensor) -> Tensor:
-        """Of length 1, where the adapter was trained on such."""
-        if self._variant.embedding == "raw":
-            return embedding
-        return torch.nn.functional.normalize(embedding, dim=-1)
+        if self._variant.negative == "zero_features" and found.patches is not None:
+            return embedding, found.patches, torch.zeros_like(found.patches[:1])
+        return embedding, found.patches, found.negative_patches
 
     def check_length(self, embedding: Tensor) -> None:
         """Raises :class:`UsageError` for bare embeddings ``(N, E)`` or ``(N, F, E)`` that are normalised
@@ -119,13 +110,14 @@ class FaceInput:
 
     def check_fields(self, prompt: ImagePrompt) -> None:
         """Raises :class:`UsageError` for what has no effect on a face."""
-        if prompt.framing != "crop" or prompt.sharpen:
-            raise UsageError(
-                f"framing and sharpen have no effect on adapter '{self._name}', which reads the face alone."
-            )
+        for name in ("framing", "sharpen"):
+            if getattr(prompt, name) != ImagePrompt.model_fields[name].default:
+                raise UsageError(
+                    f"{name}: has no effect on adapter '{self._name}', which reads the face alone."
+                )
         if prompt.s_scale is not None and not self._variant.shortcut:
             raise UsageError(
-                f"s_scale has no effect on adapter '{self._name}' ({self._variant.name}); it belongs to "
+                f"s_scale: has no effect on adapter '{self._name}' ({self._variant.name}); it belongs to "
                 "FaceID-PlusV2."
             )
 
@@ -141,14 +133,4 @@ class FaceInput:
             raise EncoderMismatch(
                 f"adapter '{self._name}' was trained on face embeddings of {self._pack}; those of {space} "
                 f"mean other things, though they may have the same width. Use {self._pack}."
-            )
-
-
-def refuse_face_fields(prompt: ImagePrompt, name: str) -> None:
-    """Raises :class:`UsageError` for what only face adapters have, on one that reads whole pictures."""
-    for field, usual in (("face", "largest"), ("s_scale", None)):
-        if getattr(prompt, field) != usual:
-            raise UsageError(
-                f"{field} {getattr(prompt, field)!r} has no effect on adapter '{name}', which reads whole "
-                "pictures, not faces."
             )

@@ -7,12 +7,11 @@ are saved in the published layout. It draws nothing itself and knows no pipeline
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, Unpack
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -20,37 +19,26 @@ from torch import Tensor, nn
 
 from imprompt.adapter.backbones.base import Backbone, Branch, Site
 from imprompt.adapter.batch import PromptSource, TrainingTokens
-from imprompt.adapter.combine import combine, log_weight_bias
-from imprompt.adapter.faces import FaceInput, FaceReaderLike, refuse_face_fields
-from imprompt.adapter.frames import track_of
+from imprompt.adapter.encoding import EncodedPrompt, EncoderLike, PromptEncoder, check_tokens
+from imprompt.adapter.faces import FaceReaderLike
 from imprompt.adapter.injection import Injection, find_denoiser, placement
 from imprompt.adapter.key_value import KeyValue, key_value_of, linear_of, precise
 from imprompt.adapter.lora import PARTS, FaceLora, LowRank
-from imprompt.adapter.prompt import (
-    CompiledPrompt,
-    EncodedFaces,
-    EncodedPictures,
-    FaceReader,
-    ImagePrompt,
-    Picture,
-    PictureEncoder,
-    PromptFields,
-    PromptLike,
-    as_prompts,
-    read_masks,
-)
+from imprompt.adapter.prompt import CompiledPrompt, PromptLike, as_prompts, compile_prompt
 from imprompt.adapter.recorder import Recorder
 from imprompt.adapter.regional import encode_text
 from imprompt.catalog import families, licences
 from imprompt.checkpoints.checkpoint import Checkpoint, StateDict, read, write
-from imprompt.checkpoints.locate import EncoderPlace, locate, published_encoders
-from imprompt.errors import AdapterMismatch, EncoderMismatch, InputError, UsageError
+from imprompt.checkpoints.locate import EncoderPlace, locate
+from imprompt.encoders.clip import Features, ImageEncoder
+from imprompt.encoders.face import FaceEmbedder, Faces
+from imprompt.errors import AdapterMismatch, UsageError
 from imprompt.projections import build_projection, new_linear, new_resampler
 from imprompt.projections.modules import ImageProjection
 from imprompt.projections.resamplers import TimedResamplerProjection
-from imprompt.schema import options
+from imprompt.schema.prompt import ImagePrompt, Picture
 
-EncoderLike: TypeAlias = PictureEncoder | str | Path | None
+_Encoded: TypeAlias = tuple[tuple[tuple[EncodedPrompt, Tensor | None], ...], ...]
 _HALVES = ("down", "up")
 
 
@@ -80,18 +68,15 @@ class IPAdapter(PromptSource):
         self.module.requires_grad_(False).eval()
         self.checkpoint = replace(checkpoint, state={"image_proj": {}, "ip_adapter": {}}, lora={})
         self._injection: weakref.ref[Injection] | None = None
-        self._places: tuple[EncoderPlace, ...] = ()
-        self._encoder: PictureEncoder | None = None
-        self._borrowed: PictureEncoder | None = None
-        self._face = None if checkpoint.variant.embedding is None else FaceInput(checkpoint)
+        self._slots = [
+            (part._parameters, name) for part in self.module.modules() for name in part._parameters
+        ]
+        self._encoded: _Encoded = ()
+        self._compiled_with: tuple[object, ...] = ()
+        self.prompt_encoder = PromptEncoder(self.checkpoint, self.projection, image_encoder)
+        """Encodes its prompts: finds and keeps the image encoder or face model, and remembers features."""
         if face_embedder is not None:
             self.face_embedder = face_embedder
-        if isinstance(image_encoder, str | Path):
-            self._places = (EncoderPlace.named(image_encoder),)
-            self._check_widths(*self._places[0].widths(), str(image_encoder))
-        elif image_encoder is not None:
-            self._check_widths(image_encoder.pooled_width, image_encoder.hidden_width, image_encoder.name)
-            self._encoder = image_encoder
 
     # ---- where weights come from and go to
 
@@ -124,7 +109,7 @@ class IPAdapter(PromptSource):
         licences.check(f"adapter '{checkpoint.name}'", checkpoint.licence)
         adapter = cls(checkpoint, image_encoder=image_encoder, face_embedder=face_embedder)
         if image_encoder is None:
-            adapter._places = places
+            adapter.prompt_encoder.places = places
         return adapter if torch_dtype is None else adapter.to(dtype=torch_dtype)
 
     @classmethod
@@ -249,8 +234,8 @@ class IPAdapter(PromptSource):
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "IPAdapter":
         """Move or cast the weights; an image encoder of its own moves along, in its own number format."""
         self.module.to(device=device, dtype=dtype)
-        if self._encoder is not None and device is not None:
-            self._encoder.to(device, None)
+        if self.prompt_encoder.encoder is not None and device is not None:
+            self.prompt_encoder.encoder.to(device, None)
         self._invalidate()
         return self
 
@@ -299,7 +284,7 @@ class IPAdapter(PromptSource):
                 f"adapter '{self.checkpoint.name}' is attached to another {backbone.noun}; detach() it first."
             )
         self._check_fits(backbone, model, type(target).__name__)
-        borrowed = self._encoder_of(target)
+        borrowed = self.prompt_encoder.borrow_from(target)
         device, dtype = placement(model)
         injection = Injection.into(model, None if isinstance(target, nn.Module) else target)
         if not any(source is self for source in injection.sources):
@@ -307,7 +292,11 @@ class IPAdapter(PromptSource):
         if self.lora is not None:
             self.lora.into(model, injection.sites)
         self._injection = weakref.ref(injection)
-        self._borrowed = borrowed
+        self.prompt_encoder.borrowed = borrowed
+        for other in injection.sources:
+            if isinstance(other, IPAdapter) and other is not self:
+                self.prompt_encoder.beside.add(other.prompt_encoder)
+                other.prompt_encoder.beside.add(self.prompt_encoder)
         if not any(parameter.requires_grad for parameter in self.parameters()):
             self.to(device, None if dtype is None else precise(self.dtype, dtype))
         return self
@@ -317,7 +306,8 @@ class IPAdapter(PromptSource):
         objects."""
         injection = self._injected()
         self._injection = None
-        self._borrowed = None
+        self.prompt_encoder.borrowed = None
+        self.prompt_encoder.beside.clear()
         if self.lora is not None:
             self.lora.remove()
         if injection is not None:
@@ -352,21 +342,21 @@ class IPAdapter(PromptSource):
         self.guidance = None if image is None else (float(image), text)
         self._invalidate()
 
-    # ---- what it shows
+    # ---- what it is prompted with
 
-    def set_prompt(self, prompt: PromptLike, **fields: Unpack[PromptFields]) -> None:
-        """Show pictures to every sample that is drawn, until something else is set.
+    def set_prompt(self, prompt: PromptLike, **fields: Any) -> None:
+        """Prompt every sample that is drawn with pictures, until another prompt is set.
 
         ``prompt`` is a path, a PIL image, a features tensor, an :class:`ImagePrompt` or a list. A list of
         pictures is one prompt (their tokens share a softmax, as in diffusers); a list of :class:`ImagePrompt`
         is several, each with a softmax, scale, window and mask of its own, whose contributions add up.
-        ``fields`` are :class:`ImagePrompt`'s. Pictures are encoded now; raises and keeps the previous prompt
-        when one is bad.
+        ``fields`` are :class:`ImagePrompt`'s. Pictures are encoded now. Raises an :class:`ImpromptError`, and
+        keeps the previous prompt, when one cannot be used.
         """
-        self._show((as_prompts(prompt, fields),))
+        self._set((as_prompts(prompt, fields),))
 
-    def set_batch(self, samples: Sequence[PromptLike | None], **fields: Unpack[PromptFields]) -> None:
-        """Show each sample of a batch pictures of its own; ``None`` shows that sample nothing.
+    def set_batch(self, samples: Sequence[PromptLike | None], **fields: Any) -> None:
+        """Prompt each sample of a batch with pictures of its own; ``None``: with nothing.
 
         Sample ``i`` is drawn as it would be alone, with prompts, masks, windows, texts and scales of its own
         (within 1e-4 of it in float32: sums run in another order in a batch). The pipeline's batch must be a
@@ -375,11 +365,11 @@ class IPAdapter(PromptSource):
         """
         if not samples:
             raise UsageError("set_batch needs at least one sample; clear_prompt() removes what was set.")
-        self._show(tuple(() if sample is None else as_prompts(sample, fields) for sample in samples))
+        self._set(tuple(() if sample is None else as_prompts(sample, fields) for sample in samples))
 
     def clear_prompt(self) -> None:
-        """Show nothing: the model draws exactly as without the adapter."""
-        self._samples = ()
+        """Remove what was set: the model draws exactly as without the adapter."""
+        self._encoded, self._samples = (), ()
         self._invalidate()
 
     @contextmanager
@@ -393,7 +383,7 @@ class IPAdapter(PromptSource):
         pass: keep this open around it.
         """
         if tokens.shape[-1] != self.projection.cross_dim:
-            raise self._token_mismatch(tokens)
+            check_tokens(tokens, self.projection.cross_dim, self.checkpoint.name)
         self.training = TrainingTokens(tokens, scale)
         try:
             yield
@@ -407,7 +397,7 @@ class IPAdapter(PromptSource):
         ask the recorder for its ``result()``. Raises :class:`UsageError` when the adapter is not attached."""
         injection = self._injected()
         if injection is None:
-            raise UsageError("attach() the adapter before what it does can be recording.")
+            raise UsageError("attach() the adapter before recording what it does.")
         before, injection.recorder = injection.recorder, Recorder()
         try:
             yield injection.recorder
@@ -415,174 +405,35 @@ class IPAdapter(PromptSource):
             injection.recorder = before
 
     @property
-    def image_encoder(self) -> PictureEncoder | None:
-        """The encoder pictures go through: the given one, else the pipeline's if it fits, else the one found
-        next to the weights or in the hub's cache (loaded now; adapters on one UNet share it)."""
-        if self._encoder is None and self._borrowed is None and self.projection.feature != "face":
-            self._encoder = self._load_encoder()
-        return self._encoder or self._borrowed
+    def image_encoder(self) -> ImageEncoder | None:
+        """The encoder of its pictures: the given one, else the pipeline's if it fits, else the one beside the
+        weights or in the hub's cache (loaded now; adapters on one UNet share it)."""
+        return self.prompt_encoder.image_encoder
 
     @image_encoder.setter
-    def image_encoder(self, encoder: PictureEncoder | None) -> None:
-        if encoder is not None:
-            self._check_widths(encoder.pooled_width, encoder.hidden_width, encoder.name)
-        self._encoder = encoder
+    def image_encoder(self, encoder: ImageEncoder | None) -> None:
+        self.prompt_encoder.use(encoder)
 
     @property
     def published_encoder(self) -> EncoderPlace | None:
-        """Where an image encoder is published that gives what this adapter reads; the hub is not asked."""
-        return next((place for place, widths in published_encoders().items() if self._fits(*widths)), None)
-
-    # ---- private
-
-    def _show(self, samples: Sequence[Sequence[ImagePrompt]]) -> None:
-        injection = self._injected()
-        with torch.inference_mode(False), torch.no_grad():
-            rows = tuple(tuple(self._row(prompt) for prompt in prompts) for prompts in samples)
-        if injection is not None:
-            for row in (row for sample in rows for row in sample):
-                row.layer_weights(
-                    self._sites(injection.sites)
-                )  # a profile that does not fit this UNet is said now
-        self._samples = rows if any(rows) else ()
-        self._invalidate()
-
-    def _row(self, prompt: ImagePrompt) -> CompiledPrompt:
-        mask, masks = read_masks(prompt.mask, prompt.feather)
-        if self._face is None:
-            refuse_face_fields(prompt, self.checkpoint.name)
-        else:
-            self._face.check_fields(prompt)
-        rule = options.canonical("combine", prompt.combine, options.COMBINES)
-        zeros, stated = None, None
-        if prompt.tokens is not None:
-            sets = self._tokens_given(prompt.tokens)
-            weights = options.read_weights(rule, len(sets), prompt.weights)
-            sets = combine(sets, rule, weights)
-            if isinstance(prompt.negative, Tensor):
-                stated = self._tokens_given(prompt.negative).flatten(0, 1)
-        else:
-            shown = prompt.features if prompt.features is not None else prompt.pictures
-            features, patches, zeros = self._features(shown, prompt)
-            weights = options.read_weights(rule, len(features), prompt.weights)
-            features = combine(features, rule, weights)
-            if rule != "concat" and self._face is not None:
-                features = self._face.normed(features)  # as each face's own embedding was
-            sets = self._project(
-                features, None if patches is None else combine(patches, rule, weights), prompt
-            )
-        negative = self._negative(prompt, zeros) if stated is None else stated
-        if prompt.select is not None:
-            chosen = list(options.read_selection(prompt.select, sets.shape[1]))
-            if negative is not None and stated is None:
-                negative = negative.unflatten(0, (-1, sets.shape[1]))[:, chosen].flatten(0, 1)
-            sets = sets[:, chosen]
-        tokens = sets.flatten(0, 1)
-        if negative is not None and len(tokens) % len(negative) == 0:
-            # The same tokens repeated give the same attention; equal lengths need no padding.
-            negative = negative.repeat(len(tokens) // len(negative), 1)
-        return CompiledPrompt(
-            tokens,
-            negative,
-            float(prompt.scale),
-            prompt.profile,
-            prompt.start,
-            prompt.end,
-            mask,
-            curve=options.read_curve(prompt.curve),
-            scaling=options.canonical("scaling", prompt.scaling, options.SCALINGS),
-            log_weight_bias=log_weight_bias(weights, sets.shape[1]) if rule == "concat" else None,
-            text=None if prompt.text is None else self._text(prompt.text),
-            track=track_of(
-                prompt.at,
-                options.read_curve(prompt.frame_curve),
-                masks,
-                pictures=len(sets),
-                plain=rule == "concat" and len(set(weights)) == 1,
-            ),
-        )
-
-    def _text(self, text: str | Tensor) -> Tensor:
-        injection = self._injected()
-        if injection is None:
-            return encode_text(None, text, self.checkpoint.cross_dim)
-        return injection.encode_text(text)
-
-    def _project(self, features: Tensor, patches: Tensor | None, prompt: ImagePrompt) -> Tensor:
-        """Tokens of the features, with the prompt's ``s_scale``."""
-        if prompt.s_scale is None:
-            return self.projection(features, patches)
-        usual, self.projection.s_scale = self.projection.s_scale, prompt.s_scale
-        try:
-            return self.projection(features, patches)
-        finally:
-            self.projection.s_scale = usual
-
-    def _negative(self, prompt: ImagePrompt, zeros: Tensor | None) -> Tensor | None:
-        """Negative tokens ``(T, C)``: of what the user gave, else by the variant's rule; ``None`` if
-        unknown."""
-        negative = prompt.negative
-        if negative is not None:
-            if isinstance(negative, Tensor | EncodedFaces):
-                shown: Tensor | EncodedPictures | EncodedFaces = negative
-            else:
-                shown = self.encode([negative], prompt.framing, face=prompt.face)
-            features, patches, _ = self._features(shown, prompt, negative=True)
-            return self._project(features, patches, prompt).flatten(0, 1)
-        faced = self.projection.feature == "face+hidden"
-        if self.projection.variant.negative == "zero_features" and not faced:
-            return self.projection.negative()[0]
-        if zeros is None:
-            return None
-        nobody = zeros.new_zeros(1, self.projection.feature_width)
-        return self._project(nobody if faced else zeros, zeros if faced else None, prompt)[0]
-
-    def _features(
-        self,
-        shown: Tensor | EncodedPictures | EncodedFaces | Sequence[Picture],
-        prompt: ImagePrompt,
-        *,
-        negative: bool = False,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Features, a face crop's patches and those of a zero picture, as far as the projection reads them,
-        in its place and number format."""
-        patches: Tensor | None = None
-        zeros: Tensor | None = None
-        if isinstance(shown, Sequence):
-            shown = self.encode(
-                shown, prompt.framing, sharpen=0.0 if negative else prompt.sharpen, face=prompt.face
-            )
-        if isinstance(shown, Tensor):
-            features = shown[None] if shown.ndim == (2 if self._reads_hidden else 1) else shown
-            if self._face is not None and not negative:
-                self._face.check_length(features)
-        elif self._face is not None:
-            if not isinstance(shown, EncodedFaces):
-                raise EncoderMismatch(
-                    f"adapter '{self.checkpoint.name}' reads a face's embedding, and was given features of "
-                    "whole pictures. Give a photo, or what 'imprompt embed' made with this adapter."
-                )
-            features, patches, zeros = self._face.features(shown)
-        elif isinstance(shown, EncodedFaces):
-            raise EncoderMismatch(
-                f"adapter '{self.checkpoint.name}' needs {self._needs()}, and was given face embeddings."
-            )
-        elif self._reads_hidden:
-            # Files of other programs may lack the negative's, as a tensor of width 0.
-            features, zeros = shown.hidden, shown.negative_hidden if shown.negative_hidden.numel() else None
-        else:
-            features = shown.pooled
-        for each in (features, patches, zeros):
-            if each is not None and not bool(torch.isfinite(each).all()):
-                raise InputError("image features contain NaN or infinite values.")
-        return self._placed(features), _maybe(self._placed, patches), _maybe(self._placed, zeros)
-
-    def _placed(self, features: Tensor) -> Tensor:
-        return features.detach().to(self.device, self.dtype)
+        """Where an image encoder that fits is published; the hub is not asked."""
+        return self.prompt_encoder.published
 
     @property
-    def _reads_hidden(self) -> bool:
-        return self.projection.feature == "hidden"
+    def face_embedder(self) -> FaceEmbedder | None:
+        """What finds and embeds faces: the given one, else the pack that the adapter was trained with, if
+        InsightFace keeps it on this machine. Set it to an embedder of :mod:`imprompt.encoders.face` or to a
+        folder of its models."""
+        return None if self.prompt_encoder.face is None else self.prompt_encoder.face.reader
+
+    @face_embedder.setter
+    def face_embedder(self, reader: FaceReaderLike) -> None:
+        if self.prompt_encoder.face is None:
+            raise UsageError(
+                f"adapter '{self.checkpoint.name}' reads whole pictures ({self.prompt_encoder.needs}), not "
+                "faces; leave the face model out."
+            )
+        self.prompt_encoder.face.reader = reader
 
     def encode(
         self,
@@ -591,86 +442,73 @@ class IPAdapter(PromptSource):
         *,
         sharpen: float = 0.0,
         face: str | int = "largest",
-    ) -> EncodedPictures | EncodedFaces:
-        """What this adapter reads in ``pictures``: their features, or the face in each of them.
+    ) -> Features | Faces:
+        """The features of ``pictures``, or the face in each of them, as this adapter reads them.
 
         Raises :class:`EncoderMismatch` without the encoder or face model for it, :class:`InputError` for
         pictures that cannot be read, or have no such face.
         """
-        if self._face is None:
-            return self._encode(pictures, framing, sharpen)
-        look = self._encoder_needed if self.projection.patch_width is not None else None
-        return self._face.encode(pictures, face, look)
+        prompt = ImagePrompt(tuple(pictures), framing=framing, sharpen=sharpen, face=face)
+        return self.prompt_encoder.read(prompt.pictures, prompt)[0]
+
+    def load_features(self, path: str | Path) -> Features | Faces:
+        """Features that ``imprompt embed`` saved.
+
+        Raises :class:`EncoderMismatch` when another kind of encoder made them, :class:`InputError` when the
+        file holds none.
+        """
+        return self.prompt_encoder.load(path)
 
     @property
-    def face_embedder(self) -> FaceReader | None:
-        """What finds and embeds faces in pictures: the given one, else the pack this adapter was trained
-        with, where InsightFace keeps it on this machine. Set it to an embedder of
-        :mod:`imprompt.encoders.face`, or to a folder of its models."""
-        return None if self._face is None else self._face.reader
+    def samples(self) -> tuple[tuple[CompiledPrompt, ...], ...]:
+        """For each sample its compiled prompts; one sample stands for all; none means nothing is set.
 
-    @face_embedder.setter
-    def face_embedder(self, reader: FaceReaderLike) -> None:
-        if self._face is None:
-            raise UsageError(
-                f"adapter '{self.checkpoint.name}' reads whole pictures ({self._needs()}), not faces; leave "
-                "the face model out."
+        Compiled anew when a weight has changed, in place or by another, since they were.
+        """
+        if self._encoded and self._compiled_with != self._weights_now():
+            self._compile(self._encoded)
+        return self._samples
+
+    # ---- private
+
+    def _set(self, samples: Sequence[Sequence[ImagePrompt]]) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            encoded = tuple(
+                tuple((self.prompt_encoder.encode(prompt), self._text(prompt.text)) for prompt in prompts)
+                for prompts in samples
             )
-        self._face.reader = reader
+        self._compile(encoded)
 
-    def _encoder_needed(self) -> PictureEncoder:
-        if (encoder := self.image_encoder) is None:
-            raise EncoderMismatch(
-                f"adapter '{self.checkpoint.name}' needs an image encoder with {self._needs()} and has none: "
-                "pass image_encoder= (an encoder, a folder, or repo:subfolder), or features for a picture."
+    def _compile(self, encoded: _Encoded) -> None:
+        weights, injection = self._weights_now(), self._injected()
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            samples = tuple(
+                tuple(compile_prompt(prompt, self.projection, text) for prompt, text in prompts)
+                for prompts in encoded
             )
-        return encoder
+        if injection is not None:
+            for prompt in (prompt for sample in samples for prompt in sample):
+                prompt.layer_weights(self._sites(injection.sites))  # a profile that does not fit is said now
+        self._encoded, self._compiled_with = encoded, weights
+        self._samples = samples if any(samples) else ()
+        self._invalidate()
 
-    def _encode(self, pictures: Sequence[Picture], framing: str, sharpen: float) -> EncodedPictures:
-        from imprompt.encoders import features as saved
-        from imprompt.encoders.framing import encode
-        from imprompt.encoders.images import load_image
+    def _weights_now(self) -> tuple[object, ...]:
+        """What differs when a weight or the LoRA's scale has changed."""
+        found = [
+            (id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+            for table, name in self._slots
+            if (weight := table[name]) is not None
+        ]
+        return (None if self.lora is None else self.lora.scale, *found)
 
-        parts: list[EncodedPictures] = []
-        for stored, some in groupby(pictures, saved.is_saved):
-            if stored:
-                parts += [self.load_features(str(path)) for path in some]  # type: ignore[misc]
-                continue
-            encoder = self._encoder_needed()
-            # A PIL image is known here by its shape only, and an encoder by its protocol.
-            decoded = [load_image(picture) for picture in some]  # type: ignore[arg-type]
-            parts.append(encode(encoder, decoded, framing, sharpen=sharpen))  # type: ignore[arg-type]
-        return parts[0] if len(parts) == 1 else saved.joined(parts)
-
-    def load_features(self, path: str | Path) -> EncodedPictures | EncodedFaces:
-        """Features that ``imprompt embed`` saved. Raises :class:`EncoderMismatch` when another kind of
-        encoder made them, :class:`InputError` when the file is none of those."""
-        from imprompt.encoders.features import load
-
-        if self._face is not None:
-            return self._face.encode([path], "largest", None)
-        found = load(path)
-        pooled, hidden = found.features.pooled.shape[-1], found.features.hidden.shape[-1]
-        if not self._fits(pooled, hidden):
-            raise EncoderMismatch(
-                f"'{path}' holds features of encoder '{found.encoder}' (pooled width {pooled}, hidden width "
-                f"{hidden}); adapter '{self.checkpoint.name}' needs {self._needs()}. Embed the picture with "
-                "this adapter."
-            )
-        return found.features
-
-    def _tokens_given(self, tokens: Tensor) -> Tensor:
-        if tokens.ndim not in (2, 3) or tokens.shape[-1] != self.projection.cross_dim:
-            raise self._token_mismatch(tokens)
-        if not bool(torch.isfinite(tokens).all()):
-            raise InputError("image tokens contain NaN or infinite values.")
-        return tokens.detach().reshape(-1, *tokens.shape[-2:]).to(self.device, self.dtype)
-
-    def _token_mismatch(self, tokens: Tensor) -> AdapterMismatch:
-        return AdapterMismatch(
-            f"adapter '{self.checkpoint.name}' reads tokens of width {self.projection.cross_dim}, "
-            f"got shape {tuple(tokens.shape)}."
-        )
+    def _text(self, text: str | Tensor | None) -> Tensor | None:
+        if text is None:
+            return None
+        injection = self._injected()
+        if injection is None:
+            return encode_text(None, text, self.checkpoint.cross_dim)
+        return injection.encode_text(text)
 
     def _sites(self, sites: Sequence[Site]) -> list[Site]:
         """Those of a denoiser's sites that it has keys and values for."""
@@ -712,69 +550,8 @@ class IPAdapter(PromptSource):
             )
         if self.lora is not None:
             self.lora.check(model, sites, self.checkpoint.name)
-        for row in (row for sample in self.samples for row in sample):
-            row.layer_weights(self._sites(sites))
-
-    def _encoder_of(self, pipe: object) -> PictureEncoder | None:
-        """The pipeline's own image encoder, when it has one of the right widths."""
-        model, processor = getattr(pipe, "image_encoder", None), getattr(pipe, "feature_extractor", None)
-        if model is None or processor is None:
-            return None
-        from imprompt.encoders.clip import ImageEncoder
-
-        encoder = ImageEncoder(model, processor)
-        return encoder if self._fits(encoder.pooled_width, encoder.hidden_width) else None
-
-    def _load_encoder(self) -> PictureEncoder | None:
-        from imprompt.encoders.clip import ImageEncoder
-
-        shared = tuple(place for place in published_encoders() if place.cached)
-        for place in (*self._places, *shared):
-            if self._fits(*place.widths()):
-                if (loaded := self._loaded_beside(str(place))) is not None:
-                    return loaded
-                dtype = self.dtype if self.device.type != "cpu" else torch.float32
-                return ImageEncoder.from_pretrained(
-                    place.source, subfolder=place.subfolder, torch_dtype=dtype, device=self.device
-                )
-        found = "; ".join(f"{place}: {place.widths()}" for place in self._places if any(place.widths()))
-        if found:
-            raise EncoderMismatch(
-                f"adapter '{self.checkpoint.name}' needs an image encoder with {self._needs()}; next to it "
-                f"there are only others (pooled, hidden width): {found}. Pass image_encoder=."
-            )
-        return None
-
-    def _loaded_beside(self, name: str) -> PictureEncoder | None:
-        """The encoder of that name, where another adapter on the UNet has it already."""
-        injection = self._injected()
-        others = (
-            [] if injection is None else [each for each in injection.sources if isinstance(each, IPAdapter)]
-        )
-        return next((each._encoder for each in others if getattr(each._encoder, "name", "") == name), None)
-
-    def _needs(self) -> str:
-        if self.projection.patch_width is not None:
-            return f"hidden features of width {self.projection.patch_width}"
-        return f"{self.projection.feature} features of width {self.projection.feature_width}"
-
-    def _fits(self, pooled: int, hidden: int) -> bool:
-        if self.projection.patch_width is not None:
-            return self.projection.patch_width == hidden
-        width = {"pooled": pooled, "hidden": hidden}.get(self.projection.feature)
-        return self.projection.feature_width == width
-
-    def _check_widths(self, pooled: int, hidden: int, name: str) -> None:
-        if self.projection.feature == "face":
-            raise EncoderMismatch(
-                f"adapter '{self.checkpoint.name}' reads face embeddings alone and no image encoder's "
-                f"features; leave out '{name}'."
-            )
-        if not self._fits(pooled, hidden):
-            raise EncoderMismatch(
-                f"adapter '{self.checkpoint.name}' needs {self._needs()}, image encoder '{name}' gives "
-                f"pooled width {pooled} and hidden width {hidden}. Pass the encoder it was trained with."
-            )
+        for prompt in (prompt for sample in self._samples for prompt in sample):
+            prompt.layer_weights(self._sites(sites))
 
     def _injected(self) -> Injection | None:
         return None if self._injection is None else self._injection()
@@ -783,10 +560,6 @@ class IPAdapter(PromptSource):
         injection = self._injected()
         if injection is not None:
             injection.invalidate()
-
-
-def _maybe(function: Callable[[Tensor], Tensor], value: Tensor | None) -> Tensor | None:
-    return None if value is None else function(value)
 
 
 def _face_lora(weights: dict[str, Tensor], numbered: nn.ModuleDict) -> FaceLora | None:

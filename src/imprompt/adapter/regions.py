@@ -7,7 +7,6 @@ texts to the same attention (:mod:`imprompt.adapter.regional`). A region that ha
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,27 +14,10 @@ from torch import Tensor, nn
 from imprompt.adapter.batch import PromptSource
 from imprompt.adapter.frames import track_of
 from imprompt.adapter.injection import Injection, find_denoiser
-from imprompt.adapter.prompt import CompiledPrompt, Picture, check_feather, read_masks
+from imprompt.adapter.masks import read_masks
+from imprompt.adapter.prompt import CompiledPrompt
 from imprompt.errors import AdapterMismatch, UsageError
-
-
-@dataclass(frozen=True, eq=False)
-class TextRegion:
-    """What is said in one place, in place of the pipeline's prompt.
-
-    ``text`` is words, or their embeddings ``(T, C)``. ``mask`` is white, or 1, there: a picture or a tensor
-    ``(H, W)`` in [0, 1], of any size, stretched over the output; in a video also one a frame. Soft values
-    mix. ``feather`` is the width of its edge, a fraction of its shorter side.
-    """
-
-    text: str | Tensor
-    mask: Picture | Tensor | Sequence[Picture | Tensor]
-    feather: float = 0.0
-
-    def __post_init__(self) -> None:
-        if isinstance(self.text, str) and not self.text.strip():
-            raise UsageError("text of a region is empty; say what is drawn there, or leave the region out.")
-        check_feather(self.feather)
+from imprompt.schema.prompt import TextRegion
 
 
 class TextRegions(PromptSource):

@@ -18,7 +18,8 @@ from imprompt.catalog import ASSETS
 from imprompt.data.rows import Row, read_dataset
 from imprompt.encoders.images import load_image
 from imprompt.generation.engine import Engine
-from imprompt.schema.request import ControlRef, ImageRef, Request
+from imprompt.schema.prompt import ImagePrompt
+from imprompt.schema.request import ControlRef, Request
 
 CELL, GAP, MARGIN, HEAD = 128, 8, 24, 44
 _INK, _PALE, _LINE = (24, 24, 27), (113, 113, 122), (228, 228, 231)
@@ -133,9 +134,7 @@ def _generate(draw: _Artist, reference: Path) -> _Row:
     for prompt in PROMPTS:
         cells += [None, draw(f"“{prompt}” alone", prompt=prompt)]
         cells += [
-            draw(
-                f"“{prompt}”, {scale:g}", prompt=prompt, images=(ImageRef(path=str(reference), scale=scale),)
-            )
+            draw(f"“{prompt}”, {scale:g}", prompt=prompt, images=(ImagePrompt(reference, scale=scale),))
             for scale in SCALES
         ]
     return cells

@@ -138,13 +138,14 @@ def _face_models() -> str:
 
 def _self_test() -> str:
     from imprompt.generation.engine import Engine
-    from imprompt.schema.request import ImageRef, Request
+    from imprompt.schema.prompt import ImagePrompt
+    from imprompt.schema.request import Request
 
     started = time.monotonic()
     try:
         engine = Engine()
         first = engine.run(Request(prompt="a cat", steps=4, seed=1))
-        request = Request(prompt="an owl", images=(ImageRef(path="cat"),), steps=4, seed=1)
+        request = Request(prompt="an owl", images=(ImagePrompt("cat"),), steps=4, seed=1)
         second = engine.run(request, pictures={"cat": first.images[0]})
     except ImpromptError as error:
         return f"failed: {error}"

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from imprompt.app.hints import check_no_url
 from imprompt.errors import UsageError
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 def add_drawing_arguments(parser: argparse.ArgumentParser, task: str) -> None:
     """Add the flags of a drawing command: the request's fields, then what is done with it."""
     from imprompt.app.flags import add_request_flags, describe_options
-    from imprompt.schema.request import ControlRef, ImageRef, RegionRef, Request
+    from imprompt.schema.prompt import ImagePrompt, TextRegion
+    from imprompt.schema.request import ControlRef, Request
 
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps the epilog's lines
     parser.epilog = "\n\n".join(
         [
-            describe_options("--image", ImageRef, ("path",)),
-            describe_options("--region", RegionRef, ("text",)),
+            describe_options("--image", ImagePrompt, ("image", "features", "tokens")),
+            describe_options("--region", TextRegion, ("text",)),
             describe_options("--control", ControlRef, ("kind", "path")),
         ]
     )
@@ -103,7 +104,8 @@ def draw(task: str, args: argparse.Namespace) -> int:
 
 def read_request(task: str, args: argparse.Namespace) -> "Request":
     """The request that the flags describe, or ``--from``'s with their changes. Raises :class:`UsageError`."""
-    from imprompt.schema.request import ControlRef, EmbeddingRef, ImageRef, LoraRef, RegionRef, Request
+    from imprompt.schema.prompt import ImagePrompt, TextRegion
+    from imprompt.schema.request import ControlRef, EmbeddingRef, LoraRef, Request
 
     stated: dict[str, object] = {
         name: value
@@ -116,9 +118,9 @@ def read_request(task: str, args: argparse.Namespace) -> "Request":
         raise UsageError(f"--seed {args.seed}: leave --seed out for a random one; the picture records it.")
     for name in ("image", "mask", "video", "base", "adapter"):
         check_no_url(name if name == "image" else f"--{name}", stated.get(name))
-    readers: dict[str, Callable[[str], object]] = {
-        "images": ImageRef.parse,
-        "regions": RegionRef.parse,
+    readers: dict[str, Callable[[Any], object]] = {
+        "images": lambda texts: ImagePrompt.parse(texts[0], also=texts[1:]),
+        "regions": TextRegion.parse,
         "controls": ControlRef.parse,
         "loras": LoraRef.parse,
         "embeddings": EmbeddingRef.parse,

@@ -13,7 +13,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-_NOT_FLAGS = ("task", "prompt", "image", "hashes")
+from imprompt.errors import UsageError
+
+_NOT_FLAGS = ("task", "prompt", "image", "hashes", "fingerprints")
 """Fields that are positional, or not for people."""
 _REPEATED = {
     "images": ("--image", "PATH[,OPTION=VALUE]…", "a picture to prompt with; repeatable (options below)"),
@@ -44,7 +46,13 @@ def add_request_flags(parser: argparse.ArgumentParser, model: type[BaseModel], t
             continue
         if name in _REPEATED:
             flag, metavar, about = _REPEATED[name]
-            parser.add_argument(flag, dest=name, action="append", metavar=metavar, help=about)
+            action: Any = _FirstPicture if name == "images" else "append"
+            parser.add_argument(flag, dest=name, action=action, metavar=metavar, help=about)
+            if name == "images":
+                about = "one more picture for the prompt of the --image before it; repeatable"
+                parser.add_argument(
+                    "--also", dest=name, action=_NextPicture, metavar="PATH[,weight=X][,at=N]", help=about
+                )
             continue
         parser.add_argument(
             "--" + name.replace("_", "-"),
@@ -52,6 +60,22 @@ def add_request_flags(parser: argparse.ArgumentParser, model: type[BaseModel], t
             metavar=_METAVARS.get(name) or _metavar(field),
             help=about[tasks.end() if tasks else 0 :].replace("%", "%%"),
         )
+
+
+class _FirstPicture(argparse.Action):
+    """``--image``: begin a prompt, a list of the texts that describe its pictures."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or ()), [values]])
+
+
+class _NextPicture(argparse.Action):
+    """``--also``: one more picture for the last prompt."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if not getattr(namespace, self.dest):
+            raise UsageError(f"--also '{values}': it adds to the --image before it; begin with --image.")
+        getattr(namespace, self.dest)[-1].append(values)
 
 
 def describe_options(flag: str, record: type[BaseModel], positional: tuple[str, ...]) -> str:

@@ -15,7 +15,6 @@ from PIL import Image
 
 from imprompt import output
 from imprompt.app.embedding import encoder_of
-from imprompt.encoders.features import is_saved
 from imprompt.encoders.images import load_image
 from imprompt.errors import InputError, UsageError
 from imprompt.evaluation.charts import grid, scatter
@@ -23,7 +22,8 @@ from imprompt.evaluation.front import EncoderMeasure, Fidelity, NormalizedScore,
 from imprompt.generation.engine import Engine, Result
 from imprompt.generation.families import find_base
 from imprompt.generation.sweep import read_axis, spread
-from imprompt.schema.request import ImageRef, Request
+from imprompt.schema.prompt import ImagePrompt, is_saved
+from imprompt.schema.request import Request
 
 AXES = ("scale=0.3,0.6,0.9,1.2", "profile=linear,style,ease-out", "end=1,0.6")
 """What is tried when nothing is said."""
@@ -58,7 +58,7 @@ def tune(
     """
     if not request.prompt or not request.images:
         raise UsageError("tune: weighs a text against a picture; give both.")
-    if saved := next((ref.path for ref in request.images if is_saved(ref.path)), None):
+    if saved := next(filter(is_saved, _shown(request)), None):
         raise UsageError(f"tune: compares drawings with the picture itself; '{saved}' holds only features.")
     if not 0 <= prefer <= 1:
         raise UsageError(f"prefer is {prefer}; from 0 (the text) to 1 (the picture) is expected.")
@@ -73,7 +73,9 @@ def tune(
     of_images = dict.fromkeys(("scale", "adapter", "image_guidance"))
     say(f"drawing {settings} settings and the two ends, with {seeds} seed{'s' * (seeds > 1)} each")
     text_alone = engine.run(shared.replace(images=(), **of_images)).images
-    bare = [ImageRef(path=ref.path, adapter=ref.adapter, framing=ref.framing) for ref in request.images]
+    bare = [
+        ImagePrompt(prompt.image, adapter=prompt.adapter, framing=prompt.framing) for prompt in request.images
+    ]
     alone = shared.replace(prompt="", scale=1.0, images=bare)
     picture_alone = engine.run(alone).images
     between = _between(request, text_alone, picture_alone)
@@ -94,7 +96,7 @@ def tune(
         f"{labels[i]} · text {found[i].text:.2f} · picture {found[i].picture:.2f}".replace(" · ", "\n")
         for i in few
     ]
-    shown = [load_image(Path(ref.path).expanduser()) for ref in request.images]
+    shown = [load_image(Path(name).expanduser()) for name in _shown(request)]
     pages = [
         [text_alone[s], *(drawn[i][s] for i in few), picture_alone[s], shown[s % len(shown)]]
         for s in range(seeds)
@@ -112,11 +114,16 @@ def tune(
     )
 
 
+def _shown(request: Request) -> list[str]:
+    """The pictures of all image prompts."""
+    return [name for prompt in request.images for name in prompt.pictures]
+
+
 def _between(
     request: Request, text_alone: Sequence[Image.Image], picture_alone: Sequence[Image.Image]
 ) -> NormalizedScore:
     """Fidelity by the adapter's own encoder, between what the text and what the picture draws alone."""
-    references = [load_image(Path(ref.path).expanduser()) for ref in request.images]
+    references = [load_image(Path(name).expanduser()) for name in _shown(request)]
     name = request.adapter or find_base(request.base).defaults.adapter
     encoder = encoder_of(None, request.base, name)
     return NormalizedScore.between(

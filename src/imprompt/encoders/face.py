@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -48,6 +48,7 @@ class Faces:
     """``1 P W``: the same of an all-zero preprocessed tensor."""
 
 
+@runtime_checkable
 class FaceEmbedder(Protocol):
     """A model that finds faces in an RGB picture and embeds them: :class:`OnnxFaces`, or the user's own."""
 

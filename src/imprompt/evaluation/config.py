@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from imprompt.errors import UsageError
-from imprompt.schema.request import findings
+from imprompt.schema.record import describe_errors
 
 
 class Contender(BaseModel):
@@ -35,7 +35,7 @@ class Contender(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UsageError(f"--adapter '{text}': {findings(cls, error)}") from error
+            raise UsageError(f"--adapter '{text}': {describe_errors(cls, error)}") from error
 
     @property
     def name(self) -> str:
@@ -94,7 +94,7 @@ class EvaluateConfig(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UsageError(f"evaluate: {findings(cls, error)}") from error
+            raise UsageError(f"evaluate: {describe_errors(cls, error)}") from error
 
     def named(self, default: str | None) -> list[tuple[str, Contender]]:
         """The contenders under names of their own; two of one name are told apart by folder, then number."""

@@ -1,21 +1,20 @@
-"""Request → pictures: what the command line, Python and (later) the server call.
+"""Requests → pictures: what the command line, Python and the server call.
 
-An :class:`Engine` fills in what a request leaves open, reads its pictures, shows them to the base through
-the adapter, and lets the ordinary diffusers pipeline draw. It keeps the last base and adapter, and features
-by picture content, so that the next request starts at once. Every picture is drawn alone with a generator of
-its own: number ``i`` is the first picture of seed ``seed + i``, whatever the count.
+An :class:`Engine` draws in four stages: it reads a request's inputs, loads its models, encodes its prompts,
+and lets the ordinary diffusers pipeline draw. It keeps the last models and features, so that the next request
+starts at once. Picture ``i`` of a request is the first picture of seed ``seed + i``, whatever the count.
 """
 
-import hashlib
 import platform
 import secrets
+import threading
 import time
 import warnings
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,43 +23,25 @@ import torch
 from PIL import Image
 
 from imprompt.adapter.ipadapter import IPAdapter
-from imprompt.adapter.prompt import EncodedFaces, EncodedPictures, ImagePrompt
 from imprompt.adapter.recorder import Attribution
-from imprompt.adapter.regions import TextRegion, TextRegions
+from imprompt.adapter.regions import TextRegions
 from imprompt.encoders import face as faces
-from imprompt.encoders.features import is_saved, joined, shown_name
-from imprompt.encoders.framing import encode, noisy
-from imprompt.encoders.images import content_hash, frame_count, load_image, load_mask
-from imprompt.errors import InputError, ModelError, UsageError, first_line
+from imprompt.encoders.features import shown_name
+from imprompt.errors import ModelError, UsageError
 from imprompt.generation import video
-from imprompt.generation.annotate import annotate_frames
-from imprompt.generation.control import (
-    Control,
-    Map,
-    check_fits,
-    control_call,
-    controlled,
-    find_controls,
-    load_net,
-    named_controls,
-)
-from imprompt.generation.extras import add_embeddings, add_loras
-from imprompt.generation.families import (
-    Base,
-    find_adapter,
-    find_base,
-    for_task,
-    load,
-    load_adapter,
-    scheduler_for,
-)
+from imprompt.generation.control import Control, Map, control_call, find_controls, named_controls
+from imprompt.generation.families import Base, find_adapter, find_base, scheduler_for
+from imprompt.generation.idle import idle_notes
+from imprompt.generation.inputs import Inputs, read_inputs
+from imprompt.generation.loading import LOADING, Loaded, Models
 from imprompt.generation.steps import OnStep, Step, reported
-from imprompt.schema import options
-from imprompt.schema.request import ImageRef, Request, randomness
+from imprompt.io import fingerprint, seed_for
+from imprompt.schema.prompt import ImagePrompt
+from imprompt.schema.request import Request
 
-_KEPT_FEATURES = 64  # pictures whose features are remembered
-_LOST = 0.15  # share of a picture that may be cropped away unsaid
-_ASPECT = 0.02  # how far a mask's proportions may be from its picture's
+_BATCH_PIXELS = 32 * 128 * 128
+"""Pixels drawn at once on the CPU; a GPU draws sixteen times as many."""
+_BATCHED = ("generate", "edit", "inpaint")
 
 
 @dataclass(frozen=True)
@@ -69,11 +50,11 @@ class Result:
 
     images: list[Image.Image]
     request: Request
-    """With everything filled in: seed, defaults, hashes of the pictures that were read."""
+    """With everything filled in: seed, defaults, hashes of pictures and fingerprints of models."""
     provenance: dict[str, str]
     """Versions, device, number format, fingerprints of base and adapter."""
     timings: dict[str, float]
-    """Seconds: load, encode, draw."""
+    """Seconds: load, encode, draw. Requests drawn as one batch share them."""
     notes: tuple[str, ...] = ()
     """What the user should know, such as that a picture was cropped."""
     attributions: tuple[Attribution, ...] = ()
@@ -82,47 +63,49 @@ class Result:
     """What each of the request's controls followed, of the drawn size; one a frame where it moved."""
 
 
-@dataclass
-class _Shown:
-    """The pictures of one request, decoded."""
+@dataclass(frozen=True)
+class _Job:
+    """A complete request, and what was read and found for it."""
 
-    prompts: dict[str, Image.Image] = field(default_factory=dict)
-    masks: dict[str, Image.Image] = field(default_factory=dict)
-    controls: dict[str, list[Image.Image]] = field(default_factory=dict)
-    """One picture, or as many as the clip has frames."""
-    start: Image.Image | None = None
-    region: Image.Image | None = None
-    """Where to inpaint; white is drawn anew."""
-    films: dict[str, list[Image.Image]] = field(default_factory=dict)
-    """What has frames: pictures and masks per frame."""
-    film: list[Image.Image] | None = None
-    """The video to start from, and its frames a second."""
-    fps: float | None = None
-    still: list[str] = field(default_factory=list)
-    """Animated pictures of which the first frame was taken."""
+    base: Base
+    controls: tuple[Control, ...]
+    motion: video.Motion | None
+    inputs: Inputs
 
-    def mask(self, name: str) -> Image.Image | list[Image.Image]:
-        """The mask of that name, or its frames."""
-        return self.films[name] if name in self.films else self.masks[name]
+    @property
+    def request(self) -> Request:
+        return self.inputs.request
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters of its prompts, in order of first use."""
+        return list(dict.fromkeys(str(prompt.adapter) for prompt in self.inputs.prompts))
+
+    def prompts_for(self, adapter: str) -> list[ImagePrompt]:
+        """The prompts that an adapter reads."""
+        mine = (prompt for prompt in self.inputs.prompts if prompt.adapter == adapter)
+        return [prompt.replace(adapter=None) for prompt in mine]
 
 
 class Engine:
-    """Draws requests one after the other; keeps one base and one adapter loaded.
+    """Draws requests one after the other; keeps one base and the last adapters loaded.
 
-    Not for several threads at once. :meth:`release` gives the memory back.
+    Several threads may share an engine: they wait for each other. :meth:`release` gives the memory back.
     """
 
-    def __init__(self, *, quiet: bool = True) -> None:
+    def __init__(self, *, quiet: bool = True, exact: bool = True, at_once: int | None = None) -> None:
+        if at_once is not None and at_once < 1:
+            raise UsageError(f"at_once is {at_once}; at least one picture is drawn at once.")
         self.quiet = quiet
         """Whether no progress bar is shown."""
-        self._pipes: dict[str, Any] = {}
-        self._nets: dict[str, Any] = {}
-        self._loaded: tuple[str, ...] | None = None
-        self._adapters: dict[str, IPAdapter] = {}
-        self._moving: tuple[str, Any] | None = None
-        """The last motion adapter's name and its pipeline."""
-        self._face_model: str | None = None
-        self._features: OrderedDict[tuple[str, ...], EncodedPictures | EncodedFaces] = OrderedDict()
+        self.exact = exact
+        """Whether :meth:`run` draws the pictures of one request one by one, each bit for bit as alone. Else
+        they are drawn as batches, which is faster and within 1e-4 (of the range of a pixel) of that."""
+        self.at_once = at_once
+        """The most pictures of a batch; ``None``: as many as their size lets expect memory for."""
+        self._models = Models()
+        self._lock = threading.Lock()
+        self._thread: int | None = None
 
     def run(
         self,
@@ -132,24 +115,19 @@ class Engine:
         explain: bool = False,
         on_step: OnStep | None = None,
     ) -> Result:
-        """Draw a request. Names in it are looked up in ``pictures`` first, then as files. With ``explain`` it
-        is measured where each image prompt acts (:attr:`Result.attributions`), which draws the same and takes
-        longer. ``on_step`` is called after each denoising step; what it raises ends the drawing.
+        """Draw a request. Names in it are looked up in ``pictures`` first, then as files.
 
-        Raises :class:`InputError` for pictures that cannot be used, :class:`UsageError` and
+        With ``explain`` it is measured where each image prompt acts (:attr:`Result.attributions`), which
+        draws the same and takes longer. ``on_step`` is called after each denoising step; what it raises ends
+        the run. Raises :class:`InputError` for pictures that cannot be used, :class:`UsageError` and
         :class:`ModelError` for what does not fit together, and :class:`ModelError` when a picture comes out
-        as NaN or empty, or memory does not suffice; nothing stays attached to the base then.
+        as NaN or empty, or memory does not suffice. Nothing stays attached to the base then.
         """
-        try:
-            return self._run(request, pictures or {}, explain, on_step)
-        except (MemoryError, RuntimeError) as error:
-            if not _of_memory(error):
-                raise
-            self.release()
-            raise ModelError(
-                f"memory does not suffice to draw with base '{request.base}': try a smaller --size, and on a "
-                "GPU --dtype float16 or --offload model."
-            ) from error
+        if explain:
+            _check_explainable(request)
+        with self._exclusive(request.base):
+            job = self._read(request, pictures or {})
+            return self._draw_jobs([job], explain, on_step, together=1 if self.exact or explain else None)[0]
 
     def run_batch(
         self,
@@ -158,372 +136,117 @@ class Engine:
         pictures: Mapping[str, Image.Image] | None = None,
         on_step: OnStep | None = None,
     ) -> list[Result]:
-        """Draw several requests; each result is that of :meth:`run`. In ``on_step`` pictures are counted over
-        all requests.
+        """Draw several requests. Those that agree in all but prompts, image prompts and seed are drawn as one
+        batch, each picture within 1e-4 (of the range of a pixel) of what :meth:`run` draws.
 
+        In ``on_step`` pictures are counted over all requests; :attr:`Step.picture` is the batch's first.
         Raises as :meth:`run`, and then returns none of the results.
         """
-        total, before, results = sum(request.count for request in requests), 0, []
-        for request in requests:
-            told = None if on_step is None else _counted_on(on_step, before, total)
-            results.append(self.run(request, pictures=pictures, on_step=told))
-            before += request.count
+        results: list[Result] = []
+        total, before = sum(request.count for request in requests), 0
+        with self._exclusive(requests[0].base if requests else ""):
+            jobs = [self._read(request, pictures or {}) for request in requests]
+            for group in _batches(jobs):
+                told = None if on_step is None else _counted_on(on_step, before, total)
+                results += self._draw_jobs(group, False, told, together=None)
+                before += sum(job.request.count for job in group)
         return results
 
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Where the base comes from that is kept loaded, and the names of the adapters."""
+        return self._models.names
+
     def release(self) -> None:
-        """Forget the base, the adapter and all features."""
-        self._pipes, self._nets, self._loaded, self._adapters = {}, {}, None, {}
-        self._moving = None
-        self._features.clear()
+        """Forget the models and all features."""
+        self._models.release()
 
-    # ---- private
+    # ---- the four stages
 
-    def _run(
-        self, request: Request, pictures: Mapping[str, Image.Image], explain: bool, on_step: OnStep | None
-    ) -> Result:
-        clock = [time.perf_counter()]
-        if explain and not request.images:
-            raise UsageError("explain: there is no image prompt to explain; give one in `images`.")
-        if explain and request.task == "animate":
-            raise UsageError("explain: it is for stills; draw one with generate.")
+    @contextmanager
+    def _exclusive(self, base: str) -> Iterator[None]:
+        """One run at a time; memory that does not suffice is given back and said."""
+        if self._thread == threading.get_ident():
+            raise UsageError("this engine is drawing: on_step cannot draw with it; use another engine.")
+        with self._lock:
+            self._thread = threading.get_ident()
+            try:
+                yield
+            except (MemoryError, RuntimeError) as error:
+                if not _is_of_memory(error):
+                    raise
+                self.release()
+                raise ModelError(
+                    f"memory does not suffice to draw with base '{base}': try a smaller --size, and on a GPU "
+                    "--dtype float16 or --offload model."
+                ) from error
+            finally:
+                self._thread = None
+
+    def _read(self, request: Request, pictures: Mapping[str, Image.Image]) -> _Job:
+        """Fill in what the request leaves open, find its models by name, and read its pictures."""
         base = find_base(request.base)
         request = complete(request, base)
         controls = find_controls(request, base)
-        shown, hashes = _read(request, pictures)
-        request = request.replace(hashes=hashes)
-        if shown.film is not None:
-            shown.film, fps = video.fitted(shown.film, shown.fps, request)
-            request = request.replace(frames=len(shown.film), fps=fps)
-            if request.video in shown.controls:  # followed where it is redrawn
-                shown.controls[request.video] = shown.film
-        video.check_counts(request, shown.films, shown.controls)
-        device = _device(request)
-        dtype = _dtype(request, device)
-        size, notes = _size(request, base, shown)
-        notes += _cropped(request, shown)
-        request = request.replace(size=size)
-        maps = tuple(_map(ref.kind, shown.controls[ref.path], size) for ref in request.controls)
-        extras = (request.quantize, repr(request.loras), repr(request.embeddings))
-        self._keep_only((base.source, str(device), str(dtype), request.offload, *extras))
-        # The adapter first: it is small, and what is wrong with it is said before gigabytes are read.
-        adapters = self._load_adapters(request)
-        pipe = self._pipe(base, request, device, dtype)
-        if controls:
-            pipe = self._controlled(pipe, base, controls, request, device, dtype)
-        if request.task == "animate":
-            request = request.replace(context=video.window(pipe, request))
+        motion = video.find_motion(request.motion, base) if request.task == "animate" else None
+        return _Job(base, controls, motion, read_inputs(request, pictures, base.defaults.size))
+
+    def _draw_jobs(
+        self, jobs: Sequence[_Job], explain: bool, on_step: OnStep | None, together: int | None
+    ) -> list[Result]:
+        """Load, encode and draw jobs that may be one batch, ``together`` pictures at a time."""
+        clock = [time.perf_counter()]
+        first = jobs[0]
+        names = list(dict.fromkeys(name for job in jobs for name in job.adapters))
+        loaded = self._models.load(first.request, first.base, first.controls, first.motion, names)
+        prints = [_fingerprints(job, loaded.adapters) for job in jobs]
+        if first.motion is not None:
+            context = video.window(loaded.pipe, first.request)
+            jobs = [_changed(job, context=context) for job in jobs]
+        jobs = [_changed(job, fingerprints=found) for job, found in zip(jobs, prints, strict=True)]
         clock.append(time.perf_counter())
-        own = pipe.scheduler
-        attributions: list[Attribution] = []
-        texts = TextRegions()
-        try:
-            for name, adapter in adapters.items():
-                adapter.attach(pipe)
-                adapter.set_guidance(request.image_guidance)
-                self._show(adapter, request, shown, name)
-                if shown.prompts and (reader := adapter.face_embedder) is not None:
-                    note = faces.licence_note(reader.space)
-                    notes += [note] if note else []
-            if request.regions:
-                texts.attach(pipe).set(
-                    [TextRegion(ref.text, shown.mask(ref.mask), ref.feather) for ref in request.regions]
-                )
-            provenance = self._provenance(base, adapters, bool(shown.prompts), device, dtype)
-            if request.task == "animate":
-                motion = video.find_motion(request.motion, base)
-                provenance["motion"] = f"{motion.name} {motion.fingerprint}"
-            if controls:
-                provenance["controls"] = ", ".join(f"{net.name} {net.fingerprint}" for net in controls)
+        with _attached(loaded, jobs) as prompted:
+            shots = [(job, index) for job in jobs for index in range(job.request.count)]
+            size = together or min(_together(jobs, loaded), self.at_once or len(shots))
+            prompted([job for job, _ in shots[:size]])
             clock.append(time.perf_counter())
-            call = _call(request, size, shown)
-            if controls:
-                call |= control_call(controls, maps, request)
-            images: list[Image.Image] = []
-            for index in range(request.count):
-                pipe.scheduler = scheduler_for(pipe, request.scheduler)
-                with reported(pipe, on_step, index, request.count):
-                    if explain:
-                        with next(iter(adapters.values())).recording() as recorder:
-                            images.append(self._draw(pipe, call, request, index))
-                        attributions.append(recorder.result())
-                    elif request.task == "animate":
-                        images += self._draw_clip(pipe, call, request, shown, index)
-                    else:
-                        images.append(self._draw(pipe, call, request, index))
-        finally:
-            pipe.scheduler = own
-            pipe.maybe_free_model_hooks()  # a drawing that was ended leaves offloaded parts on the device
-            for adapter in adapters.values():
-                adapter.clear_prompt()
-                adapter.set_guidance(None)
-                adapter.detach()
-            texts.detach()
-        if request.task == "inpaint":
-            assert shown.start is not None
-            assert shown.region is not None
-            kept = _fitted(shown.start, size)
-            region = _fitted(shown.region, size)
-            images = [Image.composite(image, kept, region) for image in images]
+            notes = [_notes(job, loaded) for job in jobs]
+            images: list[list[Image.Image]] = []
+            attributions: list[Attribution] = []
+            for start in range(0, len(shots), size):
+                some = shots[start : start + size]
+                prompted([job for job, _ in some])
+                with ExitStack() as watch:
+                    watch.enter_context(_fresh_scheduler(loaded.pipe, first.request.scheduler))
+                    watch.enter_context(reported(loaded.pipe, on_step, start, len(shots)))
+                    recorder = (
+                        watch.enter_context(next(iter(loaded.adapters.values())).recording())
+                        if explain
+                        else None
+                    )
+                    label = "drawing" if len(shots) == 1 else f"drawing {start + 1} of {len(shots)}"
+                    loaded.pipe.set_progress_bar_config(
+                        disable=self.quiet, desc=label, leave=False, unit="step"
+                    )
+                    images += _draw(loaded.pipe, some)
+                attributions += [] if recorder is None else [recorder.result()]
+            provenance = [_provenance(job, loaded) for job in jobs]
         clock.append(time.perf_counter())
         spans = [round(after - before, 3) for before, after in pairwise(clock)]
-        return Result(
-            images,
-            request,
-            provenance,
-            dict(zip(("load", "encode", "draw"), spans, strict=True)),
-            tuple(notes),
-            tuple(attributions),
-            maps,
-        )
-
-    def _keep_only(self, key: tuple[str, ...]) -> None:
-        """Release what belongs to another base, place, number format or set of LoRAs."""
-        if self._loaded != key:
-            self.release()
-            self._loaded = key
-
-    def _pipe(self, base: Base, request: Request, device: torch.device, dtype: torch.dtype) -> Any:
-        """The pipeline of the request's task on its device; other tasks of the same base share weights."""
-        if request.task == "animate":
-            return self._moving_pipe(base, request, device, dtype)
-        if request.task not in self._pipes:
-            if self._pipes:
-                pipe = for_task(next(iter(self._pipes.values())), base, request.task)
-            else:
-                pipe = load(base, request.task, dtype, request.quantize)
-                add_loras(pipe, request.loras)
-                add_embeddings(pipe, request.embeddings)
-            self._pipes[request.task] = _placed(pipe, request.offload, device)
-        return self._pipes[request.task]
-
-    def _controlled(
-        self, pipe: Any, base: Base, controls: Sequence[Control], request: Request, device: torch.device,
-        dtype: torch.dtype,
-    ) -> Any:  # fmt: skip
-        """The pipeline of the request's task with its controls; of the last ones the weights are kept."""
-        for control in controls:
-            check_fits(control, pipe.unet.config, base)
-        sources = [control.source for control in controls]
-        key = " ".join([request.task, *sources])
-        if key not in self._pipes:
-            self._pipes = {name: pipe for name, pipe in self._pipes.items() if " " not in name}
-            self._nets = {source: net for source, net in self._nets.items() if source in sources}
-            for control in controls:
-                if control.source not in self._nets:
-                    self._nets[control.source] = load_net(control, dtype)
-            made = _placed(controlled(pipe, request.task, controls, self._nets), request.offload, device)
-            if request.task == "animate":  # a shell around the moving UNet, which `_moving` keeps
-                return made
-            self._pipes[key] = made
-        return self._pipes[key]
-
-    def _moving_pipe(self, base: Base, request: Request, device: torch.device, dtype: torch.dtype) -> Any:
-        motion = video.find_motion(request.motion, base)
-        if self._moving is None or self._moving[0] != motion.name:
-            self._moving = None
-            if self._pipes:
-                still = for_task(next(iter(self._pipes.values())), base, "generate")
-            else:
-                still = load(base, "generate", dtype)
-            pipe = _placed(video.moving(still, motion, base, dtype), request.offload, device)
-            self._moving = (motion.name, pipe)
-        pipe = self._moving[1]
-        return (
-            pipe if request.video is None else _placed(video.from_video(pipe, base), request.offload, device)
-        )
-
-    def _load_adapters(self, request: Request) -> dict[str, IPAdapter]:
-        """The adapters of all images by name, in order of first use."""
-        names = dict.fromkeys(_adapter_of(ref, request) for ref in request.images)
-        self._adapters = {name: adapter for name, adapter in self._adapters.items() if name in names}
-        if request.face_model != self._face_model:
-            self._adapters = {name: each for name, each in self._adapters.items() if not _reads_faces(each)}
-            self._face_model = request.face_model
-        for name in names:
-            if name not in self._adapters:
-                self._adapters[name] = _with_faces(load_adapter(name), request.face_model)
-        if request.face_model is not None and not any(map(_reads_faces, self._adapters.values())):
-            raise UsageError("face_model: has no effect on adapters that read whole pictures; leave it out.")
-        return {name: self._adapters[name] for name in names}
-
-    def _show(self, adapter: IPAdapter, request: Request, shown: _Shown, name: str) -> None:
-        prompts = []
-        for group in request.groups:
-            first = group[0]
-            if _adapter_of(first, request) != name:
-                continue
-            features, weights = self._encode(adapter, group, shown)
-            prompts.append(
-                ImagePrompt(
-                    features=features,
-                    combine=first.combine,
-                    weights=weights,
-                    curve=first.curve,
-                    scaling=first.scaling,
-                    select=first.select,
-                    face=first.face,
-                    s_scale=first.s_scale,
-                    scale=request.scale if first.scale is None else first.scale,  # type: ignore[arg-type]
-                    profile=first.profile,
-                    start=first.start,
-                    end=first.end,
-                    mask=None if first.mask is None else shown.mask(first.mask),
-                    at=self._places(group, request),
-                    frame_curve=first.frame_curve,
-                    feather=first.feather,
-                    text=first.text,
-                    negative=self._negative(adapter, first, shown),
-                )
+        timings = dict(zip(("load", "encode", "draw"), spans, strict=True))
+        drawn = iter(images)
+        return [
+            Result(
+                [image for _ in range(job.request.count) for image in next(drawn)],
+                job.request,
+                made_with,
+                timings,
+                tuple(said),
+                tuple(attributions),
+                job.inputs.maps,
             )
-        adapter.set_prompt(prompts)
-
-    @staticmethod
-    def _places(group: Sequence[ImageRef], request: Request) -> Sequence[int] | None:
-        """The frames of one prompt's pictures."""
-        if group[0].at == "each":
-            assert request.frames is not None
-            return range(request.frames)
-        at = [ref.at for ref in group if isinstance(ref.at, int)]
-        return at or None
-
-    def _encode(
-        self, adapter: IPAdapter, group: Sequence[ImageRef], shown: _Shown
-    ) -> tuple[EncodedPictures | EncodedFaces, list[float] | None]:
-        """The features of one prompt's pictures; of those that are saved, without an encoder. And each
-        picture's weight: a file of several counts as so many."""
-        if group[0].at == "each":
-            return self._encode_pictures(adapter, shown.films[group[0].path], group[0]), None
-        parts: list[Any] = []
-        weights: list[float] = []
-        for decoded, some in groupby(group, key=lambda ref: ref.path in shown.prompts):
-            refs = list(some)
-            if decoded:
-                images = [shown.prompts[ref.path] for ref in refs]
-                parts.append(self._encode_pictures(adapter, images, group[0]))
-                weights += [ref.weight for ref in refs]
-                continue
-            for ref in refs:
-                saved = adapter.load_features(Path(ref.path).expanduser())
-                parts.append(saved)
-                held = saved.embedding if isinstance(saved, EncodedFaces) else saved.pooled
-                weights += [ref.weight] * len(held)
-        if len(parts) == 1:
-            return parts[0], weights
-        return faces.joined(parts) if isinstance(parts[0], EncodedFaces) else joined(parts), weights
-
-    def _negative(
-        self, adapter: IPAdapter, ref: ImageRef, shown: _Shown
-    ) -> torch.Tensor | EncodedFaces | None:
-        """Features of what the unconditional half sees, where the request says so."""
-        if ref.noise is not None:
-            kind, strength = options.read_noise(ref.noise)
-            # One noise whatever the seed: pictures are prompts, and prompts are the same for every seed.
-            spoiled = noisy(shown.prompts[ref.path], kind, strength)
-            found = self._encode_pictures(adapter, [spoiled], ref)
-        elif ref.negative is not None:
-            found, _ = self._encode(adapter, [ref.replace(path=ref.negative)], shown)
-        else:
-            return None
-        if isinstance(found, EncodedFaces):
-            return found
-        return found.hidden if adapter.projection.feature == "hidden" else found.pooled
-
-    def _encode_pictures(
-        self, adapter: IPAdapter, images: list[Image.Image], first: ImageRef
-    ) -> EncodedPictures | EncodedFaces:
-        if _reads_faces(adapter):
-            key = (adapter.checkpoint.name, str(self._face_model), first.face, *map(content_hash, images))
-            if key not in self._features:
-                self._features[key] = adapter.encode(images, first.framing, face=first.face)
-            return self._kept(key)
-        encoder = adapter.image_encoder
-        if encoder is None:
-            place = adapter.published_encoder
-            fetch = (
-                "" if place is None else f", or: hf download {place.source} --include '{place.subfolder}/*'"
-            )
-            raise ModelError(
-                f"adapter '{adapter.checkpoint.name}' has no image encoder: none that fits lies next to it, "
-                "comes with the base, or is in the hub's cache. Put an image_encoder folder beside the "
-                f"adapter's file{fetch}."
-            )
-        key = (encoder.name, first.framing, f"{first.sharpen}", *(content_hash(image) for image in images))
-        if key not in self._features:
-            self._features[key] = encode(encoder, images, first.framing, sharpen=first.sharpen)  # type: ignore[arg-type]
-        return self._kept(key)
-
-    def _kept(self, key: tuple[str, ...]) -> EncodedPictures | EncodedFaces:
-        """Remembered features, as the latest used; the oldest are forgotten."""
-        self._features.move_to_end(key)
-        while len(self._features) > _KEPT_FEATURES:
-            self._features.popitem(last=False)
-        return self._features[key]
-
-    def _draw(self, pipe: Any, call: dict[str, Any], request: Request, index: int) -> Image.Image:
-        assert request.seed is not None
-        generator = torch.Generator().manual_seed(randomness(request.seed, index, "noise"))
-        label = "drawing" if request.count == 1 else f"drawing {index + 1} of {request.count}"
-        pipe.set_progress_bar_config(disable=self.quiet, desc=label, leave=False, unit="step")
-        with warnings.catch_warnings(), torch.inference_mode():
-            warnings.filterwarnings("ignore", message=".*invalid value encountered in cast.*")
-            pixels = pipe(**call, generator=generator, output_type="np").images[0]
-        return _checked(pixels)
-
-    def _draw_clip(
-        self, pipe: Any, call: dict[str, Any], request: Request, shown: _Shown, index: int
-    ) -> list[Image.Image]:
-        assert request.seed is not None
-        assert request.size is not None
-        generator = torch.Generator().manual_seed(randomness(request.seed, index, "noise"))
-        label = "drawing" if request.count == 1 else f"drawing {index + 1} of {request.count}"
-        pipe.set_progress_bar_config(disable=self.quiet, desc=label, leave=False, unit="step")
-        film = None if shown.film is None else [_fitted(frame, request.size) for frame in shown.film]
-        return [_checked(frame) for frame in video.draw(pipe, call, request, film, generator)]
-
-    def _provenance(
-        self,
-        base: Base,
-        adapters: Mapping[str, IPAdapter],
-        encoded: bool,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> dict[str, str]:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        said = {part: version(part) for part in ("imprompt", "torch", "diffusers", "transformers")}
-        said |= {"device": f"{device} ({name})", "dtype": str(dtype).removeprefix("torch.")}
-        said["base"] = f"{base.name} {base.fingerprint}"
-        if adapters:
-            said["adapter"] = ", ".join(adapter.checkpoint.name for adapter in adapters.values())
-            # Asking for the encoder loads it, which saved features are there to avoid.
-            towers = [adapter.image_encoder for adapter in adapters.values()] if encoded else []
-            names = dict.fromkeys(shown_name(getattr(tower, "name", "none")) for tower in towers)
-            said["encoder"] = ", ".join(names) or "none"
-        return said
-
-
-def _counted_on(on_step: OnStep, before: int, total: int) -> OnStep:
-    """``on_step`` for a part of several drawings, of which ``before`` pictures are drawn already."""
-
-    def told(step: Step) -> None:
-        on_step(replace(step, picture=before + step.picture, pictures=total))
-
-    return told
-
-
-def _reads_faces(adapter: IPAdapter) -> bool:
-    return adapter.projection.variant.embedding is not None
-
-
-def _with_faces(adapter: IPAdapter, face_model: str | None) -> IPAdapter:
-    """The adapter with the face model it reads photos with: the named one, or its own where that is here."""
-    if _reads_faces(adapter):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="the face models")  # said in the result's notes
-            if face_model is not None:
-                adapter.face_embedder = face_model
-            else:
-                _ = adapter.face_embedder  # looks where InsightFace keeps them; saved faces need none
-    return adapter
+            for job, made_with, said in zip(jobs, provenance, notes, strict=True)
+        ]
 
 
 def generate(request: Request, *, pictures: Mapping[str, Image.Image] | None = None) -> Result:
@@ -535,11 +258,11 @@ def generate(request: Request, *, pictures: Mapping[str, Image.Image] | None = N
 def complete(request: Request, base: Base) -> Request:
     """The request with everything that it leaves open filled in from the base. Raises
     :class:`UsageError`."""
-    likes = base.defaults
+    defaults = base.defaults
     changes: dict[str, object] = {
-        "steps": likes.steps if request.steps is None else request.steps,
-        "guidance": likes.guidance if request.guidance is None else request.guidance,
-        "scheduler": likes.scheduler if request.scheduler is None else request.scheduler,
+        "steps": defaults.steps if request.steps is None else request.steps,
+        "guidance": defaults.guidance if request.guidance is None else request.guidance,
+        "scheduler": defaults.scheduler if request.scheduler is None else request.scheduler,
         "seed": secrets.randbelow(2**32) if request.seed is None else request.seed,
     }
     if request.task == "animate":
@@ -548,209 +271,215 @@ def complete(request: Request, base: Base) -> Request:
         changes["strength"] = 0.6 if request.task == "edit" else 1.0
     if request.controls:
         changes["controls"] = named_controls(request.controls, base)
-    if request.images:
-        if not all(ref.adapter for ref in request.images):
-            changes["adapter"] = find_adapter(request.adapter, base)
-        changes["images"] = tuple(
-            ref if ref.adapter is None else ref.replace(adapter=find_adapter(ref.adapter, base))
-            for ref in request.images
-        )
-        if request.scale is None:
-            changes["scale"] = 0.6 if request.prompt else 1.0
-    filled = request.replace(**changes)
-    if filled.strength is not None and int(filled.steps * filled.strength) < 1:  # type: ignore[operator]
+    filled = request.replace(**changes, **_completed_prompts(request, base))
+    if filled.strength is not None and int((filled.steps or 0) * filled.strength) < 1:
         raise UsageError(
             f"strength: {filled.strength:g} of {filled.steps} steps is less than one; nothing would be drawn."
         )
     return filled
 
 
-def _adapter_of(ref: ImageRef, request: Request) -> str:
-    name = ref.adapter or request.adapter
-    assert name is not None  # complete() found one
-    return name
-
-
-# ---- pictures in
-
-
-def _read(request: Request, pictures: Mapping[str, Image.Image]) -> tuple[_Shown, dict[str, str]]:
-    """All pictures decoded, and the hashes of those that are files."""
-    shown, hashes = _Shown(), {}
-    moving = {request.video, *(ref.path for ref in request.images if ref.at == "each")}
-    if request.task == "animate":
-        moving |= {*request.masks, *(ref.path for ref in request.controls if ref.at is None)}
-    for name in request.files:
-        if name in pictures:
-            continue
-        path = Path(name).expanduser()
-        if not path.is_file() and not (name in moving and path.is_dir()):
-            wrong = (
-                f"'{name}' is a folder; a picture is expected."
-                if path.is_dir()
-                else f"there is no file '{name}'."
-            )
-            raise InputError(f"{_field(request, name)}: {wrong}")
-        hashes[name] = _hash(path)
-        if request.hashes.get(name, hashes[name]) != hashes[name]:
-            raise InputError(
-                f"'{name}' is not the picture that the request was made with (its sha256 differs); give the "
-                "right one, or ask anew without the recorded hashes."
-            )
-
-    def source(name: str) -> Image.Image | Path:
-        return pictures[name] if name in pictures else Path(name).expanduser()
-
-    refs: tuple[ImageRef, ...] = request.images
-    names = [name for ref in refs for name in (ref.path, ref.negative) if name is not None]
-    shown.prompts = {
-        name: load_image(source(name))
-        for name in names
-        if name not in moving and (name in pictures or not is_saved(name))
+def _completed_prompts(request: Request, base: Base) -> dict[str, object]:
+    """The adapters' names, and the strength of image prompts that leave it open."""
+    if not request.images:
+        return {}
+    changes: dict[str, object] = {
+        "images": tuple(
+            prompt if prompt.adapter is None else prompt.replace(adapter=find_adapter(prompt.adapter, base))
+            for prompt in request.images
+        )
     }
-    shown.still = [n for n in request.files if n not in moving and frame_count(source(n)) > 1]
-    for name in dict.fromkeys(ref.path for ref in refs if ref.at == "each"):
-        shown.films[name], _ = video.read_film(source(name), name)
-    if request.video is not None:
-        shown.film, shown.fps = video.read_film(source(request.video), request.video)
-    for name in request.masks:
-        if request.task == "animate" and (Path(name).is_dir() or frame_count(source(name)) > 1):
-            frames, _ = video.read_film(source(name), name)
-            shown.films[name] = [frame.convert("L") for frame in frames]
-            continue
-        shown.masks[name] = load_mask(source(name))
-        if shown.masks[name].getextrema()[1] == 0:
-            field_name = _field(request, name)
-            raise InputError(f"{field_name}: mask '{name}' is black everywhere: it would act nowhere.")
-    for name in dict.fromkeys(ref.path for ref in request.controls):
-        film = name in moving and video.moves(source(name))
-        shown.controls[name] = video.read_film(source(name), name)[0] if film else [load_image(source(name))]
-    if request.image is not None:
-        shown.start = load_image(source(request.image))
-    if request.mask is not None:
-        assert shown.start is not None
-        shown.region = load_mask(source(request.mask))
-        _check_region(shown.region, shown.start, request)
-    return shown, hashes
+    if not all(prompt.adapter for prompt in request.images):
+        changes["adapter"] = find_adapter(request.adapter, base)
+    if request.scale is None and any(prompt.scale is None for prompt in request.images):
+        changes["scale"] = 0.6 if request.prompt else 1.0
+    return changes
 
 
-def _field(request: Request, name: str) -> str:
-    """Which field of the request names that file, such as ``images.0.mask``."""
-
-    def places(value: object, here: str) -> Iterator[str]:
-        if isinstance(value, dict | list | tuple):
-            pairs = value.items() if isinstance(value, dict) else enumerate(value)
-            for key, inner in pairs:
-                yield from places(inner, f"{here}.{key}" if here else f"{key}")
-        elif value == name:
-            yield here
-
-    return next(places(request.model_dump(), ""), "pictures")
+def _check_explainable(request: Request) -> None:
+    if not request.images:
+        raise UsageError("explain: there is no image prompt to explain; give one in `images`.")
+    if request.task == "animate":
+        raise UsageError("explain: it is for stills; draw one with generate.")
 
 
-def _hash(path: Path) -> str:
-    """sha256 of a file, or of the files of a folder in the order of their names."""
-    digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(inside for inside in path.iterdir() if inside.is_file()):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+def _changed(job: _Job, **fields: object) -> _Job:
+    return replace(job, inputs=replace(job.inputs, request=job.request.replace(**fields)))
 
 
-def _check_region(region: Image.Image, start: Image.Image, request: Request) -> None:
-    if abs(region.width * start.height / (region.height * start.width) - 1) > _ASPECT:
-        raise InputError(
-            f"mask '{request.mask}' is {region.width}×{region.height}, picture '{request.image}' "
-            f"{start.width}×{start.height}: they must have the same proportions."
+# ---- batches
+
+
+def _batches(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
+    """Neighbours that can be drawn as one batch."""
+    group: list[_Job] = []
+    for job in jobs:
+        if group and _agreement(job) != _agreement(group[0]):
+            yield group
+            group = []
+        group.append(job)
+    if group:
+        yield group
+
+
+def _agreement(job: _Job) -> object:
+    """Equal for jobs that can be drawn as one batch; jobs that cannot are equal to none."""
+    request = job.request
+    if request.task not in _BATCHED or request.controls:
+        return object()
+    own = dict.fromkeys(("images", "regions", "hashes", "fingerprints", "scale", "adapter", "negative"))
+    start = [request.hashes.get(str(name)) for name in (request.image, request.mask)]
+    shared = request.model_dump(exclude={*own, "prompt", "seed", "count"})
+    return shared, start, bool(request.images), job.adapters
+
+
+def _together(jobs: Sequence[_Job], loaded: Loaded) -> int:
+    """How many pictures are drawn at once."""
+    request = jobs[0].request
+    assert request.size is not None
+    if request.task not in _BATCHED or request.controls:
+        return 1
+    if any(adapter.lora is not None for adapter in loaded.adapters.values()):
+        return 1  # a face's LoRA acts on whole rows of the batch
+    pixels = _BATCH_PIXELS * (1 if loaded.device.type == "cpu" else 16)
+    return max(1, pixels // (request.size[0] * request.size[1]))
+
+
+def _counted_on(on_step: OnStep, before: int, total: int) -> OnStep:
+    """``on_step`` for a part of several drawings, of which ``before`` pictures are drawn already."""
+
+    def told(step: Step) -> None:
+        on_step(replace(step, picture=before + step.picture, pictures=total))
+
+    return told
+
+
+# ---- encoding
+
+
+@contextmanager
+def _attached(loaded: Loaded, jobs: Sequence[_Job]) -> Iterator[Callable[[Sequence[_Job]], None]]:
+    """While open, the adapters and text regions are on the pipeline. Yields what prompts a batch, one job a
+    picture; a batch like the one before costs nothing."""
+    texts, before = TextRegions(), list[_Job]()
+
+    def prompted(batch: Sequence[_Job]) -> None:
+        nonlocal before
+        if list(map(id, batch)) == list(map(id, before)):
+            return
+        alone = all(job is batch[0] for job in batch)
+        samples = list(batch[:1] if alone else batch)
+        for name, adapter in loaded.adapters.items():
+            adapter.set_batch([job.prompts_for(name) or None for job in samples])
+        if any(job.inputs.regions for job in samples):
+            texts.attach(loaded.pipe).set_batch([job.inputs.regions for job in samples])
+        elif before:
+            texts.detach()
+        before = list(batch)
+
+    try:
+        for name, adapter in loaded.adapters.items():
+            adapter.attach(loaded.pipe)
+            adapter.set_guidance(jobs[0].request.image_guidance)
+            if any(_shows_pictures(job, name) for job in jobs):
+                with LOADING:  # an encoder may be loaded
+                    _ = adapter.image_encoder
+        yield prompted
+    finally:
+        for adapter in loaded.adapters.values():
+            adapter.clear_prompt()
+            adapter.set_guidance(None)
+            adapter.detach()
+        texts.detach()
+        loaded.pipe.maybe_free_model_hooks()  # a run that was ended leaves offloaded parts on the device
+
+
+def _shows_pictures(job: _Job, adapter: str) -> bool:
+    """Whether an adapter has pictures to encode, not only saved features."""
+    shown = (part for each in job.prompts_for(adapter) for part in (*each.pictures, each.negative))
+    return any(isinstance(part, Image.Image) for part in shown)
+
+
+def _notes(job: _Job, loaded: Loaded) -> list[str]:
+    notes = list(job.inputs.notes)
+    for name, adapter in loaded.adapters.items():
+        if _shows_pictures(job, name) and (reader := adapter.face_embedder) is not None:
+            note = faces.licence_note(reader.space)
+            notes += [note] if note else []
+    return notes + idle_notes(job.request, job.inputs.prompts, loaded)
+
+
+# ---- drawing
+
+
+@contextmanager
+def _fresh_scheduler(pipe: Any, name: str | None) -> Iterator[None]:
+    """While open, the pipeline has a scheduler without a past."""
+    own, pipe.scheduler = pipe.scheduler, scheduler_for(pipe, name)
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
+
+
+def _draw(pipe: Any, shots: Sequence[tuple[_Job, int]]) -> list[list[Image.Image]]:
+    """The pictures of one call of the pipeline, or a clip's frames, finished."""
+    job, _ = shots[0]
+    request = job.request
+    generators = [torch.Generator().manual_seed(_seed(job, index)) for job, index in shots]
+    if request.task == "animate":
+        call = (
+            _call(shots) | control_call(job.controls, job.inputs.maps, request)
+            if job.controls
+            else _call(shots)
         )
-    if region.getextrema()[1] == 0:
-        raise InputError(
-            f"mask '{request.mask}' is black everywhere: nothing would be drawn. White is drawn."
-        )
+        frames = video.draw(pipe, call, request, job.inputs.film, generators[0])
+        return [[_checked(frame) for frame in frames]]
+    call = _call(shots)
+    if job.controls:
+        call |= control_call(job.controls, job.inputs.maps, request)
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.filterwarnings("ignore", message=".*invalid value encountered in cast.*")
+        generator = generators[0] if len(shots) == 1 else generators
+        pixels = pipe(**call, generator=generator, output_type="np").images
+    return [[_finished(job, _checked(one))] for (job, _), one in zip(shots, pixels, strict=True)]
 
 
-def _size(request: Request, base: Base, shown: _Shown) -> tuple[tuple[int, int], list[str]]:
-    """Width and height to draw, and what to tell about it."""
-    side = base.defaults.size
-    start = shown.start if shown.film is None else shown.film[0]
-    if request.size is not None:
-        size = request.size
-    elif start is None:
-        size = (side, side)
-    else:
-        stretch = (side * side / (start.width * start.height)) ** 0.5
-        size = (_multiple(start.width * stretch), _multiple(start.height * stretch))
-    notes = []
-    if start is not None and start.size != size:
-        notes.append(
-            f"'{request.image or request.video}' is {start.width}×{start.height}, "
-            f"drawn at {size[0]}×{size[1]}"
-        )
-    for name, (image, *_) in shown.controls.items():
-        if abs(image.width * size[1] / (image.height * size[0]) - 1) > _ASPECT:
-            notes.append(
-                f"control '{name}' is {image.width}×{image.height}: cropped around the centre to the "
-                f"proportions of {size[0]}×{size[1]}"
-            )
-    if shown.region is not None and shown.region.getextrema()[0] == 255:
-        notes.append(f"mask '{request.mask}' is white everywhere: all is drawn anew")
-    return size, notes
+def _seed(job: _Job, index: int) -> int:
+    assert job.request.seed is not None
+    return seed_for(job.request.seed, index)
 
 
-def _cropped(request: Request, shown: _Shown) -> list[str]:
-    """What to tell about pictures of which the encoder's centre crop leaves out much."""
-    notes = [f"'{name}' is animated; its first frame is taken" for name in shown.still]
-    for ref in {ref.path: ref for ref in request.images if ref.framing == "crop"}.values():
-        if ref.path in shown.prompts:
-            short, long = sorted(shown.prompts[ref.path].size)
-            if (lost := 1 - short / long) > _LOST:
-                notes.append(
-                    f"'{ref.path}': {lost:.0%} lies outside the centre square that is seen; framing=pad, "
-                    "squash or tile shows all of it"
-                )
-    return notes
-
-
-def _map(kind: str, pictures: Sequence[Image.Image], size: tuple[int, int]) -> Map:
-    """What a control follows, found in the picture or in each frame."""
-    found = tuple(annotate_frames(kind, [_fitted(picture, size) for picture in pictures]))
-    return found[0] if len(found) == 1 else found
-
-
-def _multiple(side: float) -> int:
-    return max(8, round(side / 8) * 8)
-
-
-def _fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Cropped around the centre to the proportions of ``size`` and resampled; untouched if it is that
-    size."""
-    if image.size == size:
-        return image
-    scale = max(size[0] / image.width, size[1] / image.height)
-    width, height = size[0] / scale, size[1] / scale
-    left, top = (image.width - width) / 2, (image.height - height) / 2
-    return image.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + width, top + height))
-
-
-# ---- the call, and pictures out
-
-
-def _call(request: Request, size: tuple[int, int], shown: _Shown) -> dict[str, Any]:
-    """What the diffusers pipeline is called with, but for the generator."""
+def _call(shots: Sequence[tuple[_Job, int]]) -> dict[str, Any]:
+    """The arguments of the diffusers pipeline, but for the generator and controls."""
+    job, _ = shots[0]
+    request, inputs = job.request, job.inputs
     assert request.guidance is not None
+    assert request.size is not None
+
+    def each(values: list[Any]) -> Any:
+        return values if len(shots) > 1 else values[0]
+
     call: dict[str, Any] = {
-        "prompt": request.prompt,
+        "prompt": each([job.request.prompt for job, _ in shots]),
         "num_inference_steps": request.steps,
         "guidance_scale": request.guidance,
     }
     if request.guidance > 1:
-        call["negative_prompt"] = request.negative
+        call["negative_prompt"] = each([job.request.negative for job, _ in shots])
     if request.task != "edit":
-        call |= {"width": size[0], "height": size[1]}
-    if shown.start is not None:
-        call |= {"image": _fitted(shown.start, size), "strength": request.strength}
-    if shown.region is not None:
-        call["mask_image"] = _fitted(shown.region, size)
+        call |= {"width": request.size[0], "height": request.size[1]}
+    if inputs.start is not None:
+        call |= {"image": each([inputs.start] * len(shots)), "strength": request.strength}
+    if inputs.region is not None:
+        call["mask_image"] = each([inputs.region] * len(shots))
     return call
+
+
+def _finished(job: _Job, image: Image.Image) -> Image.Image:
+    """Outside an inpainted region the very pixels of the start."""
+    start, region = job.inputs.start, job.inputs.region
+    return image if start is None or region is None else Image.composite(image, start, region)
 
 
 def _checked(pixels: np.ndarray) -> Image.Image:
@@ -768,45 +497,62 @@ def _checked(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray((pixels * 255).round().astype("uint8"))
 
 
-# ---- where it runs
+# ---- what it was drawn with
 
 
-def _of_memory(error: Exception) -> bool:
+def _fingerprints(job: _Job, adapters: Mapping[str, IPAdapter]) -> dict[str, str]:
+    """A fingerprint of every model's weights. Raises :class:`ModelError` when one is not what the request was
+    made with."""
+    request = job.request
+    found = {f"base {job.base.name}": job.base.fingerprint}
+    found |= {f"control {net.name}": net.fingerprint for net in job.controls}
+    if job.motion is not None:
+        found[f"motion {job.motion.name}"] = job.motion.fingerprint
+    for name in job.adapters:
+        source = adapters[name].checkpoint.source
+        if source is not None:
+            found[f"adapter {name}"] = fingerprint(source)
+    extras = [("lora", ref.path) for ref in request.loras]
+    extras += [("embedding", ref.path) for ref in request.embeddings]
+    for kind, path in extras:
+        if (place := Path(path).expanduser()).exists():
+            found[f"{kind} {path}"] = fingerprint(place)
+    for name, known in request.fingerprints.items():
+        if name in found and found[name] != known:
+            raise ModelError(
+                f"{name}: its weights are not those that the request was made with (fingerprint "
+                f"{found[name]}, not {known}); use those, or drop the recorded fingerprints (--force)."
+            )
+    return found
+
+
+def _provenance(job: _Job, loaded: Loaded) -> dict[str, str]:
+    device = loaded.device
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    made_with = {part: version(part) for part in ("imprompt", "torch", "diffusers", "transformers")}
+    made_with |= {
+        "device": f"{device} ({machine})",
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "threads": str(torch.get_num_threads()),
+        "base": f"{job.base.name} {job.base.fingerprint}",
+    }
+    adapters = [loaded.adapters[name] for name in job.adapters]
+    if adapters:
+        made_with["adapter"] = ", ".join(adapter.checkpoint.name for adapter in adapters)
+        # Asking for the encoder loads it, which saved features are there to avoid.
+        used = [loaded.adapters[name] for name in job.adapters if _shows_pictures(job, name)]
+        names = dict.fromkeys(shown_name(getattr(each.image_encoder, "name", "none")) for each in used)
+        made_with["encoder"] = ", ".join(names) or "none"
+    if job.motion is not None:
+        made_with["motion"] = f"{job.motion.name} {job.motion.fingerprint}"
+    if job.controls:
+        made_with["controls"] = ", ".join(f"{net.name} {net.fingerprint}" for net in job.controls)
+    return made_with
+
+
+def _is_of_memory(error: Exception) -> bool:
     """Whether torch or the system ran out of memory; on the CPU and on mps torch only says so in words."""
-    said = str(error).lower()
+    message = str(error).lower()
     return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or any(
-        words in said for words in ("out of memory", "can't allocate memory")
+        words in message for words in ("out of memory", "can't allocate memory")
     )
-
-
-def _device(request: Request) -> torch.device:
-    if request.device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    device = torch.device(request.device)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = first_line(error)
-        raise UsageError(f"device: '{request.device}' cannot be used here ({reason}).") from error
-    return device
-
-
-def _dtype(request: Request, device: torch.device) -> torch.dtype:
-    if request.dtype != "auto":
-        chosen: torch.dtype = getattr(torch, request.dtype)
-        return chosen
-    return torch.float32 if device.type == "cpu" else torch.float16
-
-
-def _placed(pipe: Any, offload: str, device: torch.device) -> Any:
-    """The pipeline on its device, whole or part by part as it is needed."""
-    if offload == "none":
-        return pipe.to(device)
-    if device.type == "cpu":
-        raise UsageError(f"offload: '{offload}' moves parts to a GPU when needed, but the device is the CPU.")
-    (pipe.enable_model_cpu_offload if offload == "model" else pipe.enable_sequential_cpu_offload)(
-        device=device
-    )
-    return pipe

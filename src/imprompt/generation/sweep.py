@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from itertools import product
 
 from imprompt.errors import UsageError
-from imprompt.schema.request import ControlRef, EmbeddingRef, ImageRef, LoraRef, RegionRef, Request
+from imprompt.schema.prompt import ImagePrompt, TextRegion
+from imprompt.schema.request import ControlRef, EmbeddingRef, LoraRef, Request
 
 MOST = 256
 """Pictures one sweep may draw."""
-_LISTS: dict[str, type[ImageRef | RegionRef | ControlRef | LoraRef | EmbeddingRef]] = {
-    "image": ImageRef,
-    "region": RegionRef,
+_LISTS: dict[str, type[ImagePrompt | TextRegion | ControlRef | LoraRef | EmbeddingRef]] = {
+    "image": ImagePrompt,
+    "region": TextRegion,
     "control": ControlRef,
     "lora": LoraRef,
     "embedding": EmbeddingRef,

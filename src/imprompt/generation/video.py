@@ -22,7 +22,7 @@ from torch import Tensor
 from imprompt import catalog, hub
 from imprompt.catalog import MotionRow
 from imprompt.catalog.resolve import resolve
-from imprompt.encoders.images import frame_count, load_frames
+from imprompt.encoders.images import Budget, frame_count, load_frames
 from imprompt.encoders.video import SUFFIXES, read_video
 from imprompt.errors import AdapterMismatch, InputError, ModelError, UsageError, first_line
 from imprompt.generation.families import Base
@@ -114,7 +114,7 @@ def completed(request: Request, base: Base) -> dict[str, object]:
 # ---- frames in
 
 
-def read_film(source: Any, name: str) -> tuple[list[Image.Image], float | None]:
+def read_film(source: Any, name: str, budget: Budget | None = None) -> tuple[list[Image.Image], float | None]:
     """All frames of a video, an animated picture, a folder or a list of pictures, and how many a second.
 
     Raises :class:`InputError` for what cannot be read, and for a still.
@@ -122,8 +122,8 @@ def read_film(source: Any, name: str) -> tuple[list[Image.Image], float | None]:
     if isinstance(source, list | tuple):
         return [frame.convert("RGB") for frame in source], None
     if isinstance(source, Path) and source.suffix.lower() in SUFFIXES:
-        return read_video(source)
-    frames, fps = load_frames(source)
+        return read_video(source, budget=budget)
+    frames, fps = load_frames(source, budget=budget)
     if len(frames) == 1:
         raise InputError(
             f"'{name}' is a still, and frames are needed here; give an animated picture, a folder or a "
@@ -158,28 +158,6 @@ def fitted(
             "fewer --frames, or another --fps."
         )
     return shown[:wanted], fps
-
-
-def check_counts(
-    request: Request,
-    films: Mapping[str, Sequence[Image.Image]],
-    controls: Mapping[str, Sequence[Image.Image]],
-) -> None:
-    """Raises :class:`InputError` when pictures, masks or control pictures per frame (``controls``; one is for
-    all) are not as many as the frames."""
-    if request.task != "animate":
-        return
-    for name, frames in controls.items():
-        if len(frames) not in (1, request.frames):
-            raise InputError(_uneven(name, len(frames), "control pictures", request))
-    counted = {ref.path: "pictures" for ref in request.images if ref.at == "each"}
-    counted |= {name: "masks" for name in request.masks if name in films}
-    for name, what in counted.items():
-        if len(films[name]) != request.frames:
-            raise InputError(_uneven(name, len(films[name]), what, request))
-    for ref in request.images:
-        if isinstance(ref.at, int) and request.frames is not None and ref.at >= request.frames:
-            raise UsageError(f"images: at={ref.at} lies behind the last of {request.frames} frames, from 0.")
 
 
 # ---- the pipeline
@@ -290,13 +268,6 @@ def draw(
 
 
 # ---- private
-
-
-def _uneven(name: str, count: int, what: str, request: Request) -> str:
-    return (
-        f"'{name}' holds {count} {what}, the clip has {request.frames} frames; give one a frame, or --frames "
-        f"{count}."
-    )
 
 
 def _load(motion: Motion, dtype: torch.dtype) -> Any:

@@ -105,8 +105,9 @@ def parameters(request: Request) -> str:
         adapters = dict.fromkeys(prompt.adapter or request.adapter or "default" for prompt in request.images)
         fields["IP-Adapter"] = ", ".join(adapters)
         shown = (
-            f"{Path(ref.path).name} {request.scale if ref.scale is None else ref.scale}"
-            for ref in request.images
+            f"{Path(name).name} {request.scale if prompt.scale is None else prompt.scale}"
+            for prompt in request.images
+            for name in prompt.pictures
         )
         fields["IP-Adapter images"] = json.dumps("; ".join(shown))
     lines = [request.prompt]

@@ -1,8 +1,8 @@
-"""What can be asked: one immutable, validated record for Python, the command line and a picture's metadata.
+"""The request: one immutable record of everything that decides a picture.
 
-A :class:`Request` says everything that decides a picture; fields left at ``None`` mean "as the base likes it"
-and are filled in before drawing, so that the request inside a picture is complete and repeats it. Nothing
-here imports torch or opens a file. Names of bases and adapters are looked up later.
+It is the same for Python, the command line, HTTP and the metadata of pictures. Fields left at ``None`` take
+the base's defaults when the request is drawn, so that the request inside a picture is complete and repeats
+it. Nothing here imports torch or opens a file; names of models are looked up later.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from itertools import pairwise
+from itertools import groupby
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from imprompt.errors import UsageError
+from imprompt.io import read_json, seed_for
 from imprompt.schema import options
-from imprompt.schema.profiles import PROFILES, read_profile
+from imprompt.schema.checks import contradictions
+from imprompt.schema.prompt import ImagePrompt, TextRegion
+from imprompt.schema.record import PathText, Record, read_flag
 
 SCHEDULERS: dict[str, tuple[str, dict[str, object]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -60,204 +63,14 @@ MAX_SIDE = 4096
 Task = Literal["generate", "edit", "inpaint", "animate"]
 
 
-class _Strict(BaseModel):
-    """Frozen, no unknown fields, no NaN, and findings as one :class:`UsageError` of one line."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise UsageError(findings(type(self), error)) from error
-
-    def replace(self, **changes: object) -> Self:
-        """A copy with ``changes``, validated again. Raises :class:`UsageError`."""
-        return type(self)(**{**dict(self), **changes})
-
-
-def _as_path(value: object) -> object:
-    return str(value) if hasattr(value, "__fspath__") else value
-
-
-_Path = Annotated[str, BeforeValidator(_as_path), Field(min_length=1, max_length=4096)]
-
-
-class ImageRef(_Strict):
-    """A picture that prompts the model, and how."""
-
-    path: _Path = Field(
-        description="the picture's file (or its name among `pictures`), or features saved by `imprompt embed`"
-    )
-    scale: float | None = Field(
-        default=None,
-        ge=-10,
-        le=10,
-        description="strength of this picture; 0 none, 1 as trained; None: the request's scale",
-    )
-    mask: _Path | None = Field(
-        default=None,
-        description="picture that is white where this prompt acts; any size, stretched over the output",
-    )
-    start: float = Field(
-        default=0.0, ge=0, le=1, description="fraction of the schedule where it begins; 0: pure noise"
-    )
-    end: float = Field(default=1.0, ge=0, le=1, description="where it ends (exclusive); 1: finished picture")
-    feather: float = Field(
-        default=0.0, ge=0, le=1, description="width of the mask's edge as a fraction of its shorter side"
-    )
-    text: str | None = Field(
-        default=None,
-        min_length=1,
-        max_length=20_000,
-        description="what is drawn inside the mask, in place of the request's prompt",
-    )
-    profile: str | tuple[float, ...] | dict[str, Any] = Field(
-        default="linear",
-        description="how the strength is spread over the layers: "
-        + ", ".join(PROFILES)
-        + "; those with composition take a factor for it, as style-and-composition:0.5; or weights: one a "
-        "block as 1,0.5,0, by name as up_blocks.1:1,default:0, or diffusers' JSON",
-    )
-    adapter: str | None = Field(
-        default=None, min_length=1, description="whose picture it is, where not the request's adapter's"
-    )
-
-    weight: float = Field(
-        default=1.0,
-        ge=-10,
-        le=10,
-        description="this picture's part among those of one prompt: its share of attention with combine "
-        "concat, else its factor",
-    )
-    combine: str = Field(
-        default="concat",
-        description="how the pictures of one prompt become one: " + ", ".join(options.COMBINES),
-    )
-    framing: str = Field(
-        default="crop",
-        description="how a picture that is not square becomes the encoder's square: "
-        + ", ".join(options.FRAMINGS),
-    )
-    sharpen: float = Field(
-        default=0.0, ge=0, le=1, description="how much the picture is sharpened at the encoder's size"
-    )
-    curve: str = Field(
-        default="constant",
-        description=f"a factor over the schedule: {', '.join(options.CURVES)}, or points as 0:1,0.5:0.2,1:0 "
-        "(fraction, factor)",
-    )
-    scaling: str = Field(
-        default="v-only", description="where the strength enters: " + ", ".join(options.SCALINGS)
-    )
-    select: str | None = Field(
-        default=None, description="which tokens of the picture are shown, such as 0-3,8; None: all"
-    )
-    face: str = Field(
-        default="largest",
-        description="face adapters: which face of the picture, largest or a number from 0 (the largest)",
-    )
-    s_scale: float | None = Field(
-        default=None, ge=0, le=10, description="FaceID-PlusV2: how much of the face's look is kept; None: 1"
-    )
-
-    at: Annotated[int, Field(ge=0)] | Literal["each"] | None = Field(
-        default=None,
-        description="animate: the frame this picture stands at, from 0; between the pictures of one prompt "
-        "their tokens are interpolated. each: path is an animated picture or a folder, with one picture a "
-        "frame",
-    )
-    frame_curve: str = Field(
-        default="constant",
-        description="animate: a factor over the frames, said like curve; 0 is the first frame, 1 the last",
-    )
-
-    negative: _Path | None = Field(
-        default=None, description="picture of what to avoid; None: what the adapter learned as no picture"
-    )
-    noise: str | None = Field(
-        default=None,
-        description=f"avoid this picture's own textures: {', '.join(options.NOISES)}, with :strength (0 to "
-        "1)",
-    )
-
-    @field_validator("profile", mode="before")
-    @classmethod
-    def _profile_is_readable(cls, value: Any) -> Any:
-        return read_profile(value)
-
-    @field_validator("feather", "text")
-    @classmethod
-    def _belongs_to_a_mask(cls, value: Any, info: Any) -> Any:
-        if value and info.data.get("mask") is None:
-            raise ValueError("has no effect without a mask")
-        return value
-
-    @field_validator("combine", "framing", "scaling")
-    @classmethod
-    def _word_is_known(cls, value: str, info: Any) -> str:
-        known = {"combine": options.COMBINES, "framing": options.FRAMINGS, "scaling": options.SCALINGS}
-        return options.canonical(info.field_name, value, known[info.field_name])
-
-    @field_validator("curve", "frame_curve")
-    @classmethod
-    def _curve_is_known(cls, value: str) -> str:
-        options.read_curve(value)
-        return value
-
-    @field_validator("noise")
-    @classmethod
-    def _noise_is_known(cls, value: str | None) -> str | None:
-        if value is not None:
-            options.read_noise(value)
-        return value
-
-    @field_validator("select")
-    @classmethod
-    def _selection_is_readable(cls, value: str | None) -> str | None:
-        if value is not None:
-            options.read_selection(value)
-        return value
-
-    @field_validator("face")
-    @classmethod
-    def _face_is_known(cls, value: str) -> str:
-        options.read_face(value)
-        return value
-
-    @field_validator("end")
-    @classmethod
-    def _ends_after_start(cls, end: float, info: Any) -> float:
-        if end < info.data.get("start", 0.0):
-            raise ValueError(f"{end} lies before start ({info.data['start']})")
-        return end
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read ``PATH[,scale=…][,mask=…][,start=…][,end=…][,profile=…]…``; the path may hold commas.
-
-        Raises :class:`UsageError` naming the option that is unknown, doubled or no number.
-        """
-        path, *said = re.split(r",(?=\s*[A-Za-z_]+=)", text)
-        values = _options(f"--image '{text}'", said, _IMAGE_OPTIONS)
-        try:
-            # Not model_validate, in which a UsageError, being a ValueError, would be wrapped once more.
-            return cls(path=path, **values)
-        except UsageError as error:
-            raise UsageError(f"--image '{text}': {error}") from error
-
-
-_IMAGE_OPTIONS = tuple(name for name in ImageRef.model_fields if name != "path")
-
-
-class ControlRef(_Strict):
+class ControlRef(Record):
     """A picture whose structure the drawing follows, by a ControlNet or T2I-Adapter."""
 
     kind: str = Field(
         description="what is taken from it: "
         + "; ".join(f"{name}: {what}" for name, what in CONTROLS.items())
     )
-    path: _Path = Field(
+    path: PathText = Field(
         description="the picture's file (or its name among `pictures`); cropped to the output's proportions. "
         "animate: a picture for all frames, or an animated picture, a folder or a video with one a frame"
     )
@@ -298,57 +111,64 @@ class ControlRef(_Strict):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read ``KIND:PATH[,scale=…][,start=…][,end=…][,model=…][,at=…]``; the path may hold commas and
-        colons.
+        """Read ``--control KIND:PATH[,OPTION=VALUE]…``; quotes go around ``"KIND:PATH"``.
 
-        Raises :class:`UsageError` naming the kind or option that is unknown, doubled or no number.
+        Raises :class:`UsageError` naming the kind or option that is unknown, given twice or out of range.
         """
-        kind, colon, rest = text.partition(":")
-        if not colon or not rest:
+        named, values = read_flag("--control", text, _CONTROL_OPTIONS)
+        kind, _, path = named.partition(":")
+        if not path:
             raise UsageError(
                 f"--control '{text}': KIND:PATH is expected, such as canny:{text or 'edges.png'}; kinds are "
                 f"{', '.join(CONTROLS)}."
             )
-        path, *said = re.split(r",(?=\s*[A-Za-z_]+=)", rest)
-        values = _options(f"--control '{text}'", said, _CONTROL_OPTIONS)
-        try:
-            return cls(kind=kind, path=path, **values)
-        except UsageError as error:
-            raise UsageError(f"--control '{text}': {error}") from error
+        return _parsed(cls, "--control", text, {"kind": kind, "path": path, **values})
 
 
 _CONTROL_OPTIONS = tuple(name for name in ControlRef.model_fields if name not in ("kind", "path"))
 
 
-def _options(where: str, said: list[str], known: tuple[str, ...]) -> dict[str, Any]:
-    """``key=value`` options of a flag, each once. Raises :class:`UsageError`."""
-    values: dict[str, Any] = {}
-    for option in said:
-        key, _, value = option.strip().partition("=")
-        if key not in known:
-            raise UsageError(f"{where}: unknown option '{key}'; known are {', '.join(known)}.")
-        if key in values:
-            raise UsageError(f"{where}: '{key}' is given twice.")
-        values[key] = value
-    return values
+_R = TypeVar("_R", bound=Record)
 
 
-class LoraRef(_Strict):
+def _parsed(record: type[_R], flag: str, text: str, values: Mapping[str, Any]) -> _R:
+    try:
+        return record(**values)
+    except UsageError as error:
+        raise UsageError(f"{flag} '{text}': {error}") from error
+
+
+def _as_prompt(value: object) -> object:
+    """A path, or a list of paths, as the short form of an :class:`ImagePrompt`."""
+    return (
+        {"image": value} if isinstance(value, str | list | tuple) or hasattr(value, "__fspath__") else value
+    )
+
+
+def _as_path(value: object) -> object:
+    """A path as the short form of a record with nothing but its path."""
+    return {"path": str(value)} if isinstance(value, str) or hasattr(value, "__fspath__") else value
+
+
+class LoraRef(Record):
     """A LoRA for the base, and how much of it."""
 
-    path: _Path = Field(description="its .safetensors, folder, or owner/name[/file.safetensors] of the hub")
+    path: PathText = Field(
+        description="its .safetensors, folder, or owner/name[/file.safetensors] of the hub"
+    )
     weight: float = Field(default=1.0, ge=-10, le=10, description="its strength; 1 is as trained")
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read ``PATH[,weight=…]``. Raises :class:`UsageError`."""
-        return _parsed(cls, text, "--lora")
+        path, values = read_flag("--lora", text, ("weight",))
+        return _parsed(cls, "--lora", text, {"path": path, **values})
 
 
-class EmbeddingRef(_Strict):
+class EmbeddingRef(Record):
     """A word learnt by textual inversion."""
 
-    path: _Path = Field(description="its .safetensors, or owner/name/file.safetensors of the hub")
+    path: PathText = Field(description="its .safetensors, or owner/name/file.safetensors of the hub")
     token: str | None = Field(
         default=None,
         min_length=1,
@@ -359,64 +179,27 @@ class EmbeddingRef(_Strict):
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read ``PATH[,token=…]``. Raises :class:`UsageError`."""
-        return _parsed(cls, text, "--embedding")
+        path, values = read_flag("--embedding", text, ("token",))
+        return _parsed(cls, "--embedding", text, {"path": path, **values})
 
 
-class RegionRef(_Strict):
-    """What is drawn in one place, with no picture: a text and its mask."""
-
-    text: str = Field(
-        min_length=1, max_length=20_000, description="what is drawn there, in place of the request's prompt"
-    )
-    mask: _Path = Field(description="picture that is white there; any size, stretched over the output")
-    feather: float = Field(
-        default=0.0, ge=0, le=1, description="width of the mask's edge as a fraction of its shorter side"
-    )
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read ``TEXT,mask=PATH[,feather=…]``; the text may hold commas. Raises :class:`UsageError`."""
-        return _parsed(cls, text, "--region")
-
-
-_Ref = TypeVar("_Ref", bound=_Strict)
-
-
-def _parsed(kind: type[_Ref], text: str, flag: str) -> _Ref:
-    """``FIRST[,key=value]…``, where the first is the record's first field."""
-    first, *said = re.split(r",(?=\s*[A-Za-z_]+=)", text)
-    name, *known = kind.model_fields
-    values = _options(f"{flag} '{text}'", said, tuple(known))
-    try:
-        return kind(**{name: first}, **values)
-    except UsageError as error:
-        raise UsageError(f"{flag} '{text}': {error}") from error
-
-
-def _as_image(value: object) -> object:
-    """A path as the short form of an :class:`ImageRef`."""
-    return {"path": str(value)} if isinstance(value, str) or hasattr(value, "__fspath__") else value
-
-
-class Request(_Strict):
-    """Everything that decides a picture. Two requests that are equal draw equal pictures on one machine.
+class Request(Record):
+    """Everything that decides a picture: equal requests draw equal pictures on one machine.
 
     ``generate`` draws from text, pictures or both; ``edit`` starts from ``image``; ``inpaint`` repaints
-    ``image`` where ``mask`` is white; ``animate`` draws a clip, or redraws ``video``. Consecutive ``images``
-    that are steered alike (the same in all but path, weight and ``at``) are several views of one prompt and
-    share one softmax, as in diffusers, or are combined as they say; differently steered ones are prompts of
-    their own, whose contributions add up.
-    Raises :class:`UsageError` (one line, naming the field) for values out of range, unknown fields, and
-    fields that would have no effect.
+    ``image`` where ``mask`` is white; ``animate`` draws a clip, or redraws ``video``. Each of ``images`` is
+    one prompt: a path, a list of paths that share one softmax, or an :class:`ImagePrompt`; what several
+    prompts contribute adds up. Raises :class:`UsageError` (one line, naming the field) for values out of
+    range, unknown fields, and fields that would have no effect.
     """
 
     task: Task = Field(default="generate", description="generate, edit, inpaint or animate")
     prompt: str = Field(default="", max_length=20_000, description="what to draw; may be empty with images")
     negative: str = Field(default="", max_length=20_000, description="what to avoid; needs guidance above 1")
-    images: tuple[Annotated[ImageRef, BeforeValidator(_as_image)], ...] = Field(
-        default=(), max_length=64, description="image prompts, at most 64"
+    images: tuple[Annotated[ImagePrompt, BeforeValidator(_as_prompt)], ...] = Field(
+        default=(), max_length=64, description="image prompts, at most 64; each of one or several pictures"
     )
-    regions: tuple[RegionRef, ...] = Field(
+    regions: tuple[TextRegion, ...] = Field(
         default=(), max_length=16, description="places with a text of their own, at most 16"
     )
     controls: tuple[ControlRef, ...] = Field(
@@ -430,19 +213,19 @@ class Request(_Strict):
     adapter: str | None = Field(
         default=None, min_length=1, description="alias, file, folder or hub file; None: the base's default"
     )
-    loras: tuple[Annotated[LoraRef, BeforeValidator(_as_image)], ...] = Field(
+    loras: tuple[Annotated[LoraRef, BeforeValidator(_as_path)], ...] = Field(
         default=(), max_length=16, description="LoRAs for the base, all active"
     )
-    embeddings: tuple[Annotated[EmbeddingRef, BeforeValidator(_as_image)], ...] = Field(
+    embeddings: tuple[Annotated[EmbeddingRef, BeforeValidator(_as_path)], ...] = Field(
         default=(), max_length=16, description="words of textual inversion the prompts may use"
     )
-    face_model: _Path | None = Field(
+    face_model: PathText | None = Field(
         default=None,
         description="face adapters: folder of a face detector and recogniser (.onnx); None: the adapter's "
         "own InsightFace pack where InsightFace keeps it",
     )
-    image: _Path | None = Field(default=None, description="edit, inpaint: the picture to start from")
-    mask: _Path | None = Field(
+    image: PathText | None = Field(default=None, description="edit, inpaint: the picture to start from")
+    mask: PathText | None = Field(
         default=None, description="inpaint: white is repainted, black kept; of the picture's proportions"
     )
     strength: float | None = Field(
@@ -497,7 +280,7 @@ class Request(_Strict):
         min_length=1,
         description="animate: the motion adapter: alias, folder or hub id; None: the base's default",
     )
-    video: _Path | None = Field(
+    video: PathText | None = Field(
         default=None,
         description="animate: the video to start from: an animated picture, a folder of frames, or a video "
         "file",
@@ -542,6 +325,11 @@ class Request(_Strict):
         default_factory=dict,
         description="sha256 of each file named here, recorded when drawn; a file that differs is an error",
     )
+    fingerprints: dict[str, str] = Field(
+        default_factory=dict,
+        description="a fingerprint of each model's weights, recorded when drawn; weights that differ are an "
+        "error",
+    )
 
     @field_validator("dtype", mode="before")
     @classmethod
@@ -558,6 +346,7 @@ class Request(_Strict):
     @field_validator("size", mode="before")
     @classmethod
     def _size_fits_latents(cls, value: object) -> object:
+        value = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
         if isinstance(value, str):
             sides = re.fullmatch(r"(\d{1,6})(?:[xX×*,](\d{1,6}))?", value.strip())
             if sides is None:
@@ -570,90 +359,8 @@ class Request(_Strict):
         return value
 
     def model_post_init(self, _: object) -> None:
-        for problem in self._contradictions():
+        for problem in contradictions(self):
             raise UsageError(problem)
-
-    def _contradictions(self) -> list[str]:
-        """Fields that are missing for the task, or given but without effect."""
-        found = []
-        needed = {"edit": ("image",), "inpaint": ("image", "mask")}.get(self.task, ())
-        for name in ("image", "mask"):
-            if name in needed and getattr(self, name) is None:
-                found.append(f"{name}: the task {self.task!r} needs one.")
-            if name not in needed and getattr(self, name) is not None:
-                tasks = "edit and inpaint" if name == "image" else "inpaint"
-                found.append(f"{name}: has no effect in the task {self.task!r}; it belongs to {tasks}.")
-        if self.task == "generate" and self.strength is not None:
-            found.append("strength: has no effect in the task 'generate'; an image prompt's is `scale`.")
-        found += self._contradictions_in_time()
-        for group in self.groups:
-            saved = any(_is_saved(ref.path) for ref in group)  # of how many pictures is not known yet
-            try:
-                if not saved:
-                    options.read_weights(group[0].combine, len(group), [ref.weight for ref in group])
-            except UsageError as error:
-                found.append(f"images: {error}")
-            for name in ("framing", "sharpen"):
-                if saved and getattr(group[0], name) != ImageRef.model_fields[name].default:
-                    found.append(f"{name}: has no effect on saved features; say it when embedding.")
-            if saved and options.read_face(group[0].face):
-                found.append("face: has no effect on saved faces; say it when embedding.")
-            if group[0].noise is not None and (group[0].negative or _is_saved(group[0].path)):
-                found.append(
-                    "noise: spoils the picture itself; give no negative and no saved features beside it."
-                )
-        if not self.images:
-            for name in ("scale", "adapter", "face_model", "image_guidance"):
-                if getattr(self, name) is not None:
-                    found.append(f"{name}: has no effect without an image prompt; give one in `images`.")
-            drawn_from_nothing = self.task == "generate" or (self.task == "animate" and self.video is None)
-            if not (self.prompt or self.regions or self.controls) and drawn_from_nothing:
-                found.append("prompt: give a text, an image prompt, or both.")
-        if self.images and self.adapter is not None and all(ref.adapter for ref in self.images):
-            found.append("adapter: has no effect, for each image names its own.")
-        if self.negative and self.guidance is not None and self.guidance <= 1:
-            found.append(f"negative: has no effect with guidance {self.guidance:g}; it needs more than 1.")
-        return found
-
-    def _contradictions_in_time(self) -> list[str]:
-        """The same of what only a video has."""
-        found = []
-        if self.task != "animate":
-            found += [
-                f"{name}: has no effect in the task {self.task!r}; it belongs to animate."
-                for name in ("frames", "fps", "motion", "video", "context", "shared_noise", "noise_path")
-                if getattr(self, name) is not None
-            ]
-            if any(ref.at is not None or ref.frame_curve != "constant" for ref in self.images):
-                found.append(
-                    f"images: at and frame_curve have no effect in the task {self.task!r}; they belong to "
-                    "animate."
-                )
-            if any(ref.at is not None for ref in self.controls):
-                found.append(f"controls: at has no effect in the task {self.task!r}; it belongs to animate.")
-            return found
-        if self.quantize != "none":
-            found.append("quantize: clips are drawn by a UNet of their own, which is not quantised.")
-        if self.strength is not None and self.video is None:
-            found.append(
-                "strength: has no effect without a video to start from; an image prompt's is `scale`."
-            )
-        for group in self.groups:
-            at = [ref.at for ref in group]
-            if at == ["each"] or all(frame is None for frame in at):
-                continue
-            if not all(isinstance(frame, int) for frame in at):
-                found.append(
-                    "images: of the pictures of one prompt either all stand at a frame (at=0, at=8, …), or "
-                    "none; at=each stands alone."
-                )
-            elif any(b <= a for a, b in pairwise(at)):  # type: ignore[operator]
-                found.append(f"images: at={at} must ascend, a frame holds one picture of a prompt.")
-            elif self.frames is not None and at[-1] >= self.frames:  # type: ignore[operator]
-                found.append(
-                    f"images: at={at[-1]} lies behind the last of {self.frames} frames, counted from 0."
-                )
-        return found
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -662,7 +369,7 @@ class Request(_Strict):
             self.image,
             self.mask,
             self.video,
-            *(name for ref in self.images for name in (ref.path, ref.negative)),
+            *(name for prompt in self.images for name in prompt.paths if name not in self.masks),
             *self.masks,
             *(control.path for control in self.controls),
         ]
@@ -671,46 +378,31 @@ class Request(_Strict):
     @property
     def masks(self) -> tuple[str, ...]:
         """The names of the masks of image prompts and regions, each once, in order."""
-        named = [*(ref.mask for ref in self.images), *(region.mask for region in self.regions)]
+        named = [*(prompt.mask for prompt in self.images), *(region.mask for region in self.regions)]
         return tuple(dict.fromkeys(name for name in named if name is not None))
 
-    @property
-    def groups(self) -> tuple[tuple[ImageRef, ...], ...]:
-        """Consecutive ``images`` that are steered alike: each group is one prompt with one softmax."""
-        groups: list[list[ImageRef]] = []
-        for ref in self.images:
-            if groups and _steering(ref) == _steering(groups[-1][0]):
-                groups[-1].append(ref)
-            else:
-                groups.append([ref])
-        return tuple(tuple(group) for group in groups)
-
     def single(self, index: int) -> Request:
-        """The request that draws just picture ``index`` of this one, which must have a seed. Raises
-        :class:`UsageError` when it has none."""
+        """The request that draws picture ``index`` of this one alone. Raises :class:`UsageError` without a
+        seed."""
         if self.seed is None:
             raise UsageError("seed: a single picture of a request without a seed cannot be named.")
-        return self.replace(seed=randomness(self.seed, index, "noise"), count=1)
+        return self.replace(seed=seed_for(self.seed, index), count=1)
 
     def to_json(self) -> str:
         """Canonical JSON: every field, sorted, no spaces."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Request:
+    def from_json(cls, text: str | bytes) -> Self:
         """Read :meth:`to_json`'s form, or any JSON object of fields. Raises :class:`UsageError`."""
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise UsageError(f"request: not valid JSON ({error}).") from error
-        return cls.from_mapping(values)
+        return cls.from_mapping(read_json(text, "request", error=UsageError))
 
     @classmethod
-    def from_mapping(cls, values: object) -> Request:
-        """Read a mapping of fields. Raises :class:`UsageError`."""
+    def from_mapping(cls, values: object) -> Self:
+        """Read a mapping of fields, also of an earlier version. Raises :class:`UsageError`."""
         if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
             raise UsageError("request: an object of fields is expected.")
-        return cls(**values)
+        return cls(**_upgraded(values))
 
     def content_hash(self) -> str:
         """sha256 of :meth:`to_json`: equal exactly for equal requests."""
@@ -720,37 +412,31 @@ class Request(_Strict):
         return hash(self.content_hash())
 
 
-def randomness(seed: int, index: int, purpose: str) -> int:
-    """The seed of one random stream: for picture ``index`` of a request, for one ``purpose``.
+def _upgraded(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Fields of version 1 in today's form; others as they are.
 
-    ``noise`` is ``seed + index``, so that picture ``i`` is the first of seed ``seed + i`` however many are
-    drawn; other purposes are hashed, hence independent of it. Within ``[0, 2**53)``.
+    Version 1 listed single pictures (``path``, ``weight``, ``at``) and made one prompt of neighbours that
+    were alike in all else. It also kept what had no effect: a ``scale`` that all pictures overruled, and
+    pictures to avoid without guidance.
     """
-    if purpose == "noise":
-        return (seed + index) % 2**53
-    digest = hashlib.blake2b(f"{purpose}:{seed}:{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % 2**53
-
-
-def _steering(ref: ImageRef) -> ImageRef:
-    return ref.replace(path="x", weight=1.0, at=None)
-
-
-def _is_saved(path: str) -> bool:
-    return path.lower().endswith(".safetensors")
-
-
-def findings(model: type[BaseModel], error: ValidationError) -> str:
-    """What pydantic found wrong with a record, in one line that names the fields."""
-    lines = []
-    for item in error.errors(include_url=False):
-        field = ".".join(str(place) for place in item["loc"])
-        message = item["msg"].removeprefix("Value error, ").rstrip(".")
-        if item["type"] == "extra_forbidden":
-            message = f"no such field; known are {', '.join(model.model_fields)}"
-        elif item["type"] not in ("value_error", "missing"):
-            given = repr(item["input"])
-            message += f", got {given if len(given) <= 60 else given[:57] + '...'}"
-        named = message.startswith((f"{field} ", f"{field}:"))  # a word's reader says the field itself
-        lines.append(f"{field}: {message[:1].lower()}{message[1:]}" if field and not named else message)
-    return "; ".join(lines) + "."
+    images = values.get("images")
+    if not isinstance(images, list) or not any(isinstance(ref, Mapping) and "path" in ref for ref in images):
+        return values
+    refs = [{"path": ref} if isinstance(ref, str) else dict(ref) for ref in images]
+    own = ("path", "weight", "at")
+    prompts: list[dict[str, Any]] = []
+    for steering, group in groupby(refs, lambda ref: {k: v for k, v in ref.items() if k not in own}):
+        alike = list(group)
+        prompt = {**steering, "image": [ref["path"] for ref in alike]}
+        if any(ref.get("weight", 1) != 1 for ref in alike):
+            prompt["weights"] = [ref.get("weight", 1) for ref in alike]
+        frames = [ref["at"] for ref in alike if ref.get("at") is not None]
+        if frames:
+            prompt["at"] = "each" if frames == ["each"] else frames
+        prompts.append(prompt)
+    if (values.get("guidance") or 2) <= 1 and values.get("image_guidance") is None:
+        prompts = [{**prompt, "negative": None, "noise": None} for prompt in prompts]
+    upgraded = {**values, "images": prompts}
+    if all(prompt.get("scale") is not None for prompt in prompts):
+        upgraded["scale"] = None
+    return upgraded

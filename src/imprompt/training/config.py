@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from imprompt.errors import UsageError
-from imprompt.schema.request import findings
+from imprompt.schema.record import describe_errors
 
 ANY_CAPTION = "*"
 """In ``captions``: every caption the picture has, of whatever kind."""
@@ -314,7 +314,7 @@ class TrainConfig(BaseModel):
             unknown = [item["loc"] for item in error.errors() if item["type"] == "extra_forbidden"]
             if unknown:
                 raise UsageError(f"training configuration: {_unknown(unknown[0])}") from error
-            raise UsageError(f"training configuration: {findings(cls, error)}") from error
+            raise UsageError(f"training configuration: {describe_errors(cls, error)}") from error
 
 
 def _unknown(place: tuple[int | str, ...]) -> str:

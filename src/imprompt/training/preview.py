@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from imprompt.adapter.ipadapter import IPAdapter
-from imprompt.adapter.prompt import ImagePrompt
 from imprompt.encoders.images import load_image
+from imprompt.schema.prompt import ImagePrompt
 from imprompt.training.cache import EncodedSet
 from imprompt.training.data import Plan, crop_to_shape, generator_for
 

@@ -1,0 +1,94 @@
+"""Masks: pictures and tensors of any size become floats in [0, 1], softened, and each layer's grid.
+
+The one door for masks of image prompts and text regions. What a mask picture looks like on disk is the
+business of :func:`imprompt.encoders.images.load_mask`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from imprompt.encoders.images import Source, load_mask
+from imprompt.errors import InputError
+
+MaskLike: TypeAlias = Source | Tensor
+
+_FINE = 256  # pixels that the shorter side of a mask has at least when it is feathered
+
+
+def read_mask(mask: MaskLike, feather: float = 0.0, *, empty: bool = False) -> Float[Tensor, "1 1 H W"]:
+    """One mask with edges ``feather`` wide (a fraction of its shorter side).
+
+    A tensor ``(H, W)`` is floats in [0, 1], booleans, or integers of which 255 is inside, or 1 where none is
+    larger. Raises :class:`InputError` when it is no mask or, unless ``empty`` is allowed, covers nothing.
+    """
+    if not isinstance(mask, Tensor):
+        mask = torch.from_numpy(np.array(load_mask(mask), dtype=np.uint8))
+    if mask.is_complex():
+        raise InputError(f"mask has dtype {mask.dtype}; floats in [0, 1], booleans or bytes are expected.")
+    if not mask.numel() or mask.ndim not in (2, 3, 4) or mask.numel() != mask.shape[-1] * mask.shape[-2]:
+        raise InputError(f"mask has shape {tuple(mask.shape)}; one picture (H, W) is expected.")
+    values = mask.detach().to(torch.float32)
+    if not mask.is_floating_point() and mask.dtype != torch.bool and values.max() > 1:
+        values = values / 255
+    if not bool(torch.isfinite(values).all()) or values.min() < 0 or values.max() > 1:
+        raise InputError("mask has values outside 0 to 1; give floats in [0, 1], booleans or bytes.")
+    if not empty and not values.any():
+        raise InputError(
+            "mask is 0 everywhere, so its image prompt could never act; leave the prompt out instead."
+        )
+    return feathered(values.reshape(1, 1, *values.shape[-2:]), feather)
+
+
+def read_masks(
+    mask: MaskLike | Sequence[MaskLike] | None, feather: float = 0.0
+) -> tuple[Float[Tensor, "1 1 H W"] | None, tuple[Float[Tensor, "1 1 H W"], ...] | None]:
+    """(one mask for all frames, or else masks of single frames, of which some may be empty).
+
+    Raises :class:`InputError` as :func:`read_mask`.
+    """
+    if mask is None:
+        return None, None
+    if isinstance(mask, Tensor) and mask.ndim == 3 and len(mask) > 1:
+        mask = tuple(mask)
+    if isinstance(mask, str | Path | bytes | Image.Image | Tensor):
+        return read_mask(mask, feather), None
+    masks = tuple(read_mask(one, feather, empty=True) for one in mask)
+    if not any(bool(one.any()) for one in masks):
+        raise InputError("the masks are 0 in every frame; leave the prompt out instead.")
+    return None, masks
+
+
+def feathered(mask: Float[Tensor, "1 1 h w"], width: float) -> Float[Tensor, "1 1 H W"]:
+    """The mask with each edge a straight ramp of ``width`` (of its shorter side), centred on the edge.
+
+    A box average: what lies half a width away from an edge is untouched, complementary masks stay so, and the
+    picture's own border is no edge. A mask too coarse for that comes back finer.
+    """
+    if width == 0:
+        return mask
+    finer = -(-_FINE // min(mask.shape[-2:]))
+    if finer > 1:
+        mask = mask.repeat_interleave(finer, -2).repeat_interleave(finer, -1)
+    radius = max(1, round(width * min(mask.shape[-2:]) / 2))
+    for pad in ((radius, radius, 0, 0), (0, 0, radius, radius)):
+        window = (1, 2 * radius + 1) if pad[0] else (2 * radius + 1, 1)
+        mask = F.avg_pool2d(F.pad(mask, pad, mode="replicate"), window, stride=1)
+    return mask.clamp(0, 1)
+
+
+def resize_mask(mask: Float[Tensor, "1 1 H W"], size: tuple[int, int]) -> Float[Tensor, "1 1 h w"]:
+    """The mask on a layer's grid: exact area averages where it shrinks, bilinear where it grows.
+
+    Area averages keep what no pixel of the mask touches at exactly 0, and complementary masks complementary.
+    """
+    if size[0] <= mask.shape[-2] and size[1] <= mask.shape[-1]:
+        return F.interpolate(mask, size, mode="area")
+    return F.interpolate(mask, size, mode="bilinear", align_corners=False)

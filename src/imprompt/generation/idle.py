@@ -1,0 +1,74 @@
+"""Image prompts that cannot act in a run, by its real steps and the base's real layers.
+
+Zero strength that was asked for as such is no finding; all else that leaves a prompt without effect is.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from imprompt.adapter.backbones.unet import cross_attentions
+from imprompt.adapter.frames import Track
+from imprompt.adapter.schedule import Clock, evaluate
+from imprompt.generation.families import scheduler_for
+from imprompt.generation.loading import Loaded
+from imprompt.schema import options
+from imprompt.schema.profiles import layer_weights
+from imprompt.schema.prompt import ImagePrompt
+from imprompt.schema.request import Request
+
+
+def idle_notes(request: Request, prompts: Sequence[ImagePrompt], loaded: Loaded) -> list[str]:
+    """One note for each prompt that cannot act: where it names itself, and why."""
+    if not prompts:
+        return []
+    steps = step_fractions(request, loaded)
+    layers = cross_attentions(loaded.pipe.unet)
+    notes = []
+    for number, prompt in enumerate(prompts):
+        reason = _idle_in_time(prompt, steps)
+        if not any(layer_weights(prompt.profile, layers).weights):
+            reason = "its profile is 0 in every layer"
+        if request.frames and not any(_frame_factors(prompt, request.frames)):
+            reason = "its frame_curve is 0 in every frame"
+        if reason and prompt.scale != 0:
+            notes.append(f"images.{number} has no effect: {reason}")
+    return notes
+
+
+def step_fractions(request: Request, loaded: Loaded) -> list[float]:
+    """The fraction of the schedule at each step that the request really draws; 0 is pure noise."""
+    assert request.steps is not None
+    scheduler = scheduler_for(loaded.pipe, request.scheduler)
+    scheduler.set_timesteps(request.steps)
+    timesteps = scheduler.timesteps.float().cpu()
+    if request.strength is not None:
+        drawn = min(int(request.steps * request.strength), request.steps)
+        timesteps = timesteps[(request.steps - drawn) * scheduler.order :]
+    clock = Clock.of(scheduler, torch.device("cpu"))
+    fractions: list[float] = (clock.position(timesteps) / clock.length).tolist()
+    return fractions
+
+
+def _idle_in_time(prompt: ImagePrompt, steps: Sequence[float]) -> str:
+    """Why none of the steps sees the prompt; empty if one does."""
+    first = prompt.start if prompt.start > 0 else float("-inf")
+    last = prompt.end if prompt.end < 1 else float("inf")
+    inside = [step for step in steps if first <= step < last and prompt.start < prompt.end]
+    window = f"from start {prompt.start:g} to end {prompt.end:g}"
+    if not inside:
+        return (
+            f"none of the {len(steps)} steps, which run from {steps[0]:.2f} to {steps[-1]:.2f} of the "
+            f"schedule, lies {window}"
+        )
+    places, factors = (
+        torch.tensor([[point[i] for point in options.read_curve(prompt.curve)]]).expand(len(inside), -1)
+        for i in (0, 1)
+    )
+    if not evaluate(places, factors, torch.tensor(inside)).any():
+        return f"its curve is 0 at each of the {len(inside)} steps {window}"
+    return ""
+
+
+def _frame_factors(prompt: ImagePrompt, frames: int) -> list[float]:
+    return Track(curve=options.read_curve(prompt.frame_curve)).factors(frames)

@@ -1,0 +1,335 @@
+"""The pictures of a request, read: each file is opened once, and what lies on the drawing has one geometry.
+
+In go a request whose defaults are filled in and pictures handed over by name; out come the same prompts with
+pictures in place of names, the pictures to start from at the drawn size, and notes for the user.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from imprompt.encoders.images import Budget, frame_count, load_image, load_mask
+from imprompt.errors import InputError
+from imprompt.generation import video
+from imprompt.generation.annotate import annotate_frames
+from imprompt.generation.control import Map
+from imprompt.io import check_path, sha256
+from imprompt.schema.prompt import ImagePrompt, TextRegion, is_saved
+from imprompt.schema.request import Request
+
+_LOST = 0.15  # share of a picture that may be cropped away without a note
+_ASPECT = 0.02  # how far proportions may differ and count as the same
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a request is drawn from."""
+
+    request: Request
+    """With the size, of a clip its frames and rate, and the hashes of the files that were read."""
+    prompts: tuple[ImagePrompt, ...]
+    """The image prompts with pictures in place of names, each with its scale and the name of its adapter."""
+    regions: tuple[TextRegion, ...]
+    start: Image.Image | None
+    """The picture to start from, of the drawn size."""
+    region: Image.Image | None
+    """Where to inpaint (white), of the drawn size."""
+    film: tuple[Image.Image, ...] | None
+    """The frames to start from, of the drawn size."""
+    maps: tuple[Map, ...]
+    """What each control follows, of the drawn size; one a frame where it moves."""
+    notes: tuple[str, ...]
+
+
+def read_inputs(request: Request, pictures: Mapping[str, Any], side: int) -> Inputs:
+    """Read everything that ``request`` names; names are looked up in ``pictures`` first.
+
+    ``side`` is that of the square the base is drawn at by default. Raises :class:`InputError` for files that
+    are missing, changed, unreadable or do not go together, and :class:`UsageError` for frames that a clip
+    does not have.
+    """
+    files = _Files(request, pictures)
+    request = request.replace(hashes=files.hashes)
+    film = None
+    if request.video is not None:
+        frames, rate = files.film(request.video)
+        film, rate = video.fitted(frames, rate, request)
+        request = request.replace(frames=len(film), fps=rate)
+    start = film[0] if film else None if request.image is None else files.picture(request.image)
+    request = request.replace(size=_size(request, start, side))
+    assert request.size is not None
+    region = None if request.mask is None or start is None else _inpainted(files, request, start)
+    controls = [_control(files, name, request, film) for name in _names(request)]
+    lying = [picture for picture in (start, *(frames[0] for frames in controls)) if picture is not None]
+    place = _Placing(files, request, lying)
+    prompts = tuple(place.prompt(prompt) for prompt in request.images)
+    regions = tuple(each.replace(mask=place.mask(each.mask)) for each in request.regions)
+    size = request.size
+    return Inputs(
+        request=request,
+        prompts=prompts,
+        regions=regions,
+        start=None if start is None or film else fitted(start, size),
+        region=None if region is None else fitted(region, size),
+        film=None if film is None else tuple(fitted(frame, size) for frame in film),
+        maps=tuple(
+            _map(control.kind, frames, size)
+            for control, frames in zip(request.controls, controls, strict=True)
+        ),
+        notes=(*_size_notes(request, start, controls, region), *files.notes, *place.notes),
+    )
+
+
+def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Cropped around the centre to the proportions of ``size`` and resampled; untouched if it has that
+    size."""
+    return (
+        image if image.size == size else image.resize(size, Image.Resampling.LANCZOS, box=_box(image, size))
+    )
+
+
+# ---- files
+
+
+class _Files:
+    """The files of one request, each opened once."""
+
+    def __init__(self, request: Request, given: Mapping[str, Any]) -> None:
+        self._request, self._given, self._budget = request, given, Budget()
+        self._moving = {request.video, *(prompt.image for prompt in request.images if prompt.at == "each")}
+        if request.task == "animate":
+            still = (control.path for control in request.controls if control.at is None)
+            self._moving |= {*request.masks, *still}
+        self.hashes = {name: self._checked(name) for name in request.files if name not in given}
+        self.notes = [
+            f"'{name}' is animated; its first frame is taken"
+            for name in request.files
+            if name not in self._moving and frame_count(self.source(name)) > 1
+        ]
+        self.picture = cache(self._picture)
+        self.film = cache(self._film)
+        self.mask = cache(self._mask)
+
+    def source(self, name: str) -> Any:
+        """The picture that was handed over, or the file's path."""
+        return self._given[name] if name in self._given else Path(name).expanduser()
+
+    def saved(self, name: str) -> bool:
+        """Whether it is a file of features."""
+        return name not in self._given and is_saved(name)
+
+    def moves(self, name: str) -> bool:
+        """Whether it may hold frames, and does."""
+        return name in self._moving and video.moves(self.source(name))
+
+    def _checked(self, name: str) -> str:
+        """The file's SHA-256. Raises when it is not there, or not the one the request was made with."""
+        where = _field(self._request, name)
+        path = check_path(name, where)
+        if not path.is_file() and not (name in self._moving and path.is_dir()):
+            wrong = (
+                f"'{name}' is a folder; a picture is expected."
+                if path.is_dir()
+                else f"there is no file '{name}'."
+            )
+            raise InputError(f"{where}: {wrong}")
+        found = sha256(path)
+        if self._request.hashes.get(name, found) != found:
+            raise InputError(
+                f"'{name}' is not the picture that the request was made with (its sha256 differs); give the "
+                "right one, or drop the recorded hashes."
+            )
+        return found
+
+    def _picture(self, name: str) -> Image.Image:
+        return load_image(self.source(name), budget=self._budget)
+
+    def _film(self, name: str) -> tuple[list[Image.Image], float | None]:
+        return video.read_film(self.source(name), name, self._budget)
+
+    def _mask(self, name: str) -> Image.Image | tuple[Image.Image, ...]:
+        if self._request.task == "animate" and self.moves(name):
+            masks = [frame.convert("L") for frame in self.film(name)[0]]
+        else:
+            masks = [load_mask(self.source(name), budget=self._budget, notes=self.notes)]
+        if not any(mask.getbbox() for mask in masks):
+            raise InputError(
+                f"{_field(self._request, name)}: mask '{name}' is black everywhere: it would act nowhere."
+            )
+        return masks[0] if len(masks) == 1 else tuple(masks)
+
+
+def _field(request: Request, name: str) -> str:
+    """Which field of the request names that file, such as ``images.0.mask``."""
+
+    def places(value: object, here: str) -> Iterator[str]:
+        if isinstance(value, dict | list | tuple):
+            pairs = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, inner in pairs:
+                yield from places(inner, f"{here}.{key}" if here else f"{key}")
+        elif value == name:
+            yield here
+
+    return next(places(request.model_dump(), ""), "pictures")
+
+
+# ---- geometry
+
+
+def _box(image: Image.Image, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The largest part of the picture around its centre that has the proportions of ``size``."""
+    scale = max(size[0] / image.width, size[1] / image.height)
+    width, height = size[0] / scale, size[1] / scale
+    left, top = (image.width - width) / 2, (image.height - height) / 2
+    return left, top, left + width, top + height
+
+
+def _alike(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two sizes have the same proportions."""
+    return abs(one[0] * other[1] / (one[1] * other[0]) - 1) <= _ASPECT
+
+
+def _size(request: Request, start: Image.Image | None, side: int) -> tuple[int, int]:
+    """Width and height to draw: as asked for, else the start's proportions at the base's area."""
+    if request.size is not None:
+        return request.size
+    if start is None:
+        return side, side
+    stretch = (side * side / (start.width * start.height)) ** 0.5
+    return _multiple(start.width * stretch), _multiple(start.height * stretch)
+
+
+def _multiple(side: float) -> int:
+    return max(8, round(side / 8) * 8)
+
+
+def _size_notes(
+    request: Request,
+    start: Image.Image | None,
+    controls: list[list[Image.Image]],
+    region: Image.Image | None,
+) -> Iterator[str]:
+    assert request.size is not None
+    width, height = request.size
+    if start is not None and start.size != request.size:
+        name = request.image or request.video
+        yield f"'{name}' is {start.width}×{start.height}, drawn at {width}×{height}"
+    for name, (image, *_) in zip(_names(request), controls, strict=True):
+        if not _alike(image.size, request.size):
+            yield (
+                f"control '{name}' is {image.width}×{image.height}: cropped around the centre to the "
+                f"proportions of {width}×{height}"
+            )
+    if region is not None and region.getextrema()[0] == 255:
+        yield f"mask '{request.mask}' is white everywhere: all is drawn anew"
+
+
+def _inpainted(files: _Files, request: Request, start: Image.Image) -> Image.Image:
+    """Where to inpaint, as it is on disk."""
+    assert request.mask is not None
+    mask = files.mask(request.mask)
+    assert isinstance(mask, Image.Image)
+    if not _alike(mask.size, start.size):
+        raise InputError(
+            f"mask '{request.mask}' is {mask.width}×{mask.height}, picture '{request.image}' "
+            f"{start.width}×{start.height}: they must have the same proportions."
+        )
+    return mask
+
+
+@dataclass
+class _Placing:
+    """Puts what lies on the drawing in its place, and notes what is lost."""
+
+    files: _Files
+    request: Request
+    lying: list[Image.Image]
+    """Pictures that are cropped around the centre to the drawn proportions: the start, and controls."""
+    notes: list[str] = field(default_factory=list)
+
+    def mask(self, name: str) -> Image.Image | tuple[Image.Image, ...]:
+        """A mask of a prompt or region: cropped as the picture of its proportions is, else to be stretched
+        over the drawing. Raises :class:`InputError` when its frames are not those of the clip."""
+        found = self.files.mask(name)
+        if isinstance(found, Image.Image):
+            return self._cropped(found)
+        self._check_count(name, len(found), "masks")
+        return tuple(map(self._cropped, found))
+
+    def _cropped(self, mask: Image.Image) -> Image.Image:
+        size = self.request.size
+        assert size is not None
+        if _alike(mask.size, size) or not any(_alike(mask.size, other.size) for other in self.lying):
+            return mask
+        box = _box(mask, size)
+        kept = max(1, round(box[2] - box[0])), max(1, round(box[3] - box[1]))
+        return mask.resize(kept, Image.Resampling.BILINEAR, box=box)
+
+    def prompt(self, prompt: ImagePrompt) -> ImagePrompt:
+        """The prompt with its pictures, mask, scale and adapter's name."""
+        changes: dict[str, object] = {"adapter": prompt.adapter or self.request.adapter}
+        if prompt.scale is None:
+            changes["scale"] = self.request.scale
+        if prompt.mask is not None:
+            changes["mask"] = self.mask(prompt.mask)
+        if prompt.negative is not None:
+            changes["negative"] = self._shown(prompt.negative)
+        if prompt.at == "each":
+            frames = self.files.film(prompt.image)[0]
+            self._check_count(prompt.image, len(frames), "pictures")
+            return prompt.replace(image=frames, at=range(len(frames)), **changes)
+        pictures = [self._shown(name) for name in prompt.pictures]
+        if prompt.framing == "crop":
+            for name, picture in zip(prompt.pictures, pictures, strict=True):
+                self._note_crop(name, picture)
+        return prompt.replace(image=pictures, **changes)
+
+    def _shown(self, name: str) -> Image.Image | str:
+        return name if self.files.saved(name) else self.files.picture(name)
+
+    def _note_crop(self, name: str, picture: Image.Image | str) -> None:
+        if isinstance(picture, Image.Image) and (lost := 1 - min(picture.size) / max(picture.size)) > _LOST:
+            note = (
+                f"'{name}': {lost:.0%} lies outside the centre square that is seen; framing=pad, squash or "
+                "tile shows all of it"
+            )
+            self.notes += [note] if note not in self.notes else []
+
+    def _check_count(self, name: str, count: int, what: str) -> None:
+        """Raises :class:`InputError` when there is not one a frame."""
+        if count != self.request.frames:
+            raise InputError(_uneven(name, count, what, self.request))
+
+
+# ---- controls
+
+
+def _names(request: Request) -> list[str]:
+    return [control.path for control in request.controls]
+
+
+def _control(files: _Files, name: str, request: Request, film: list[Image.Image] | None) -> list[Image.Image]:
+    """A control's picture, or its frames. Raises :class:`InputError` when they are not those of the clip."""
+    if film is not None and name == request.video:
+        return list(film)  # followed where it is redrawn
+    frames = files.film(name)[0] if files.moves(name) else [files.picture(name)]
+    if request.task == "animate" and len(frames) not in (1, request.frames):
+        raise InputError(_uneven(name, len(frames), "control pictures", request))
+    return frames
+
+
+def _map(kind: str, pictures: list[Image.Image], size: tuple[int, int]) -> Map:
+    """What a control follows, found in the picture or in each frame."""
+    found = tuple(annotate_frames(kind, [fitted(picture, size) for picture in pictures]))
+    return found[0] if len(found) == 1 else found
+
+
+def _uneven(name: str, count: int, what: str, request: Request) -> str:
+    return (
+        f"'{name}' holds {count} {what}, the clip has {request.frames} frames; give one a frame, or --frames "
+        f"{count}."
+    )

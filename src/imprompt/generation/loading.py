@@ -1,0 +1,210 @@
+"""Loaded models: one base with its pipelines, controls and motion adapter, and the adapters in use.
+
+:class:`Models` keeps what the last request used, so that the next one starts at once, and releases what
+belongs to another base, device, number format or set of LoRAs.
+"""
+
+import threading
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from imprompt.adapter.encoding import FeatureCache
+from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.errors import UsageError, first_line
+from imprompt.generation import video
+from imprompt.generation.control import Control, check_fits, controlled, load_net
+from imprompt.generation.extras import add_embeddings, add_loras
+from imprompt.generation.families import Base, for_task, load, load_adapter
+from imprompt.generation.video import Motion
+from imprompt.schema.request import Request
+
+LOADING = threading.RLock()
+"""Held while weights are loaded: the libraries change torch's modules for all threads meanwhile."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The models of one request."""
+
+    pipe: Any
+    """diffusers' pipeline of the task, on its device."""
+    adapters: dict[str, IPAdapter]
+    """By the names of the request, in order of first use."""
+    device: torch.device
+    dtype: torch.dtype
+
+
+class Models:
+    """Keeps one base, its controls, one motion adapter, and the adapters of the last request."""
+
+    def __init__(self) -> None:
+        self.features = FeatureCache()
+        """Shared by all adapters."""
+        self._key: tuple[str, ...] | None = None
+        self._pipes: dict[str, Any] = {}
+        self._nets: dict[str, Any] = {}
+        self._moving: tuple[str, Any] | None = None
+        """The last motion adapter's name and its pipeline."""
+        self._adapters: dict[tuple[str, str | None], IPAdapter] = {}
+        """By name and, of those that read faces, the face model."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The base's source and the adapters' names, of what is loaded."""
+        base = self._key[:1] if self._key is not None and (self._pipes or self._moving) else ()
+        return (*base, *(name for name, _ in self._adapters))
+
+    def release(self) -> None:
+        """Forget all models and features."""
+        self._pipes, self._nets, self._key, self._adapters, self._moving = {}, {}, None, {}, None
+        self.features.clear()
+
+    def load(
+        self,
+        request: Request,
+        base: Base,
+        controls: Sequence[Control],
+        motion: Motion | None,
+        adapters: Sequence[str],
+    ) -> Loaded:
+        """The models that a complete request needs; ``adapters`` are those of its image prompts.
+
+        Raises :class:`ModelError` for what is missing, damaged or does not fit together, :class:`UsageError`
+        for a device that is not there and for options without effect.
+        """
+        device = choose_device(request.device)
+        dtype = choose_dtype(request.dtype, device)
+        extras = (request.quantize, repr(request.loras), repr(request.embeddings))
+        key = (base.source, str(device), str(dtype), request.offload, *extras)
+        with LOADING:
+            if self._key != key:
+                self.release()
+                self._key = key
+            # The adapters first: they are small, and a fault in them is said before gigabytes are read.
+            found = self._load_adapters(adapters, request.face_model)
+            pipe = self._pipe(base, request, motion, device, dtype)
+            if controls:
+                pipe = self._with_controls(pipe, base, controls, request, device, dtype)
+        return Loaded(pipe, found, device, dtype)
+
+    def _pipe(
+        self, base: Base, request: Request, motion: Motion | None, device: torch.device, dtype: torch.dtype
+    ) -> Any:
+        """The pipeline of the request's task; other tasks of the same base share its weights."""
+        if motion is not None:
+            return self._clip_pipe(base, request, motion, device, dtype)
+        if request.task not in self._pipes:
+            if self._pipes:
+                pipe = for_task(next(iter(self._pipes.values())), base, request.task)
+            else:
+                pipe = load(base, request.task, dtype, request.quantize)
+                add_loras(pipe, request.loras)
+                add_embeddings(pipe, request.embeddings)
+            self._pipes[request.task] = _placed(pipe, request.offload, device)
+        return self._pipes[request.task]
+
+    def _clip_pipe(
+        self, base: Base, request: Request, motion: Motion, device: torch.device, dtype: torch.dtype
+    ) -> Any:
+        if self._moving is None or self._moving[0] != motion.name:
+            self._moving = None
+            if self._pipes:
+                still = for_task(next(iter(self._pipes.values())), base, "generate")
+            else:
+                still = load(base, "generate", dtype)
+            pipe = _placed(video.moving(still, motion, base, dtype), request.offload, device)
+            self._moving = (motion.name, pipe)
+        pipe = self._moving[1]
+        return (
+            pipe if request.video is None else _placed(video.from_video(pipe, base), request.offload, device)
+        )
+
+    def _with_controls(
+        self, pipe: Any, base: Base, controls: Sequence[Control], request: Request, device: torch.device,
+        dtype: torch.dtype,
+    ) -> Any:  # fmt: skip
+        """The pipeline with controls; only the last ones' weights are kept."""
+        for control in controls:
+            check_fits(control, pipe.unet.config, base)
+        sources = [control.source for control in controls]
+        key = " ".join([request.task, *sources])
+        if key not in self._pipes:
+            self._pipes = {name: pipe for name, pipe in self._pipes.items() if " " not in name}
+            self._nets = {source: net for source, net in self._nets.items() if source in sources}
+            for control in controls:
+                if control.source not in self._nets:
+                    self._nets[control.source] = load_net(control, dtype)
+            made = _placed(controlled(pipe, request.task, controls, self._nets), request.offload, device)
+            if request.task == "animate":  # a shell around the moving UNet, which `_moving` keeps
+                return made
+            self._pipes[key] = made
+        return self._pipes[key]
+
+    def _load_adapters(self, names: Sequence[str], face_model: str | None) -> dict[str, IPAdapter]:
+        kept = {key: adapter for key, adapter in self._adapters.items() if key[0] in names}
+        self._adapters, found = {}, {}
+        for name in names:
+            key = next((key for key in ((name, None), (name, face_model or "")) if key in kept), None)
+            adapter = load_adapter(name) if key is None else kept[key]
+            adapter.prompt_encoder.cache = self.features
+            if key is None and reads_faces(adapter):
+                _find_faces(adapter, face_model)
+            self._adapters[name, (face_model or "") if reads_faces(adapter) else None] = adapter
+            found[name] = adapter
+        if face_model is not None and not any(map(reads_faces, found.values())):
+            raise UsageError("face_model: has no effect on adapters that read whole pictures; leave it out.")
+        return found
+
+
+def reads_faces(adapter: IPAdapter) -> bool:
+    """Whether it reads a face in the picture rather than the whole picture."""
+    return adapter.projection.variant.embedding is not None
+
+
+def _find_faces(adapter: IPAdapter, face_model: str | None) -> None:
+    """Give a face adapter the named face model, or its own where that is on this machine."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the face models")  # it is among the result's notes
+        if face_model is not None:
+            adapter.face_embedder = face_model
+        else:
+            _ = adapter.face_embedder  # looks where InsightFace keeps them; saved faces need none
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; ``auto`` is a GPU if there is one. Raises :class:`UsageError`."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(name)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = first_line(error)
+        raise UsageError(f"device: '{name}' cannot be used here ({reason}).") from error
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The number format of that name; ``auto`` is float32 on the CPU, else float16."""
+    if name != "auto":
+        chosen: torch.dtype = getattr(torch, name)
+        return chosen
+    return torch.float32 if device.type == "cpu" else torch.float16
+
+
+def _placed(pipe: Any, offload: str, device: torch.device) -> Any:
+    """The pipeline on its device, whole or part by part as it is needed."""
+    if offload == "none":
+        return pipe.to(device)
+    if device.type == "cpu":
+        raise UsageError(f"offload: '{offload}' moves parts to a GPU when needed, but the device is the CPU.")
+    (pipe.enable_model_cpu_offload if offload == "model" else pipe.enable_sequential_cpu_offload)(
+        device=device
+    )
+    return pipe

@@ -1,0 +1,89 @@
+"""The base of all records: immutable, no unknown fields, errors in one line; and how flags are read.
+
+Nothing here imports torch or opens a file.
+"""
+
+import re
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from imprompt.errors import UsageError
+
+_QUOTED = r'"((?:[^"\\]|\\.)*)"'
+_OPTION = re.compile(rf",\s*([A-Za-z_]\w*)=(?:{_QUOTED}(?=,|$)|(.*?)(?=,\s*[A-Za-z_]\w*=|$))", re.DOTALL)
+
+
+class Record(BaseModel):
+    """An immutable record without unknown fields or NaN. What is wrong is one :class:`UsageError`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UsageError(describe_errors(type(self), error)) from error
+
+    def replace(self, **changes: object) -> Self:
+        """A copy with ``changes``, validated again. Raises :class:`UsageError`."""
+        return type(self)(**{**dict(self), **changes})
+
+
+def _path_to_text(value: object) -> object:
+    return str(value) if hasattr(value, "__fspath__") else value
+
+
+PathText = Annotated[str, BeforeValidator(_path_to_text), Field(min_length=1, max_length=4096)]
+"""A path as text; :class:`pathlib.Path` is accepted."""
+
+
+def read_flag(flag: str, text: str, known: tuple[str, ...]) -> tuple[str, dict[str, str]]:
+    """The first part of ``FIRST[,OPTION=VALUE]…`` and its options.
+
+    Parts may hold commas. One that holds ``,name=`` is written in double quotes, with ``\\"`` for a quote in
+    it. Raises :class:`UsageError` naming an option that is unknown or given twice.
+    """
+    quoted = re.match(_QUOTED + r"\s*(?=,|$)", text)
+    if quoted is not None:
+        first, rest = _unquoted(quoted[1]), text[quoted.end() :]
+    else:
+        start = re.search(r",(?=\s*[A-Za-z_]\w*=)", text)
+        first, rest = (text, "") if start is None else (text[: start.start()], text[start.start() :])
+    options: dict[str, str] = {}
+    position = 0
+    while position < len(rest):
+        option = _OPTION.match(rest, position)
+        if option is None:
+            raise UsageError(f"{flag} '{text}': OPTION=VALUE is expected at '{rest[position:]}'.")
+        name, inside, plain = option.groups()
+        if name not in known:
+            raise UsageError(
+                f"{flag} '{text}': unknown option '{name}'; known are {', '.join(known)}. Text that holds "
+                "',name=' goes into double quotes."
+            )
+        if name in options:
+            raise UsageError(f"{flag} '{text}': '{name}' is given twice.")
+        options[name] = plain if inside is None else _unquoted(inside)
+        position = option.end()
+    return first, options
+
+
+def _unquoted(text: str) -> str:
+    return re.sub(r"\\([\"\\])", r"\1", text)
+
+
+def describe_errors(model: type[BaseModel], error: ValidationError) -> str:
+    """What pydantic found wrong with a record, in one line that names the fields."""
+    lines = []
+    for item in error.errors(include_url=False):
+        field = ".".join(str(place) for place in item["loc"] if not str(place).startswith("function-"))
+        message = item["msg"].removeprefix("Value error, ").rstrip(".")
+        if item["type"] == "extra_forbidden":
+            message = f"no such field; known are {', '.join(model.model_fields)}"
+        elif item["type"] not in ("value_error", "missing"):
+            given = repr(item["input"])
+            message += f", got {given if len(given) <= 60 else given[:57] + '...'}"
+        named = message.startswith((f"{field} ", f"{field}:"))  # the message says the field itself
+        lines.append(f"{field}: {message[:1].lower()}{message[1:]}" if field and not named else message)
+    return "; ".join(lines) + "."
