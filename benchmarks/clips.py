@@ -47,9 +47,7 @@ def main() -> None:
 
 def clip(picture: Image.Image, frames: int, steps: int) -> dict[str, float]:
     """Seconds of a clip prompted by one picture, loading included, and the process's largest memory."""
-    request = Request(
-        task="animate", prompt="a cat", images=["it"], frames=frames, steps=steps, seed=0
-    )
+    request = Request(task="animate", prompt="a cat", images=["it"], frames=frames, steps=steps, seed=0)
     started = time.perf_counter()
     worked = seconds(lambda: Engine().run(request, pictures={"it": picture}))
     unit = 2**30 if sys.platform == "darwin" else 2**20
