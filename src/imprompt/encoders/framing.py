@@ -1,8 +1,7 @@
-"""How a picture that is not square becomes the encoder's square: crop, letterbox, squash or tiles.
+"""Make an image encoder's square of a picture that is not square: crop, pad, squash, or encode in tiles.
 
-Pictures in, pictures out; and for tiles the way back, from the tiles' features to one picture's. ``crop``
-leaves the picture to the encoder's own centre crop, so that the default is exactly what adapters were trained
-with. Names are ``words.FRAMINGS``.
+``crop`` leaves the picture to the encoder's own centre crop, which is what adapters were trained with. Tiles
+are encoded one by one and their features merged. Sharpening and noise for image prompts are here as well.
 
 Dimensions: ``N`` pictures, ``P`` patches and class token, ``G`` patches along a side (``P = 1 + G·G``), ``W``
 and ``E`` widths of features.
@@ -10,7 +9,6 @@ and ``E`` widths of features.
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,49 +16,43 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from imprompt.encoders.clip import Features
+from imprompt.encoders.clip import Features, ImageEncoder
 from imprompt.encoders.images import MAX_PIXELS
 from imprompt.errors import InputError
 from imprompt.schema.options import FRAMINGS, NOISES, canonical
 
 MEAN_COLOUR = (123, 117, 104)
-"""Of CLIP's training pictures: what an encoder normalises to 0, hence says least about a border."""
+"""Mean of CLIP's training pictures: the encoder normalises it to 0, so a border of it says least."""
 
 _MAX_TILES = 16
-_SIDE = 224  # of CLIP's input, when the encoder does not say
-
-
-class Encoder(Protocol):
-    """What turns pictures into features, see :class:`imprompt.encoders.clip.ImageEncoder`."""
-
-    def encode(self, images: Sequence[Image.Image]) -> Features: ...
 
 
 def encode(
-    encoder: Encoder,
+    encoder: ImageEncoder,
     pictures: Sequence[Image.Image],
     framing: str = "crop",
     *,
     detail: float = 0.5,
     sharpen: float = 0.0,
 ) -> Features:
-    """Features of ``pictures``, each framed. ``detail`` is the tiles' share beside the whole in ``tile``;
-    ``sharpen`` (0 to 1) is how much each is sharpened at the size the encoder sees, see :func:`sharpened`.
+    """Features of ``pictures``, each framed as one of :data:`imprompt.schema.options.FRAMINGS`.
 
-    A picture that is square (and, for tiles, not large) gives the same features in every framing but for
-    rounding. Raises :class:`UsageError` for an unknown framing, :class:`InputError` for a picture too long.
+    In ``tile``, ``detail`` (0 to 1) is the weight of the tiles against the whole picture. ``sharpen`` (0 to
+    1) sharpens each picture at the encoder's size, see :func:`sharpened`. A square picture (for tiles: of
+    less than twice the encoder's size) has the same features in every framing, up to rounding. Raises
+    :class:`UsageError` for an unknown framing, :class:`InputError` for a picture that is too long for tiles.
     """
     framing = canonical("framing", framing, FRAMINGS)
     if framing == "crop" and not sharpen:
         return encoder.encode(pictures)
-    side = int(getattr(encoder, "size", _SIDE))
+    side = encoder.size
 
-    def see(squares: Sequence[Image.Image]) -> Features:
+    def encode_sharpened(squares: Sequence[Image.Image]) -> Features:
         return encoder.encode(
             [sharpened(square, sharpen, side) for square in squares] if sharpen else squares
         )
 
-    whole = see([frame(p, "squash" if framing == "tile" else framing, side) for p in pictures])
+    whole = encode_sharpened([frame(p, "squash" if framing == "tile" else framing, side) for p in pictures])
     if framing != "tile":
         return whole
     pooled, hidden = [], []
@@ -70,7 +62,7 @@ def encode(
             pooled.append(whole.pooled[n])
             hidden.append(whole.hidden[n])
             continue
-        parts = see(cuts)
+        parts = encode_sharpened(cuts)
         merged = merge_hidden(parts.hidden, rows, columns)
         pooled.append(torch.lerp(whole.pooled[n], parts.pooled.mean(0), detail))
         hidden.append(torch.lerp(whole.hidden[n], merged, detail))
@@ -80,11 +72,11 @@ def encode(
 def frame(
     image: Image.Image, framing: str, side: int, border: tuple[int, int, int] = MEAN_COLOUR
 ) -> Image.Image:
-    """The picture as one square: ``crop`` (centre), ``top``, ``bottom``, ``left`` and ``right`` keep that end
-    of the longer side; ``pad`` surrounds with ``border``; ``squash`` ignores the proportions.
+    """The picture as one square.
 
-    Crops and letterboxes keep the picture's own pixels, and the encoder scales them; a squashed picture has
-    ``side`` pixels a side. A crop that names an end of the shorter side is the centre crop.
+    ``crop`` keeps the centre, ``top``, ``bottom``, ``left`` and ``right`` keep that end of the longer side
+    (an end of the shorter side means the centre), ``pad`` adds a border of the colour ``border``, ``squash``
+    scales to ``side`` × ``side`` pixels. All but ``squash`` leave the scaling to the encoder.
     """
     framing = canonical("framing", framing, FRAMINGS)
     width, height = image.size
@@ -109,11 +101,11 @@ def frame(
 
 
 def tiles(image: Image.Image, side: int) -> tuple[list[Image.Image], int, int]:
-    """Squares that cover the picture, row by row, and how many rows and columns they are.
+    """Squares that cover the picture, row by row, and the numbers of rows and columns.
 
-    A tile is as long as the short side, or half of it when that still fills the encoder (``side`` pixels).
-    Tiles lie evenly and overlap where they do not fit exactly; every pixel is in one. A small square is a
-    single tile. Raises :class:`InputError` when more than 16 would be needed.
+    A tile's side is the short side of the picture, or half of it if that is at least ``side``, the encoder's
+    size. Tiles are spaced evenly and may overlap; together they cover every pixel. Raises
+    :class:`InputError` when more than 16 are needed.
     """
     short = min(image.size)
     tile = -(-short // 2) if short >= 2 * side else short
@@ -127,16 +119,18 @@ def tiles(image: Image.Image, side: int) -> tuple[list[Image.Image], int, int]:
             "are the most. Crop it, or choose framing 'pad' or 'squash'."
         )
     cuts = []
-    for top in _spread(image.height, tile, rows):
-        for left in _spread(image.width, tile, columns):
+    for top in _starts(image.height, tile, rows):
+        for left in _starts(image.width, tile, columns):
             cuts.append(image.crop((left, top, left + tile, top + tile)))
     return cuts, rows, columns
 
 
 def merge_hidden(hidden: Float[Tensor, "N P W"], rows: int, columns: int) -> Float[Tensor, "P W"]:
-    """The tiles' patches as one picture's: their grids joined and averaged back to one grid, the class tokens
-    averaged (ComfyUI_IPAdapter_plus's vision enhancer). ``N`` is ``rows·columns``, row by row.
-    Raises :class:`InputError` when they are not so many, or no square grid and a class token.
+    """Hidden states of tiles as those of one picture: the grids of patches are joined and averaged down to
+    one grid, the class tokens are averaged (ComfyUI_IPAdapter_plus, vision enhancer).
+
+    ``N`` is ``rows·columns``, row by row. Raises :class:`InputError` for another number of tiles, or states
+    that are no class token and square grid.
     """
     grid = math.isqrt(hidden.shape[1] - 1)
     if grid * grid != hidden.shape[1] - 1 or hidden.shape[0] != rows * columns:
@@ -152,12 +146,12 @@ def merge_hidden(hidden: Float[Tensor, "N P W"], rows: int, columns: int) -> Flo
 
 
 def sharpened(image: Image.Image, amount: float, side: int) -> Image.Image:
-    """The square picture resized to ``side`` pixels and sharpened where it is soft, after AMD's FidelityFX
+    """A square picture resized to ``side`` pixels and sharpened where it is soft, after AMD's FidelityFX
     contrast adaptive sharpening: ``(x + w·Σ neighbours) / (1 + 4w)`` with ``w = −amount/5 · √(min(m, 1 − M) /
     M)``, ``m`` and ``M`` the least and the largest of the pixel and its four neighbours, for each colour.
 
-    Flat surfaces stay, and edges that are hard already change least. ``amount`` is from 0 (not at all) to 1.
-    Raises :class:`InputError`.
+    ``amount`` is 0 (unchanged) to 1. Flat areas are unchanged, hard edges change least. Raises
+    :class:`InputError` for another amount.
     """
     if not 0 <= amount <= 1:
         raise InputError(f"sharpen: {amount} is given; a number from 0 to 1 is expected.")
@@ -175,11 +169,11 @@ def sharpened(image: Image.Image, amount: float, side: int) -> Image.Image:
 
 
 def noisy(image: Image.Image, kind: str, strength: float, seed: int = 0) -> Image.Image:
-    """The picture spoiled by noise of ``strength`` 0 to 1, always the same for one ``seed``.
+    """The picture with noise of ``strength`` 0 to 1; equal seeds give equal noise.
 
     ``fade``: (1−s)x + sU; ``dissolve``: a share s of the pixels replaced by U; ``gaussian``: x + sN;
     ``shuffle``: displaced smoothly, flipped both ways, and x(1−n) + n with n = 0.75s·N, all clamped to 0–1
-    (U uniform, N normal; ComfyUI_IPAdapter_plus's formulas). No global randomness is touched.
+    (U uniform, N normal; formulas of ComfyUI_IPAdapter_plus). The global random state is not used.
     Raises :class:`UsageError` for another kind, :class:`InputError` for another strength.
     """
     kind = canonical("noise", kind, NOISES)
@@ -203,7 +197,7 @@ def noisy(image: Image.Image, kind: str, strength: float, seed: int = 0) -> Imag
     return Image.frombytes("RGB", image.size, pixels.contiguous().numpy().tobytes())
 
 
-def _spread(length: int, tile: int, count: int) -> list[int]:
+def _starts(length: int, tile: int, count: int) -> list[int]:
     """Starts of ``count`` tiles that cover ``length`` evenly from end to end."""
     return [round(i * (length - tile) / (count - 1)) if count > 1 else 0 for i in range(count)]
 
@@ -211,8 +205,8 @@ def _spread(length: int, tile: int, count: int) -> list[int]:
 def _displaced(
     x: Float[Tensor, "h w 3"], alpha: float, sigma: float, random: torch.Generator
 ) -> Float[Tensor, "h w 3"]:
-    """Elastic deformation (Simard et al. 2003): a random field, blurred by ``sigma`` and scaled by ``alpha``
-    pixels; what lies beyond the border is black."""
+    """Elastic deformation (Simard et al. 2003): a random field blurred by ``sigma`` and scaled by ``alpha``
+    pixels; beyond the border is black."""
     height, width = x.shape[:2]
     field = torch.rand(1, 2, height, width, generator=random) * 2 - 1
     if sigma > 0:
