@@ -1,8 +1,8 @@
-"""Clips of SDXL that follow ControlNets, which diffusers has no pipeline for: its pipeline of clips, whose
-UNet is handed what SDXL's ControlNets say of each frame, as diffusers' pipeline of stills hands it over.
+"""SDXL clips with ControlNets, for which diffusers (0.42) has no pipeline.
 
-Frames are rows to a ControlNet. It sees the text alone: image prompts act in the UNet. No windows of long
-clips, no start from a video; diffusers has neither for SDXL.
+diffusers' pipeline of SDXL clips is called as it is; a forward pre-hook on its UNet runs the ControlNets with
+the frames as rows of a batch and adds their residuals, as diffusers' pipeline of SDXL stills does. As in
+diffusers there are no sliding windows for long clips and no start from a video.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from PIL import Image
 from torch import Tensor
 
-# Dimensions: B samples of the UNet's batch (two a clip with guidance), F frames, C channels, h w of latents.
+# Dimensions: B samples in the UNet's batch (two with guidance), F frames, C channels, h and w of latents.
 
 
 class AnimateDiffSDXLControlNetPipeline(AnimateDiffSDXLPipeline):
@@ -58,13 +58,14 @@ class AnimateDiffSDXLControlNetPipeline(AnimateDiffSDXLPipeline):
         control_guidance_end: float | Sequence[float] = 1.0,
         **call: Any,
     ) -> Any:
-        """Draw as the pipeline without ControlNets does with ``call``, height and width among it.
+        """Draw a clip; ``call`` has the arguments of the pipeline without ControlNets, ``height`` and
+        ``width`` among them.
 
-        ``conditioning_frames`` are a map a frame, and with several ControlNets such a list, a scale, a start
-        and an end (fractions of the steps) for each.
+        ``conditioning_frames`` has a map for each frame. With several ControlNets there is a list of maps, a
+        scale, a start and an end (fractions of the steps) for each.
         """
-        one = not isinstance(self.controlnet, MultiControlNetModel)
-        maps = [conditioning_frames] if one else conditioning_frames
+        single = not isinstance(self.controlnet, MultiControlNetModel)
+        maps = [conditioning_frames] if single else conditioning_frames
         frames = [self._prepared(each, call["height"], call["width"]) for each in maps]
         scales, starts, ends = (
             [value] if isinstance(value, float | int) else list(value)
@@ -72,42 +73,42 @@ class AnimateDiffSDXLControlNetPipeline(AnimateDiffSDXLPipeline):
         )
         step = 0
 
-        def follow(_: Any, args: tuple[Any, ...], said: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        def add_residuals(_: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             nonlocal step
             sample, steps = args[0], len(self.scheduler.timesteps)
-            acting = [
+            active = [
                 scale * float(start <= step / steps and (step + 1) / steps <= end)
                 for scale, start, end in zip(scales, starts, ends, strict=True)
             ]
             step += 1
-            count, added = sample.shape[2], said["added_cond_kwargs"]
+            count, added = sample.shape[2], given["added_cond_kwargs"]
             rows = sample.transpose(1, 2).flatten(0, 1)  # B C F h w to (B F) C h w
-            shown = [each.repeat(len(sample), 1, 1, 1) for each in frames]
+            maps_of_rows = [each.repeat(len(sample), 1, 1, 1) for each in frames]
             down, middle = self.controlnet(
                 rows,
                 args[1],
-                encoder_hidden_states=said["encoder_hidden_states"],
-                controlnet_cond=shown[0] if one else shown,
-                conditioning_scale=acting[0] if one else acting,
+                encoder_hidden_states=given["encoder_hidden_states"],
+                controlnet_cond=maps_of_rows[0] if single else maps_of_rows,
+                conditioning_scale=active[0] if single else active,
                 added_cond_kwargs={
                     name: added[name].repeat_interleave(count, 0) for name in ("text_embeds", "time_ids")
                 },
                 return_dict=False,
             )
-            return args, said | {
+            return args, given | {
                 "down_block_additional_residuals": down,
                 "mid_block_additional_residual": middle,
             }
 
-        # First of all: what changes the call later, as guidance of its own for the picture, finds it whole.
-        hook = self.unet.register_forward_pre_hook(follow, prepend=True, with_kwargs=True)
+        # First of all hooks: one that changes the call (image guidance) must see it with the residuals.
+        hook = self.unet.register_forward_pre_hook(add_residuals, prepend=True, with_kwargs=True)
         try:
             return super().__call__(**call)  # type: ignore[misc]
         finally:
             hook.remove()
 
     def _prepared(self, frames: Sequence[Image.Image], height: int, width: int) -> Tensor:
-        """Maps as "F 3 H W" in [0, 1], as SDXL's pipeline of stills prepares them."""
+        """Maps as (F, 3, H, W) in [0, 1], as SDXL's pipeline of stills prepares them."""
         processor = VaeImageProcessor(
             vae_scale_factor=self.vae_scale_factor, do_convert_rgb=True, do_normalize=False
         )
