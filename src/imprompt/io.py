@@ -29,6 +29,8 @@ MAX_JSON = 16 * 1024 * 1024
 MAX_DEPTH = 64
 """Default cap on how deep a JSON text may be nested."""
 
+_REMEMBERED = 16_000_000  # bytes from which a file's hash is kept on the disk
+_MAX_REMEMBERED = 1000  # hashes
 _NAME_BYTES = 255  # of one component of a path, on every common file system
 _PATH_BYTES = 4096
 
@@ -344,7 +346,8 @@ def _shown(letter: str) -> str:
 def sha256(path: str | Path) -> str:
     """SHA-256 of a file in hexadecimal; of a folder, of its files' contents in the order of their names.
 
-    A file that has not changed since (size, times and inode) is not read again. Raises :class:`InputError`.
+    A file that has not changed since (path, size, times and inode) is not read again; hashes of large files
+    are kept in ``~/.cache/imprompt`` for later processes. Raises :class:`InputError`.
     """
     place = check_file(path, folder=True)
     try:
@@ -371,7 +374,27 @@ def _hash_file(path: Path) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _hash_known(path: Path, *_: int) -> str:
+def _hash_known(path: Path, size: int, *times_and_inode: int) -> str:
+    if size < _REMEMBERED:
+        return _hash(path)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "imprompt" / "sha256.json"
+    key = " ".join(map(str, (path.resolve(), size, *times_and_inode)))
+    with contextlib.suppress(ImpromptError):  # none yet, or damaged: it is made anew
+        known = read_json(cache, "cache")
+        if isinstance(found := known.get(key), str) and len(found) == 64:
+            return found
+        return _remember(cache, known, key, _hash(path))
+    return _remember(cache, {}, key, _hash(path))
+
+
+def _remember(cache: Path, known: dict[str, Any], key: str, digest: str) -> str:
+    entries = [*list(known.items())[-_MAX_REMEMBERED:], (key, digest)]
+    with contextlib.suppress(ImpromptError):  # a home that cannot be written: hashed again next time
+        write_atomic(cache, json.dumps(dict(entries), indent=0).encode(), overwrite=True)
+    return digest
+
+
+def _hash(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
