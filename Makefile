@@ -5,17 +5,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test lint format docs bench evaluate clean
+.PHONY: demo test test-browser lint format docs bench evaluate clean
 .DEFAULT_GOAL := help
 
 help:  ## say what there is
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.ready  ## draw the contact sheet with the bundled model (outputs/demo)
 	@$(BIN)/imprompt demo -o outputs/demo
 
 test: $(VENV)/.ready-dev  ## run all tests, JOBS of them at a time
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+test-browser: $(VENV)/.ready-dev  ## test the page in Chromium; screenshots go to outputs/browser
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+		{ echo "Chromium is needed; on Debian: apt-get install chromium" >&2; exit 1; }
+	@[ -d $(VENV)/axe ] || npm install --silent --no-save --prefix $(VENV)/axe axe-core@4
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
 
 lint: $(VENV)/.ready-dev  ## style, types, complexity, who may import whom, and that the docs build
 	@$(BIN)/ruff check src tests recipes benchmarks docs
@@ -32,7 +38,7 @@ format: $(VENV)/.ready-dev  ## put the style right
 	@$(BIN)/ruff check --fix src tests recipes benchmarks
 	@$(BIN)/ruff format src tests recipes benchmarks
 
-bench: $(VENV)/.ready  ## measure speed, as ratios within one run
+bench: $(VENV)/.ready-dev  ## measure speed, as ratios within one run
 	@for script in benchmarks/*.py; do $(BIN)/python $$script; done
 
 evaluate: $(VENV)/.ready  ## measure the bundled model on held-out pictures

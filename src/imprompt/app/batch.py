@@ -201,21 +201,22 @@ def _batches(jobs: Iterable[Job], most: int) -> Iterator[list[Job]]:
 
 def _draw(engine: "Engine | None", batch: Sequence[Job]) -> Iterator[tuple[Job, "Result | ImpromptError"]]:
     """Each job with its result or what went wrong; when a batch fails, each of it is drawn alone."""
-    wanted = [job for job in batch if job.request is not None]
-    yield from ((job, UsageError(job.error or "")) for job in batch if job.request is None)
-    if engine is None or not wanted:
-        return
-    if len(wanted) > 1:
+    if engine is not None and len(batch) > 1:
         with contextlib.suppress(ImpromptError):
-            results = engine.run_batch([job.request for job in wanted if job.request is not None])
-            yield from zip(wanted, results, strict=True)
+            results = engine.run_batch([job.request for job in batch if job.request is not None])
+            yield from zip(batch, results, strict=True)
             return
-    for job in wanted:
-        assert job.request is not None
-        try:
-            yield job, engine.run(job.request)
-        except ImpromptError as error:
-            yield job, error
+    for job in batch:
+        yield job, _draw_alone(engine, job)
+
+
+def _draw_alone(engine: "Engine | None", job: Job) -> "Result | ImpromptError":
+    if job.request is None or engine is None:
+        return UsageError(job.error or "")
+    try:
+        return engine.run(job.request)
+    except ImpromptError as error:
+        return error
 
 
 def _finish(job: Job, outcome: "Result | ImpromptError", folder: Path, form: str | None) -> dict[str, Any]:

@@ -114,15 +114,7 @@ async def img2img(http: HTTPRequest, queue: QueueHere) -> dict[str, Any]:
 
 def _fields(values: Mapping[str, Any], http: HTTPRequest, queue: Queue) -> dict[str, Any]:
     """A request's fields from theirs. Raises :class:`Problem`."""
-    for name, what in _REFUSED.items():
-        if values.get(name):
-            raise Problem(422, "not_supported", f"{name}: {what} are not part of this server.", name)
-    scripts = values.get("alwayson_scripts") or {}
-    for name, script in scripts.items() if isinstance(scripts, dict) else ():
-        arguments = script.get("args") if isinstance(script, dict) else None
-        if name.lower() not in _SCRIPTS and arguments and arguments[0]:
-            text = f"alwayson_scripts: '{name[:60]}' is not part of this server."
-            raise Problem(422, "not_supported", text, "alwayson_scripts")
+    _check_supported(values)
     prompt, loras = _without_loras(str(values.get("prompt") or ""))
     guidance = _number(values, "cfg_scale", 7.0)
     seed = int(_number(values, "seed", -1))
@@ -141,6 +133,19 @@ def _fields(values: Mapping[str, Any], http: HTTPRequest, queue: Queue) -> dict[
     if seed >= 0:
         fields["seed"] = seed
     return fields
+
+
+def _check_supported(values: Mapping[str, Any]) -> None:
+    """Raises :class:`Problem` for what would change the picture and has no counterpart."""
+    for name, what in _REFUSED.items():
+        if values.get(name):
+            raise Problem(422, "not_supported", f"{name}: {what} are not part of this server.", name)
+    scripts = values.get("alwayson_scripts") or {}
+    for name, script in scripts.items() if isinstance(scripts, dict) else ():
+        arguments = script.get("args") if isinstance(script, dict) else None
+        if name.lower() not in _SCRIPTS and arguments and arguments[0]:
+            text = f"alwayson_scripts: '{name[:60]}' is not part of this server."
+            raise Problem(422, "not_supported", text, "alwayson_scripts")
 
 
 def _number(values: Mapping[str, Any], name: str, default: float) -> float:

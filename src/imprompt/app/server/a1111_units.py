@@ -37,21 +37,23 @@ _HASH = re.compile(r"\s*\[[0-9a-fA-F]+\]$")
 
 async def read_units(values: Mapping[str, Any], fields: dict[str, Any], queue: Queue) -> None:
     """Add the image prompts and controls of all units to a request's fields. Raises :class:`Problem`."""
-    scripts = values.get("alwayson_scripts") or {}
-    if not isinstance(scripts, dict):
-        raise _wrong("alwayson_scripts", "an object is expected")
-    units: Any = next((script for name, script in scripts.items() if name.lower() == "controlnet"), {})
-    arguments = units.get("args", []) if isinstance(units, dict) else None
-    if not isinstance(arguments, list) or not all(isinstance(unit, dict) for unit in arguments):
-        raise _wrong("alwayson_scripts.controlnet.args", "a list of units is expected")
-    for unit in arguments:
-        if unit.get("enabled", True) is False:
-            continue
+    for unit in _enabled_units(values):
         module = str(unit.get("module") or "none")
         if _IMAGE_PROMPT.search(module) or _adapter(unit) is not None:
             fields.setdefault("images", []).append(await _image_prompt(unit, queue))
         else:
             fields.setdefault("controls", []).append(await _control(unit, module, queue))
+
+
+def _enabled_units(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    scripts = values.get("alwayson_scripts") or {}
+    if not isinstance(scripts, dict):
+        raise _wrong("alwayson_scripts", "an object is expected")
+    script: Any = next((script for name, script in scripts.items() if name.lower() == "controlnet"), {})
+    units = script.get("args", []) if isinstance(script, dict) else None
+    if not isinstance(units, list) or not all(isinstance(unit, dict) for unit in units):
+        raise _wrong("alwayson_scripts.controlnet.args", "a list of units is expected")
+    return [unit for unit in units if unit.get("enabled", True) is not False]
 
 
 async def _image_prompt(unit: Mapping[str, Any], queue: Queue) -> dict[str, Any]:

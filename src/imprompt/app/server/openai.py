@@ -204,22 +204,29 @@ def _fields(values: Mapping[str, Any], queue: Queue) -> dict[str, Any]:
         raise _wrong("prompt", "a text is expected")
     if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
         raise _wrong("n", "a whole number is expected")
-    if values.get("background") == "transparent":
-        raise _wrong("background", "pictures are opaque here")
-    for name in ("output_format", "response_format"):
-        known = {"output_format": tuple(_FORMATS), "response_format": ("b64_json", "url")}[name]
-        if values.get(name) not in (None, *known):
-            raise _wrong(name, f"one of {', '.join(known)} is expected")
+    _check_choices(values)
     base = _base(values.get("model"), queue)
     fields = {"prompt": prompt, "base": base, "count": 1 if count is None else count}
     if values.get("size") not in (None, "auto"):
         fields["size"] = values["size"]
-    if (quality := values.get("quality")) not in (None, "auto"):
-        if quality not in _EFFORT:
-            raise _wrong("quality", f"one of auto, {', '.join(_EFFORT)} is expected")
-        if _EFFORT[quality] != 1:
-            fields["steps"] = max(1, round(_STEPS * _EFFORT[quality]))
+    effort = _EFFORT.get(values.get("quality") or "auto", 1.0)
+    if effort != 1:
+        fields["steps"] = max(1, round(_STEPS * effort))
     return fields | own
+
+
+def _check_choices(values: Mapping[str, Any]) -> None:
+    """Raises :class:`Problem` for a value that is none of a field's."""
+    known = {
+        "output_format": tuple(_FORMATS),
+        "response_format": ("b64_json", "url"),
+        "quality": ("auto", *_EFFORT),
+        "background": ("auto", "opaque"),
+        "input_fidelity": tuple(_FIDELITY),
+    }
+    for name, choices in known.items():
+        if values.get(name) not in (None, *choices):
+            raise _wrong(name, f"one of {', '.join(choices)} is expected")
 
 
 def _base(name: object, queue: Queue) -> str:
@@ -239,17 +246,13 @@ async def _add_pictures(
     if not files:
         raise _wrong("image", "a picture is expected")
     cap = queue.settings.limits.picture_bytes
-    ids: list[str] = []
-    first = b""
-    for file in files:
-        content = await file.read(cap + 1)
-        if len(content) > cap:
-            raise Problem(413, "too_large", f"image: a picture has at most {cap >> 20} MB.", "image")
-        first = first or content
-        ids.append((await keep(queue, content, "image")).id)
+    found = [await file.read(cap + 1) for file in files]
+    if any(len(content) > cap for content in found):
+        raise Problem(413, "too_large", f"image: a picture has at most {cap >> 20} MB.", "image")
+    ids = [(await keep(queue, content, "image")).id for content in found]
     masks = uploads(form, _MASK_NAME)
     if masks:
-        mask = _repainted(await masks[0].read(cap + 1), first, queue)
+        mask = _repainted(await masks[0].read(cap + 1), found[0], queue)
         fields |= {"task": "inpaint", "image": ids.pop(0), "mask": (await keep(queue, mask, "mask")).id}
     options = fields.get("images", [])
     if (
@@ -260,11 +263,8 @@ async def _add_pictures(
         raise _wrong("imprompt.images", "at most one object of options for each picture is expected")
     options += [{}] * (len(ids) - len(options))
     fields["images"] = [{PICTURE: name, **option} for name, option in zip(ids, options, strict=True)]
-    if (fidelity := values.get("input_fidelity")) is not None:
-        if fidelity not in _FIDELITY:
-            raise _wrong("input_fidelity", "low or high is expected")
-        if ids:
-            fields.setdefault("scale", _FIDELITY[fidelity])
+    if ids and values.get("input_fidelity") is not None:
+        fields.setdefault("scale", _FIDELITY[values["input_fidelity"]])
 
 
 def _repainted(mask: bytes, picture: bytes, queue: Queue) -> bytes:

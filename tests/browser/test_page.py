@@ -1,0 +1,235 @@
+"""The page in real Chromium: what an artist does with it."""
+
+import base64
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from serving import Running, picture, submit, wait
+
+pytestmark = [pytest.mark.slow]
+Open = Callable[..., object]
+AXE = Path(os.environ.get("IMPROMPT_AXE", ".venv/axe/node_modules/axe-core/axe.min.js"))
+
+
+def set_up(page, prompt: str = "a cat", steps: int = 3) -> None:
+    """Say what to draw, in few steps, with a seed."""
+    page.fill("#prompt", prompt)
+    page.get_by_text("Fine tuning").click()
+    page.get_by_label("Steps").fill(str(steps))
+    page.get_by_label("Seed", exact=True).fill("5")
+    page.get_by_label("Seed", exact=True).press("Tab")
+
+
+def draw(page) -> None:
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.wait_for_selector("img.result, .cell .tile")
+
+
+def file(content: bytes, name: str = "picture.png") -> dict[str, object]:
+    return {"name": name, "mimeType": "image/png", "buffer": content}
+
+
+def add_reference(page, content: bytes) -> None:
+    count = page.locator("#references > li").count()
+    page.locator("#reference-drop input[type=file]").set_input_files([file(content)])
+    page.locator("#references > li").nth(count).wait_for()
+
+
+def last_request(running: Running) -> dict:
+    with running.client() as client:
+        return client.get("/api/v1/history?limit=1").json()["jobs"][0]["request"]
+
+
+def drop(page, selector: str, content: bytes) -> None:
+    """Drop a file as the desktop does: enter the window, then drop on a target."""
+    data = page.evaluate_handle(
+        """([text]) => {
+            const bytes = Uint8Array.from(atob(text), (one) => one.charCodeAt(0));
+            const data = new DataTransfer();
+            data.items.add(new File([bytes], "dropped.png", { type: "image/png" }));
+            return data;
+        }""",
+        [base64.b64encode(content).decode()],
+    )
+    page.dispatch_event("body", "dragenter", {"dataTransfer": data})
+    page.wait_for_selector(selector)
+    page.dispatch_event(selector, "drop", {"dataTransfer": data})
+
+
+def test_an_example_draws_with_one_click(opening: Open, shot) -> None:
+    page = opening()
+    shot(page, "1-welcome")
+    page.locator(".example").nth(1).click()
+    page.wait_for_selector("progress[value]")
+    page.wait_for_selector("img.preview:not([hidden])")
+    shot(page, "2-drawing")
+    page.wait_for_selector("img.result")
+    page.wait_for_selector("#gallery .tile")
+    shot(page, "3-drawn")
+    assert page.locator("#status").inner_text() == "The picture is ready."
+
+
+def test_a_reference_with_everything_set_becomes_the_request(opening: Open, running: Running, shot) -> None:
+    page = opening()
+    set_up(page, "an owl")
+    add_reference(page, picture("red"))
+    card = page.locator("#references > li").first
+    card.get_by_label("Strength").fill("0.8")
+    card.get_by_role("radio", name="Style").check()
+    card.locator("summary").click()
+    card.get_by_label("Acts from").fill("0.25")
+    card.get_by_label("Acts from").press("Tab")
+    shot(page, "4-reference")
+    draw(page)
+    (prompt,) = last_request(running)["images"]
+    assert (prompt["scale"], prompt["start"], prompt["profile"]) == (0.8, 0.25, "style")
+
+
+def test_paints_a_mask_and_redraws_inside_it(opening: Open, running: Running, shot) -> None:
+    page = opening()
+    page.get_by_role("tab", name="Inpaint").click()
+    set_up(page, "a star")
+    page.locator("#source input[type=file]").set_input_files([file(picture("blue"))])
+    page.get_by_role("button", name="Paint what to redraw").click()
+    canvas = page.locator("canvas.paper")
+    box = canvas.bounding_box()
+    middle = (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.move(*middle)
+    page.mouse.down()
+    page.mouse.move(middle[0] + 60, middle[1], steps=5)
+    page.mouse.up()
+    page.get_by_role("button", name="Undo").click()
+    page.get_by_role("button", name="Use this area").click()
+    assert page.get_by_role("dialog").get_by_text("Nothing is painted yet.").is_visible()
+    canvas.focus()
+    for key in ("]", " ", "ArrowRight", " "):  # painting without a mouse
+        page.keyboard.press(key)
+    shot(page, "5-painter")
+    page.get_by_role("button", name="Use this area").click()
+    page.get_by_role("button", name="Change the area").wait_for()
+    draw(page)
+    request = last_request(running)
+    assert request["task"] == "inpaint"
+    with running.client() as client:
+        mask = client.get(f"/api/v1/pictures/{request['mask']}").content
+    assert mask.startswith(b"\x89PNG")
+    page.get_by_role("button", name="Compare", exact=True).click()
+    page.get_by_label("How much of the first picture is shown").fill("30")
+    shot(page, "6-compare")
+
+
+def test_a_dropped_picture_gives_its_settings_back(opening: Open, running: Running) -> None:
+    with running.client() as client:
+        job = wait(client, submit(client, prompt="a rocket", seed=99, steps=2, size=[128, 96])["id"])
+        content = client.get(job["pictures"][0]["url"]).content
+    page = opening()
+    drop(page, "[data-target=restore]", content)
+    page.get_by_text("Settings restored.").wait_for()
+    assert page.input_value("#prompt") == "a rocket"
+    draw(page)
+    request = last_request(running)
+    assert (request["seed"], request["steps"], request["size"]) == (99, 2, [128, 96])
+    drop(page, "[data-target=restore]", picture("red"))
+    page.get_by_text("This picture carries no settings of imprompt.").wait_for()
+
+
+def test_stops_within_a_step(opening: Open) -> None:
+    page = opening()
+    set_up(page, steps=150)
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.wait_for_selector("progress[value]")
+    page.get_by_role("button", name="Stop").click()
+    page.locator("#stage").get_by_text("Stopped.").wait_for()
+    page.get_by_role("button", name="Draw", exact=True).wait_for()
+
+
+def test_compares_strengths_as_a_grid(opening: Open, shot) -> None:
+    page = opening()
+    set_up(page, "an owl", steps=2)
+    add_reference(page, picture("green"))
+    page.get_by_role("button", name="Compare strengths").click()
+    page.wait_for_selector(".cell:nth-child(5) .tile")
+    assert page.locator(".cell figcaption").all_inner_texts()[-1] == "strength 1.00"
+    shot(page, "7-strengths")
+
+
+def test_metadata_is_text_and_never_markup(opening: Open, running: Running) -> None:
+    text = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+    with running.client() as client:
+        wait(client, submit(client, prompt=text, steps=1)["id"])
+    page = opening()
+    page.locator("#gallery .tile").first.click()
+    page.wait_for_selector("img.result")
+    assert text in page.locator("#stage .caption").inner_text()
+    assert page.title() == "imprompt"
+
+
+def test_errors_are_told_in_words(opening: Open) -> None:
+    page = opening()
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.get_by_text("Say what to draw, or show it a picture.").wait_for()
+    page.locator("#reference-drop input[type=file]").set_input_files([file(b"no picture at all")])
+    page.locator(".toast.error", has_text="no picture").wait_for()
+
+
+def test_settings_survive_a_reload_and_chinese_is_chosen(opening: Open, shot) -> None:
+    page = opening()
+    page.fill("#prompt", "a house")
+    page.get_by_role("button", name="中文").click()
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    assert page.input_value("#prompt") == "a house"
+    assert page.locator("html").get_attribute("lang") == "zh-CN"
+    assert page.get_by_role("button", name="绘制", exact=True).is_visible()
+    shot(page, "8-chinese")
+
+
+def test_fits_a_phone(opening: Open, shot) -> None:
+    page = opening(375, 780, has_touch=True, is_mobile=True)
+    shot(page, "9-phone")
+    assert page.evaluate("document.documentElement.scrollWidth") == 375
+    set_up(page)
+    add_reference(page, picture("red"))
+    draw(page)
+    assert page.evaluate("document.documentElement.scrollWidth") == 375
+    shot(page, "10-phone-drawn")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(opening: Open, scheme: str, shot) -> None:
+    if not AXE.is_file():
+        pytest.skip(f"axe-core is not at {AXE}; make test-browser puts it there")
+    page = opening(color_scheme=scheme, bypass_csp=True)
+    add_reference(page, picture("red"))
+    page.locator("#references summary").first.click()
+    shot(page, f"11-{scheme}")
+    page.add_script_tag(content=AXE.read_text(encoding="utf-8"))
+
+    def serious() -> list[str]:
+        found = page.evaluate("axe.run()")["violations"]
+        return [
+            json.dumps([one["id"], one["nodes"][0]["html"][:200], one["nodes"][0]["failureSummary"][:200]])
+            for one in found
+            if one["impact"] in ("serious", "critical")
+        ]
+
+    assert serious() == []
+    page.get_by_role("button", name="Model and adapter").click()
+    page.wait_for_selector("dialog[open]")
+    assert serious() == []
+
+
+def test_the_files_of_the_page_are_small_and_its_own() -> None:
+    import imprompt.app.server
+
+    files = [
+        path for path in (Path(imprompt.app.server.__file__).parent / "static").rglob("*") if path.is_file()
+    ]
+    assert sum(path.stat().st_size for path in files) < 200_000
+    for path in files:
+        if path.suffix in (".js", ".css", ".html"):
+            assert "https://" not in path.read_text(encoding="utf-8")
