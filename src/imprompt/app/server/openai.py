@@ -254,17 +254,21 @@ async def _add_pictures(
     if masks:
         mask = _repainted(await masks[0].read(cap + 1), found[0], queue)
         fields |= {"task": "inpaint", "image": ids.pop(0), "mask": (await keep(queue, mask, "mask")).id}
-    options = fields.get("images", [])
+    fields["images"] = _image_prompts(ids, fields.get("images", []))
+    if ids and values.get("input_fidelity") is not None:
+        fields.setdefault("scale", _FIDELITY[values["input_fidelity"]])
+
+
+def _image_prompts(ids: list[str], options: Any) -> list[dict[str, Any]]:
+    """An image prompt for each picture, with the options that ``imprompt.images`` has for it."""
     if (
         not isinstance(options, list)
         or len(options) > len(ids)
         or not all(isinstance(o, dict) for o in options)
     ):
         raise _wrong("imprompt.images", "at most one object of options for each picture is expected")
-    options += [{}] * (len(ids) - len(options))
-    fields["images"] = [{PICTURE: name, **option} for name, option in zip(ids, options, strict=True)]
-    if ids and values.get("input_fidelity") is not None:
-        fields.setdefault("scale", _FIDELITY[values["input_fidelity"]])
+    options = options + [{}] * (len(ids) - len(options))
+    return [{PICTURE: name, **option} for name, option in zip(ids, options, strict=True)]
 
 
 def _repainted(mask: bytes, picture: bytes, queue: Queue) -> bytes:
