@@ -124,8 +124,7 @@ class PromptEncoder:
     def borrow_from(self, pipe: object) -> ImageEncoder | None:
         """The pipeline's own image encoder, when it has one that fits."""
         model, processor = getattr(pipe, "image_encoder", None), getattr(pipe, "feature_extractor", None)
-        config = getattr(model, "config", None)
-        if processor is None or not hasattr(getattr(config, "vision_config", config), "projection_dim"):
+        if model is None or processor is None:
             return None
         encoder = ImageEncoder(model, processor)
         return encoder if self.fits(encoder.pooled_width, encoder.hidden_width) else None

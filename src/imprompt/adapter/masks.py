@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-import numpy as np
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from imprompt.encoders.images import Source, load_mask
+from imprompt.encoders.images import Source
+from imprompt.encoders.masks import mask_tensor
 from imprompt.errors import InputError
 
 MaskLike: TypeAlias = Source | Tensor
@@ -26,20 +25,10 @@ _FINE = 256  # pixels that the shorter side of a mask has at least when it is fe
 def read_mask(mask: MaskLike, feather: float = 0.0, *, empty: bool = False) -> Float[Tensor, "1 1 H W"]:
     """One mask with edges ``feather`` wide (a fraction of its shorter side).
 
-    A tensor ``(H, W)`` is floats in [0, 1], booleans, or integers of which 255 is inside, or 1 where none is
-    larger. Raises :class:`InputError` when it is no mask or, unless ``empty`` is allowed, covers nothing.
+    Values are read by :func:`imprompt.encoders.masks.mask_tensor`. Raises :class:`InputError` when it is no
+    mask or, unless ``empty`` is allowed, covers nothing.
     """
-    if not isinstance(mask, Tensor):
-        mask = torch.from_numpy(np.array(load_mask(mask), dtype=np.uint8))
-    if mask.is_complex():
-        raise InputError(f"mask has dtype {mask.dtype}; floats in [0, 1], booleans or bytes are expected.")
-    if not mask.numel() or mask.ndim not in (2, 3, 4) or mask.numel() != mask.shape[-1] * mask.shape[-2]:
-        raise InputError(f"mask has shape {tuple(mask.shape)}; one picture (H, W) is expected.")
-    values = mask.detach().to(torch.float32)
-    if not mask.is_floating_point() and mask.dtype != torch.bool and values.max() > 1:
-        values = values / 255
-    if not bool(torch.isfinite(values).all()) or values.min() < 0 or values.max() > 1:
-        raise InputError("mask has values outside 0 to 1; give floats in [0, 1], booleans or bytes.")
+    values = mask_tensor(mask)
     if not empty and not values.any():
         raise InputError(
             "mask is 0 everywhere, so its image prompt could never act; leave the prompt out instead."

@@ -35,6 +35,7 @@ from imprompt.generation.idle import idle_notes
 from imprompt.generation.inputs import Inputs, read_inputs
 from imprompt.generation.loading import LOADING, Loaded, Models
 from imprompt.generation.steps import OnStep, Step, reported
+from imprompt.generation.text import chunk_count, cut_words, in_chunks, text_arguments
 from imprompt.io import fingerprint, seed_for
 from imprompt.schema.prompt import ImagePrompt
 from imprompt.schema.request import Request
@@ -208,13 +209,12 @@ class Engine:
         with _attached(loaded, jobs) as prompted:
             shots = [(job, index) for job in jobs for index in range(job.request.count)]
             size = together or min(_together(jobs, loaded), self.at_once or len(shots))
-            prompted([job for job, _ in shots[:size]])
+            prompted([job for job, _ in next(_slices(shots, size, loaded.pipe))[1]])
             clock.append(time.perf_counter())
             notes = [_notes(job, loaded) for job in jobs]
             images: list[list[Image.Image]] = []
             attributions: list[Attribution] = []
-            for start in range(0, len(shots), size):
-                some = shots[start : start + size]
+            for start, some in _slices(shots, size, loaded.pipe):
                 prompted([job for job, _ in some])
                 with ExitStack() as watch:
                     watch.enter_context(_fresh_scheduler(loaded.pipe, first.request.scheduler))
@@ -345,6 +345,21 @@ def _together(jobs: Sequence[_Job], loaded: Loaded) -> int:
     return max(1, pixels // (request.size[0] * request.size[1]))
 
 
+def _slices(
+    shots: Sequence[tuple[_Job, int]], size: int, pipe: Any
+) -> Iterator[tuple[int, list[tuple[_Job, int]]]]:
+    """(number of the first, pictures) of each call of the pipeline: neighbours with texts of one length."""
+    start, before, some = 0, -1, list[tuple[_Job, int]]()
+    for number, (job, index) in enumerate(shots):
+        chunks = chunk_count(pipe, job.request.prompt, job.request.negative)
+        if some and (len(some) == size or chunks != before):
+            yield start, some
+            start, some = number, []
+        some.append((job, index))
+        before = chunks
+    yield start, some
+
+
 def _counted_on(on_step: OnStep, before: int, total: int) -> OnStep:
     """``on_step`` for a part of several drawings, of which ``before`` pictures are drawn already."""
 
@@ -406,7 +421,17 @@ def _notes(job: _Job, loaded: Loaded) -> list[str]:
         if _shows_pictures(job, name) and (reader := adapter.face_embedder) is not None:
             note = faces.licence_note(reader.space)
             notes += [note] if note else []
-    return notes + idle_notes(job.request, job.inputs.prompts, loaded)
+    return notes + _cut_notes(job, loaded.pipe) + idle_notes(job.request, job.inputs.prompts, loaded)
+
+
+def _cut_notes(job: _Job, pipe: Any) -> list[str]:
+    """A note for each text of which the encoder does not read the end."""
+    request = job.request
+    texts = [] if in_chunks(pipe) else [("prompt", request.prompt), ("negative", request.negative)]
+    texts += [(f"images.{n}.text", str(each.text or "")) for n, each in enumerate(request.images)]
+    texts += [(f"regions.{n}.text", str(each.text)) for n, each in enumerate(request.regions)]
+    lost = ((name, cut_words(pipe, text)) for name, text in texts if text)
+    return [f"{name}: the text encoder does not read its end: '{words}'" for name, words in lost if words]
 
 
 # ---- drawing
@@ -429,13 +454,13 @@ def _draw(pipe: Any, shots: Sequence[tuple[_Job, int]]) -> list[list[Image.Image
     generators = [torch.Generator().manual_seed(_seed(job, index)) for job, index in shots]
     if request.task == "animate":
         call = (
-            _call(shots) | control_call(job.controls, job.inputs.maps, request)
+            _call(pipe, shots) | control_call(job.controls, job.inputs.maps, request)
             if job.controls
-            else _call(shots)
+            else _call(pipe, shots)
         )
         frames = video.draw(pipe, call, request, job.inputs.film, generators[0])
         return [[_checked(frame) for frame in frames]]
-    call = _call(shots)
+    call = _call(pipe, shots)
     if job.controls:
         call |= control_call(job.controls, job.inputs.maps, request)
     with warnings.catch_warnings(), torch.inference_mode():
@@ -450,7 +475,7 @@ def _seed(job: _Job, index: int) -> int:
     return seed_for(job.request.seed, index)
 
 
-def _call(shots: Sequence[tuple[_Job, int]]) -> dict[str, Any]:
+def _call(pipe: Any, shots: Sequence[tuple[_Job, int]]) -> dict[str, Any]:
     """The arguments of the diffusers pipeline, but for the generator and controls."""
     job, _ = shots[0]
     request, inputs = job.request, job.inputs
@@ -465,8 +490,14 @@ def _call(shots: Sequence[tuple[_Job, int]]) -> dict[str, Any]:
         "num_inference_steps": request.steps,
         "guidance_scale": request.guidance,
     }
-    if request.guidance > 1:
+    guided = request.guidance > 1
+    if guided:
         call["negative_prompt"] = each([job.request.negative for job, _ in shots])
+    prompts, negatives = ([getattr(job.request, name) for job, _ in shots] for name in ("prompt", "negative"))
+    if (text := text_arguments(pipe, prompts, negatives if guided else None)) is not None:
+        call = {
+            name: value for name, value in call.items() if name not in ("prompt", "negative_prompt")
+        } | text
     if request.task != "edit":
         call |= {"width": request.size[0], "height": request.size[1]}
     if inputs.start is not None:

@@ -136,6 +136,10 @@ def read_curve(curve: Curve) -> Points:
                 raise UsageError(f"curve: {value!r} in point {tuple(point)} is no finite number.")
         if not 0 <= point[0] <= 1:
             raise UsageError(f"curve: fraction {point[0]} of point {tuple(point)} lies outside 0 to 1.")
+        if abs(point[1]) > 10:
+            raise UsageError(
+                f"curve: factor {point[1]:g} of point {tuple(point)}; from -10 to 10 is expected."
+            )
         points.append((float(point[0]), float(point[1])))
     if any(after[0] < before[0] for before, after in pairwise(points)):
         raise UsageError(

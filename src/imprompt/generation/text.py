@@ -1,0 +1,161 @@
+"""Prompts longer than the text encoder, with weights and breaks: encoded in chunks, nothing lost unsaid.
+
+A CLIP text encoder reads a fixed number of tokens. A longer prompt is cut into chunks of that length, which
+are encoded one by one and joined, as stable-diffusion-webui and ComfyUI do. ``(a word:1.3)`` multiplies the
+states of its tokens and keeps the chunk's mean, as webui does; ``BREAK`` begins a new chunk. A prompt that
+fits and holds neither goes to the pipeline as it is, so that it is encoded exactly as ever.
+
+Dimensions: B prompts, K chunks, L tokens of a chunk, C token width.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_WEIGHTED = re.compile(r"\(([^()]+):([+-]?\d*\.?\d+)\)")
+_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+
+Piece = tuple[int, float]
+"""A token and its weight."""
+
+
+def text_arguments(
+    pipe: Any, prompts: Sequence[str], negatives: Sequence[str] | None
+) -> dict[str, Any] | None:
+    """The pipeline's arguments for texts of which one is too long, weighted or broken; ``None`` if none is,
+    or if the pipeline's text encoder is not CLIP's.
+
+    ``negatives`` are ``None`` without guidance.
+    """
+    texts = [*prompts, *(negatives or ())]
+    if not in_chunks(pipe) or not any(_is_special(pipe, text) for text in texts):
+        return None
+    states, pooled = _encode(pipe, texts)
+    count = len(prompts)
+    call: dict[str, Any] = {"prompt_embeds": states[:count]}
+    if pooled is not None:
+        call["pooled_prompt_embeds"] = pooled[:count]
+    if negatives is not None:
+        call["negative_prompt_embeds"] = states[count:]
+        if pooled is not None:
+            call["negative_pooled_prompt_embeds"] = pooled[count:]
+    return call
+
+
+def chunk_count(pipe: Any, *texts: str) -> int:
+    """How many chunks the longest of some texts is encoded in; 0 if they go to the pipeline as they are."""
+    if not in_chunks(pipe) or not any(_is_special(pipe, text) for text in texts):
+        return 0
+    return max(
+        len(_chunks(pipe, tokenizer, text, int(tokenizer.model_max_length) - 2))
+        for tokenizer in _tokenizers(pipe)
+        for text in texts
+    )
+
+
+def cut_words(pipe: Any, text: str) -> str:
+    """The end of ``text`` that the pipeline's own encoder would not read; empty if it reads all."""
+    lost = ""
+    for tokenizer in _tokenizers(pipe):
+        limit = int(tokenizer.model_max_length)
+        tokens = tokenizer(text, truncation=False, verbose=False).input_ids
+        if limit < 100_000 and len(tokens) > limit:
+            lost = max(lost, tokenizer.decode(tokens[limit - 1 : -1]).strip(), key=len)
+    return lost
+
+
+def in_chunks(pipe: Any) -> bool:
+    """Whether long texts are encoded in chunks: with CLIP's text encoders alone."""
+    tokenizers = _tokenizers(pipe)
+    return (
+        bool(tokenizers)
+        and all("CLIP" in type(tokenizer).__name__ for tokenizer in tokenizers)
+        and hasattr(pipe, "unet")
+    )
+
+
+def _tokenizers(pipe: Any) -> list[Any]:
+    names = ("tokenizer", "tokenizer_2", "tokenizer_3")
+    return [part for name in names if (part := getattr(pipe, name, None)) is not None]
+
+
+def _is_special(pipe: Any, text: str) -> bool:
+    return bool(_WEIGHTED.search(text) or _BREAK.search(text) or cut_words(pipe, text))
+
+
+def _pieces(pipe: Any, tokenizer: Any, text: str) -> list[Piece]:
+    """The tokens of a text without breaks, each with its weight."""
+    pieces: list[Piece] = []
+    place = 0
+    parts: list[tuple[str, float]] = []
+    for found in _WEIGHTED.finditer(text):
+        parts += [(text[place : found.start()], 1.0), (found[1], float(found[2]))]
+        place = found.end()
+    for part, weight in [*parts, (text[place:], 1.0)]:
+        if hasattr(pipe, "maybe_convert_prompt"):  # words of textual inversion that are several tokens
+            part = pipe.maybe_convert_prompt(part, tokenizer)
+        tokens = tokenizer(part, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        pieces += [(token, weight) for token in tokens]
+    return pieces
+
+
+def _chunks(pipe: Any, tokenizer: Any, text: str, length: int) -> list[list[Piece]]:
+    """At most ``length`` tokens each; a break ends a chunk."""
+    chunks: list[list[Piece]] = []
+    for section in _BREAK.split(text):
+        pieces = _pieces(pipe, tokenizer, section)
+        chunks += [pieces[start : start + length] for start in range(0, len(pieces), length)]
+    return chunks or [[]]
+
+
+@torch.no_grad()
+def _encode(pipe: Any, texts: Sequence[str]) -> tuple[Float[Tensor, "B KL C"], Float[Tensor, "B E"] | None]:
+    """States of all texts, filled up with empty chunks to the same length, and SDXL's pooled states."""
+    device = getattr(pipe, "_execution_device", pipe.device)
+    encoders = [pipe.text_encoder]
+    if getattr(pipe, "text_encoder_2", None) is not None:
+        encoders.append(pipe.text_encoder_2)
+    tokenizers = _tokenizers(pipe)
+    limits = [int(tokenizer.model_max_length) for tokenizer in tokenizers]
+    cut = [
+        [_chunks(pipe, tokenizer, text, limit - 2) for text in texts]
+        for tokenizer, limit in zip(tokenizers, limits, strict=True)
+    ]
+    count = max(len(chunks) for of_encoder in cut for chunks in of_encoder)
+    wide: list[Tensor] = []
+    pooled: Tensor | None = None
+    for encoder, tokenizer, limit, of_encoder in zip(encoders, tokenizers, limits, cut, strict=True):
+        filled = [chunks + [[]] * (count - len(chunks)) for chunks in of_encoder]
+        ids, weights = _tables(tokenizer, limit, [chunk for chunks in filled for chunk in chunks])
+        output = encoder(ids.to(device), output_hidden_states=len(encoders) > 1)
+        if len(encoders) > 1:  # SDXL reads the last but one, and the pooled state of the first chunk
+            states, pooled = output.hidden_states[-2], output[0].unflatten(0, (len(texts), count))[:, 0]
+        else:
+            states = output[0]
+        wide.append(_weighted(states, weights.to(states)).unflatten(0, (len(texts), count)).flatten(1, 2))
+    return torch.cat(wide, -1), pooled
+
+
+def _tables(tokenizer: Any, limit: int, chunks: Sequence[Sequence[Piece]]) -> tuple[Tensor, Tensor]:
+    """Token numbers and weights of chunks, between begin and end and filled up as the tokenizer does."""
+    ids = torch.full((len(chunks), limit), int(tokenizer.pad_token_id))
+    weights = torch.ones(len(chunks), limit)
+    for row, chunk in enumerate(chunks):
+        tokens = [tokenizer.bos_token_id, *(token for token, _ in chunk), tokenizer.eos_token_id]
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        weights[row, 1 : len(chunk) + 1] = torch.tensor([weight for _, weight in chunk])
+    return ids, weights
+
+
+def _weighted(states: Float[Tensor, "K L C"], weights: Float[Tensor, "K L"]) -> Float[Tensor, "K L C"]:
+    """States times their weights, with each chunk's mean as it was; untouched where all weigh 1."""
+    scaled = states * weights[..., None]
+    mean, new = states.mean((1, 2), keepdim=True), scaled.mean((1, 2), keepdim=True)
+    changed = (weights != 1).any(1)[:, None, None]
+    return torch.where(
+        changed & (new.abs() > 1e-8), scaled * (mean / new), torch.where(changed, scaled, states)
+    )

@@ -1,0 +1,72 @@
+"""Texts longer than the encoder: read in chunks to the last word, with weights and breaks, or it is said."""
+
+import numpy as np
+import pytest
+
+from imprompt.generation.engine import Engine
+from imprompt.generation.text import cut_words
+from imprompt.schema.prompt import TextRegion
+from imprompt.schema.request import Request
+
+LONG = "a cute smiling brown bear with a little blue hat that sits on the green grass, noto style"
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return Engine()
+
+
+def drawn(engine, prompt, **fields):
+    result = engine.run(Request(prompt=prompt, steps=2, seed=1, **fields))
+    return np.asarray(result.images[0]).astype(int), result.notes
+
+
+def test_the_last_word_of_a_long_prompt_matters(bundled):
+    one, notes = drawn(bundled, LONG)
+    other, _ = drawn(bundled, LONG.replace("noto", "fluent"))
+    assert not np.array_equal(one, other)
+    assert not any("does not read" in note for note in notes)
+
+
+def test_a_long_negative_goes_with_a_short_prompt(bundled):
+    one, _ = drawn(bundled, "a bear", negative=LONG)
+    other, _ = drawn(bundled, "a bear", negative=LONG.replace("noto", "fluent"))
+    assert not np.array_equal(one, other)
+
+
+def test_a_weight_of_one_is_the_word_and_another_is_not(bundled):
+    plain, _ = drawn(bundled, "a bear, noto style")
+    one, _ = drawn(bundled, "a (bear:1.0), noto style")
+    more, _ = drawn(bundled, "a (bear:1.5), noto style")
+    assert np.abs(one - plain).max() <= 1
+    assert np.abs(more - plain).max() > 2
+
+
+def test_a_break_begins_a_chunk(bundled):
+    apart, _ = drawn(bundled, "a bear BREAK noto style")
+    together, _ = drawn(bundled, "a bear noto style")
+    assert not np.array_equal(apart, together)
+
+
+def test_a_regions_text_that_is_cut_is_said(bundled, pictures):
+    region = TextRegion(LONG, str(pictures / "mask.png"))
+    _, notes = drawn(bundled, "a bear", regions=[region])
+    (note,) = (note for note in notes if "does not read" in note)
+    assert note.startswith("regions.0.text: the text encoder does not read its end: '")
+    assert note.endswith("noto style'")
+
+
+def test_long_and_short_texts_of_a_batch_are_drawn_as_alone(bundled):
+    requests = [Request(prompt=text, steps=2, seed=1) for text in (LONG, "a bear")]
+    for result, request in zip(bundled.run_batch(requests), requests, strict=True):
+        alone = bundled.run(request).images[0]
+        assert np.abs(np.asarray(result.images[0]).astype(int) - np.asarray(alone).astype(int)).max() <= 1
+
+
+def test_what_fits_is_not_cut(bundled):
+    bundled.run(Request(prompt="a", steps=1, seed=1))
+    from imprompt.generation.families import find_base, load
+
+    pipe = load(find_base("emoji"), "generate", None)
+    assert cut_words(pipe, "a bear, noto style") == ""
+    assert cut_words(pipe, LONG).endswith("noto style")
