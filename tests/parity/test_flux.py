@@ -1,5 +1,6 @@
 """XLabs' adapters on tiny FLUX and Chroma pipelines, against diffusers' own load_ip_adapter."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,12 @@ def theirs(pipe: Any, folder: Path, scale: Any, *, seeds_of_files: tuple[int, ..
     return pipe
 
 
-def ours(pipe: Any, seed: int = 7, **kind: Any) -> IPAdapter:
+def ours(pipe: Any, seed: int = 7) -> IPAdapter:
     encoder = ImageEncoder(tinydit.clip(), tinydit.clip_processor())
-    return IPAdapter.from_state_dict(tinydit.xlabs_state(seed=seed, **kind), image_encoder=encoder).attach(
-        pipe
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "ip_adapter.safetensors"
+        save_file(tinydit.xlabs_state(seed=seed), file)
+        return IPAdapter.from_pretrained(file, image_encoder=encoder).attach(pipe)
 
 
 MAKERS = {"FLUX": tinydit.flux, "Chroma": tinydit.chroma}

@@ -277,13 +277,14 @@ class Injection:
 
     def _guidance(self, call: Call, caller: Caller | None) -> float | None:
         """The ratio of the image's guidance to the text's; ``None`` without a guidance of the image's own."""
-        stated = {
-            source.guidance for source in self.sources if source.guidance is not None and source.samples
-        }
+        stated = {source.guidance for source in self.sources if source.guidance is not None}
         if not stated or call.branches == ("uncond",):
             return None
         if len(stated) > 1:
-            raise UsageError(f"the adapters state different guidances for the image: {sorted(stated)}.")
+            raise UsageError(
+                f"adapters on one {self.backbone.noun} share their guidance; set are "
+                f"{', '.join(map(str, stated))}."
+            )
         if call.branches not in WIDENED:
             raise UsageError(
                 "guidance for the image needs a batch of uncond and cond branches (or cond alone), not "
