@@ -46,7 +46,7 @@ class Track:
             )
 
     @property
-    def still(self) -> bool:
+    def static(self) -> bool:
         """Whether all frames are the same."""
         return self.at is None and self.masks is None and all(factor == 1 for _, factor in self.curve)
 
@@ -100,4 +100,4 @@ def track_of(
         raise UsageError(f"at: {len(track.at)} frames are given for {pictures} pictures; give one a picture.")
     if track.at is not None and not plain:
         raise UsageError("at: pictures at frames of their own can be neither combined nor weighted.")
-    return None if track.still else track
+    return None if track.static else track
