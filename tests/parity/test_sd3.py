@@ -62,6 +62,15 @@ def test_one_picture_equals_diffusers(
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_a_picture_goes_through_the_pipelines_own_encoder() -> None:
+    pipe = tinydit.sd3()
+    adapter = ours(pipe)
+    adapter.set_prompt(features(1), scale=0.8)
+    wanted = draw(pipe)
+    adapter.set_prompt(picture(1), scale=0.8)
+    torch.testing.assert_close(draw(pipe), wanted, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("scale", [0.3, 1.3, -0.4])
 def test_a_batch_of_one_picture_equals_diffusers(scale: float, tmp_path: Path) -> None:
     pipe, oracle = tinydit.sd3(), theirs(tinydit.sd3(), tmp_path, scale)

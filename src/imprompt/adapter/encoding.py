@@ -18,6 +18,7 @@ from typing import TypeAlias
 from weakref import WeakSet
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from imprompt.adapter.faces import FaceInput
@@ -77,7 +78,8 @@ class EncodedPrompt:
     patches: Tensor | None
     """``N P W``: the face crops' hidden states, for FaceID-Plus."""
     zeros: Tensor | None
-    """``1 P W``: hidden states of an all-zero input, where the negative is made of it."""
+    """What the negative is made of by the variant's rule: hidden states ``1 P W`` of an all-zero input, or
+    pooled features ``1 E`` of a black picture."""
     tokens: Tensor | None
     """``N T C``, when they are given."""
     negative: tuple[Tensor, Tensor | None] | Tensor | None
@@ -228,6 +230,8 @@ class PromptEncoder:
                 pictures = tuple(load_frames(pictures[0])[0])
             found, counts = self.read(pictures, prompt)
             features, patches, zeros = self._split(found)
+        if features is not None and self._projection.variant.negative == "black_picture":
+            zeros = self._black_picture()
         shown = tokens if features is None else features
         assert shown is not None
         count = len(shown)
@@ -289,6 +293,17 @@ class PromptEncoder:
                 f"{hidden}); adapter '{self.name}' needs {self.needs}. Embed the picture with this adapter."
             )
         return found.features
+
+    def _black_picture(self) -> Tensor | None:
+        """Pooled features ``(1, E)`` of a black picture, XLabs' negative; ``None`` without an encoder."""
+        encoder = self.image_encoder
+        if encoder is None:
+            return None
+        black = Image.new("RGB", (32, 32))
+        make = partial(framing.encode, encoder, [black], "crop", sharpen=0.0)
+        dtype = next(encoder.model.parameters()).dtype
+        found = self.cache.get((encoder.model, dtype, "black picture"), make)
+        return found.pooled if isinstance(found, Features) else None
 
     def _negative(self, prompt: ImagePrompt) -> tuple[Tensor, Tensor | None] | Tensor | None:
         """What the unconditional half sees, encoded as the prompt's own pictures are."""

@@ -212,7 +212,6 @@ class IPAdapter(PromptSource):
     def tokens_at(self, features: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Timed adapters: features ``(N, P, W)`` to tokens ``(N, T, C)``, and the embedded timestep."""
         assert isinstance(self.projection, TimedResamplerProjection)
-        timestep = timestep.to(features.dtype)
         return self.projection(features, timestep=timestep), self.projection.embed_time(timestep)
 
     def has_site(self, index: int) -> bool:
