@@ -56,7 +56,7 @@ def for_command(name: str, rest: Sequence[str], verbs: Sequence[str]) -> str:
     """The message for a first argument that is no command: closest match, or that a command is missing."""
     if near := difflib.get_close_matches(name, verbs, n=1):
         return f"no command '{name}'; did you mean '{near[0]}'?"
-    flags = [word for word in (name, *rest) if word.startswith("-")]
+    flags = [word for word in (name, *rest) if word.startswith("-") and word not in ("-h", "--help")]
     if " " in name or flags:
         verb = next((_TASK_OF_FLAG[flag] for flag in flags if flag in _TASK_OF_FLAG), "generate")
         words = " ".join(shlex.quote(word) for word in (name, *rest))
