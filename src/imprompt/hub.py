@@ -4,12 +4,26 @@ A failed download is one :class:`ModelError` of one line that ends with the comm
 Nothing is asked for under ``HF_HUB_OFFLINE``.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from imprompt.errors import ModelError, first_line
 
 TIMEOUT = 10.0
 """Seconds to wait for the hub's first answer."""
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Ask the hub for nothing inside this block, as under ``HF_HUB_OFFLINE``."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def cached_file(repo: str, file: str, revision: str | None = None) -> Path | None:

@@ -95,6 +95,42 @@ def test_a_picture_is_repeated_and_varied_from_its_file(say):
     assert (code, "imprompt generate --from first.png" in err) == (2, True)
 
 
+def test_a_repeated_pictures_own_scale_is_not_overruled_in_silence(say):
+    say("generate", "a cat", "--image", "ref.png,scale=0.7", "--base", "BASE", "-o", "first.png")
+    code, _, err = say("generate", "--from", "first.png", "--scale", "0.1")
+    assert (code, "scale: has no effect, for each image has its own" in err) == (2, True)
+    say("generate", "a cat", "--image", "ref.png", "--base", "BASE", "-o", "second.png")
+    assert say("generate", "--from", "second.png", "--scale", "0.1", "-o", "weak.png")[0] == 0
+    assert not np.array_equal(pixels("second.png"), pixels("weak.png"))
+
+
+def test_a_repeated_picture_says_what_it_reads_and_changed_files_need_force(say):
+    say("generate", "a cat", "--image", "ref.png", "--base", "BASE", "-o", "first.png")
+    assert "imprompt: --from reads ref.png\n" in say("generate", "--from", "first.png", "-o", "again.png")[2]
+    tiny.picture(5, (32, 32)).save("ref.png")
+    assert say("generate", "--from", "first.png")[0] == 4
+    assert say("generate", "--from", "first.png", "--force", "-o", "forced.png")[0] == 0
+    assert not np.array_equal(pixels("first.png"), pixels("forced.png"))
+
+
+def test_a_picture_from_elsewhere_downloads_nothing_unless_trusted(say):
+    request = {"prompt": "a", "base": "nobody/nothing-at-all", "steps": 2, "seed": 1}
+    Path("hostile.json").write_text(json.dumps(request))
+    code, _, err = say("generate", "--from", "hostile.json")
+    assert code == 3
+    assert re.search(r"names a model that is not on this machine; --trust downloads it", err)
+
+
+def test_a_path_with_commas_and_equals_signs_is_quoted(say):
+    Path("a,scale=2.png").write_bytes(Path("ref.png").read_bytes())
+    words = ("generate", "a", "--base", "BASE", "--image")
+    assert say(*words, '"a,scale=2.png",scale=0.5', "--also", "ref.png,weight=2", "-o", "x.png")[0] == 0
+    (prompt,) = read_request("x.png").images
+    assert (prompt.pictures, prompt.scale, prompt.weights) == (("a,scale=2.png", "ref.png"), 0.5, (1.0, 2.0))
+    code, _, err = say(*words, "a,scale=2.png,scale=1")
+    assert (code, "'scale' is given twice" in err) == (2, True)
+
+
 def test_info_tells_what_a_picture_was_made_with(say):
     say("generate", "a cat", "--image", "ref.png", "--base", "BASE", "--seed", "9", "-o", "cat.png")
     code, out, _ = say("info", "cat.png")
@@ -135,6 +171,14 @@ def test_the_vocabulary_is_printed(say):
 
 
 REFUSED = [
+    (
+        2,
+        "scale: has no effect, for each image has its own",
+        "generate a --image ref.png,scale=1.5 --scale 0.1",
+    ),
+    (2, "--also 'ref.png': it adds to the --image before it", "generate a --also ref.png"),
+    (2, "--force and --trust have no effect without --from", "generate a --force"),
+    (2, "--image: 'https://a.b/c.png' is a web address", "generate a --image https://a.b/c.png"),
     (2, "no command 'generat'; did you mean 'generate'", "generat"),
     (2, "steps", "generate a --steps many"),
     (2, "unrecognized arguments: --stesp 3; did you mean --steps", "generate a --stesp 3"),
@@ -154,7 +198,7 @@ REFUSED = [
     (2, "only the bundled model", "models sd15 --vocabulary"),
     (3, "no base", "generate a --base ./missing/folder"),
     (3, "opens no pickles", "generate a --base ref.png"),
-    (4, "images.0.path: there is no file 'gone.png'", "generate a --image gone.png --base BASE"),
+    (4, "images.0.image: there is no file 'gone.png'", "generate a --image gone.png --base BASE"),
     (4, "images.0.mask: there is no file 'gone.png'", "generate a --image ref.png,mask=gone.png --base BASE"),
     (4, "regions.0.mask: mask 'black.png' is black", "generate a --region b,mask=black.png --base BASE"),
     (2, "curve: nan in point", "generate a --image ref.png,curve=0:nan --base BASE"),
@@ -165,7 +209,7 @@ REFUSED = [
         "generate a --image ref.png,combine=subtract --base BASE",
     ),
     (2, "profile has 2 weights; this base takes", "generate a --image ref.png,profile=1,0 --base BASE"),
-    (2, "end: 0.2 lies before start", "generate a --image ref.png,start=0.9,end=0.2 --base BASE"),
+    (2, "start: 0.9 lies after end 0.2", "generate a --image ref.png,start=0.9,end=0.2 --base BASE"),
     (4, "carries no request", "info ref.png"),
     (4, "is a folder", "info ."),
     (4, "is no folder one may write to", "generate a --base BASE -o ref.png/x.png"),

@@ -3,12 +3,13 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imprompt.app.hints import check_no_url
-from imprompt.errors import UsageError
+from imprompt.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -49,6 +50,14 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, task: str) -> None:
         help="repeat the request inside that picture, or in a .json file; other flags change it",
     )
     parser.add_argument(
+        "--force",
+        action="store_true",
+        help="with --from: draw although a file or a model's weights changed since",
+    )
+    parser.add_argument(
+        "--trust", action="store_true", help="with --from: allow downloads of the models that it names"
+    )
+    parser.add_argument(
         "-o",
         "--output",
         metavar="PATH",
@@ -82,7 +91,8 @@ def draw(task: str, args: argparse.Namespace) -> int:
     if target.suffix.lower() == ".gif":
         _check_gif_pace(request)
 
-    result = make_engine(args).run(request, explain=args.explain)
+    with network(args):
+        result = make_engine(args).run(request, explain=args.explain)
     pages: dict[str, Image] = {}
     if args.explain:
         from imprompt.app.explain import explain
@@ -104,31 +114,13 @@ def draw(task: str, args: argparse.Namespace) -> int:
 
 def read_request(task: str, args: argparse.Namespace) -> "Request":
     """The request that the flags describe, or ``--from``'s with their changes. Raises :class:`UsageError`."""
-    from imprompt.schema.prompt import ImagePrompt, TextRegion
-    from imprompt.schema.request import ControlRef, EmbeddingRef, LoraRef, Request
+    from imprompt.output import Record
+    from imprompt.schema.request import Request
 
-    stated: dict[str, object] = {
-        name: value
-        for name, value in vars(args).items()
-        if name in Request.model_fields and value is not None
-    }
-    if getattr(args, "picture", None) is not None:
-        stated["image"] = args.picture
-    if str(stated.get("seed")).startswith("-"):
-        raise UsageError(f"--seed {args.seed}: leave --seed out for a random one; the picture records it.")
-    for name in ("image", "mask", "video", "base", "adapter"):
-        check_no_url(name if name == "image" else f"--{name}", stated.get(name))
-    readers: dict[str, Callable[[Any], object]] = {
-        "images": lambda texts: ImagePrompt.parse(texts[0], also=texts[1:]),
-        "regions": TextRegion.parse,
-        "controls": ControlRef.parse,
-        "loras": LoraRef.parse,
-        "embeddings": EmbeddingRef.parse,
-    }
-    for name, read in readers.items():
-        if name in stated:
-            stated[name] = tuple(read(text) for text in getattr(args, name))
+    stated = _stated(args)
     if args.again is None:
+        if args.force or args.trust:
+            raise UsageError("--force and --trust have no effect without --from.")
         return Request.from_mapping({"task": task, **stated})
     before = _earlier_request(args.again)
     if before.task != task:
@@ -136,9 +128,47 @@ def read_request(task: str, args: argparse.Namespace) -> "Request":
             f"'{args.again}' was made with 'imprompt {before.task}': repeat it with 'imprompt {before.task} "
             f"--from {args.again}'."
         )
-    if stated.keys() & {"images", "regions", "controls", "image", "mask", "video"}:
+    if args.force or stated.keys() & {"images", "regions", "controls", "image", "mask", "video"}:
         stated["hashes"] = {}
-    return before.replace(**stated)
+    if args.force:
+        stated["fingerprints"] = {}
+    request = before.replace(**stated)
+    if files := Record(request).local_files():
+        print(f"imprompt: --from reads {', '.join(files)}", file=sys.stderr)
+    return request
+
+
+def _stated(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields that the flags state, with repeatable flags read into records."""
+    from imprompt.schema.prompt import ImagePrompt, TextRegion
+    from imprompt.schema.request import ControlRef, EmbeddingRef, LoraRef, Request
+
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    if "picture" in given:
+        given["image"] = given["picture"]
+    stated = {name: value for name, value in given.items() if name in Request.model_fields}
+    if str(stated.get("seed")).startswith("-"):
+        raise UsageError(f"--seed {args.seed}: leave --seed out for a random one; the picture records it.")
+    readers: dict[str, Callable[[Any], object]] = {
+        "images": lambda texts: ImagePrompt.parse(texts[0], also=texts[1:]),
+        "regions": TextRegion.parse,
+        "controls": ControlRef.parse,
+        "loras": LoraRef.parse,
+        "embeddings": EmbeddingRef.parse,
+    }
+    for name, value in stated.items():
+        if name in readers:
+            stated[name] = tuple(readers[name](text) for text in value)
+    _check_no_urls(stated)
+    return stated
+
+
+def _check_no_urls(stated: Mapping[str, Any]) -> None:
+    for name in ("image", "mask", "video", "base", "adapter"):
+        check_no_url(name if name == "image" else f"--{name}", stated.get(name))
+    for prompt in stated.get("images", ()):
+        for path in prompt.paths:
+            check_no_url("--image", path)
 
 
 def _earlier_request(source: str) -> "Request":
@@ -150,6 +180,25 @@ def _earlier_request(source: str) -> "Request":
         return read_request(source)
     values = read_json(Path(source), "--from")
     return Record.from_mapping(values).request if "imprompt" in values else Request.from_mapping(values)
+
+
+@contextmanager
+def network(args: argparse.Namespace) -> Iterator[None]:
+    """Allow no downloads for a request from a picture (``--from``), unless ``--trust`` is given."""
+    if args.again is None or args.trust:
+        yield
+        return
+    from imprompt.hub import offline
+
+    try:
+        with offline():
+            yield
+    except ModelError as error:
+        if "HF_HUB_OFFLINE" not in str(error):
+            raise
+        raise ModelError(
+            f"'{args.again}' names a model that is not on this machine; --trust downloads it. ({error})"
+        ) from error
 
 
 def make_engine(args: argparse.Namespace) -> "Engine":
@@ -222,9 +271,10 @@ def _sweep(task: str, args: argparse.Namespace, request: "Request") -> int:
     refuse_with(args, "goes with a single request; leave --sweep out")
     count = len(spread(request, [read_axis(text) for text in args.sweep]).requests)
     target, numbered = target_path(args.output, task, request.replace(count=min(count, 100)))
-    results, paths = sweep(
-        request, args.sweep, target, engine=make_engine(args), overwrite=args.overwrite, numbered=numbered
-    )
+    with network(args):
+        results, paths = sweep(
+            request, args.sweep, target, engine=make_engine(args), overwrite=args.overwrite, numbered=numbered
+        )
     print_notes(results)
     if args.json:
         pictures = [to_dict(result, [path]) for result, path in zip(results, paths, strict=False)]

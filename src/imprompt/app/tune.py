@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from imprompt.app.drawing import make_engine, read_request, refuse_with
+    from imprompt.app.drawing import make_engine, network, read_request, refuse_with
 
     request = read_request("generate", args)
     refuse_with(args, "goes with a single request; repeat the chosen one with it")
@@ -30,14 +30,15 @@ def run(args: argparse.Namespace) -> int:
 
     from imprompt.app.tuning import AXES, tune
 
-    tuned = tune(
-        request,
-        args.output or "tune",
-        axes=args.sweep or AXES,
-        prefer=args.prefer,
-        engine=make_engine(args),
-        say=lambda line: print(f"imprompt: {line}", file=sys.stderr),
-    )
+    with network(args):
+        tuned = tune(
+            request,
+            args.output or "tune",
+            axes=args.sweep or AXES,
+            prefer=args.prefer,
+            engine=make_engine(args),
+            say=lambda line: print(f"imprompt: {line}", file=sys.stderr),
+        )
     files = [str(path) for path in tuned.paths]
     if args.json:
         fidelity = {"text": tuned.fidelity.text, "picture": tuned.fidelity.picture}

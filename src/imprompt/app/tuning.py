@@ -1,15 +1,15 @@
-"""``imprompt tune``: which scale, profile and window give most of a text and of a picture at once.
+"""Find the settings that keep most of a text and of a picture.
 
-Settings are a sweep like any other; each is drawn with a few seeds and measured (``evaluation.front``). A
-folder gets ``best.png`` and ``best.json`` (the chosen request, to be repeated with ``--from``), ``front.png``
-(the plot), ``sheet.png`` (the pictures on the front, and the ends) and ``tune.json`` (all figures).
+Settings are a sweep; each is drawn with a few seeds and measured by :mod:`imprompt.evaluation.front`. The
+folder gets ``best.png`` and ``best.json`` (the chosen request, for ``--from``), ``sheet.png`` (pictures of
+the front), ``front.png`` (the plot) and ``tune.json`` (all figures).
 """
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -18,7 +18,7 @@ from imprompt.app.embedding import encoder_of
 from imprompt.encoders.images import load_image
 from imprompt.errors import InputError, UsageError
 from imprompt.evaluation.charts import grid, scatter
-from imprompt.evaluation.front import EncoderMeasure, Fidelity, NormalizedScore, choose, pareto_front
+from imprompt.evaluation.front import EncoderMeasure, Fidelity, Measure, NormalizedScore, choose, pareto_front
 from imprompt.generation.engine import Engine, Result
 from imprompt.generation.families import find_base
 from imprompt.generation.sweep import read_axis, spread
@@ -26,19 +26,32 @@ from imprompt.schema.prompt import ImagePrompt, is_saved
 from imprompt.schema.request import Request
 
 AXES = ("scale=0.3,0.6,0.9,1.2", "profile=linear,style,ease-out", "end=1,0.6")
-"""What is tried when nothing is said."""
+"""The settings that are tried by default."""
 _SHOWN = 7  # settings of the front on the sheet, beside the chosen one
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """The chosen request, what was measured, and the files."""
+    """The chosen request, its figures, and the files that were written."""
 
     request: Request
     fidelity: Fidelity
     label: str
     measure: str
     paths: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """What was drawn: every setting, the text alone and the picture alone, each with every seed."""
+
+    labels: list[str]
+    best_of: list[Result]
+    """The first seed's result of each setting."""
+    images: list[list[Image.Image]]
+    text_alone: Sequence[Image.Image]
+    picture_alone: Sequence[Image.Image]
+    seeds: list[int | None]
 
 
 def tune(
@@ -48,70 +61,60 @@ def tune(
     axes: Sequence[str] = AXES,
     prefer: float = 0.5,
     engine: Engine | None = None,
+    measure: Callable[[Sequence[Image.Image], Sequence[Image.Image]], Measure] | None = None,
     say: Callable[[str], None] = print,
 ) -> Tuned:
-    """Draw ``request`` with every setting of ``axes`` (``FIELD=VALUE,…``) and ``request.count`` seeds, and
-    choose.
+    """Draw ``request`` with every setting of ``axes`` (``FIELD=VALUE,…``) and choose the best one.
 
-    ``prefer`` is the picture's weight against the text's. Raises :class:`UsageError` for a request without
-    text or picture, :class:`InputError` when both ends look the same; nothing is written then.
+    Each is drawn with ``request.count`` seeds. ``prefer`` weighs the picture (1) against the text (0).
+    ``measure`` makes a measure from what the text alone draws and the pictures shown; the default compares by
+    the adapter's image encoder. Raises :class:`UsageError` for a request without text or picture, and
+    :class:`InputError` when the text alone and the picture alone look the same; nothing is written then.
     """
+    folder = Path(folder)
+    _check(request, folder, prefer)
+    trials = _draw(request, axes, engine or Engine(), say)
+    references = [load_image(Path(name).expanduser()) for name in _shown(request)]
+    made = (measure or _by_encoder(request))(trials.text_alone, references)
+    score = NormalizedScore.between(made, trials.text_alone, trials.picture_alone)
+    found = [score(images) for images in trials.images]
+    chosen, front = choose(found, prefer), pareto_front(found)
+    for share, what, way in (
+        (found[chosen].text, "text", "smaller"),
+        (found[chosen].picture, "picture", "larger"),
+    ):
+        if share <= 0:
+            say(f"no setting keeps anything of the {what} by this measure; try {way} scales with --sweep")
+    best = trials.best_of[chosen]
+    figures = {
+        "measure": made.name,
+        "seeds": len(trials.seeds),
+        "prefer": prefer,
+        "chosen": trials.labels[chosen],
+        "settings": [
+            {"setting": label, "text": one.text, "picture": one.picture, "front": i in front}
+            for i, (label, one) in enumerate(zip(trials.labels, found, strict=True))
+        ],
+    }
+    paths = (
+        *output.save(best, folder / "best.png"),
+        output.save_json({"request": json.loads(best.request.to_json())}, folder / "best.json"),
+        output.save_json(figures, folder / "tune.json"),
+        output.save_page(_plot(trials, found, front, chosen, made.name), folder / "front.png"),
+        output.save_page(_sheet(request, references, trials, found, front, chosen), folder / "sheet.png"),
+    )
+    return Tuned(best.request, found[chosen], trials.labels[chosen], made.name, paths)
+
+
+def _check(request: Request, folder: Path, prefer: float) -> None:
     if not request.prompt or not request.images:
         raise UsageError("tune: weighs a text against a picture; give both.")
     if saved := next(filter(is_saved, _shown(request)), None):
         raise UsageError(f"tune: compares drawings with the picture itself; '{saved}' holds only features.")
     if not 0 <= prefer <= 1:
-        raise UsageError(f"prefer is {prefer}; from 0 (the text) to 1 (the picture) is expected.")
-    folder, engine = Path(folder), engine or Engine()
+        raise UsageError(f"prefer is {prefer}; a number from 0 (the text) to 1 (the picture) is expected.")
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"'{folder}' is no folder.")
-    asked = spread(request, [read_axis(text) for text in axes])
-    seeds = request.count
-    # The sweep's last axis is the seed, which turns slowest: setting i is at i, i + settings, …
-    settings = len(asked.requests) // seeds
-    shared = asked.requests[0].replace(count=seeds)
-    of_images = dict.fromkeys(("scale", "adapter", "image_guidance"))
-    say(f"drawing {settings} settings and the two ends, with {seeds} seed{'s' * (seeds > 1)} each")
-    text_alone = engine.run(shared.replace(images=(), **of_images)).images
-    bare = [
-        ImagePrompt(prompt.image, adapter=prompt.adapter, framing=prompt.framing) for prompt in request.images
-    ]
-    alone = shared.replace(prompt="", scale=1.0, images=bare)
-    picture_alone = engine.run(alone).images
-    between = _between(request, text_alone, picture_alone)
-    results = [engine.run(one) for one in asked.requests]
-    drawn = [[result.images[0] for result in results[i::settings]] for i in range(settings)]
-    found = [between(images) for images in drawn]
-    measure = between.measure.name
-    chosen, ahead = choose(found, prefer), pareto_front(found)
-    for share, what in ((found[chosen].text, "text"), (found[chosen].picture, "picture")):
-        if share <= 0:
-            way = "smaller" if what == "text" else "larger"
-            say(f"no setting has anything of the {what} by this measure; try {way} scales with --sweep")
-    labels = [" · ".join(said[: len(axes)]) for said in asked.labels[:settings]]
-    paths = _write(folder, results[chosen], found, labels, chosen, ahead, measure, seeds, prefer)
-    step = max(1, -(-len(ahead) // _SHOWN))
-    few = sorted({*ahead[::step], chosen}, key=ahead.index)
-    said = [
-        f"{labels[i]} · text {found[i].text:.2f} · picture {found[i].picture:.2f}".replace(" · ", "\n")
-        for i in few
-    ]
-    shown = [load_image(Path(name).expanduser()) for name in _shown(request)]
-    pages = [
-        [text_alone[s], *(drawn[i][s] for i in few), picture_alone[s], shown[s % len(shown)]]
-        for s in range(seeds)
-    ]
-    sheet = grid(
-        [image for page in pages for image in page],
-        ["text alone", *said, "picture alone", "the picture"],
-        [f"seed {asked.requests[s * settings].seed}" for s in range(seeds)],
-        title=f"“{request.prompt}”: the front, from the text to the picture; framed: the chosen setting",
-        marked=1 + few.index(chosen),
-    )
-    output.save_page(sheet, folder / "sheet.png")
-    return Tuned(
-        results[chosen].request, found[chosen], labels[chosen], measure, (*paths, folder / "sheet.png")
-    )
+        raise InputError(f"'{folder}' is not a folder.")
 
 
 def _shown(request: Request) -> list[str]:
@@ -119,54 +122,80 @@ def _shown(request: Request) -> list[str]:
     return [name for prompt in request.images for name in prompt.pictures]
 
 
-def _between(
-    request: Request, text_alone: Sequence[Image.Image], picture_alone: Sequence[Image.Image]
-) -> NormalizedScore:
-    """Fidelity by the adapter's own encoder, between what the text and what the picture draws alone."""
-    references = [load_image(Path(name).expanduser()) for name in _shown(request)]
-    name = request.adapter or find_base(request.base).defaults.adapter
-    encoder = encoder_of(None, request.base, name)
-    return NormalizedScore.between(
-        EncoderMeasure.between(encoder, text_alone, references), text_alone, picture_alone
+def _draw(request: Request, axes: Sequence[str], engine: Engine, say: Callable[[str], None]) -> _Trials:
+    asked = spread(request, [read_axis(text) for text in axes])
+    count = request.count
+    settings = len(asked.requests) // count  # the seed is the last axis and turns slowest
+    say(f"drawing {settings} settings and the two ends, with {count} seed{'s' * (count > 1)} each")
+    shared = asked.requests[0].replace(count=count)
+    of_images = dict.fromkeys(("scale", "adapter", "image_guidance"))
+    bare = [
+        ImagePrompt(prompt.image, adapter=prompt.adapter, framing=prompt.framing) for prompt in request.images
+    ]
+    text_alone = engine.run(shared.replace(images=(), **of_images)).images
+    picture_alone = engine.run(shared.replace(prompt="", scale=1.0, images=bare)).images
+    results = [engine.run(one) for one in asked.requests]
+    return _Trials(
+        labels=[" · ".join(labels[: len(axes)]) for labels in asked.labels[:settings]],
+        best_of=results[:settings],
+        images=[[result.images[0] for result in results[i::settings]] for i in range(settings)],
+        text_alone=text_alone,
+        picture_alone=picture_alone,
+        seeds=[one.seed for one in asked.requests[::settings]],
     )
 
 
-def _write(
-    folder: Path,
-    best: Result,
-    found: Sequence[Fidelity],
-    labels: Sequence[str],
-    chosen: int,
-    ahead: Sequence[int],
-    measure: str,
-    seeds: int,
-    prefer: float,
-) -> list[Path]:
-    figures: dict[str, Any] = {
-        "measure": measure,
-        "seeds": seeds,
-        "prefer": prefer,
-        "chosen": labels[chosen],
-        "settings": [
-            {"setting": label, "text": one.text, "picture": one.picture, "front": i in ahead}
-            for i, (label, one) in enumerate(zip(labels, found, strict=True))
-        ],
-    }
-    plot = scatter(
+def _by_encoder(request: Request) -> Callable[[Sequence[Image.Image], Sequence[Image.Image]], Measure]:
+    adapter = request.adapter or find_base(request.base).defaults.adapter
+    return partial(EncoderMeasure.between, encoder_of(None, request.base, adapter))
+
+
+def _plot(
+    trials: _Trials, found: Sequence[Fidelity], front: Sequence[int], chosen: int, measure: str
+) -> Image.Image:
+    count = len(trials.seeds)
+    return scatter(
         [(one.text, one.picture) for one in found],
-        [label.partition(" · ")[2] or "settings" for label in labels],
-        title=f"Text and picture by the {measure}, {seeds} seed{'s' * (seeds > 1)}; ringed: chosen",
+        [label.partition(" · ")[2] or "settings" for label in trials.labels],
+        title=f"Text and picture by the {measure}, {count} seed{'s' * (count > 1)}; ringed: chosen",
         titles=(
             "of the text (0: the picture alone, 1: the text alone)",
             "of the picture (0: the text alone, 1: the picture alone)",
         ),
-        front=ahead,
+        front=front,
         marked=chosen,
-        labels=[label.partition(" · ")[0] for label in labels],
+        labels=[label.partition(" · ")[0] for label in trials.labels],
     )
-    return [
-        *output.save(best, folder / "best.png"),
-        output.save_json({"request": json.loads(best.request.to_json())}, folder / "best.json"),
-        output.save_json(figures, folder / "tune.json"),
-        output.save_page(plot, folder / "front.png"),
+
+
+def _sheet(
+    request: Request,
+    references: Sequence[Image.Image],
+    trials: _Trials,
+    found: Sequence[Fidelity],
+    front: Sequence[int],
+    chosen: int,
+) -> Image.Image:
+    """Columns from the text alone to the picture alone, a row a seed; the chosen setting is framed."""
+    few = sorted({*front[:: max(1, -(-len(front) // _SHOWN))], chosen}, key=front.index)
+    titles = [
+        f"{trials.labels[i]} · text {found[i].text:.2f} · picture {found[i].picture:.2f}".replace(" · ", "\n")
+        for i in few
     ]
+    cells = [
+        image
+        for s in range(len(trials.seeds))
+        for image in (
+            trials.text_alone[s],
+            *(trials.images[i][s] for i in few),
+            trials.picture_alone[s],
+            references[s % len(references)],
+        )
+    ]
+    return grid(
+        cells,
+        ["text alone", *titles, "picture alone", "the picture"],
+        [f"seed {seed}" for seed in trials.seeds],
+        title=f"“{request.prompt}”: the front, from the text to the picture; framed: the chosen setting",
+        marked=1 + few.index(chosen),
+    )
