@@ -97,35 +97,42 @@ class ByDistance:
         return 1 - away, away
 
 
-def test_tuning_writes_the_chosen_request_the_plot_and_the_sheet(
-    tuned_base, pictures, tmp_path, capsys, monkeypatch
-) -> None:
-    monkeypatch.setattr(
-        "imprompt.app.tuning._between",
-        lambda request, text, picture: NormalizedScore.between(ByDistance(text), text, picture),
-    )
-    words = ["tune", "a cat", "--image", str(pictures / "ref.png"), "--base", tuned_base["base"]]
-    words += ["--adapter", tuned_base["adapter"], "--steps", "2", "--seed", "3", "--json"]
-    words += ["--sweep", "scale=0.5,1,2", "--sweep", "end=1,0.5"]
-    assert main([*words, "-o", str(tmp_path / "t")]) == 0
-    said = json.loads(capsys.readouterr().out)
-    names = {path.rsplit("/", 1)[-1] for path in said["files"]}
-    assert names == {"best.png", "best.json", "tune.json", "front.png", "sheet.png"}
+def test_tuning_writes_the_chosen_request_the_plot_and_the_sheet(tuned_base, pictures, tmp_path) -> None:
+    fields = {"base": tuned_base["base"], "adapter": tuned_base["adapter"], "steps": 2, "seed": 3}
+    request = Request(prompt="a cat", images=[pictures / "ref.png"], count=2, **fields)
+    axes = ["scale=0.5,1,2", "end=1,0.5"]
+
+    def measure(text_alone, references):
+        return ByDistance(text_alone)
+
+    tuned = tune(request, tmp_path / "t", axes=axes, measure=measure)
+    assert {path.name for path in tuned.paths} == {
+        "best.png", "best.json", "tune.json", "front.png", "sheet.png",
+    }  # fmt: skip
     figures = json.loads((tmp_path / "t" / "tune.json").read_text())
     assert (figures["seeds"], len(figures["settings"])) == (2, 6)
-    assert figures["chosen"] == said["chosen"]
+    assert (figures["chosen"], figures["measure"]) == (tuned.label, "distance")
     best = read_request(tmp_path / "t" / "best.png")
     assert best == Request(**json.loads((tmp_path / "t" / "best.json").read_text())["request"])
-    assert f"scale {best.scale:g}" in said["chosen"]
+    assert f"scale {best.scale:g}" in tuned.label
     assert Image.open(tmp_path / "t" / "front.png").size == (950, 560)
-    assert main([*words, "--explain"]) == 2
-    again = tune(best.replace(images=[pictures / "ref.png"], count=2), tmp_path / "p", axes=["end=1,0.5"])
+    again = tune(
+        best.replace(images=[pictures / "ref.png"], count=2),
+        tmp_path / "p",
+        axes=["end=1,0.5"],
+        measure=measure,
+    )
     assert again.request == read_request(tmp_path / "p" / "best.png")
     assert np.array_equal(
         np.asarray(generate(again.request).images[0]), np.asarray(Image.open(tmp_path / "p" / "best.png"))
     )
-    monkeypatch.undo()
-    assert main([*words, "-o", str(tmp_path / "u")]) == 4  # its own encoder tells nothing apart, and says so
+
+
+def test_tuning_that_tells_nothing_apart_is_refused(tuned_base, pictures, tmp_path, capsys) -> None:
+    words = ["tune", "a cat", "--image", str(pictures / "ref.png"), "--base", tuned_base["base"]]
+    words += ["--adapter", tuned_base["adapter"], "--steps", "2", "--seed", "3", "--sweep", "scale=0.5,1"]
+    assert main([*words, "--explain"]) == 2
+    assert main([*words, "-o", str(tmp_path / "u")]) == 4  # a random encoder tells nothing apart
     assert "finds no difference to weigh" in capsys.readouterr().err
     assert not (tmp_path / "u").exists()
 
