@@ -321,12 +321,12 @@ def places(value, film, pictures):
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".mp4", ""])
 def test_every_format_keeps_frames_pace_and_request(engine, asked, tmp_path, suffix):
-    from imprompt.generation.video import read_film
+    from imprompt.encoders.video import read_clip
 
     result = engine.run(asked(fps=7))
     (path,) = output.save(result, tmp_path / f"clip{suffix}")
     assert output.read_request(path) == result.request.single(0)
-    frames, fps = read_film(path, "clip")
+    frames, fps = read_clip(path, "clip")
     assert len(frames) == FRAMES
     assert fps is None if suffix == "" else abs(fps - 7) < 0.2
     worst = {"": 0, ".webp": 0, ".gif": 12, ".mp4": 30}[suffix]

@@ -18,9 +18,10 @@ from diffusers import (
 
 from controls import saved, tiny_controlnet, tiny_sparse
 from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.catalog.resolve import Source
 from imprompt.generation.control import control_call, controlled, find_controls, load_net
 from imprompt.generation.families import Base
-from imprompt.generation.video import Motion, moving
+from imprompt.generation.video import Motion, motion_pipeline
 from imprompt.schema.prompt import ImagePrompt
 from imprompt.schema.request import ControlRef, Request
 from tiny import picture, random_adapter_state, tiny_encoder, tiny_motion, tiny_sd, tiny_sdxl
@@ -186,7 +187,7 @@ def test_where_nothing_moves_a_clips_frames_are_stills(family: str, tmp_path: Pa
     """Every weight of the base is in the UNet that moves; diffusers leaves SDXL's ``add_embedding`` out."""
     still = {"sd": tiny_sd, "sdxl": tiny_sdxl}[family]()
     still_motion().save_pretrained(tmp_path)
-    pipe = moving(still, Motion("still", str(tmp_path)), Base("tiny", "tiny"), torch.float32)
+    pipe = motion_pipeline(still, Motion(Source("still", tmp_path)), Base("tiny", "tiny"), torch.float32)
     noise = torch.randn(1, 4, FRAMES, 16, 16, generator=torch.Generator().manual_seed(2))
     frames = draw(pipe, 5.0, latents=noise)[0]
     for frame in range(FRAMES):
@@ -204,7 +205,9 @@ def test_frames_of_an_sdxl_clip_follow_controls_as_diffusers_stills_do(nets, gui
     frame as its pipeline of stills draws it from the same noise; with scale 0, as its clips without."""
     still = tiny_sdxl()
     still_motion().save_pretrained(tmp_path / "motion")
-    pipe = moving(still, Motion("still", str(tmp_path / "motion")), Base("tiny", "tiny"), torch.float32)
+    pipe = motion_pipeline(
+        still, Motion(Source("still", tmp_path / "motion")), Base("tiny", "tiny"), torch.float32
+    )
     models = [saved(tiny_controlnet("sdxl", seed=11 + i), tmp_path / str(i)) for i in range(nets)]
     refs = [
         ControlRef(kind="none", path=model, model=model, scale=scale, end=end)

@@ -28,9 +28,11 @@ SOUND: list[dict[str, Any]] = [
 ]  # fmt: skip
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 0.5, 1e9, -1e38, 2**53, 2**70, 10**400, "", "x", "0:1,1:0", "a\0b",
-    "~nobody/x",    "x" * 300, "x" * 30_000, "\ud800", "\x1b[2J\n", "[[[", [], {}, [[]], [None], ["a.png", "b.png"], {"a": 1},
+    "~nobody/x",
+    "x" * 300, "x" * 30_000, "\ud800", "\x1b[2J\n", "[[[", [], {}, [[]], [None], ["a.png", "b.png"], {"a": 1},
     {"image": "a.png"}, [{"image": "a.png"}] * 70, {"path": None}, [0.1, 0.2], [1e9] * 9, "each", "fp16",
-    "cuda:9",    "512", "512x512", "513x8", [512, 512], ["512", "512"], [8, 8, 8], "../../etc/passwd", "http://x/y.png",
+    "cuda:9",
+    "512", "512x512", "513x8", [512, 512], ["512", "512"], [8, 8, 8], "../../etc/passwd", "http://x/y.png",
     "owner/name", {"default": 0}, {"up_blocks.1": "x"}, {"*": 1, "up": [1, 2]}, "style:1e9", "nan", "inf",
 ]  # fmt: skip
 

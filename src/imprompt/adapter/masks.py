@@ -1,7 +1,6 @@
 """Masks: pictures and tensors of any size become floats in [0, 1], softened, and each layer's grid.
 
-The one door for masks of image prompts and text regions. What a mask picture looks like on disk is the
-business of :func:`imprompt.encoders.images.load_mask`.
+Masks of image prompts and text regions are read by :func:`imprompt.encoders.masks.mask_tensor`.
 """
 
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ def read_mask(mask: MaskLike, feather: float = 0.0, *, empty: bool = False) -> F
         raise InputError(
             "mask is 0 everywhere, so its image prompt could never act; leave the prompt out instead."
         )
-    return feathered(values.reshape(1, 1, *values.shape[-2:]), feather)
+    return feathered(values[None, None], feather)
 
 
 def read_masks(

@@ -257,9 +257,9 @@ def _check_gif_pace(request: "Request") -> None:
 
     fps = request.fps
     if fps is None and request.video is not None:
-        from imprompt.generation.video import read_film
+        from imprompt.encoders.video import read_clip
 
-        fps = read_film(Path(request.video).expanduser(), request.video)[1]
+        fps = read_clip(Path(request.video).expanduser(), request.video)[1]
     if fps is not None:
         check_fps(".gif", fps)
 

@@ -4,12 +4,13 @@ Only the container formats named here are opened, and only the file itself is re
 of a video names no further files. Animated pictures are read by :mod:`imprompt.encoders.images`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
 from PIL import Image
 
-from imprompt.encoders.images import MAX_FRAMES, MAX_PIXELS, Budget
+from imprompt.encoders.images import MAX_FRAMES, MAX_PIXELS, Budget, frame_count, load_frames
 from imprompt.errors import InputError, first_line
 from imprompt.io import check_file, printable
 
@@ -44,6 +45,34 @@ def read_video(
     except Exception as error:  # FFmpeg reports damaged data by nearly any error
         reason = printable(first_line(error))
         raise InputError(f"{name} is damaged, or no video that can be read here ({reason}).") from error
+
+
+def read_clip(
+    source: Path | bytes | Image.Image | Sequence[Image.Image], name: str, budget: Budget | None = None
+) -> tuple[list[Image.Image], float | None]:
+    """All frames of a video, an animated picture, a folder or a list of pictures, and how many there are a
+    second, if it says so.
+
+    Raises :class:`InputError` for what cannot be read, and for a still.
+    """
+    if isinstance(source, list | tuple):
+        return [frame.convert("RGB") for frame in source], None
+    if isinstance(source, Path) and source.suffix.lower() in SUFFIXES:
+        return read_video(source, budget=budget)
+    frames, fps = load_frames(source, budget=budget)  # type: ignore[arg-type]
+    if len(frames) == 1:
+        raise InputError(
+            f"'{name}' is a still, and frames are needed here; give an animated picture, a folder or a "
+            "video, or show a still with --image."
+        )
+    return frames, fps
+
+
+def is_clip(source: Path | bytes | Image.Image | Sequence[Image.Image]) -> bool:
+    """Whether :func:`read_clip` would find frames: it is no still, and nothing that cannot be read."""
+    if isinstance(source, Path) and (source.is_dir() or source.suffix.lower() in SUFFIXES):
+        return True
+    return isinstance(source, list | tuple) or frame_count(source) > 1  # type: ignore[arg-type]
 
 
 def _container(start: bytes) -> str | None:

@@ -31,6 +31,7 @@ from imprompt.errors import ModelError, UsageError
 from imprompt.generation import video
 from imprompt.generation.control import Control, Map, control_call, find_controls, named_controls
 from imprompt.generation.families import Base, find_adapter, find_base, scheduler_for
+from imprompt.generation.identity import face_controls
 from imprompt.generation.idle import idle_notes
 from imprompt.generation.inputs import Inputs, read_inputs
 from imprompt.generation.loading import LOADING, Loaded, Models
@@ -202,7 +203,7 @@ class Engine:
         loaded = self._models.load(first.request, first.base, first.controls, first.motion, names)
         prints = [_fingerprints(job, loaded.adapters) for job in jobs]
         if first.motion is not None:
-            context = video.window(loaded.pipe, first.request)
+            context = video.window_length(loaded.pipe, first.request)
             jobs = [_changed(job, context=context) for job in jobs]
         jobs = [_changed(job, fingerprints=found) for job, found in zip(jobs, prints, strict=True)]
         clock.append(time.perf_counter())
@@ -219,6 +220,7 @@ class Engine:
                 with ExitStack() as watch:
                     watch.enter_context(_fresh_scheduler(loaded.pipe, first.request.scheduler))
                     watch.enter_context(reported(loaded.pipe, on_step, start, len(shots)))
+                    watch.enter_context(face_controls(loaded.pipe, first.controls, loaded.adapters))
                     recorder = (
                         watch.enter_context(next(iter(loaded.adapters.values())).recording())
                         if explain
@@ -266,7 +268,7 @@ def complete(request: Request, base: Base) -> Request:
         "seed": secrets.randbelow(2**32) if request.seed is None else request.seed,
     }
     if request.task == "animate":
-        changes |= video.completed(request, base)
+        changes |= video.clip_defaults(request, video.find_motion(request.motion, base))
     elif request.task != "generate" and request.strength is None:
         changes["strength"] = 0.6 if request.task == "edit" else 1.0
     if request.controls:
@@ -458,7 +460,7 @@ def _draw(pipe: Any, shots: Sequence[tuple[_Job, int]]) -> list[list[Image.Image
             if job.controls
             else _call(pipe, shots)
         )
-        frames = video.draw(pipe, call, request, job.inputs.film, generators[0])
+        frames = video.draw(pipe, call, request, job.inputs.frames, generators[0])
         return [[_checked(frame) for frame in frames]]
     call = _call(pipe, shots)
     if job.controls:

@@ -1,14 +1,15 @@
 """InstantID's ControlNet (IdentityNet): it reads face tokens where other ControlNets read the text."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from imprompt.errors import ModelError
+from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.errors import ModelError, UsageError
 from imprompt.generation.control import Control
 
 
@@ -40,3 +41,25 @@ def face_states(
                 handle = model.register_forward_pre_hook(replace, with_kwargs=True)
                 hooks.callback(handle.remove)
         yield
+
+
+def face_controls(
+    pipe: Any, controls: Sequence[Control], adapters: Mapping[str, IPAdapter]
+) -> AbstractContextManager[None]:
+    """:func:`face_states` with the tokens of the face adapter among ``adapters``, whose prompts are set.
+
+    Does nothing without a face control. Raises :class:`UsageError` when no adapter reads faces.
+    """
+    if not any(control.reads_face for control in controls):
+        return nullcontext()
+    for adapter in adapters.values():
+        if adapter.projection.variant.feature.startswith("face") and adapter.samples:
+            prompts = [sample[0] for sample in adapter.samples if sample]
+            negative = [torch.zeros_like(p.tokens) if p.negative is None else p.negative for p in prompts]
+            return face_states(
+                pipe, controls, torch.stack(negative), torch.stack([p.tokens for p in prompts])
+            )
+    raise UsageError(
+        "control face: its ControlNet reads the face, and no image prompt shows one to a face adapter; give "
+        "--image PHOTO --adapter sdxl-instantid."
+    )

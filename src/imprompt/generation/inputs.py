@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from imprompt.encoders.images import Budget, frame_count, load_image, load_mask
+from imprompt.encoders.video import is_clip, read_clip
 from imprompt.errors import InputError
 from imprompt.generation import video
 from imprompt.generation.annotate import annotate_frames
@@ -38,7 +39,7 @@ class Inputs:
     """The picture to start from, of the drawn size."""
     region: Image.Image | None
     """Where to inpaint (white), of the drawn size."""
-    film: tuple[Image.Image, ...] | None
+    frames: tuple[Image.Image, ...] | None
     """The frames to start from, of the drawn size."""
     maps: tuple[Map, ...]
     """What each control follows, of the drawn size; one a frame where it moves."""
@@ -54,17 +55,16 @@ def read_inputs(request: Request, pictures: Mapping[str, Any], side: int) -> Inp
     """
     files = _Files(request, pictures)
     request = request.replace(hashes=files.hashes)
-    film = None
+    frames = None
     if request.video is not None:
-        frames, rate = files.film(request.video)
-        film, rate = video.fitted(frames, rate, request)
-        request = request.replace(frames=len(film), fps=rate)
-    start = film[0] if film else None if request.image is None else files.picture(request.image)
+        frames, fps = video.at_rate(*files.clip(request.video), request)
+        request = request.replace(frames=len(frames), fps=fps)
+    start = frames[0] if frames else None if request.image is None else files.picture(request.image)
     request = request.replace(size=_size(request, start, side))
     assert request.size is not None
     region = None if request.mask is None or start is None else _inpainted(files, request, start)
-    controls = [_control(files, name, request, film) for name in _names(request)]
-    lying = [picture for picture in (start, *(frames[0] for frames in controls)) if picture is not None]
+    controls = [_control(files, name, request, frames) for name in _names(request)]
+    lying = [picture for picture in (start, *(shown[0] for shown in controls)) if picture is not None]
     place = _Placing(files, request, lying)
     prompts = tuple(place.prompt(prompt) for prompt in request.images)
     regions = tuple(each.replace(mask=place.mask(each.mask)) for each in request.regions)
@@ -73,12 +73,12 @@ def read_inputs(request: Request, pictures: Mapping[str, Any], side: int) -> Inp
         request=request,
         prompts=prompts,
         regions=regions,
-        start=None if start is None or film else fitted(start, size),
+        start=None if start is None or frames else fitted(start, size),
         region=None if region is None else fitted(region, size),
-        film=None if film is None else tuple(fitted(frame, size) for frame in film),
+        frames=None if frames is None else tuple(fitted(frame, size) for frame in frames),
         maps=tuple(
-            _map(control.kind, frames, size)
-            for control, frames in zip(request.controls, controls, strict=True)
+            _map(control.kind, shown, size, request.face_model)
+            for control, shown in zip(request.controls, controls, strict=True)
         ),
         notes=(*_size_notes(request, start, controls, region), *files.notes, *place.notes),
     )
@@ -111,7 +111,7 @@ class _Files:
             if name not in self._moving and frame_count(self.source(name)) > 1
         ]
         self.picture = cache(self._picture)
-        self.film = cache(self._film)
+        self.clip = cache(self._clip)
         self.mask = cache(self._mask)
 
     def source(self, name: str) -> Any:
@@ -124,7 +124,7 @@ class _Files:
 
     def moves(self, name: str) -> bool:
         """Whether it may hold frames, and does."""
-        return name in self._moving and video.moves(self.source(name))
+        return name in self._moving and is_clip(self.source(name))
 
     def _checked(self, name: str) -> str:
         """The file's SHA-256. Raises when it is not there, or not the one the request was made with."""
@@ -148,12 +148,15 @@ class _Files:
     def _picture(self, name: str) -> Image.Image:
         return load_image(self.source(name), budget=self._budget)
 
-    def _film(self, name: str) -> tuple[list[Image.Image], float | None]:
-        return video.read_film(self.source(name), name, self._budget)
+    def _clip(self, name: str) -> tuple[list[Image.Image], float | None]:
+        return read_clip(self.source(name), name, self._budget)
 
     def _mask(self, name: str) -> Image.Image | tuple[Image.Image, ...]:
         if self._request.task == "animate" and self.moves(name):
-            masks = [frame.convert("L") for frame in self.film(name)[0]]
+            notes: list[str] = []
+            masks = [load_mask(frame, notes=notes) for frame in self.clip(name)[0]]
+            if notes:
+                self.notes.append(f"mask '{name}' holds only the values 0 and 1; 1 is read as white")
         else:
             masks = [load_mask(self.source(name), budget=self._budget, notes=self.notes)]
         if not any(mask.getbbox() for mask in masks):
@@ -279,7 +282,7 @@ class _Placing:
         if prompt.negative is not None:
             changes["negative"] = self._shown(prompt.negative)
         if prompt.at == "each":
-            frames = self.files.film(prompt.image)[0]
+            frames = self.files.clip(prompt.image)[0]
             self._check_count(prompt.image, len(frames), "pictures")
             return prompt.replace(image=frames, at=range(len(frames)), **changes)
         pictures = [self._shown(name) for name in prompt.pictures]
@@ -312,19 +315,20 @@ def _names(request: Request) -> list[str]:
     return [control.path for control in request.controls]
 
 
-def _control(files: _Files, name: str, request: Request, film: list[Image.Image] | None) -> list[Image.Image]:
+def _control(files: _Files, name: str, request: Request, clip: list[Image.Image] | None) -> list[Image.Image]:
     """A control's picture, or its frames. Raises :class:`InputError` when they are not those of the clip."""
-    if film is not None and name == request.video:
-        return list(film)  # followed where it is redrawn
-    frames = files.film(name)[0] if files.moves(name) else [files.picture(name)]
+    if clip is not None and name == request.video:
+        return list(clip)  # followed where it is redrawn
+    frames = files.clip(name)[0] if files.moves(name) else [files.picture(name)]
     if request.task == "animate" and len(frames) not in (1, request.frames):
         raise InputError(_uneven(name, len(frames), "control pictures", request))
     return frames
 
 
-def _map(kind: str, pictures: list[Image.Image], size: tuple[int, int]) -> Map:
+def _map(kind: str, pictures: list[Image.Image], size: tuple[int, int], face_model: str | None) -> Map:
     """What a control follows, found in the picture or in each frame."""
-    found = tuple(annotate_frames(kind, [fitted(picture, size) for picture in pictures]))
+    shown = [fitted(picture, size) for picture in pictures]
+    found = tuple(annotate_frames(kind, shown, face_model=face_model))
     return found[0] if len(found) == 1 else found
 
 

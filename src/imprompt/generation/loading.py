@@ -116,11 +116,13 @@ class Models:
                 still = for_task(next(iter(self._pipes.values())), base, "generate")
             else:
                 still = load(base, "generate", dtype)
-            pipe = _placed(video.moving(still, motion, base, dtype), request.offload, device)
+            pipe = _placed(video.motion_pipeline(still, motion, base, dtype), request.offload, device)
             self._moving = (motion.name, pipe)
         pipe = self._moving[1]
         return (
-            pipe if request.video is None else _placed(video.from_video(pipe, base), request.offload, device)
+            pipe
+            if request.video is None
+            else _placed(video.video_pipeline(pipe, base), request.offload, device)
         )
 
     def _with_controls(

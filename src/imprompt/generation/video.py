@@ -1,33 +1,35 @@
-"""Clips: AnimateDiff's motion adapters around a base, and frames out of diffusers' pipelines chunk by chunk.
+"""Clips: a base's pipeline with AnimateDiff's motion adapter, and frames out of diffusers' video pipelines.
 
-``find_motion`` says what a name stands for, ``moving`` builds the pipeline of a base and a motion adapter,
-``draw`` runs it. Clips longer than what the motion adapter saw are drawn in sliding windows (FreeNoise). The
-image prompts are none of this module's business: to the adapter frames are rows of its table.
+:func:`find_motion` resolves a motion adapter, :func:`motion_pipeline` builds the pipeline, :func:`draw` runs
+it and decodes a few frames at a time. Clips longer than the motion adapter was trained on are drawn in
+sliding windows (FreeNoise, Qiu et al. 2023). Image prompts need nothing here: to an adapter frames are rows
+of a batch.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
 from imprompt import catalog, hub
 from imprompt.catalog import MotionRow
-from imprompt.catalog.resolve import resolve
-from imprompt.encoders.images import Budget, frame_count, load_frames
-from imprompt.encoders.video import SUFFIXES, read_video
+from imprompt.catalog.resolve import Source, resolve
 from imprompt.errors import AdapterMismatch, InputError, ModelError, UsageError, first_line
 from imprompt.generation.families import Base
+from imprompt.io import fingerprint
 from imprompt.schema.request import Request
 from imprompt.weights import silence_library_logging
+
+# Dimensions: C channels, F frames, h and w of latents.
 
 _CHUNK = 4  # frames that are decoded or encoded at a time
 _PIPELINES = {
@@ -41,35 +43,38 @@ _PARTS = (
 
 @dataclass(frozen=True)
 class Motion:
-    """A motion adapter by where it is."""
+    """A motion adapter and where it is."""
 
-    name: str
-    """As it was asked for."""
-    source: str
-    """Folder or hub repository."""
-    row: MotionRow | None = None
+    place: Source
+
+    @property
+    def name(self) -> str:
+        """As it was asked for."""
+        return self.place.name
+
+    @property
+    def row(self) -> MotionRow | None:
+        """Its record in the catalogue, if it has one."""
+        return self.place.row if isinstance(self.place.row, MotionRow) else None
 
     @cached_property
-    def likes(self) -> Mapping[str, Any]:
-        """What ``imprompt.json`` beside its weights says: shared_noise, noise_path, frames, fps."""
-        try:
-            said = json.loads((Path(self.source) / "imprompt.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return said if isinstance(said, dict) else {}
+    def defaults(self) -> Mapping[str, Any]:
+        """Fields of a request in ``imprompt.json`` beside the weights: shared_noise, noise_path, frames, fps.
+
+        Raises :class:`ModelError` for a damaged file.
+        """
+        return self.place.config("imprompt.json") if self.place.path is not None else {}
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hex digits that differ when the weights differ; of a repository, of its name."""
-        files = sorted(Path(self.source).glob("*.safetensors"))
-        digest = hashlib.sha256(self.source.encode() if not files else b"")
-        for file in files:
-            digest.update(file.read_bytes())
-        return digest.hexdigest()[:12]
+        """Twelve hex digits that differ when a weight file differs; of a repository that is not here, of its
+        name."""
+        files = self.place.weights
+        return fingerprint(*files) if files else hashlib.sha256(self.place.folder.encode()).hexdigest()[:12]
 
 
 def find_motion(name: str | None, base: Base) -> Motion:
-    """The motion adapter a request means: its own word, or the default of the base.
+    """The motion adapter of that name, or the base's default.
 
     Raises :class:`UsageError` for an unknown alias or a base without a default, :class:`ModelError` for a
     folder that holds none, :class:`AdapterMismatch` for one of another family of bases.
@@ -80,103 +85,73 @@ def find_motion(name: str | None, base: Base) -> Motion:
             raise UsageError(
                 f"motion: base '{base.name}' has no default motion adapter; name one that was made for it."
             )
-    source = resolve(name, "motion adapter", catalog.motions(), "a folder or a hub id (owner/name)")
-    row = source.row if isinstance(source.row, MotionRow) else None
-    if row is not None and base.family is not None and row.family != base.family:
+    motion = Motion(resolve(name, "motion adapter", catalog.motions(), "a folder or a hub id (owner/name)"))
+    if motion.row is not None and base.family is not None and motion.row.family != base.family:
         raise AdapterMismatch(
-            f"motion adapter '{name}' is for {row.family} bases; base '{base.name}' is of the family "
+            f"motion adapter '{name}' is for {motion.row.family} bases; base '{base.name}' is of the family "
             f"{base.family}. See imprompt models."
         )
-    if source.path is not None and not (source.path / "config.json").is_file():
+    if motion.place.path is not None and not (motion.place.path / "config.json").is_file():
         raise ModelError(f"'{name}' is no motion adapter: a diffusers folder of one has a config.json.")
-    return Motion(name, source.folder, row)
+    return motion
 
 
-def completed(request: Request, base: Base) -> dict[str, object]:
-    """The fields of a clip that a request leaves open, as far as they follow from the motion adapter."""
-    motion = find_motion(request.motion, base)
-    row = motion.row
-    changes: dict[str, object] = {"motion": motion.name}
+def clip_defaults(request: Request, motion: Motion) -> dict[str, object]:
+    """Values for the fields of a clip that the request leaves open."""
+    known = motion.defaults
+    values: dict[str, object] = {"motion": motion.name}
     if request.shared_noise is None:
-        changes["shared_noise"] = float(motion.likes.get("shared_noise", 0.0))
+        values["shared_noise"] = float(known.get("shared_noise", 0.0))
     if request.noise_path is None:
-        changes["noise_path"] = str(motion.likes.get("noise_path", "apart"))
-    if request.scheduler is None and row is not None and row.scheduler is not None:
-        changes["scheduler"] = row.scheduler
+        values["noise_path"] = str(known.get("noise_path", "apart"))
+    if request.scheduler is None and motion.row is not None and motion.row.scheduler is not None:
+        values["scheduler"] = motion.row.scheduler
     if request.video is None:
-        changes["frames"] = request.frames or int(motion.likes.get("frames", 16))
-        changes["fps"] = request.fps or float(motion.likes.get("fps", 8))
+        values["frames"] = request.frames or int(known.get("frames", 16))
+        values["fps"] = request.fps or float(known.get("fps", 8))
     elif request.strength is None:
-        changes["strength"] = 0.6
-    return changes
+        values["strength"] = 0.6
+    return values
 
 
-# ---- frames in
-
-
-def read_film(source: Any, name: str, budget: Budget | None = None) -> tuple[list[Image.Image], float | None]:
-    """All frames of a video, an animated picture, a folder or a list of pictures, and how many a second.
-
-    Raises :class:`InputError` for what cannot be read, and for a still.
-    """
-    if isinstance(source, list | tuple):
-        return [frame.convert("RGB") for frame in source], None
-    if isinstance(source, Path) and source.suffix.lower() in SUFFIXES:
-        return read_video(source, budget=budget)
-    frames, fps = load_frames(source, budget=budget)
-    if len(frames) == 1:
-        raise InputError(
-            f"'{name}' is a still, and frames are needed here; give an animated picture, a folder or a "
-            "video, or show a still with --image."
-        )
-    return frames, fps
-
-
-def moves(source: Any) -> bool:
-    """Whether :func:`read_film` would find frames: no still, nor what only looks like a picture."""
-    if isinstance(source, list | tuple):
-        return True
-    if isinstance(source, Path) and (source.is_dir() or source.suffix.lower() in SUFFIXES):
-        return True
-    return frame_count(source) > 1
-
-
-def fitted(
-    film: Sequence[Image.Image], own: float | None, request: Request
+def at_rate(
+    frames: Sequence[Image.Image], fps: float | None, request: Request
 ) -> tuple[list[Image.Image], float]:
-    """The frames of a video that a request redraws: from its start, at the request's pace or its ``own``.
+    """The frames of a video that the request redraws, and how many there are a second.
 
-    Raises :class:`InputError` when it is shorter than asked for.
+    ``fps`` is the video's own rate; for another rate in the request frames are left out or repeated. Raises
+    :class:`InputError` when the video is shorter than asked for.
     """
-    fps = request.fps or own or 8.0
-    step = max(1e-6, own / fps) if own else 1.0
-    shown = [film[place] for i in range(len(film)) if (place := int(i * step + 1e-6)) < len(film)]
-    wanted = request.frames or len(shown)
-    if wanted > len(shown):
+    rate = request.fps or fps or 8.0
+    step = max(1e-6, fps / rate) if fps else 1.0
+    places = (int(number * step + 1e-6) for number in range(len(frames)))
+    taken = [frames[place] for place in places if place < len(frames)]
+    wanted = request.frames or len(taken)
+    if wanted > len(taken):
         raise InputError(
-            f"video '{request.video}' has {len(shown)} frames at {fps:g} a second, not {wanted}; ask for "
+            f"video '{request.video}' has {len(taken)} frames at {rate:g} a second, not {wanted}; ask for "
             "fewer --frames, or another --fps."
         )
-    return shown[:wanted], fps
+    return taken[:wanted], rate
 
 
-# ---- the pipeline
+# ---- pipelines
 
 
-def moving(pipe: Any, motion: Motion, base: Base, dtype: torch.dtype) -> Any:
+def motion_pipeline(pipe: Any, motion: Motion, base: Base, dtype: torch.dtype) -> Any:
     """The text-to-video pipeline of a base's text-to-image ``pipe`` and a motion adapter.
 
-    Raises :class:`ModelError` when the motion adapter cannot be had, :class:`AdapterMismatch` when it was
+    Raises :class:`ModelError` when the motion adapter cannot be loaded, :class:`AdapterMismatch` when it was
     made for another base.
     """
     import diffusers
 
     adapter = _load(motion, dtype)
-    mine, theirs = tuple(adapter.config.block_out_channels), tuple(pipe.unet.config.block_out_channels)
-    if mine != theirs:
+    widths, own = tuple(adapter.config.block_out_channels), tuple(pipe.unet.config.block_out_channels)
+    if widths != own:
         raise AdapterMismatch(
-            f"motion adapter '{motion.name}' was made for a UNet of widths {mine}, base '{base.name}' has "
-            f"{theirs}. Use one trained for this base."
+            f"motion adapter '{motion.name}' was made for a UNet of widths {widths}, base '{base.name}' has "
+            f"{own}. Use one trained for this base."
         )
     name = _PIPELINES.get(type(pipe).__name__)
     if name is None:
@@ -185,21 +160,22 @@ def moving(pipe: Any, motion: Motion, base: Base, dtype: torch.dtype) -> Any:
     try:
         unet = diffusers.UNetMotionModel.from_unet2d(pipe.unet, adapter)
     except (ValueError, RuntimeError) as error:
-        reason = first_line(error)
         raise AdapterMismatch(
-            f"motion adapter '{motion.name}' does not fit base '{base.name}': {reason}"
+            f"motion adapter '{motion.name}' does not fit base '{base.name}': {first_line(error)}"
         ) from error
     if getattr(pipe.unet, "add_embedding", None) is not None:
-        # SDXL's, which diffusers (0.42) leaves as made at random.
+        # diffusers (0.42) leaves this layer of SDXL at its random initialisation.
         unet.add_embedding.load_state_dict(pipe.unet.add_embedding.state_dict())
     made = getattr(diffusers, name)(**parts, unet=unet, motion_adapter=adapter, scheduler=pipe.scheduler)
     made.set_progress_bar_config(disable=True)
     return made
 
 
-def from_video(pipe: Any, base: Base) -> Any:
-    """The video-to-video pipeline around the same weights. Raises :class:`UsageError` where diffusers has
-    none."""
+def video_pipeline(pipe: Any, base: Base) -> Any:
+    """The video-to-video pipeline with the parts of a text-to-video ``pipe``.
+
+    Raises :class:`UsageError` where diffusers has none.
+    """
     import diffusers
 
     if type(pipe).__name__ != "AnimateDiffPipeline":
@@ -209,18 +185,20 @@ def from_video(pipe: Any, base: Base) -> Any:
     return made
 
 
-def window(pipe: Any, request: Request) -> int:
-    """How many frames are drawn in one window. Raises :class:`UsageError` for more than the motion adapter
-    can tell apart, and for a long clip where diffusers has no sliding windows."""
+def window_length(pipe: Any, request: Request) -> int:
+    """The number of frames that are drawn in one window.
+
+    Raises :class:`UsageError` for a window longer than the motion adapter can tell frames apart, and for a
+    long clip where diffusers has no sliding windows.
+    """
     known = int(pipe.motion_adapter.config.motion_max_seq_length)
-    context = min(known, 16 if request.frames is not None and request.frames > known else known)
-    if request.context is not None:
-        context = request.context
-        if context > known:
-            raise UsageError(
-                f"context: motion adapter '{request.motion}' tells {known} frames apart, not {context}."
-            )
-    if request.frames is not None and request.frames > context and not hasattr(pipe, "enable_free_noise"):
+    frames = request.frames or 0
+    if request.context is not None and request.context > known:
+        raise UsageError(
+            f"context: motion adapter '{request.motion}' tells {known} frames apart, not {request.context}."
+        )
+    context = request.context or min(known, 16 if frames > known else known)
+    if frames > context and not hasattr(pipe, "enable_free_noise"):
         raise UsageError(
             f"frames: with base '{request.base}' a clip has at most {context} frames; diffusers has no "
             "sliding windows for it."
@@ -232,39 +210,19 @@ def draw(
     pipe: Any,
     call: Mapping[str, Any],
     request: Request,
-    film: Sequence[Image.Image] | None,
+    start: Sequence[Image.Image] | None,
     generator: torch.Generator,
 ) -> Iterator[np.ndarray]:
     """The clip's frames, (height, width, 3) in [0, 1], decoded a few at a time.
 
-    ``film`` are the frames of the video to start from, of the size that is drawn.
+    ``start`` has the frames of the video to start from, at the size that is drawn.
     """
-    assert request.frames is not None
-    call = dict(call)
-    if film is None:
-        call["num_frames"] = request.frames
-    else:
-        call |= {"video": list(film), "strength": request.strength}
-    long = request.context is not None and request.frames > request.context
-    if long:
-        assert request.context is not None
-        pipe.enable_free_noise(context_length=request.context, context_stride=max(1, request.context // 4))
-    try:
-        with torch.inference_mode():
-            if request.shared_noise or request.noise_path == "loop":
-                noise = _noise(pipe, call, request, generator)
-                if film is None:
-                    call["latents"] = noise
-                else:
-                    call["latents"] = _noisy(pipe, call, noise)
-                    del call["video"]
-            with torch.random.fork_rng():  # SparseCtrl's pipeline encodes pictures by torch's own randomness
-                torch.manual_seed(generator.initial_seed())
-                latents = pipe(**call, generator=generator, output_type="latent").frames
-            yield from _decoded(pipe, latents)
-    finally:
-        if long:
-            pipe.disable_free_noise()
+    arguments = {**call, **_start(pipe, call, request, start, generator)}
+    with _windows(pipe, request), torch.inference_mode():
+        with torch.random.fork_rng():  # SparseCtrl's pipeline encodes pictures with the global generator
+            torch.manual_seed(generator.initial_seed())
+            latents = pipe(**arguments, generator=generator, output_type="latent").frames
+        yield from _decode(pipe, latents)
 
 
 # ---- private
@@ -277,19 +235,57 @@ def _load(motion: Motion, dtype: torch.dtype) -> Any:
     try:
         with silence_library_logging():
             return diffusers.MotionAdapter.from_pretrained(
-                motion.source, torch_dtype=dtype, use_safetensors=True, variant="fp16" if half else None
+                motion.place.folder,
+                torch_dtype=dtype,
+                use_safetensors=True,
+                variant="fp16" if half else None,
             )
     except Exception as error:  # loaders raise nearly anything on damaged or absent files
         what = f"motion adapter '{motion.name}'"
-        if Path(motion.source).exists():
+        if motion.place.path is not None:
             raise ModelError(f"{what} cannot be loaded: {first_line(error)}") from error
-        raise hub.failure(what, motion.source, error) from error
+        raise hub.failure(what, motion.place.folder, error) from error
 
 
-def _noise(pipe: Any, call: Mapping[str, Any], request: Request, generator: torch.Generator) -> Tensor:
-    """Noise of which all frames share a part of the variance (Ge et al. 2023, §3.1), "1 C F h w".
+@contextmanager
+def _windows(pipe: Any, request: Request) -> Iterator[None]:
+    """Sliding windows while a clip is drawn that is longer than one window."""
+    context, frames = request.context, request.frames
+    if context is None or frames is None or frames <= context:
+        yield
+        return
+    pipe.enable_free_noise(context_length=context, context_stride=max(1, context // 4))
+    try:
+        yield
+    finally:
+        pipe.disable_free_noise()
 
-    The rest is of unit variance in every frame; on a loop, a circle through two independent noises.
+
+def _start(
+    pipe: Any,
+    call: Mapping[str, Any],
+    request: Request,
+    start: Sequence[Image.Image] | None,
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    """The pipeline's arguments that say what it starts from: noise, shared noise, a video, or both."""
+    has_noise = bool(request.shared_noise) or request.noise_path == "loop"
+    with torch.inference_mode():
+        noise = _noise(pipe, call, request, generator) if has_noise else None
+        if start is None:
+            found: dict[str, Any] = {"num_frames": request.frames}
+            return found if noise is None else found | {"latents": noise}
+        if noise is None:
+            return {"video": list(start), "strength": request.strength}
+        return {"strength": request.strength, "latents": _noisy(pipe, call, request, start, noise)}
+
+
+def _noise(
+    pipe: Any, call: Mapping[str, Any], request: Request, generator: torch.Generator
+) -> Float[Tensor, "1 C F h w"]:
+    """Initial noise of which all frames share a part, of unit variance in every frame (Ge et al. 2023, §3.1).
+
+    The rest is independent in each frame, or, for a loop, lies on a circle through two independent noises.
     """
     assert request.frames is not None
     assert request.shared_noise is not None
@@ -297,36 +293,37 @@ def _noise(pipe: Any, call: Mapping[str, Any], request: Request, generator: torc
     channels = pipe.unet.config.in_channels
     common = torch.randn(1, channels, 1, *size, generator=generator)
     if request.noise_path == "loop":
-        turn = 2 * math.pi * torch.arange(request.frames).view(1, 1, -1, 1, 1) / request.frames
-        here, there = torch.randn(2, 1, channels, 1, *size, generator=generator)
-        own = turn.cos() * here + turn.sin() * there
+        angle = 2 * math.pi * torch.arange(request.frames).view(1, 1, -1, 1, 1) / request.frames
+        one, other = torch.randn(2, 1, channels, 1, *size, generator=generator)
+        own = angle.cos() * one + angle.sin() * other
     else:
         own = torch.randn(1, channels, request.frames, *size, generator=generator)
-    part = request.shared_noise
-    return (part**0.5 * common + (1 - part) ** 0.5 * own).to(pipe._execution_device, pipe.unet.dtype)
+    share = request.shared_noise
+    mixed = share**0.5 * common + (1 - share) ** 0.5 * own
+    return mixed.to(pipe._execution_device, pipe.unet.dtype)
 
 
-def _noisy(pipe: Any, call: Mapping[str, Any], noise: Tensor) -> Tensor:
-    """The video's latents with ``noise`` where the schedule begins, as diffusers adds its own."""
-    pixels = pipe.video_processor.preprocess_video(
-        call["video"], height=call["height"], width=call["width"]
-    )  # 1 3 F H W
+def _noisy(
+    pipe: Any, call: Mapping[str, Any], request: Request, start: Sequence[Image.Image], noise: Tensor
+) -> Float[Tensor, "1 C F h w"]:
+    """The video's latents with ``noise`` at the step where drawing begins, as diffusers adds its own."""
+    pixels = pipe.video_processor.preprocess_video(list(start), height=call["height"], width=call["width"])
     latents = [
         pipe.vae.encode(chunk.to(noise.device, pipe.vae.dtype)).latent_dist.mode()
         for chunk in pixels[0].transpose(0, 1).split(_CHUNK)
     ]
-    start = torch.cat(latents).transpose(0, 1)[None].to(noise.dtype) * pipe.vae.config.scaling_factor
+    clean = torch.cat(latents).transpose(0, 1)[None].to(noise.dtype) * pipe.vae.config.scaling_factor
     pipe.scheduler.set_timesteps(call["num_inference_steps"], device=noise.device)
-    steps, _ = pipe.get_timesteps(
-        call["num_inference_steps"], pipe.scheduler.timesteps, call["strength"], noise.device
+    timesteps, _ = pipe.get_timesteps(
+        call["num_inference_steps"], pipe.scheduler.timesteps, request.strength, noise.device
     )
-    mixed: Tensor = pipe.scheduler.add_noise(start, noise, steps[:1])
+    mixed: Tensor = pipe.scheduler.add_noise(clean, noise, timesteps[:1])
     return mixed
 
 
-def _decoded(pipe: Any, latents: Tensor) -> Iterator[np.ndarray]:
+def _decode(pipe: Any, latents: Float[Tensor, "1 C F h w"]) -> Iterator[np.ndarray]:
     vae, before = pipe.vae, pipe.vae.dtype
-    if before == torch.float16 and vae.config.force_upcast:  # SDXL's overflows in float16
+    if before == torch.float16 and vae.config.force_upcast:  # SDXL's VAE overflows in float16
         vae.to(torch.float32)
     try:
         for chunk in (latents[0].transpose(0, 1) / vae.config.scaling_factor).split(_CHUNK):

@@ -419,8 +419,8 @@ class TextRegion(Record):
         default=0.0, description="width of the mask's edge as a fraction of its shorter side"
     )
 
-    def __init__(self, text: Any, mask: Any, feather: float | str = 0.0) -> None:
-        super().__init__(text=text, mask=mask, feather=feather)
+    def __init__(self, text: Any = None, mask: Any = None, feather: Any = 0.0, **unknown: Any) -> None:
+        super().__init__(text=text, mask=mask, feather=feather, **unknown)
 
     def model_post_init(self, _: object) -> None:
         for name in ("text", "mask"):

@@ -9,7 +9,9 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from imprompt.errors import UsageError
+from imprompt.io import printable
 
+_LONGEST = 1500  # characters of an error message; a request may have hundreds of errors
 _QUOTED = r'"((?:[^"\\]|\\.)*)"'
 _OPTION = re.compile(rf",\s*([A-Za-z_]\w*)=(?:{_QUOTED}(?=,|$)|(.*?)(?=,\s*[A-Za-z_]\w*=|$))", re.DOTALL)
 
@@ -86,4 +88,5 @@ def describe_errors(model: type[BaseModel], error: ValidationError) -> str:
             message += f", got {given if len(given) <= 60 else given[:57] + '...'}"
         named = message.startswith((f"{field} ", f"{field}:"))  # the message says the field itself
         lines.append(f"{field}: {message[:1].lower()}{message[1:]}" if field and not named else message)
-    return "; ".join(lines) + "."
+    message = printable("; ".join(lines))
+    return f"{message if len(message) <= _LONGEST else message[:_LONGEST] + ' …'}."
