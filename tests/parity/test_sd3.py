@@ -71,7 +71,7 @@ def test_a_picture_goes_through_the_pipelines_own_encoder() -> None:
     torch.testing.assert_close(draw(pipe), wanted, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("scale", [0.3, 1.3, -0.4])
+@pytest.mark.parametrize("scale", [0.3, 1.3])  # diffusers ignores negative ones here
 def test_a_batch_of_one_picture_equals_diffusers(scale: float, tmp_path: Path) -> None:
     pipe, oracle = tinydit.sd3(), theirs(tinydit.sd3(), tmp_path, scale)
     ours(pipe).set_prompt(features(1), scale=scale)
