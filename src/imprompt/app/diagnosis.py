@@ -30,6 +30,7 @@ _EXTRAS = {
     "sentencepiece": "kolors: Kolors' text",
     "torchao": "quantize: UNets in int8 and float8",
     "gguf": "quantize: UNets in .gguf files",
+    "matplotlib": "evaluate: plots in reports",
     "fastapi": "serve: the page and HTTP",
     "resvg-py": "recipe: making the bundled model",
 }
