@@ -16,11 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import tiny
+from facemodels import pack, photo
+from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.errors import InputError, ModelError, UsageError
 from imprompt.training.cache import fingerprint
-from imprompt.training.data import Batch
 from imprompt.training.folder import WEIGHT_NAME, RunFolder
+from imprompt.training.launch import make_accelerator
 from imprompt.training.objective import (
     drop_features,
     learning_rate,
@@ -28,7 +30,8 @@ from imprompt.training.objective import (
     prediction_target,
     stratified_timesteps,
 )
-from imprompt.training.trainer import Sample, Trainer, make_accelerator, train
+from imprompt.training.samples import Sample
+from imprompt.training.trainer import Trainer, train
 
 
 def log_of(config):
@@ -252,14 +255,124 @@ def test_a_v_prediction_base_trains_on_v(make_config, base, tmp_path):
     trainer = opened(config)
     trainer.unet.forward = lambda noisy, *_, **__: (torch.zeros_like(noisy),)
     clean, noise = torch.full((1, 4, 16, 16), 3.0), torch.ones(1, 4, 16, 16)
-    batch = Batch([0], [0], [0], [""], torch.zeros(1, dtype=torch.bool))
     sample = Sample(
-        batch, clean, noise, torch.tensor([500]), trainer.data.negative, trainer.data.text("states", [""]), {}
+        clean, noise, torch.tensor([500]), trainer.data.negative, trainer.data.text("states", [""]), {}
     )
     alpha = trainer.alpha_bar[500]
     assert trainer.error(sample).item() == pytest.approx(
         float((alpha.sqrt() - 3 * (1 - alpha).sqrt()) ** 2), rel=1e-4
     )
+
+
+@pytest.mark.parametrize("kind", ["linear", "plus", "full"])
+def test_every_kind_draws_samples_and_a_run_may_start_from_a_run(make_config, tmp_path, kind):
+    config = make_config(kind=kind, steps=2, sample_every=2, output=tmp_path / kind)
+    train(config)
+    assert (config.output / "samples" / "00000002.png").is_file()
+    read = IPAdapter.from_pretrained(config.output)
+    assert read.checkpoint.metadata["imprompt.image_encoder"].endswith("image_encoder")
+    card = (config.output / "README.md").read_text()
+    assert "bare base" in card
+    assert "samples/00000002.png" in card
+    again = make_config(init=str(config.output), steps=1, output=tmp_path / "again", lr=1e-9)
+    assert again.kind is None
+    after = load_file(train(again))
+    before = load_file(config.output / WEIGHT_NAME)
+    assert all(torch.allclose(after[name], before[name], atol=1e-3) for name in before)
+
+
+def test_a_face_adapter_trains_on_the_largest_face_with_its_lora(make_config, pictures, tmp_path):
+    """Pictures without a face are left out; the file is a FaceID file, and its LoRA has learned."""
+    for number in range(6):
+        photo((150 + 20 * number, 250, "red"), size=(512, 512), colour=40 + 10 * number).save(
+            pictures / f"{number}.png"
+        )
+    photo((250, 250, "red"), size=(512, 512)).save(pictures / "6.png")
+    Image.new("RGB", (64, 64), "white").save(pictures / "2.png")
+    config = make_config(
+        kind="faceid", face_model=str(pack(tmp_path / "pack")), lora_rank=4, steps=2, lr=1e-2, sample_every=2
+    )
+    path = train(config)
+    read = IPAdapter.from_pretrained(path)
+    assert (read.checkpoint.variant.name, read.checkpoint.tokens) == ("faceid", 4)
+    ups = {name: tensor for name, tensor in load_file(path).items() if "lora.up" in name}
+    assert len(ups) == 4 * 2 * len(cross_attentions(tiny.tiny_unet()))
+    assert all(tensor.any() for tensor in ups.values())
+    assert "no face" in (config.output / "rejected.txt").read_text()
+    with pytest.raises(UsageError, match="face_model"):
+        train(make_config(kind="faceid", output=tmp_path / "b"))
+
+
+def test_a_run_may_start_from_anothers_checkpoint(make_config, tmp_path):
+    config = make_config(steps=2, save_dtype="float32", output=tmp_path / "first")
+    first = load_file(train(config))
+    (checkpoint,) = config.output.glob("checkpoint-*.safetensors")
+    second = make_config(init=str(checkpoint), steps=1, lr=1e-12, save_dtype="float32", output=tmp_path / "b")
+    after = load_file(train(second))
+    assert all(torch.allclose(after[name], first[name], atol=1e-6) for name in first)
+
+
+def test_only_the_chosen_layers_are_trained(make_config, tmp_path):
+    config = make_config(steps=2, lr=1e-2, save_dtype="float32", layers=["up_blocks"], ema=0)
+    trainer = opened(config)
+    before = {name: value.detach().clone() for name, value in trainer.adapter.named_parameters()}
+    trainer.run()
+    changed = {n for n, value in trainer.adapter.named_parameters() if not torch.equal(value, before[n])}
+    numbers = {name.split(".")[1] for name in changed if "to_k_ip" in name}
+    kept = {layer.index for layer in cross_attentions(trainer.unet) if "up_blocks" in layer.name}
+    assert numbers == {str(index) for index in kept}
+    assert any(name.startswith("image_proj") for name in changed)
+    with pytest.raises(UsageError, match="none has sideways"):
+        train(make_config(layers=["sideways"], output=tmp_path / "c"))
+
+
+def test_the_file_holds_the_best_step_on_held_out_pictures(make_config):
+    config = make_config(steps=4, lr=0.3, ema=0, keep="best", validate_every=1, save_dtype="float32")
+    trainer = opened(config)
+    seen = [{name: value.detach().clone() for name, value in trainer.adapter.named_parameters()}]
+
+    def keep(step):
+        seen.append({name: value.detach().clone() for name, value in trainer.adapter.named_parameters()})
+
+    trainer.run(keep)
+    kept = load_file(trainer.finish())
+    losses = [record["validation_with_image"] for record in log_of(config) if "gap" in record]
+    best = losses.index(min(losses))
+    assert len(losses) == 5
+    assert all(torch.equal(kept[name], seen[best][name]) for name in kept)
+    assert f"step {best}, in the file" in (config.output / "README.md").read_text() or best == 0
+
+
+def test_buckets_keep_proportions_and_a_step_has_one_size(make_config, pictures):
+    tiny.picture(60, (32, 64)).save(pictures / "0.png")
+    tiny.picture(61, (32, 64)).save(pictures / "3.png")
+    trainer = opened(make_config(buckets=True, steps=4))
+    trainer.run()
+    shapes = {tuple(trainer.samples.make(number).clean.shape[2:]) for number in range(6)}
+    assert len(shapes) == 2
+
+
+def test_many_bad_pictures_stop_the_run_before_it_begins(make_config, pictures):
+    for number in range(4):
+        (pictures / f"{number}.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"4 of 7 pictures cannot be trained on, more than 1%.*0.png"):
+        train(make_config())
+    (pictures / "3.png").write_bytes((pictures / "4.png").read_bytes())
+    with pytest.raises(InputError, match="3 pictures cannot be trained on"):
+        train(make_config(on_bad_sample="stop"))
+    config = make_config(steps=1)
+    train(config)
+    assert len((config.output / "rejected.txt").read_text().splitlines()) == 3
+    for number in range(7):
+        (pictures / f"{number}.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match="none of the 7 pictures"):
+        train(make_config(output=config.output / "x"))
+
+
+def test_a_caption_of_ten_thousand_characters_is_cut_not_fatal(make_config, pictures):
+    path = pictures / "metadata.jsonl"
+    path.write_text(path.read_text().replace('"cat a"', json.dumps("a cat " * 1700)))
+    train(make_config(steps=1))
 
 
 def test_sdxl_trains_too(make_config, tmp_path):

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.encoders.face import Faces as EncodedFaces
 from imprompt.encoders.images import load_image
 from imprompt.schema.prompt import ImagePrompt
 from imprompt.training.cache import EncodedSet
@@ -69,7 +70,7 @@ class Preview:
             images = []
             for place, caption in enumerate(captions):
                 if with_picture:
-                    self.adapter.set_prompt(ImagePrompt(features=self._features(self.shown[place])))
+                    self.adapter.set_prompt(self._prompt(self.shown[place]))
                 images += self._one(caption, self.sizes[place], place, weight)
             return images
         finally:
@@ -95,9 +96,17 @@ class Preview:
             ).images
         return found
 
-    def _features(self, row: int) -> Tensor:
-        (name,) = self.data.feature
-        return self.data.features.rows(name, [row], [0])
+    def _prompt(self, row: int) -> ImagePrompt:
+        features = {name: self.data.features.rows(name, [row], [0]) for name in self.data.feature}
+        if "face" in features:
+            return ImagePrompt(
+                features=EncodedFaces(
+                    features["face"], "unknown", features.get("hidden"), self.data.negative.get("hidden")
+                )
+            )
+        name, shown = next(iter(features.items()))
+        negative = self.data.negative[name] if name == "hidden" else None
+        return ImagePrompt(features=shown, negative=negative)
 
 
 def unet_takes_pooled(unet: Any) -> bool:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor, nn
 
 from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.encoders.clip import ImageEncoder
+from imprompt.encoders.face import OnnxFaces
 from imprompt.errors import UsageError
 from imprompt.generation.families import Base, find_base, load, load_adapter
+from imprompt.training.cache import ClipFeatures, FeatureEncoder
 from imprompt.training.config import Kind, TrainConfig
+from imprompt.training.faces import FaceFeatures
 from imprompt.training.folder import WEIGHT_NAME
 
 FEATURES: dict[str, tuple[str, ...]] = {
@@ -69,14 +74,39 @@ def kind_of(adapter: IPAdapter) -> Kind:
     return "linear" if variant.feature == "pooled" else "plus" if variant.name == "resampler" else "full"
 
 
-def new_adapter(config: TrainConfig, kind: Kind, unet: Any, feature_width: int) -> IPAdapter:
-    """New weights by the run's seed: a random projection, keys and values copied from the text's."""
-    if kind not in ("linear", "plus"):
-        raise UsageError(f"kind '{kind}' is trained from an adapter only: name one with init.")
+def new_adapter(config: TrainConfig, kind: Kind, unet: Any, widths: tuple[int, ...]) -> IPAdapter:
+    """New weights by the run's seed: a random projection, keys and values copied from the text's; of a face
+    adapter also a LoRA that adds nothing yet. ``widths`` are those of the features.
+
+    Raises :class:`UsageError` for faceid-plus, whose resampler is trained on from a published adapter."""
+    if kind == "faceid-plus":
+        raise UsageError("kind 'faceid-plus' is trained from an adapter only: name one with init.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        named: Any = "resampler" if kind == "plus" else kind
-        return IPAdapter.new(unet, kind=named, feature_width=feature_width, tokens=config.tokens)
+        if kind in ("linear", "plus"):
+            named: Any = "resampler" if kind == "plus" else kind
+            return IPAdapter.new(unet, kind=named, feature_width=widths[0], tokens=config.tokens)
+        cross = cross_attentions(unet)[0].cross_dim
+        if kind == "full":
+            projection = _layers(
+                {"proj.0": nn.Linear(widths[0], widths[0]), "proj.2": nn.Linear(widths[0], cross)}
+            )
+            projection |= _layers({"proj.3": nn.LayerNorm(cross)})
+            return _assembled(unet, projection, {}, "full-face")
+        tokens = config.tokens or 4
+        projection = _layers(
+            {
+                "proj.0": nn.Linear(widths[0], 2 * widths[0]),
+                "proj.2": nn.Linear(2 * widths[0], tokens * cross),
+                "norm": nn.LayerNorm(cross),
+            }
+        )
+        return _assembled(unet, projection, _new_lora(unet, config.lora_rank), "faceid")
+
+
+def widths(negative: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """The width of each feature."""
+    return tuple(int(tensor.shape[-1]) for tensor in negative.values())
 
 
 def trainable(adapter: IPAdapter, config: TrainConfig, unet: Any) -> list[torch.nn.Parameter]:
@@ -96,23 +126,71 @@ def trainable(adapter: IPAdapter, config: TrainConfig, unet: Any) -> list[torch.
     return [parameter for parameter in adapter.parameters() if parameter.requires_grad]
 
 
-def load_encoder(config: TrainConfig, pipe: Any, start: IPAdapter | None) -> ImageEncoder:
-    """The image encoder in float32: the named one, the start's, or the base's own.
+def feature_encoder(
+    config: TrainConfig, kind: Kind, pipe: Any, initial: IPAdapter | None, device: torch.device
+) -> tuple[FeatureEncoder, str]:
+    """What turns references into features, on the device, and the name of its image encoder (a face adapter
+    may have none). Raises :class:`UsageError` when there is none."""
+    names = FEATURES[kind]
+    if "face" not in names:
+        encoder = _image_encoder(config, pipe, initial).to(device)
+        return ClipFeatures(encoder, names[-1]), config.image_encoder or encoder.name
+    if config.face_model is None:
+        raise UsageError(f"kind '{kind}' reads faces: name a folder of models with face_model.")
+    reader = OnnxFaces.from_folder(config.face_model)
+    look = _image_encoder(config, pipe, initial).to(device) if len(names) > 1 else None
+    return FaceFeatures(reader, look), "" if look is None else config.image_encoder or look.name
 
-    Raises :class:`UsageError` when there is none."""
+
+def _image_encoder(config: TrainConfig, pipe: Any, initial: IPAdapter | None) -> ImageEncoder:
+    """The image encoder in float32: the named one, the base's own, or that of the start."""
     if config.image_encoder is not None:
         return ImageEncoder.from_pretrained(config.image_encoder, torch_dtype=torch.float32)
     own = getattr(pipe, "image_encoder", None)
     if own is not None:
         name = getattr(own.config, "_name_or_path", "")
         return ImageEncoder(own, pipe.feature_extractor, name=name or None).to(dtype=torch.float32)
-    found = None if start is None else start.image_encoder
+    found = None if initial is None else initial.image_encoder
     if not isinstance(found, ImageEncoder):
         raise UsageError(
             f"base '{config.base}' has no image encoder of its own; name one with image_encoder, such as "
             "h94/IP-Adapter:models/image_encoder."
         )
     return found.to(dtype=torch.float32)
+
+
+def _layers(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": value
+        for name, module in modules.items()
+        for key, value in module.state_dict().items()
+    }
+
+
+def _assembled(unet: Any, projection: dict[str, Tensor], lora: dict[str, Tensor], variant: str) -> IPAdapter:
+    """An adapter of a projection, the text's keys and values, and a LoRA."""
+    weights = dict(lora)
+    for layer in cross_attentions(unet):
+        attention = unet.get_submodule(layer.name)
+        for mine, text in (("to_k_ip", attention.to_k), ("to_v_ip", attention.to_v)):
+            weights[f"{layer.index}.{mine}.weight"] = text.weight.detach().to("cpu", torch.float32, copy=True)
+    return IPAdapter.from_state_dict({"image_proj": projection, "ip_adapter": weights}, variant=variant)
+
+
+def _new_lora(unet: Any, rank: int) -> dict[str, Tensor]:
+    """Of every attention, as the reference trains it: down normal with deviation 1/rank, up zero."""
+    lora = {}
+    for layer in cross_attentions(unet):
+        for number, name in (
+            (layer.index - 1, layer.name.removesuffix("2") + "1"),
+            (layer.index, layer.name),
+        ):
+            attention = unet.get_submodule(name)
+            for part in ("q", "k", "v", "out"):
+                linear = attention.to_out[0] if part == "out" else getattr(attention, f"to_{part}")
+                lora[f"{number}.to_{part}_lora.down.weight"] = torch.randn(rank, linear.in_features) / rank
+                lora[f"{number}.to_{part}_lora.up.weight"] = torch.zeros(linear.out_features, rank)
+    return lora
 
 
 def _named(name: str) -> IPAdapter:

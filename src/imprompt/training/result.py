@@ -1,14 +1,56 @@
-"""The model card of a trained adapter: what it is, what it was made from, what it reached, how to use it."""
+"""What a run leaves: the adapter file with its metadata, a model card, and both on the hub if asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.checkpoints.checkpoint import StateDict
+from imprompt.errors import ModelError, first_line
 from imprompt.training.config import TrainConfig
+from imprompt.training.folder import WEIGHT_NAME
 
 _SHOWN = ("kind", "steps", "batch", "accumulate", "lr", "schedule", "warmup", "ema", "min_snr", "seed")
+
+
+def write_adapter(adapter: IPAdapter, folder: Path, about: Mapping[str, str], dtype: torch.dtype) -> Path:
+    """Write the weights as they are now in the published layout, and read them back.
+
+    Raises :class:`ModelError` when they are not finite or do not read back as written."""
+    expected: StateDict = {
+        section: {name: tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}
+        for section, tensors in adapter.state_dict().items()
+    }
+    made = IPAdapter.from_state_dict(expected, variant=adapter.checkpoint.variant.name)
+    made.checkpoint = replace(made.checkpoint, metadata=dict(about))
+    path = made.save_pretrained(folder, WEIGHT_NAME)
+    read = IPAdapter.from_pretrained(path).state_dict()
+    for section, tensors in expected.items():
+        for name, tensor in tensors.items():
+            if name not in read[section] or not torch.equal(read[section][name].cpu(), tensor):
+                raise ModelError(f"'{path}' does not read back as written: '{section}.{name}' differs.")
+    return path
+
+
+def push(repository: str, folder: Path) -> None:
+    """Upload the adapter, its card and the last sheet of samples."""
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository, folder_path=folder, allow_patterns=[WEIGHT_NAME, "README.md", "samples/*.png"]
+        )
+    except Exception as error:  # the hub's client raises nearly anything
+        raise ModelError(
+            f"the adapter is in '{folder}' but was not uploaded to {repository}: {first_line(error)}."
+        ) from error
 
 
 def model_card(

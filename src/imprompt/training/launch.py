@@ -1,0 +1,94 @@
+"""How a run is placed: accelerate's devices, processes and number format, and work for the main process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from imprompt.errors import ImpromptError, UsageError
+from imprompt.training.config import TrainConfig
+
+T = TypeVar("T")
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """accelerate's view of device, processes and number format. Raises :class:`UsageError` for a device or
+    number format that is not there."""
+    if config.device not in ("auto", "cpu", "cuda", "mps"):
+        raise UsageError(
+            f"device '{config.device}': auto, cpu, cuda or mps is expected; choose among several GPUs with "
+            "CUDA_VISIBLE_DEVICES or accelerate config."
+        )
+    there: dict[str, Callable[[], bool]] = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+    }
+    if config.device in there and not there[config.device]():
+        raise UsageError(f"device '{config.device}' cannot be used here: torch does not find one.")
+    _check_launcher()
+    names: list[str] = list(config.trackers) if config.trackers != "auto" else []
+    if config.trackers == "auto" and find_spec("tensorboard") is not None:
+        names = ["tensorboard"]
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"trackers: {missing[0]} is not installed: pip install {missing[0]}.")
+    return Accelerator(
+        cpu=config.device == "cpu"
+        or (config.device == "auto" and not any(test() for test in there.values())),
+        mixed_precision=_precision(config),
+        gradient_accumulation_steps=config.accumulate,
+        log_with=names or None,
+        project_dir=str(config.output),
+    )
+
+
+def _check_launcher() -> None:
+    """accelerate starts a single process on the CPU, and only its port tells that several were asked for."""
+    several = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ
+    if several and not {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"} & os.environ.keys():
+        raise UsageError(
+            "accelerate launch --cpu starts one process, whatever --num_processes says; start several with "
+            "torchrun --nproc-per-node N -m imprompt train …"
+        )
+
+
+def _precision(config: TrainConfig) -> str | None:
+    """accelerate's name of the number format; ``None`` leaves it to accelerate's configuration."""
+    on_gpu = config.device in ("auto", "cuda") and torch.cuda.is_available()
+    if on_gpu:
+        native = torch.cuda.get_device_capability() >= (8, 0)
+    else:
+        tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        native = config.device != "mps" and any(getattr(torch.cpu, name, bool)() for name in tests)
+    if config.dtype == "bfloat16" and not native:
+        raise UsageError("dtype bfloat16: this device has no bfloat16 arithmetic; use float32 or auto.")
+    if config.dtype == "float16" and not on_gpu:
+        raise UsageError("dtype float16: gradients of float16 need a GPU; use bfloat16 or float32.")
+    if config.dtype == "auto":
+        if "ACCELERATE_MIXED_PRECISION" in os.environ:
+            return None
+        return "bf16" if native else "no"
+    return {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[config.dtype]
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T | None:
+    """Do something in the main process alone; what it raises is raised in all of them."""
+    found, error = None, None
+    if accelerator.is_main_process:
+        try:
+            found = work()
+        except ImpromptError as raised:
+            error = raised
+    if accelerator.num_processes > 1:
+        said: list[Any] = [error]
+        broadcast_object_list(said)
+        error = said[0]
+    if error is not None:
+        raise error
+    return found
