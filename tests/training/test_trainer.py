@@ -558,7 +558,7 @@ def test_one_bad_step_is_skipped_and_counted_and_changes_nothing(make_config):
     assert all(torch.equal(before[name], seen[0][name]) for name in before)
     assert not all(torch.equal(before[name], seen[1][name]) for name in before)
     assert all(value.isfinite().all() for value in seen[2].values())
-    assert trainer.skipped == 1
+    assert trainer.meter.skipped == 1
 
 
 def test_an_inpainting_base_is_refused(make_config, base, tmp_path):

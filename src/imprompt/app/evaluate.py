@@ -2,6 +2,10 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from imprompt.evaluation.config import EvaluateConfig
 
 HELP = "measure adapters on pictures of yours, and compare them on the same seeds"
 
@@ -43,20 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from imprompt.evaluation.config import Contender, EvaluateConfig
-
-    stated = {name: value for name, value in vars(args).items() if value is not None}
-    contenders = tuple(Contender.parse(text) for text in stated.pop("adapter"))
-    target = Path(stated.pop("json")) if "json" in stated else None
-    if "scales" in stated:
-        stated["scales"] = tuple(part for part in stated["scales"].split(",") if part)
-    stated = {name: value for name, value in stated.items() if name in EvaluateConfig.model_fields}
-    config = EvaluateConfig.checked({**stated, "contenders": contenders})
+    config = _config(args)
 
     from imprompt.evaluation import report as reports
     from imprompt.evaluation.run import evaluate
     from imprompt.io import write_atomic
 
+    target = None if args.json is None else Path(args.json)
     if target is not None:
         reports.check_target(target)
     if config.output is not None:
@@ -68,6 +65,17 @@ def run(args: argparse.Namespace) -> int:
         write_atomic(target, reports.to_json(found).encode(), overwrite=True)
     if config.output is not None:
         write_atomic(config.output / "report.json", reports.to_json(found).encode(), overwrite=True)
-        write_atomic(config.output / "report.html", reports.html(found).encode(), overwrite=True)
-        print(config.output / "report.html")
+        print(write_atomic(config.output / "report.html", reports.html(found).encode(), overwrite=True))
     return 0
+
+
+def _config(args: argparse.Namespace) -> "EvaluateConfig":
+    """The flags as a record. Raises :class:`UsageError`."""
+    from imprompt.evaluation.config import Contender, EvaluateConfig
+
+    names = EvaluateConfig.model_fields.keys() & vars(args).keys()
+    stated = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if "scales" in stated:
+        stated["scales"] = tuple(part for part in stated["scales"].split(",") if part)
+    contenders = tuple(Contender.parse(text) for text in args.adapter)
+    return EvaluateConfig.checked({**stated, "contenders": contenders})

@@ -236,14 +236,19 @@ def _row(record: Mapping[str, Any], folder: Path, taken: dict[str, int]) -> Row:
     file = folder / named
     if not file.is_file():
         raise ValueError(f"picture '{named}' is missing")
-    groups = {str(kind): str(name) for kind, name in (record.get("groups") or {}).items()}
-    if record.get("group") is not None:
-        groups.setdefault("group", str(record["group"]))
     split = record.get("split") or "train"
     if not isinstance(split, str):
         raise TypeError(f"split must be a name, given {split!r}")
     tags = frozenset(name for name, value in record.items() if value is True)
-    return Row(file, _captions(record, taken), groups, split, tags, max(1, int(record.get("repeats") or 1)))
+    repeats = max(1, int(record.get("repeats") or 1))
+    return Row(file, _captions(record, taken), _groups(record), split, tags, repeats)
+
+
+def _groups(record: Mapping[str, Any]) -> dict[str, str]:
+    groups = {str(kind): str(name) for kind, name in (record.get("groups") or {}).items()}
+    if record.get("group") is not None:
+        groups.setdefault("group", str(record["group"]))
+    return groups
 
 
 def _captions(record: Mapping[str, Any], taken: dict[str, int]) -> dict[str, tuple[str, ...]]:
@@ -283,16 +288,21 @@ def _pictures(folder: Path, required: bool) -> Dataset:
         except (UnicodeDecodeError, OSError) as error:
             rejected.append(Rejected(name, f"caption is not UTF-8 text: {error}"))
             continue
-        if not text and top is not None:
-            text, classes = top[2].replace("_", " "), classes + 1
-        if not text and required:
+        if top is not None:
+            classes += not text
+            rows.append(_kohya_row(file, text, top))
+        elif text or not required:
+            rows.append(Row(file, {"full": (text,)} if text else {}))
+        else:
             rejected.append(Rejected(name, f"no caption: '{file.stem}.txt' is missing or empty"))
-            continue
-        captions: dict[str, tuple[str, ...]] = {"full": (text,)} if text else {}
-        groups = {"group": top[2]} if top else {}
-        rows.append(Row(file, captions, groups, repeats=max(1, int(top[1])) if top else 1))
     notes = [f"{classes} pictures without a caption take their folder's name"] if classes else []
     return Dataset(rows, rejected, notes)
+
+
+def _kohya_row(file: Path, text: str, folder: re.Match[str]) -> Row:
+    """A picture of a ``10_name`` folder: shown so often, and named by the folder if by nothing else."""
+    said = text or folder[2].replace("_", " ")
+    return Row(file, {"full": (said,)}, {"group": folder[2]}, repeats=max(1, int(folder[1])))
 
 
 def _sidecar(file: Path) -> str:
@@ -392,11 +402,11 @@ def _hugging_face(name: str) -> Dataset:
     import datasets
 
     try:
-        stored = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
-        if isinstance(stored, dict):
-            stored = stored["train"] if "train" in stored else next(iter(stored.values()))
+        stored: Any = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
     except Exception as error:  # the package raises nearly anything
         raise InputError(f"dataset '{name}' cannot be read: {first_line(error)}.") from error
+    if isinstance(stored, dict):
+        stored = stored["train"] if "train" in stored else next(iter(stored.values()))
     picture = next((key for key, kind in stored.features.items() if isinstance(kind, datasets.Image)), None)
     caption = next((key for key in CAPTION_FIELDS if key in stored.features), None)
     if picture is None or caption is None:
@@ -405,11 +415,14 @@ def _hugging_face(name: str) -> Dataset:
             f"{', '.join(CAPTION_FIELDS[:3])} are expected."
         )
     stored = stored.cast_column(picture, datasets.Image(decode=False))
-    captions = stored.remove_columns([key for key in stored.features if key != caption])[caption]
-    rows = []
-    for n, text in enumerate(captions):
-        content = partial(_hf_bytes, stored, picture, n)
-        rows.append(Row(Path(name, f"{n:08d}"), {"full": _texts(text or "")}, content=content))
+    rows = [
+        Row(
+            Path(name, f"{n:08d}"),
+            {"full": _texts(text or "")},
+            content=partial(_hf_bytes, stored, picture, n),
+        )
+        for n, text in enumerate(stored.select_columns([caption])[caption])
+    ]
     return Dataset(rows, notes=[f"pictures are read from '{picture}', captions from '{caption}'"])
 
 

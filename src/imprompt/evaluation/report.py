@@ -16,7 +16,7 @@ from PIL import Image
 
 from imprompt.errors import InputError, UsageError
 from imprompt.evaluation.metrics import Interval
-from imprompt.evaluation.run import BARE, Report
+from imprompt.evaluation.run import BARE, Figure, Report
 
 SHOWN = 4  # best and worst pictures of each contender
 _CELL = 192
@@ -123,44 +123,45 @@ def _plots(report: Report) -> list[Image.Image]:
     import matplotlib
 
     matplotlib.use("Agg")
+    names = dict.fromkeys(each.name for each in report.figures)
+    plots = [_interval_plot(name, [each for each in report.figures if each.name == name]) for name in names]
+    return ([_front_plot(report)] if report.front else []) + plots
+
+
+def _interval_plot(name: str, figures: Sequence[Figure]) -> Image.Image:
+    """One figure of all contenders, a row each, with its interval."""
     from matplotlib import pyplot
 
-    plots = []
-    for name in dict.fromkeys(each.name for each in report.figures):
-        some = [each for each in report.figures if each.name == name]
-        drawing, axes = pyplot.subplots(figsize=(5.2, 0.45 * len(some) + 1.0))
-        for row, each in enumerate(some):
-            low, high = each.value.low, each.value.high
-            if low is not None and high is not None:
-                axes.plot([low, high], [row, row], color="#2563eb", linewidth=2)
-            axes.plot(each.value.mean, row, "o", color="#18181b")
-        axes.set_yticks(range(len(some)), [each.contender for each in some])
-        axes.set_ylim(-0.6, len(some) - 0.4)
-        axes.invert_yaxis()
-        axes.set_title(name, loc="left")
-        axes.grid(axis="x", color="#e4e4e7")
-        plots.append(_rendered(drawing))
-    if report.front:
-        drawing, axes = pyplot.subplots(figsize=(5.2, 4))
-        for name in dict.fromkeys(point["contender"] for point in report.front):
-            points = [point for point in report.front if point["contender"] == name]
-            axes.plot([p["text"] for p in points], [p["picture"] for p in points], "o-", label=name)
-            for point in points:
-                axes.annotate(
-                    f"{point['scale']:g}",
-                    (point["text"], point["picture"]),
-                    textcoords="offset points",
-                    xytext=(5, 4),
-                    fontsize=8,
-                )
-        axes.set_xlabel(
-            "text (CLIP-T)" if report.settings["clip_t"] else "likeness to what the text alone draws"
-        )
-        axes.set_ylabel("picture (CLIP-I)")
-        axes.set_title("Text and picture over scale", loc="left")
-        axes.legend()
-        plots.insert(0, _rendered(drawing))
-    return plots
+    drawing, axes = pyplot.subplots(figsize=(5.2, 0.45 * len(figures) + 1.0))
+    for row, each in enumerate(figures):
+        if each.value.low is not None and each.value.high is not None:
+            axes.plot([each.value.low, each.value.high], [row, row], color="#2563eb", linewidth=2)
+        axes.plot(each.value.mean, row, "o", color="#18181b")
+    axes.set_yticks(range(len(figures)), [each.contender for each in figures])
+    axes.set_ylim(-0.6, len(figures) - 0.4)
+    axes.invert_yaxis()
+    axes.set_title(name, loc="left")
+    axes.grid(axis="x", color="#e4e4e7")
+    return _rendered(drawing)
+
+
+def _front_plot(report: Report) -> Image.Image:
+    """Text against picture over scale, a line for each contender."""
+    from matplotlib import pyplot
+
+    drawing, axes = pyplot.subplots(figsize=(5.2, 4))
+    for name in dict.fromkeys(point["contender"] for point in report.front):
+        points = [point for point in report.front if point["contender"] == name]
+        axes.plot([p["text"] for p in points], [p["picture"] for p in points], "o-", label=name)
+        for point in points:
+            place = (point["text"], point["picture"])
+            axes.annotate(f"{point['scale']:g}", place, textcoords="offset points", xytext=(5, 4), fontsize=8)
+    said = "text (CLIP-T)" if report.settings["clip_t"] else "likeness to what the text alone draws"
+    axes.set_xlabel(said)
+    axes.set_ylabel("picture (CLIP-I)")
+    axes.set_title("Text and picture over scale", loc="left")
+    axes.legend()
+    return _rendered(drawing)
 
 
 def _rendered(drawing: Any) -> Image.Image:

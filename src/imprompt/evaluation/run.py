@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -139,14 +140,7 @@ def evaluate(
         alone, both = artist.draw(name, contender, "picture"), artist.draw(name, contender, "both")
         drawn |= {f"{name} picture": alone, f"{name} both": both}
         by_case[name] = look.alone(alone) | look.both(both, bare)
-        for scale in config.scales:
-            at = contender.model_copy(update={"scale": scale})
-            found = look.both(artist.draw(f"{name} at {scale:g}", at, "both"), bare)
-            text = found.get("both CLIP-T", found["both text kept"])
-            front.append(
-                {"contender": name, "scale": scale, "text": float(text.mean()),
-                 "picture": float(found["both CLIP-I"].mean())}
-            )  # fmt: skip
+        front += _front(name, contender, config.scales, artist, look, bare)
     figures = [
         Figure(figure, name, bootstrap(values))
         for name, found in by_case.items()
@@ -164,6 +158,25 @@ def evaluate(
     )  # fmt: skip
 
 
+def _front(
+    name: str,
+    contender: Contender,
+    scales: Sequence[float],
+    artist: _Artist,
+    look: _Look,
+    bare: Sequence[Sequence[Image.Image]],
+) -> list[dict[str, Any]]:
+    """Text and picture fidelity at each scale, of what picture and text draw together."""
+    points = []
+    for scale in scales:
+        at = contender.model_copy(update={"scale": scale})
+        found = look.both(artist.draw(f"{name} at {scale:g}", at, "both"), bare)
+        text = found.get("both CLIP-T", found["both text kept"])
+        picture = float(found["both CLIP-I"].mean())
+        points.append({"contender": name, "scale": scale, "text": float(text.mean()), "picture": picture})
+    return points
+
+
 def read_cases(config: EvaluateConfig, base: Base) -> tuple[list[Case], list[str]]:
     """The pictures to measure on, spread evenly over the source, and what was left out.
 
@@ -179,14 +192,7 @@ def read_cases(config: EvaluateConfig, base: Base) -> tuple[list[Case], list[str
         source = str(place)
     data = read_dataset(source, only=config.only, captions="optional")
     notes = [*data.notes, *(str(item) for item in data.rejected[:5])]
-    stride = len(data.rows) / min(config.n, len(data.rows))
-    picked: list[tuple[Row, Image.Image]] = []
-    for place_of in range(min(config.n, len(data.rows))):
-        row = data.rows[int(place_of * stride)]
-        try:
-            picked.append((row, load_image(row.read())))
-        except (ImpromptError, OSError) as error:
-            notes.append(f"{row.name} is left out: {error}")
+    picked = _decoded(data.rows, config.n, notes)
     if not picked:
         raise InputError(f"no picture of '{source}' can be read ({notes[-1]}).")
     texts = _prompts(config.prompts)
@@ -196,6 +202,18 @@ def read_cases(config: EvaluateConfig, base: Base) -> tuple[list[Case], list[str
         text = texts[number % len(texts)] if texts else _other_caption(rows, number)
         cases.append(Case(row.name, image, row.caption, text))
     return cases, notes
+
+
+def _decoded(rows: Sequence[Row], most: int, notes: list[str]) -> list[tuple[Row, Image.Image]]:
+    """At most so many rows, spread evenly, with their pictures; what cannot be read is noted."""
+    count = min(most, len(rows))
+    picked = []
+    for row in (rows[place * len(rows) // count] for place in range(count)):
+        try:
+            picked.append((row, load_image(row.read())))
+        except (ImpromptError, OSError) as error:
+            notes.append(f"{row.name} is left out: {error}")
+    return picked
 
 
 def _prompts(path: Path | None) -> list[str]:
@@ -246,11 +264,11 @@ class _Artist:
 
     def draw(self, name: str, contender: Contender | None, task: str) -> list[list[Image.Image]]:
         """The samples of each case; those in the output folder are not drawn again."""
-        samples = self.config.samples
-        jobs = [(case, sample) for case in range(len(self.cases)) for sample in range(samples)]
+        jobs = list(product(range(len(self.cases)), range(self.config.samples)))
         requests = {job: self._request(*job, contender, task) for job in jobs}
         places = {job: self._place(job[0], request, contender) for job, request in requests.items()}
-        found = {job: image for job in jobs if (image := _stored(places[job])) is not None}
+        stored = {job: _stored(place) for job, place in places.items()}
+        found = {job: image for job, image in stored.items() if image is not None}
         missing = [job for job in jobs if job not in found]
         with tqdm(total=len(missing), desc=f"{name} {task}", disable=self.config.quiet, leave=False) as bar:
             for start in range(0, len(missing), BATCH):
@@ -260,7 +278,8 @@ class _Artist:
                     found[job] = result.images[0]
                     _store(places[job], result.images[0])
                 bar.update(len(part))
-        return [[found[case, sample] for sample in range(samples)] for case in range(len(self.cases))]
+        samples = range(self.config.samples)
+        return [[found[case, sample] for sample in samples] for case in range(len(self.cases))]
 
     def _request(self, case: int, sample: int, contender: Contender | None, task: str) -> Request:
         """Seeds depend on picture and sample alone, so all contenders draw from the same noise."""

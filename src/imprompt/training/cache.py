@@ -280,21 +280,21 @@ def encode_features(
 
 def _encoded(encoder: FeatureEncoder, versions: Sequence[list[Image.Image]]) -> list[Item]:
     """Features of each picture's versions; one that has none does not keep the others from theirs."""
+    if not versions:
+        return []
     try:
-        flat = [image for each in versions for image in each]
-        parts = [encoder(batch) for batch in _chunks(flat, ENCODE_BATCH)]
+        whole = _features(encoder, [image for each in versions for image in each])
     except InputError as error:
         if len(versions) == 1:
             return [str(error)]
         return [item for each in versions for item in _encoded(encoder, [each])]
-    if not parts:
-        return []
-    whole = {name: torch.cat([part[name] for part in parts]) for name in encoder.feature}
-    count = len(versions[0])
-    return [
-        {name: tensor[n * count : (n + 1) * count] for name, tensor in whole.items()}
-        for n in range(len(versions))
-    ]
+    split = {name: rows_.unflatten(0, (len(versions), -1)) for name, rows_ in whole.items()}
+    return [{name: tensor[n] for name, tensor in split.items()} for n in range(len(versions))]
+
+
+def _features(encoder: FeatureEncoder, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+    parts = [encoder(batch) for batch in _chunks(images, ENCODE_BATCH)]
+    return {name: torch.cat([part[name] for part in parts]) for name in encoder.feature}
 
 
 def encode_texts(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -133,7 +133,17 @@ class Plan:
         self.keys = list(keys) if keys is not None else [_name_hash(row) for row in rows]
         self.sizes = list(sizes) if sizes is not None else [(1, 1)] * len(rows)
         self.per_step = per_step or config.batch * config.accumulate
-        usable = [(index, row) for index, row in enumerate(rows) if index not in unusable]
+        self._split([(index, row) for index, row in enumerate(rows) if index not in unusable])
+        self._partners = self._find_partners()
+        self._choices = {index: self._choices_of(index) for index in self.training}
+        modes = Counter(mode for choices in self._choices.values() for mode, _, _ in choices)
+        self._check_references(modes)
+        self.usable_modes = dict(modes)
+        self._epoch: tuple[int, list[int]] = (0, self._order(0))
+
+    def _split(self, usable: Sequence[tuple[int, Row]]) -> None:
+        """Set rows aside for validation: those held out, or some of the training rows."""
+        config = self.config
         training = [index for index, row in usable if row.trainable]
         held_out = [index for index, row in usable if not row.trainable]
         by_hash = sorted(held_out or training, key=lambda index: self.keys[index])
@@ -149,19 +159,15 @@ class Plan:
         self.validates_on_training_rows = not self.validation
         if not self.validation:
             self.validation = by_hash[: config.validation_rows]
-        self._partners = self._find_partners()
-        self._choices = {index: self._choices_of(index) for index in training}
-        modes = Counter(mode for choices in self._choices.values() for mode, _, _ in choices)
-        for mode, _ in config.references:
-            if not modes[mode]:
+
+    def _check_references(self, modes: Mapping[str, int]) -> None:
+        for mode, _ in self.config.references:
+            if not modes.get(mode):
                 raise UsageError(
                     f"no training picture has another picture of its group '{mode}' and a caption of the "
-                    f"kinds {list(config.caption_kinds(mode))}; check 'groups' and 'captions' in the "
-                    "metadata or "
-                    "leave this reference out."
+                    f"kinds {list(self.config.caption_kinds(mode))}; check 'groups' and 'captions' in the "
+                    "metadata or leave this reference out."
                 )
-        self.usable_modes = dict(modes)
-        self._epoch: tuple[int, list[int]] = (0, self._order(0))
 
     @property
     def captions(self) -> list[str]:
@@ -252,26 +258,23 @@ class Plan:
         row = self.rows[index]
         choices: list[tuple[str, list[int], list[str]]] = []
         for mode, _ in self.config.references:
-            if mode == "self":
-                pictures = [index]
-            elif mode in row.groups:
-                pictures = self._partners[mode, row.groups[mode]]  # one list for all of the group
-            else:
-                pictures = []
-            kinds = self.config.caption_kinds(mode)
-            texts = [
-                text
-                for kind in (row.captions if ANY_CAPTION in kinds else kinds)
-                for text in row.captions.get(kind, ())
-            ]
-            if mode == "self" and not texts:
-                texts = [""]  # a picture without a caption still teaches what it looks like
-            if texts and (mode == "self" or len(pictures) > 1):
+            texts = self._texts_of(row, mode)
+            if mode == "self":  # a picture without a caption still teaches what it looks like
+                choices.append((mode, [index], texts or [""]))
+                continue
+            pictures = self._partners.get((mode, row.groups.get(mode, "")), [])  # one list for all of a group
+            if texts and len(pictures) > 1:
                 choices.append((mode, pictures, texts))
         # A row that allows none of the kinds asked for (an only child of its group) is its own reference.
         return choices or [
             ("self", [index], [text for texts in row.captions.values() for text in texts] or [""])
         ]
+
+    def _texts_of(self, row: Row, mode: str) -> list[str]:
+        """The captions of a row that may go with a kind of reference."""
+        kinds = self.config.caption_kinds(mode)
+        chosen = row.captions if ANY_CAPTION in kinds else kinds
+        return [text for kind in chosen for text in row.captions.get(kind, ())]
 
 
 def _name_hash(row: Row) -> str:

@@ -32,12 +32,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if config.device in there and not there[config.device]():
         raise UsageError(f"device '{config.device}' cannot be used here: torch does not find one.")
     _check_launcher()
-    names: list[str] = list(config.trackers) if config.trackers != "auto" else []
-    if config.trackers == "auto" and find_spec("tensorboard") is not None:
-        names = ["tensorboard"]
-    missing = [name for name in names if find_spec(name) is None]
-    if missing:
-        raise UsageError(f"trackers: {missing[0]} is not installed: pip install {missing[0]}.")
+    names = _trackers(config)
     return Accelerator(
         cpu=config.device == "cpu"
         or (config.device == "auto" and not any(test() for test in there.values())),
@@ -46,6 +41,16 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         log_with=names or None,
         project_dir=str(config.output),
     )
+
+
+def _trackers(config: TrainConfig) -> list[str]:
+    """accelerate's trackers by name. Raises :class:`UsageError` for one that is not installed."""
+    if config.trackers == "auto":
+        return ["tensorboard"] if find_spec("tensorboard") is not None else []
+    missing = [name for name in config.trackers if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"trackers: {missing[0]} is not installed: pip install {missing[0]}.")
+    return list(config.trackers)
 
 
 def _check_launcher() -> None:

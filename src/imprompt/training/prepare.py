@@ -14,7 +14,7 @@ from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.data.rows import Rejected, Row, read_dataset
 from imprompt.errors import InputError, UsageError
 from imprompt.training import cache, start
-from imprompt.training.config import TrainConfig
+from imprompt.training.config import Kind, TrainConfig
 from imprompt.training.data import Plan, bucket_size
 from imprompt.training.folder import Identity, data_hash
 
@@ -48,9 +48,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, sheets: int | None = 
     base, pipe = start.load_base(config.base)
     initial = start.load_start(config, base)
     kind = config.kind or (start.kind_of(initial) if initial is not None else "linear")
-    config = config.resolved(kind, sum(row.trainable for row in found.rows), initial is not None)
-    if sheets is not None and config.steps is not None:
-        config = config.model_copy(update={"sample_every": max(1, config.steps // sheets)})
+    config = _resolved(config, kind, found.rows, initial is not None, sheets)
     per_step = config.batch * accelerator.gradient_accumulation_steps * accelerator.num_processes
     rows, rejected = found.rows, list(found.rejected)
     ranks = cache.Ranks(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
@@ -85,9 +83,8 @@ def prepare(config: TrainConfig, accelerator: Accelerator, sheets: int | None = 
         start=cache.fingerprint(adapter.module),
         samples_per_step=per_step,
     )
-    for name in ("text_encoder", "text_encoder_2", "image_encoder"):
-        if hasattr(pipe, name):
-            setattr(pipe, name, None)
+    for name in {"text_encoder", "text_encoder_2", "image_encoder"} & set(pipe.components):
+        setattr(pipe, name, None)
     about = {
         "imprompt.base": base.name,
         start.ENCODER_KEY: encoder_name,
@@ -96,6 +93,15 @@ def prepare(config: TrainConfig, accelerator: Accelerator, sheets: int | None = 
         "imprompt.start": "new weights" if initial is None else initial.checkpoint.name,
     }
     return Prepared(config, identity, pipe, adapter, data, plan, about, tuple(found.notes))
+
+
+def _resolved(
+    config: TrainConfig, kind: Kind, rows: Sequence[Row], started: bool, sheets: int | None
+) -> TrainConfig:
+    config = config.resolved(kind, sum(row.trainable for row in rows), started)
+    if sheets is None or config.steps is None:
+        return config
+    return config.model_copy(update={"sample_every": max(1, config.steps // sheets)})
 
 
 def _sizes(rows: Sequence[Row], config: TrainConfig, pipe: Any) -> list[tuple[int, int]]:

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -37,17 +35,14 @@ from imprompt.training import start
 from imprompt.training.config import TrainConfig
 from imprompt.training.folder import WEIGHT_NAME, RunFolder
 from imprompt.training.launch import make_accelerator, on_main
+from imprompt.training.meter import BANDS, Meter
 from imprompt.training.objective import broadcast, learning_rate, loss_weights, prediction_target
 from imprompt.training.prepare import Prepared, prepare
 from imprompt.training.preview import Preview, unet_takes_pooled
 from imprompt.training.result import model_card, push, write_adapter
 from imprompt.training.samples import Forward, Sample, Samples, Shown
+from imprompt.training.stopping import Stopper
 from imprompt.weights import silence_library_logging
-
-BANDS = 4
-"""Equal parts of the schedule: the loss is told for each, and validation tests one timestep of each."""
-AGREE_EVERY = 10
-"""Steps between two times that several processes ask each other whether to stop."""
 
 
 def train(
@@ -97,6 +92,8 @@ class Trainer:
         self.config, self.pipe, self.adapter = prepared.config, prepared.pipe, prepared.adapter
         self.data, self.plan, self.about = prepared.data, prepared.plan, prepared.about
         self.accumulate = accelerator.gradient_accumulation_steps
+        assert self.config.steps is not None
+        self.steps = self.config.steps
         self.unet = self.pipe.unet.eval().requires_grad_(False)
         self.prediction = self.pipe.scheduler.config.get("prediction_type", "epsilon")
         self.alpha_bar = _alphas(self.pipe).to(self.device)
@@ -111,7 +108,9 @@ class Trainer:
         )
         on_main(accelerator, lambda: self._begin(prepared))
         self._place()
-        self.step, self.skipped, self.interrupted = 0, 0, False
+        self.step = 0
+        self.meter = Meter(accelerator, len(self.alpha_bar))
+        self.stopper = Stopper(accelerator, None)
         self.best = math.inf
         self._bare: Tensor | None = None
         self.figures: list[dict[str, Any]] = []
@@ -168,63 +167,60 @@ class Trainer:
     def run(self, on_step: Callable[[int], None] | None = None) -> None:
         """All remaining steps, with validation, samples, log lines and checkpoints on the way."""
         config = self.config
-        assert config.steps is not None
-        self._sums = torch.zeros(2, BANDS + 1, device=self.device)
-        self._streak = torch.zeros((), device=self.device)
-        end = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
         if self.step == 0:
             self._validate()
             self._sample()
+        self.stopper = Stopper(self.accelerator, config.minutes)
         self.terminal = sys.stderr.isatty()
-        bar = tqdm(
-            total=config.steps,
-            initial=self.step,
-            desc="training",
-            unit="step",
-            disable=self.quiet or not self.terminal,
-        )
-        self._clock, self._since = time.monotonic(), self.step
-        with bar, self._catching_signals():
+        hidden = self.quiet or not self.terminal
+        bar = tqdm(total=self.steps, initial=self.step, desc="training", unit="step", disable=hidden)
+        self.meter.start()
+        with bar, self.stopper.listening(self._say):
             for samples in self._prefetched():
                 self._advance(samples)
                 self.step += 1
                 bar.update()
                 if on_step is not None:
                     on_step(self.step)
-                stop = self._agree(self.interrupted or time.monotonic() >= end)
-                last = stop or self.step == config.steps
-                if last or self.step % config.log_every == 0 or self.device.type == "cpu":
-                    self._check_streak(last)
-                if last or self.step % config.checkpoint_every == 0 or self.step % config.log_every == 0:
-                    self._report(bar)
-                if last or self.step % config.checkpoint_every == 0:
-                    self._save_checkpoint()
-                self._look(last)
+                last = self.step == self.steps
+                last = self.stopper.agree(self.step, last) or last
+                self._after_step(last, bar)
                 if last:
                     break
-        if self.interrupted:
+        if self.stopper.interrupted:
             self.finish()
             raise KeyboardInterrupt
 
-    def _look(self, last: bool) -> None:
-        """Validate and draw samples where it is time to; that is not counted as training time."""
+    def _after_step(self, last: bool, bar: Any) -> None:
+        """What is due after a step: checks, a log line, a checkpoint, validation and samples."""
+        config = self.config
+
+        def due(every: int) -> bool:
+            return bool(every) and (last or self.step % every == 0)
+
+        log, save = due(config.log_every), due(config.checkpoint_every)
+        if log or self.device.type == "cpu":  # elsewhere the check would wait for the device
+            self._check_streak(last)
+        if log or save:
+            self._report(bar)
+        if save:
+            self._save_checkpoint()
         before = time.monotonic()
-        if (last and not self.interrupted) or self.step % self.config.validate_every == 0:
+        if due(config.validate_every) and not self.stopper.interrupted:
             self._validate()
-        if self.config.sample_every and (last or self.step % self.config.sample_every == 0):
+        if due(config.sample_every):
             self._sample()
-        self._clock += time.monotonic() - before
+        self.meter.pause(time.monotonic() - before)
 
     def _prefetched(self) -> Iterator[list[Sample]]:
         """The forward passes of each remaining step; the next step's are made while one is trained on."""
-        assert self.config.steps is not None
         with ThreadPoolExecutor(1) as pool:
-            pending = pool.submit(self._samples, self.step) if self.step < self.config.steps else None
+            pending = pool.submit(self._samples, self.step) if self.step < self.steps else None
             step = self.step
             while pending is not None:
                 ready = pending.result()
                 step += 1
-                pending = pool.submit(self._samples, step) if step < self.config.steps else None
+                pending = pool.submit(self._samples, step) if step < self.steps else None
                 yield ready
 
     def _samples(self, step: int) -> list[Sample]:
@@ -233,12 +229,8 @@ class Trainer:
     def _advance(self, samples: Sequence[Sample]) -> None:
         """One optimizer step. A step without a finite gradient changes nothing and is counted."""
         config, accelerator = self.config, self.accelerator
-        assert config.lr is not None
-        assert config.steps is not None
         for group in self.plain_optimizer.param_groups:
-            group["lr"] = learning_rate(
-                self.step, peak=config.lr, steps=config.steps, warmup=config.warmup, schedule=config.schedule
-            )
+            group["lr"] = self._rate(self.step)
         for sample in samples:
             with accelerator.accumulate(self.forward):
                 moved = sample.to(self.device)
@@ -249,15 +241,13 @@ class Trainer:
                     accelerator.backward(loss)
                 finally:
                     accelerator.unwrap_model(self.forward).release()
-                self._count(error.detach(), loss.detach(), moved.steps)
+                self.meter.add(error.detach(), loss.detach(), moved.steps)
                 if accelerator.sync_gradients:
                     self._update()
 
     def _update(self) -> None:
         limit = self.config.clip or math.inf
-        norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters, limit))
-        bad = (~norm.isfinite()).float().to(self.device)
-        self._streak = (self._streak + bad) * bad
+        bad = self.meter.gradient(torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters, limit)))
         if self.accelerator.scaler is None and self.fused:
             # The contract of GradScaler: a fused optimizer skips the step on the device, without a sync.
             self.plain_optimizer.grad_scale = None  # type: ignore[attr-defined]
@@ -285,18 +275,8 @@ class Trainer:
         target = prediction_target(self.prediction, sample.clean, sample.noise, alpha_bar)
         return functional.mse_loss(predicted.float(), target, reduction="none").flatten(1).mean(1)
 
-    def _count(self, error: Tensor, loss: Tensor, steps: Tensor) -> None:
-        """Add finite errors to the sums: of all, and by band of the schedule."""
-        finite = error.isfinite()
-        band = steps * BANDS // len(self.alpha_bar)
-        self._sums[0].index_add_(0, band, torch.where(finite, error, 0.0))
-        self._sums[1].index_add_(0, band, finite.float())
-        good = loss.isfinite().float()
-        self._sums[0, BANDS] += torch.nan_to_num(loss, 0.0, 0.0, 0.0) * good
-        self._sums[1, BANDS] += good
-
     def _check_streak(self, last: bool) -> None:
-        streak = int(self._streak)
+        streak = self.meter.streak
         if streak >= self.config.max_skipped or (last and streak):
             found = self.folder.checkpoints()
             kept = (
@@ -311,41 +291,25 @@ class Trainer:
     # ---- reporting
 
     def _report(self, bar: Any) -> None:
-        config, accelerator = self.config, self.accelerator
-        assert config.steps is not None
-        total = accelerator.reduce(self._sums.clone(), "sum")
-        counts = total[1].clamp(min=1)
-        *bands, loss = torch.where(total[1] > 0, total[0] / counts, math.nan).tolist()
-        taken = self.step - self._since
-        expected = taken * self.accumulate * accelerator.num_processes
-        failed = expected - int(total[1, BANDS])
-        self.skipped += failed
-        pace = taken * self.plan.per_step / max(time.monotonic() - self._clock, 1e-9)
-        self._sums.zero_()
-        self._clock, self._since = time.monotonic(), self.step
-        assert config.lr is not None
-        rate = learning_rate(
-            self.step - 1, peak=config.lr, steps=config.steps, warmup=config.warmup, schedule=config.schedule
-        )
+        values, failed = self.meter.read(self.config.batch)
+        rate, loss, pace = self._rate(self.step - 1), values["loss"], values["pictures_per_s"]
         bar.set_postfix(loss=f"{loss:.4f}")
-        self._log(
-            {
-                "step": self.step,
-                "loss": loss,
-                "loss_by_band": bands,
-                "lr": rate,
-                "pictures_per_s": round(pace, 2),
-                "skipped": self.skipped,
-            }
-        )
-        left = (config.steps - self.step) * self.plan.per_step / pace
+        self._log({"step": self.step, "lr": rate, **values})
         if failed:
             self._say(f"step {self.step}: {failed} forward passes without a finite loss were left out")
         if not self.terminal:  # a bar in a log file is no use
+            left = _duration((self.steps - self.step) * self.plan.per_step / max(pace, 1e-9))
             self._say(
-                f"step {self.step}/{config.steps} loss {loss:.4f} lr {rate:.2g} {pace:.1f} pictures/s, "
-                f"{_duration(left)} left"
+                f"step {self.step}/{self.steps} loss {loss:.4f} lr {rate:.2g} {pace:.1f} pictures/s, "
+                f"{left} left"
             )
+
+    def _rate(self, step: int) -> float:
+        config = self.config
+        assert config.lr is not None
+        return learning_rate(
+            step, peak=config.lr, steps=self.steps, warmup=config.warmup, schedule=config.schedule
+        )
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -436,7 +400,7 @@ class Trainer:
             kept = self._kept()
             self.folder.write("README.md", model_card(self.config, self.about, self.figures, kept))
             self._say(f"wrote {path}" + (f" (step {kept['step']})" if kept else ""))
-            if self.config.push_to_hub and not self.interrupted:
+            if self.config.push_to_hub and not self.stopper.interrupted:
                 push(self.config.push_to_hub, self.folder.path)
         self.accelerator.end_training()
         self.adapter.detach()
@@ -469,7 +433,7 @@ class Trainer:
             tensors |= {f"averaged.{name}": averaged[n] for n, (name, _) in enumerate(self._trained())}
         about: dict[str, Any] = {
             "best": self.best if math.isfinite(self.best) else None,
-            "skipped": self.skipped,
+            "skipped": self.meter.skipped,
         }
         about["averages"] = self.ema.optimization_step if self.ema is not None else 0
         if self.accelerator.scaler is not None:
@@ -480,17 +444,13 @@ class Trainer:
         return [(name, each) for name, each in self.adapter.named_parameters() if each.requires_grad]
 
     @torch.no_grad()
-    def _restore(self) -> None:
-        on_main(self.accelerator, self.folder.load_checkpoint)  # one says what is wrong, then each reads
-        found = self.folder.load_checkpoint()
-        if found is None:
-            return
-        tensors, manifest, damaged = found
+    def _put(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """A checkpoint's weights, averages and optimizer state. Raises :class:`ModelError` for another's."""
         for name, parameter in self.adapter.named_parameters():
             value = tensors.get(f"weights.{name}")
             if value is None or value.shape != parameter.shape:
                 raise ModelError(
-                    f"the checkpoint of step {manifest['step']} is of another adapter: '{name}'."
+                    f"the checkpoint of step {step} is of another adapter: '{name}' does not fit."
                 )
             parameter.copy_(value)
         for number, (name, parameter) in enumerate(self._trained()):
@@ -501,9 +461,17 @@ class Trainer:
             }
             if self.ema is not None:
                 self.ema.shadow_params[number] = tensors[f"averaged.{name}"].to(self.device)
+
+    def _restore(self) -> None:
+        on_main(self.accelerator, self.folder.load_checkpoint)  # one says what is wrong, then each reads
+        found = self.folder.load_checkpoint()
+        if found is None:
+            return
+        tensors, manifest, damaged = found
+        self._put(tensors, manifest["step"])
         if self.ema is not None:
             self.ema.optimization_step = int(manifest["averages"])
-        self.step, self.skipped = int(manifest["step"]), int(manifest["skipped"])
+        self.step, self.meter.skipped = int(manifest["step"]), int(manifest["skipped"])
         self.best = math.inf if manifest["best"] is None else float(manifest["best"])
         if self.accelerator.is_main_process:
             self.folder.rewind(self.step)
@@ -511,41 +479,6 @@ class Trainer:
         for each in damaged:
             self._say(f"a checkpoint is damaged and not used: {each}")
         self._say(f"resumed at step {self.step}")
-
-    # ---- stopping
-
-    def _agree(self, stop: bool) -> bool:
-        """Whether any process wants to stop: all end at the same step."""
-        if self.accelerator.num_processes == 1:
-            return stop
-        if self.step % AGREE_EVERY and self.step != self.config.steps:
-            return False
-        wish = torch.tensor([float(stop), float(self.interrupted)], device=self.device)
-        wishes = self.accelerator.reduce(wish, "sum").tolist()
-        self.interrupted = wishes[1] > 0
-        return wishes[0] > 0
-
-    @contextlib.contextmanager
-    def _catching_signals(self) -> Iterator[None]:
-        """The first signal ends the run after this step, with a checkpoint; the second ends it at once."""
-
-        def note(number: int, frame: FrameType | None) -> None:
-            if self.interrupted:
-                raise KeyboardInterrupt
-            self.interrupted = True
-            self._say("stopping after this step (again to stop at once)")
-
-        before: dict[int, Any] = {}
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            with contextlib.suppress(ValueError):  # not the main thread: signals belong to someone else
-                if number is not None:
-                    before[number] = signal.signal(number, note)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _alphas(pipe: Any) -> Tensor:
