@@ -91,7 +91,8 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(settings, tmp_path):
     files[1].write_bytes(b"half")
     again = evaluate(config, engine=engine)
     assert engine.drawn == 3 * 2 * 3 + 2
-    assert means(again) == means(first)
+    # Drawn in a batch or alone, a picture is the same but for the order of its sums.
+    assert means(again) == pytest.approx(means(first), abs=1e-3)
     Image.new("RGB", (40, 32)).save(tmp_path / "shown" / "1.png")
     evaluate(config, engine=engine)
     assert engine.drawn > 3 * 2 * 3 + 2

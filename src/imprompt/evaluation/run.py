@@ -290,7 +290,7 @@ class _Artist:
             "prompt": "" if task == "picture" else self.cases[case].text,
         }  # fmt: skip
         if contender is not None:
-            shown: dict[str, Any] = {"path": f"case-{case}"}
+            shown: dict[str, Any] = {"image": f"case-{case}"}
             if contender.profile is not None:
                 shown["profile"] = contender.profile
             fields |= {"images": [shown], "adapter": contender.adapter, "scale": contender.scale}

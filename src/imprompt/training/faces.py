@@ -12,9 +12,10 @@ from torch.nn import functional
 
 from imprompt.encoders import face as faces
 from imprompt.encoders.clip import ImageEncoder
+from imprompt.encoders.face_geometry import TEMPLATE, Face
 from imprompt.training.cache import fingerprint
 
-_WHOLE = faces.Face((0.0, 0.0, 112.0, 112.0), 1.0, faces.TEMPLATE.astype(np.float32))
+_WHOLE = Face((0.0, 0.0, 112.0, 112.0), 1.0, TEMPLATE.astype(np.float32))
 """A face that fills its picture: only the width of its embedding is asked for."""
 
 
