@@ -30,7 +30,13 @@ from imprompt.encoders.features import shown_name
 from imprompt.errors import ModelError, UsageError
 from imprompt.generation import video
 from imprompt.generation.control import Control, Map, control_call, find_controls, named_controls
-from imprompt.generation.families import Base, find_adapter, find_base, scheduler_for
+from imprompt.generation.families import (
+    Base,
+    find_adapter,
+    find_base,
+    guidance_arguments,
+    scheduler_for,
+)
 from imprompt.generation.identity import face_controls
 from imprompt.generation.idle import idle_notes
 from imprompt.generation.inputs import Inputs, read_inputs
@@ -191,7 +197,9 @@ class Engine:
         request = complete(request, base)
         controls = find_controls(request, base)
         motion = video.find_motion(request.motion, base) if request.task == "animate" else None
-        return _Job(base, controls, motion, read_inputs(request, pictures, base.defaults.size))
+        return _Job(
+            base, controls, motion, read_inputs(request, pictures, base.defaults.size, base.kind.multiple)
+        )
 
     def _draw_jobs(
         self, jobs: Sequence[_Job], explain: bool, on_step: OnStep | None, together: int | None
@@ -490,20 +498,21 @@ def _call(pipe: Any, shots: Sequence[tuple[_Job, int]]) -> dict[str, Any]:
     call: dict[str, Any] = {
         "prompt": each([job.request.prompt for job, _ in shots]),
         "num_inference_steps": request.steps,
-        "guidance_scale": request.guidance,
+        **guidance_arguments(job.base, request.guidance, [job.request.negative for job, _ in shots]),
     }
-    guided = request.guidance > 1
-    if guided:
-        call["negative_prompt"] = each([job.request.negative for job, _ in shots])
+    guided = "negative_prompt" in call
     prompts, negatives = ([getattr(job.request, name) for job, _ in shots] for name in ("prompt", "negative"))
     if (text := text_arguments(pipe, prompts, negatives if guided else None)) is not None:
         call = {
             name: value for name, value in call.items() if name not in ("prompt", "negative_prompt")
         } | text
-    if request.task != "edit":
+    kind = job.base.kind
+    if request.task != "edit" or kind.denoiser == "transformer":  # SD's read it from the picture
         call |= {"width": request.size[0], "height": request.size[1]}
     if inputs.start is not None:
-        call |= {"image": each([inputs.start] * len(shots)), "strength": request.strength}
+        call["image"] = each([inputs.start] * len(shots))
+        if kind.strength:
+            call["strength"] = request.strength
     if inputs.region is not None:
         call["mask_image"] = each([inputs.region] * len(shots))
     return call

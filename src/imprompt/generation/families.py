@@ -6,7 +6,7 @@ from safetensors only. No other module names a pipeline class of diffusers' stil
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -40,8 +40,10 @@ class Kind:
     """Constructor arguments that leave out what drawing does not need."""
     needs: tuple[str, str] | None = None
     """A Python package that its text is read with, and the extra that installs it."""
-    guidance: str = "guidance_scale"
-    """Name of the argument for guidance by a negative text; distilled models have ``guidance_scale``, too."""
+    distilled: bool = False
+    """Whether the guidance scale is an input of the model, so that a negative text has no effect."""
+    strength: bool = True
+    """Whether editing starts from the noised picture; else the model is shown the picture beside."""
     multiple: int = 8
     """What width and height are multiples of."""
     single_file: str = ""
@@ -113,18 +115,18 @@ KINDS: dict[str, Kind] = {
         inpaint_channels=False,
     ),
     "flux": Kind(
-        ("flux",), _FLUX, "FluxTransformer2DModel", denoiser="transformer", guidance="true_cfg_scale",
+        ("flux",), _FLUX, "FluxTransformer2DModel", denoiser="transformer", distilled=True,
         multiple=16, single_file="double_blocks.0.img_attn.qkv.weight", parts="flux", inpaint_channels=False,
     ),
     "flux-kontext": Kind(
         (), {"generate": "FluxKontextPipeline", "edit": "FluxKontextPipeline",
              "inpaint": "FluxKontextInpaintPipeline"},
-        "FluxTransformer2DModel", denoiser="transformer", guidance="true_cfg_scale", multiple=16,
-        inpaint_channels=False,
+        "FluxTransformer2DModel", denoiser="transformer", distilled=True, multiple=16,
+        inpaint_channels=False, strength=False,
     ),
     "flux-fill": Kind(
         (), {"inpaint": "FluxFillPipeline"}, "FluxTransformer2DModel", denoiser="transformer",
-        guidance="", multiple=16, inpaint_channels=False,
+        distilled=True, multiple=16, inpaint_channels=False,
     ),
 }  # fmt: skip
 """Sources: diffusers' pipelines; ``single_file`` from the published checkpoints."""
@@ -366,6 +368,24 @@ def for_task(pipe: Any, base: Base, task: Task) -> Any:
     )
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def guidance_arguments(base: Base, guidance: float, negatives: Sequence[str]) -> dict[str, Any]:
+    """The pipeline's arguments for guidance, with one negative text for each picture.
+
+    Raises :class:`UsageError` for a negative text that the base cannot follow.
+    """
+    call: dict[str, Any] = {"guidance_scale": guidance}
+    if base.kind.distilled:
+        if any(negatives):
+            raise UsageError(
+                f"negative: base '{base.name}' is guidance-distilled, so that a negative text has no effect; "
+                "leave it out."
+            )
+        return call
+    if guidance > 1:
+        call["negative_prompt"] = list(negatives) if len(negatives) > 1 else negatives[0]
+    return call
 
 
 def scheduler_for(pipe: Any, name: str | None) -> Any:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from imprompt.encoders.images import Budget, frame_count, load_image, load_mask
 from imprompt.encoders.video import is_clip, read_clip
-from imprompt.errors import InputError
+from imprompt.errors import InputError, UsageError
 from imprompt.generation import video
 from imprompt.generation.annotate import annotate_frames
 from imprompt.generation.control import Map
@@ -46,10 +46,11 @@ class Inputs:
     notes: tuple[str, ...]
 
 
-def read_inputs(request: Request, pictures: Mapping[str, Any], side: int) -> Inputs:
+def read_inputs(request: Request, pictures: Mapping[str, Any], side: int, multiple: int = 8) -> Inputs:
     """Read everything that ``request`` names; names are looked up in ``pictures`` first.
 
-    ``side`` is that of the square the base is drawn at by default. Raises :class:`InputError` for files that
+    ``side`` is that of the square the base is drawn at by default, ``multiple`` what its width and height are
+    multiples of. Raises :class:`InputError` for files that
     are missing, changed, unreadable or do not go together, and :class:`UsageError` for frames that a clip
     does not have.
     """
@@ -60,7 +61,7 @@ def read_inputs(request: Request, pictures: Mapping[str, Any], side: int) -> Inp
         frames, fps = video.at_rate(*files.clip(request.video), request)
         request = request.replace(frames=len(frames), fps=fps)
     start = frames[0] if frames else None if request.image is None else files.picture(request.image)
-    request = request.replace(size=_size(request, start, side))
+    request = request.replace(size=_size(request, start, side, multiple))
     assert request.size is not None
     region = None if request.mask is None or start is None else _inpainted(files, request, start)
     controls = [_control(files, name, request, frames) for name in _names(request)]
@@ -196,18 +197,20 @@ def _alike(one: tuple[int, int], other: tuple[int, int]) -> bool:
     return abs(one[0] * other[1] / (one[1] * other[0]) - 1) <= _ASPECT
 
 
-def _size(request: Request, start: Image.Image | None, side: int) -> tuple[int, int]:
+def _size(request: Request, start: Image.Image | None, side: int, multiple: int) -> tuple[int, int]:
     """Width and height to draw: as asked for, else the start's proportions at the base's area."""
     if request.size is not None:
+        if any(length % multiple for length in request.size):
+            raise UsageError(
+                f"size: width and height are multiples of {multiple} with this base, not "
+                f"{request.size[0]}×{request.size[1]}."
+            )
         return request.size
     if start is None:
         return side, side
     stretch = (side * side / (start.width * start.height)) ** 0.5
-    return _multiple(start.width * stretch), _multiple(start.height * stretch)
-
-
-def _multiple(side: float) -> int:
-    return max(8, round(side / 8) * 8)
+    width, height = (max(multiple, round(x * stretch / multiple) * multiple) for x in start.size)
+    return width, height
 
 
 def _size_notes(

@@ -1,0 +1,117 @@
+"""Transformer bases: recognised, loaded and turned to other tasks as UNets are; their quirks are rows."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import tinydit
+from imprompt.catalog import bases
+from imprompt.errors import ModelError, UsageError
+from imprompt.generation.families import KINDS, find_base, for_task, guidance_arguments, load, scheduler_for
+from layouts import sparse
+from tiny import tiny_sd
+
+SD3 = "SD3Transformer2DModel"
+UNET = "model.diffusion_model.input_blocks.{}.attn2.to_k.weight"
+PIPES = {"flux": tinydit.flux, "chroma": tinydit.chroma, "sd3": tinydit.sd3}
+
+
+@pytest.mark.parametrize("kind", PIPES)
+def test_a_folder_is_loaded_for_every_task_around_the_same_weights(kind: str, tmp_path: Path) -> None:
+    made, texts = PIPES[kind](), tiny_sd()
+    absent = [name for name, part in made.components.items() if part is None]
+    for name in absent:  # of another kind than published, but loaded in the same way
+        made.register_modules(**{name: texts.tokenizer if "tokenizer" in name else texts.text_encoder})
+    made.save_pretrained(tmp_path / "base")
+    base = find_base(str(tmp_path / "base"))
+    assert base.kind is KINDS[kind]
+    pipe = load(base, "generate", torch.float32)
+    for task, name in KINDS[kind].pipelines.items():
+        other = for_task(pipe, base, task)
+        assert type(other).__name__ == name
+        assert other.transformer is pipe.transformer
+    parts = {path.parent.name for path in base.weight_files}
+    assert parts == {"transformer", "vae", *(name for name in absent if "text_encoder" in name)}
+    with pytest.raises(UsageError, match="is for models that predict noise"):
+        scheduler_for(pipe, "ddim")
+
+
+@pytest.mark.parametrize(
+    ("config", "family"),
+    [
+        ({"_class_name": "FluxTransformer2DModel", "joint_attention_dim": 4096}, "flux"),
+        ({"_class_name": "ChromaTransformer2DModel", "joint_attention_dim": 4096}, "chroma"),
+        (
+            {"_class_name": "SD3Transformer2DModel", "num_attention_heads": 38, "attention_head_dim": 64},
+            "sd35",
+        ),
+        ({"_class_name": "SD3Transformer2DModel", "num_attention_heads": 24, "attention_head_dim": 64}, None),
+        ({"_class_name": "FluxTransformer2DModel", "joint_attention_dim": 32}, None),
+    ],
+)
+def test_a_folders_family_is_told_by_its_transformer(
+    config: dict[str, object], family: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model_index.json").write_text("{}")
+    assert find_base(str(tmp_path)).family == family
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "family"),
+    [
+        (UNET.format("1.1.transformer_blocks.0"), (320, 768), "sd15"),
+        (
+            UNET.format("1.1.transformer_blocks.0"),
+            (320, 1024),
+            "sd21",
+        ),
+        (
+            UNET.format("4.1.transformer_blocks.1"),
+            (640, 2048),
+            "sdxl",
+        ),
+        ("double_blocks.0.img_attn.qkv.weight", (9216, 3072), "flux"),
+        ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", (9216, 3072), "flux"),
+        ("joint_blocks.0.x_block.attn.qkv.weight", (7296, 2432), "sd35"),
+        ("distilled_guidance_layer.in_proj.weight", (5120, 64), "chroma"),
+    ],
+)
+def test_a_single_file_is_recognised_by_a_key(
+    key: str, shape: tuple[int, int], family: str, tmp_path: Path
+) -> None:
+    sparse(tmp_path / "a.safetensors", {key: ("F16", shape)})
+    base = find_base(str(tmp_path / "a.safetensors"))
+    assert (base.family, base.kind is KINDS[_kind(family)]) == (family, True)
+
+
+def _kind(family: str) -> str:
+    return next(name for name, kind in KINDS.items() if family in kind.families)
+
+
+def test_a_file_of_another_kind_is_no_base(tmp_path: Path) -> None:
+    sparse(tmp_path / "a.safetensors", {"image_proj.proj.weight": ("F16", (2, 2))})
+    with pytest.raises(ModelError, match="An adapter goes to --adapter"):
+        load(find_base(str(tmp_path / "a.safetensors")), "generate", torch.float32)
+
+
+def test_every_base_of_the_catalogue_has_a_kind_and_defaults() -> None:
+    for name, row in bases().items():
+        base = find_base(name)
+        assert base.kind in KINDS.values()
+        assert base.defaults.size == row.size
+    assert find_base("flux-schnell").defaults.steps == 4
+    assert find_base("flux-kontext").defaults.guidance == 2.5
+    with pytest.raises(UsageError, match="can inpaint, not generate"):
+        load(find_base("flux-fill"), "generate", torch.float32)
+
+
+def test_a_distilled_base_takes_no_negative_text() -> None:
+    assert guidance_arguments(find_base("flux"), 3.5, [""]) == {"guidance_scale": 3.5}
+    with pytest.raises(UsageError, match="guidance-distilled"):
+        guidance_arguments(find_base("flux"), 3.5, ["blurry"])
+    assert guidance_arguments(find_base("sdxl"), 5.0, ["a", "b"])["negative_prompt"] == ["a", "b"]
+    assert "negative_prompt" not in guidance_arguments(find_base("sdxl"), 1.0, ["a"])
