@@ -7,7 +7,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from imprompt.output.stills import read_request
+from imprompt.output import read_request
 from serving import STEPS, Running, encoded, mask, picture, submit, upload, wait
 
 
@@ -169,7 +169,7 @@ def test_metrics_count_what_was_drawn(client: httpx.Client) -> None:
 def test_jobs_of_one_kind_are_drawn_together_and_each_as_alone(client: httpx.Client) -> None:
     shown = upload(client, picture("purple"))["id"]
     wanted = [
-        {"prompt": "an owl", "seed": 41},
+        {"prompt": "an owl", "seed": 41, "images": [{"image": shown, "scale": 0.3}]},
         {"prompt": "a house", "seed": 42, "images": [shown]},
         {"prompt": "", "seed": 43, "images": [shown]},
     ]

@@ -4,12 +4,13 @@ import json
 
 from imprompt.schema.request import Request
 
-_OWN = {"prompt", "negative", "images", "seed", "hashes"}
+_OWN = {"prompt", "negative", "images", "regions", "scale", "adapter", "seed", "hashes", "fingerprints"}
 """Fields that each request of a batch has its own value of."""
 
 
 def batch_key(request: Request) -> str | None:
     """Equal for requests that can be drawn as one batch; ``None`` for one that is drawn alone."""
-    if request.count != 1 or request.task == "animate":
+    if request.count != 1 or request.task == "animate" or request.controls:
         return None
-    return json.dumps(request.model_dump(mode="json", exclude=_OWN), sort_keys=True)
+    shared = request.model_dump(mode="json", exclude=_OWN)
+    return json.dumps([shared, bool(request.images)], sort_keys=True)

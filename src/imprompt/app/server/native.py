@@ -30,7 +30,7 @@ from imprompt.schema.request import Request
 
 JobId = Annotated[str, Path(pattern="^[0-9a-f]{24}$", description="a job's id")]
 PictureId = Annotated[str, Path(pattern="^[0-9a-f]{64}$", description="a picture's id")]
-PICTURE = "path"
+PICTURE = "image"
 """Field of an image prompt that names its picture."""
 STILLS, CLIPS = (".png", ".jpg", ".webp"), (".webp", ".gif", ".mp4")
 

@@ -3,7 +3,7 @@
 export const AUTO_SCALE = { withText: 0.6, alone: 1 };
 const TAKES = { everything: "linear", style: "style", composition: "layout" };
 const DRAFT = "imprompt.draft";
-const OWN = new Set(["device", "dtype", "offload", "quantize", "hashes", "face_model", "embeddings"]); // the server's affair
+const OWN = new Set(["device", "dtype", "offload", "quantize", "hashes", "fingerprints", "face_model", "embeddings"]); // the server's affair
 
 const EMPTY = {
   task: "generate", prompt: "", negative: "", references: [], source: null, mask: null, strength: null, control: null,
@@ -50,7 +50,7 @@ export const autoScale = () => (settings.prompt.trim() ? AUTO_SCALE.withText : A
 
 function imagePrompt(reference, avoided) {
   const ids = reference.pictures.map((picture) => picture.id);
-  const image = { ...reference.extra, path: ids[0] };
+  const image = { ...reference.extra, image: ids.length === 1 ? ids[0] : ids };
   if (reference.scale !== null) image.scale = reference.scale;
   if (reference.start > 0) image.start = reference.start;
   if (reference.end < 1) image.end = reference.end;
