@@ -21,13 +21,14 @@ from imprompt.adapter.backbones.base import Backbone, Branch, Site
 from imprompt.adapter.batch import PromptSource, TrainingTokens
 from imprompt.adapter.encoding import EncodedPrompt, EncoderLike, PromptEncoder, check_tokens
 from imprompt.adapter.faces import FaceReaderLike
+from imprompt.adapter.fit import check_family, check_sites
 from imprompt.adapter.injection import Injection, find_denoiser, placement
 from imprompt.adapter.key_value import KeyValue, key_value_of, linear_of, precise
 from imprompt.adapter.lora import PARTS, FaceLora, LowRank
 from imprompt.adapter.prompt import CompiledPrompt, PromptLike, as_prompts, compile_prompt
 from imprompt.adapter.recorder import Recorder
 from imprompt.adapter.regional import encode_text
-from imprompt.catalog import families, licences
+from imprompt.catalog import licences
 from imprompt.checkpoints.checkpoint import Checkpoint, StateDict, read, write
 from imprompt.checkpoints.locate import EncoderPlace, locate
 from imprompt.encoders.clip import Features, ImageEncoder
@@ -514,39 +515,11 @@ class IPAdapter(PromptSource):
         return [site for site in sites if site.index in self._layers]
 
     def _check_fits(self, backbone: Backbone, model: nn.Module, name: str) -> None:
-        if self.checkpoint.backbone != backbone.name:
-            made_for = self.checkpoint.base_title or self.checkpoint.backbone
-            raise AdapterMismatch(
-                f"adapter '{self.checkpoint.name}' was made for {made_for}, {name} has a {backbone.noun}. "
-                "Use an adapter trained for this base."
-            )
+        """Raises :class:`AdapterMismatch` when the adapter was made for another model than ``model``."""
+        shapes = {n: tuple(layer.to_k_ip.weight.shape) for n, layer in self._layers.items()}
+        check_sites(self.checkpoint, shapes, backbone, model, name)
+        check_family(self.checkpoint, self.projection.cross_dim, backbone, model, name)
         sites = backbone.sites(model)
-        mine = {n: tuple(layer.to_k_ip.weight.shape) for n, layer in self._layers.items()}
-        theirs = {site.index: (site.width, site.cross_dim) for site in sites}
-        fits = mine == theirs if backbone.name == "unet" else mine.items() <= theirs.items()
-        if not fits:
-            where = next((n for n in sorted(mine.keys() & theirs.keys()) if mine[n] != theirs[n]), None)
-            detail = f"; first differing layer {where}: {mine[where]}, not {theirs[where]}" if where else ""
-            raise AdapterMismatch(
-                f"adapter '{self.checkpoint.name}' was made for a {backbone.noun} with "
-                f"{backbone.describe(len(mine), self.checkpoint.cross_dim)}, {name} has "
-                f"{backbone.describe(len(theirs), sites[0].cross_dim if sites else 0)}{detail}. "
-                "Use an adapter trained for this base."
-            )
-        text: Any = backbone.text_projection(model)
-        family = "kolors" if text is not None else "sdxl"
-        if self.checkpoint.base in ("kolors", "sdxl") and self.checkpoint.base != family:
-            title = families()[family].title
-            raise AdapterMismatch(
-                f"adapter '{self.checkpoint.name}' was made for a UNet of {self.checkpoint.base_title}, "
-                f"{name} has one of {title}: layers of the same shapes that mean other things. Use an "
-                "adapter trained for this base."
-            )
-        if self.uses_text_projection and (text is None or text.in_features != self.projection.cross_dim):
-            raise AdapterMismatch(
-                f"adapter '{self.checkpoint.name}' makes tokens of width {self.projection.cross_dim} that go "
-                f"through a Kolors UNet's projection of its text; {name} has none of that width."
-            )
         if self.lora is not None:
             self.lora.check(model, sites, self.checkpoint.name)
         for prompt in (prompt for sample in self._samples for prompt in sample):

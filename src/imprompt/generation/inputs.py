@@ -50,9 +50,8 @@ def read_inputs(request: Request, pictures: Mapping[str, Any], side: int, multip
     """Read everything that ``request`` names; names are looked up in ``pictures`` first.
 
     ``side`` is that of the square the base is drawn at by default, ``multiple`` what its width and height are
-    multiples of. Raises :class:`InputError` for files that
-    are missing, changed, unreadable or do not go together, and :class:`UsageError` for frames that a clip
-    does not have.
+    multiples of. Raises :class:`InputError` for files that are missing, changed, unreadable or do not go
+    together, and :class:`UsageError` for sizes that the base cannot draw and frames that a clip does not have.
     """
     files = _Files(request, pictures)
     request = request.replace(hashes=files.hashes)
@@ -61,26 +60,21 @@ def read_inputs(request: Request, pictures: Mapping[str, Any], side: int, multip
         frames, fps = video.at_rate(*files.clip(request.video), request)
         request = request.replace(frames=len(frames), fps=fps)
     start = frames[0] if frames else None if request.image is None else files.picture(request.image)
-    request = request.replace(size=_size(request, start, side, multiple))
-    assert request.size is not None
+    size = _size(request, start, side, multiple)
+    request = request.replace(size=size)
     region = None if request.mask is None or start is None else _inpainted(files, request, start)
     controls = [_control(files, name, request, frames) for name in _names(request)]
-    lying = [picture for picture in (start, *(shown[0] for shown in controls)) if picture is not None]
-    place = _Placing(files, request, lying)
+    place = _Placing(files, request, [*([start] if start else []), *(shown[0] for shown in controls)])
     prompts = tuple(place.prompt(prompt) for prompt in request.images)
     regions = tuple(each.replace(mask=place.mask(each.mask)) for each in request.regions)
-    size = request.size
     return Inputs(
         request=request,
         prompts=prompts,
         regions=regions,
-        start=None if start is None or frames else fitted(start, size),
-        region=None if region is None else fitted(region, size),
-        frames=None if frames is None else tuple(fitted(frame, size) for frame in frames),
-        maps=tuple(
-            _map(control.kind, shown, size, request.face_model)
-            for control, shown in zip(request.controls, controls, strict=True)
-        ),
+        start=fitted(start, size) if start and not frames else None,
+        region=fitted(region, size) if region else None,
+        frames=tuple(fitted(frame, size) for frame in frames) if frames else None,
+        maps=_maps(request, controls, size),
         notes=(*_size_notes(request, start, controls, region), *files.notes, *place.notes),
     )
 
@@ -326,6 +320,13 @@ def _control(files: _Files, name: str, request: Request, clip: list[Image.Image]
     if request.task == "animate" and len(frames) not in (1, request.frames):
         raise InputError(_uneven(name, len(frames), "control pictures", request))
     return frames
+
+
+def _maps(request: Request, controls: list[list[Image.Image]], size: tuple[int, int]) -> tuple[Map, ...]:
+    return tuple(
+        _map(control.kind, shown, size, request.face_model)
+        for control, shown in zip(request.controls, controls, strict=True)
+    )
 
 
 def _map(kind: str, pictures: list[Image.Image], size: tuple[int, int], face_model: str | None) -> Map:

@@ -377,26 +377,27 @@ class ImagePrompt(Record):
         Options are the record's fields, with ``weight`` for the picture's own of ``weights``. Raises
         :class:`UsageError` naming the option that is unknown, given twice or out of range.
         """
-        flags = [("--image", text, _IMAGE_OPTIONS), *(("--also", each, _ALSO_OPTIONS) for each in also)]
+        flags = [("--image", text, _IMAGE_OPTIONS), *(("--also", each, _OF_PICTURE) for each in also)]
         read = [read_flag(*flag) for flag in flags]
-        fields: dict[str, Any] = dict(read[0][1])
-        of_pictures = {name: [values.get(name) for _, values in read] for name in _ALSO_OPTIONS}
-        for name in _ALSO_OPTIONS:
-            fields.pop(name, None)
-        if any(of_pictures["weight"]):
-            fields["weights"] = [1.0 if weight is None else weight for weight in of_pictures["weight"]]
-        if any(of_pictures["at"]):
-            fields["at"] = "each" if of_pictures["at"] == ["each"] else of_pictures["at"]
         said = " ".join(f"{flag} '{given}'" for flag, given, _ in flags)
-        if any(of_pictures["at"]) and not all(of_pictures["at"]):
-            raise UsageError(f"{said}: at: give a frame for each picture of a prompt, or for none.")
+        fields: dict[str, Any] = {
+            name: value for name, value in read[0][1].items() if name not in _OF_PICTURE
+        }
+        weights, frames = ([values.get(name) for _, values in read] for name in _OF_PICTURE)
+        if any(weights):
+            fields["weights"] = [weight or 1.0 for weight in weights]
+        if any(frames):
+            fields["at"] = "each" if frames == ["each"] else frames
         try:
+            if any(frames) and not all(frames):
+                raise UsageError("at: give a frame for each picture of a prompt, or for none.")
             return cls(image=[path for path, _ in read], **fields)
         except UsageError as error:
             raise UsageError(f"{said}: {error}") from error
 
 
-_ALSO_OPTIONS = ("weight", "at")
+_OF_PICTURE = ("weight", "at")
+"""Options of single pictures: those of --also."""
 _IMAGE_OPTIONS = (
     "weight",
     *(name for name in ImagePrompt.model_fields if name not in ("image", "features", "tokens", "weights")),

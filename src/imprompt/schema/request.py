@@ -423,20 +423,30 @@ def _upgraded(values: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(images, list) or not any(isinstance(ref, Mapping) and "path" in ref for ref in images):
         return values
     refs = [{"path": ref} if isinstance(ref, str) else dict(ref) for ref in images]
-    own = ("path", "weight", "at")
-    prompts: list[dict[str, Any]] = []
-    for steering, group in groupby(refs, lambda ref: {k: v for k, v in ref.items() if k not in own}):
-        alike = list(group)
-        prompt = {**steering, "image": [ref["path"] for ref in alike]}
-        if any(ref.get("weight", 1) != 1 for ref in alike):
-            prompt["weights"] = [ref.get("weight", 1) for ref in alike]
-        frames = [ref["at"] for ref in alike if ref.get("at") is not None]
-        if frames:
-            prompt["at"] = "each" if frames == ["each"] else frames
-        prompts.append(prompt)
+    prompts = [
+        _joined_refs(steering, list(alike))
+        for steering, alike in groupby(
+            refs, lambda ref: {k: v for k, v in ref.items() if k not in _OF_PICTURE}
+        )
+    ]
     if (values.get("guidance") or 2) <= 1 and values.get("image_guidance") is None:
         prompts = [{**prompt, "negative": None, "noise": None} for prompt in prompts]
     upgraded = {**values, "images": prompts}
     if all(prompt.get("scale") is not None for prompt in prompts):
         upgraded["scale"] = None
     return upgraded
+
+
+_OF_PICTURE = ("path", "weight", "at")
+"""What version 1 said of each picture; all else was of the prompt."""
+
+
+def _joined_refs(steering: Mapping[str, Any], refs: list[dict[str, Any]]) -> dict[str, Any]:
+    """One prompt of the pictures of version 1 that were steered alike."""
+    prompt: dict[str, Any] = {**steering, "image": [ref["path"] for ref in refs]}
+    if any(ref.get("weight", 1) != 1 for ref in refs):
+        prompt["weights"] = [ref.get("weight", 1) for ref in refs]
+    frames = [ref["at"] for ref in refs if ref.get("at") is not None]
+    if frames:
+        prompt["at"] = "each" if frames == ["each"] else frames
+    return prompt

@@ -1,0 +1,66 @@
+"""Whether an adapter was made for a model: its architecture, its family, and the shapes of its layers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from imprompt.adapter.backbones.base import Backbone
+from imprompt.catalog import families
+from imprompt.checkpoints.checkpoint import Checkpoint
+from imprompt.errors import AdapterMismatch
+
+
+def check_family(
+    checkpoint: Checkpoint, token_width: int, backbone: Backbone, model: nn.Module, name: str
+) -> None:
+    """Raises :class:`AdapterMismatch` for layers of the same shapes that mean other things (SDXL's and
+    Kolors'), and for tokens that no projection of the model's text takes. ``name`` is the model's in
+    messages."""
+    mine = f"adapter '{checkpoint.name}'"
+    text: Any = backbone.text_projection(model)
+    family = "kolors" if text is not None else "sdxl"
+    if checkpoint.base in ("kolors", "sdxl") and checkpoint.base != family:
+        raise AdapterMismatch(
+            f"{mine} was made for a UNet of {checkpoint.base_title}, {name} has one of "
+            f"{families()[family].title}: layers of the same shapes that mean other things. Use an adapter "
+            "trained for this base."
+        )
+    reads_text = checkpoint.variant.uses_text_projection
+    if reads_text and (text is None or text.in_features != token_width):
+        raise AdapterMismatch(
+            f"{mine} makes tokens of width {token_width} that go through a Kolors UNet's projection of its "
+            f"text; {name} has none of that width."
+        )
+
+
+def check_sites(
+    checkpoint: Checkpoint,
+    mine: Mapping[int, tuple[int, ...]],
+    backbone: Backbone,
+    model: nn.Module,
+    name: str,
+) -> None:
+    """Raises :class:`AdapterMismatch` for another architecture, and where the model's attention sites are not
+    those of the adapter.
+
+    ``mine`` are the shapes of its keys by the site's published number. A UNet's sites must all be there.
+    """
+    if checkpoint.backbone != backbone.name:
+        made_for = checkpoint.base_title or checkpoint.backbone
+        raise AdapterMismatch(
+            f"adapter '{checkpoint.name}' was made for {made_for}, {name} has a {backbone.noun}. Use an "
+            "adapter trained for this base."
+        )
+    sites = backbone.sites(model)
+    theirs = {site.index: (site.width, site.cross_dim) for site in sites}
+    if mine == theirs if backbone.name == "unet" else mine.items() <= theirs.items():
+        return
+    where = next((n for n in sorted(mine.keys() & theirs.keys()) if mine[n] != theirs[n]), None)
+    detail = f"; first differing layer {where}: {mine[where]}, not {theirs[where]}" if where else ""
+    raise AdapterMismatch(
+        f"adapter '{checkpoint.name}' was made for a {backbone.noun} with "
+        f"{backbone.describe(len(mine), checkpoint.cross_dim)}, {name} has "
+        f"{backbone.describe(len(theirs), sites[0].cross_dim if sites else 0)}{detail}. Use an adapter "
+        "trained for this base."
+    )

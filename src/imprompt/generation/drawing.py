@@ -1,0 +1,108 @@
+"""One call of the diffusers pipeline: its arguments, and its pixels as pictures."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from imprompt.errors import ModelError
+from imprompt.generation import video
+from imprompt.generation.control import control_call
+from imprompt.generation.families import guidance_arguments, scheduler_for
+from imprompt.generation.job import Job, Shot
+from imprompt.generation.text import text_arguments
+from imprompt.io import seed_for
+
+
+@contextmanager
+def fresh_scheduler(pipe: Any, name: str | None) -> Iterator[None]:
+    """While open, the pipeline has a scheduler without a past."""
+    own, pipe.scheduler = pipe.scheduler, scheduler_for(pipe, name)
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
+
+
+def draw(pipe: Any, shots: Sequence[Shot]) -> list[list[Image.Image]]:
+    """The pictures of one call of the pipeline, or a clip's frames, finished."""
+    job, _ = shots[0]
+    request = job.request
+    generators = [torch.Generator().manual_seed(_seed(job, index)) for job, index in shots]
+    if request.task == "animate":
+        call = (
+            _call(pipe, shots) | control_call(job.controls, job.inputs.maps, request)
+            if job.controls
+            else _call(pipe, shots)
+        )
+        frames = video.draw(pipe, call, request, job.inputs.frames, generators[0])
+        return [[_checked(frame) for frame in frames]]
+    call = _call(pipe, shots)
+    if job.controls:
+        call |= control_call(job.controls, job.inputs.maps, request)
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.filterwarnings("ignore", message=".*invalid value encountered in cast.*")
+        generator = generators[0] if len(shots) == 1 else generators
+        pixels = pipe(**call, generator=generator, output_type="np").images
+    return [[_finished(job, _checked(one))] for (job, _), one in zip(shots, pixels, strict=True)]
+
+
+def _seed(job: Job, index: int) -> int:
+    assert job.request.seed is not None
+    return seed_for(job.request.seed, index)
+
+
+def _call(pipe: Any, shots: Sequence[Shot]) -> dict[str, Any]:
+    """The arguments of the diffusers pipeline, but for the generator and controls."""
+    job, _ = shots[0]
+    request, inputs = job.request, job.inputs
+    assert request.guidance is not None
+    assert request.size is not None
+
+    def each(values: list[Any]) -> Any:
+        return values if len(shots) > 1 else values[0]
+
+    negatives = [job.request.negative for job, _ in shots]
+    texts = {"prompt": each([job.request.prompt for job, _ in shots])}
+    texts |= guidance_arguments(job.base, request.guidance, negatives)
+    guidance = {"guidance_scale": texts.pop("guidance_scale")}
+    in_chunks = text_arguments(
+        pipe, [job.request.prompt for job, _ in shots], negatives if "negative_prompt" in texts else None
+    )
+    call: dict[str, Any] = {"num_inference_steps": request.steps} | guidance
+    call |= texts if in_chunks is None else in_chunks
+    kind = job.base.kind
+    if request.task != "edit" or kind.denoiser == "transformer":  # SD's read it from the picture
+        call |= {"width": request.size[0], "height": request.size[1]}
+    if inputs.start is not None:
+        call["image"] = each([inputs.start] * len(shots))
+        if kind.strength:
+            call["strength"] = request.strength
+    if inputs.region is not None:
+        call["mask_image"] = each([inputs.region] * len(shots))
+    return call
+
+
+def _finished(job: Job, image: Image.Image) -> Image.Image:
+    """Outside an inpainted region the very pixels of the start."""
+    start, region = job.inputs.start, job.inputs.region
+    return image if start is None or region is None else Image.composite(image, start, region)
+
+
+def _checked(pixels: np.ndarray) -> Image.Image:
+    """Pixels (height, width, 3) in [0, 1] as a picture. Raises :class:`ModelError` for NaN and black."""
+    if not np.isfinite(pixels).all():
+        raise ModelError(
+            "the picture came out as NaN, which is no picture. With float16 this is an overflow: try --dtype "
+            "float32 or bfloat16. Else the weights of base or adapter are damaged."
+        )
+    if float(pixels.max()) == 0.0:
+        raise ModelError(
+            "the picture came out black everywhere, which models draw when numbers overflow. Try --dtype "
+            "float32, or a smaller scale or guidance."
+        )
+    return Image.fromarray((pixels * 255).round().astype("uint8"))

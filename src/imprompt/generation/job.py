@@ -1,0 +1,109 @@
+"""A request ready to be drawn, and which of them can be drawn as one batch."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+from PIL import Image
+
+from imprompt.generation import video
+from imprompt.generation.control import Control
+from imprompt.generation.families import Base
+from imprompt.generation.inputs import Inputs
+from imprompt.generation.loading import Loaded
+from imprompt.generation.text import chunk_count
+from imprompt.schema.prompt import ImagePrompt
+from imprompt.schema.request import Request
+
+_BATCH_PIXELS = 32 * 128 * 128
+"""Pixels drawn at once on the CPU; a GPU draws sixteen times as many."""
+_BATCHED = ("generate", "edit", "inpaint")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A complete request, and what was read and found for it."""
+
+    base: Base
+    controls: tuple[Control, ...]
+    motion: video.Motion | None
+    inputs: Inputs
+
+    @property
+    def request(self) -> Request:
+        return self.inputs.request
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters of its prompts, in order of first use."""
+        return list(dict.fromkeys(str(prompt.adapter) for prompt in self.inputs.prompts))
+
+    def prompts_for(self, adapter: str) -> list[ImagePrompt]:
+        """The prompts that an adapter reads."""
+        mine = (prompt for prompt in self.inputs.prompts if prompt.adapter == adapter)
+        return [prompt.replace(adapter=None) for prompt in mine]
+
+
+Shot: TypeAlias = tuple[Job, int]
+"""One picture: a job, and the picture's number in it."""
+
+
+def changed(job: Job, **fields: object) -> Job:
+    return replace(job, inputs=replace(job.inputs, request=job.request.replace(**fields)))
+
+
+def shows_pictures(job: Job, adapter: str) -> bool:
+    """Whether an adapter has pictures to encode, not only saved features."""
+    shown = (part for each in job.prompts_for(adapter) for part in (*each.pictures, each.negative))
+    return any(isinstance(part, Image.Image) for part in shown)
+
+
+# ---- batches
+
+
+def batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    """Neighbours that can be drawn as one batch."""
+    group: list[Job] = []
+    for job in jobs:
+        if group and _agreement(job) != _agreement(group[0]):
+            yield group
+            group = []
+        group.append(job)
+    if group:
+        yield group
+
+
+def _agreement(job: Job) -> object:
+    """Equal for jobs that can be drawn as one batch; jobs that cannot are equal to none."""
+    request = job.request
+    if request.task not in _BATCHED or request.controls:
+        return object()
+    own = dict.fromkeys(("images", "regions", "hashes", "fingerprints", "scale", "adapter", "negative"))
+    start = [request.hashes.get(str(name)) for name in (request.image, request.mask)]
+    shared = request.model_dump(exclude={*own, "prompt", "seed", "count"})
+    return shared, start, bool(request.images), job.adapters
+
+
+def together_limit(jobs: Sequence[Job], loaded: Loaded) -> int:
+    """How many pictures are drawn at once."""
+    request = jobs[0].request
+    assert request.size is not None
+    if request.task not in _BATCHED or request.controls:
+        return 1
+    if any(adapter.lora is not None for adapter in loaded.adapters.values()):
+        return 1  # a face's LoRA acts on whole rows of the batch
+    pixels = _BATCH_PIXELS * (1 if loaded.device.type == "cpu" else 16)
+    return max(1, pixels // (request.size[0] * request.size[1]))
+
+
+def slices(shots: Sequence[Shot], size: int, pipe: Any) -> Iterator[tuple[int, list[Shot]]]:
+    """(number of the first, pictures) of each call of the pipeline: neighbours with texts of one length."""
+    start, before, some = 0, -1, list[Shot]()
+    for number, (job, index) in enumerate(shots):
+        chunks = chunk_count(pipe, job.request.prompt, job.request.negative)
+        if some and (len(some) == size or chunks != before):
+            yield start, some
+            start, some = number, []
+        some.append((job, index))
+        before = chunks
+    yield start, some

@@ -1,0 +1,65 @@
+"""What a picture was drawn with: versions, machine, and fingerprints of every model's weights."""
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.encoders.features import shown_name
+from imprompt.errors import ModelError
+from imprompt.generation.job import Job, shows_pictures
+from imprompt.generation.loading import Loaded
+from imprompt.io import fingerprint
+
+
+def fingerprints(job: Job, adapters: Mapping[str, IPAdapter]) -> dict[str, str]:
+    """A fingerprint of every model's weights. Raises :class:`ModelError` when one is not what the request was
+    made with."""
+    request = job.request
+    found = {f"base {job.base.name}": job.base.fingerprint}
+    found |= {f"control {net.name}": net.fingerprint for net in job.controls}
+    if job.motion is not None:
+        found[f"motion {job.motion.name}"] = job.motion.fingerprint
+    for name in job.adapters:
+        source = adapters[name].checkpoint.source
+        if source is not None:
+            found[f"adapter {name}"] = fingerprint(source)
+    extras = [("lora", ref.path) for ref in request.loras]
+    extras += [("embedding", ref.path) for ref in request.embeddings]
+    for kind, path in extras:
+        if (place := Path(path).expanduser()).exists():
+            found[f"{kind} {path}"] = fingerprint(place)
+    for name, known in request.fingerprints.items():
+        if name in found and found[name] != known:
+            raise ModelError(
+                f"{name}: its weights are not those that the request was made with (fingerprint "
+                f"{found[name]}, not {known}); use those, or drop the recorded fingerprints (--force)."
+            )
+    return found
+
+
+def provenance(job: Job, loaded: Loaded) -> dict[str, str]:
+    device = loaded.device
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    made_with = {part: version(part) for part in ("imprompt", "torch", "diffusers", "transformers")}
+    made_with |= {
+        "device": f"{device} ({machine})",
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "threads": str(torch.get_num_threads()),
+        "base": f"{job.base.name} {job.base.fingerprint}",
+    }
+    adapters = [loaded.adapters[name] for name in job.adapters]
+    if adapters:
+        made_with["adapter"] = ", ".join(adapter.checkpoint.name for adapter in adapters)
+        # Asking for the encoder loads it, which saved features are there to avoid.
+        used = [loaded.adapters[name] for name in job.adapters if shows_pictures(job, name)]
+        names = dict.fromkeys(shown_name(getattr(each.image_encoder, "name", "none")) for each in used)
+        made_with["encoder"] = ", ".join(names) or "none"
+    if job.motion is not None:
+        made_with["motion"] = f"{job.motion.name} {job.motion.fingerprint}"
+    if job.controls:
+        made_with["controls"] = ", ".join(f"{net.name} {net.fingerprint}" for net in job.controls)
+    return made_with
