@@ -51,7 +51,7 @@ def read_inputs(request: Request, pictures: Mapping[str, Any], side: int, multip
 
     ``side`` is that of the square the base is drawn at by default, ``multiple`` what its width and height are
     multiples of. Raises :class:`InputError` for files that are missing, changed, unreadable or do not go
-    together, and :class:`UsageError` for sizes that the base cannot draw and frames that a clip does not have.
+    together, and :class:`UsageError` for sizes the base cannot draw and frames that a clip does not have.
     """
     files = _Files(request, pictures)
     request = request.replace(hashes=files.hashes)
