@@ -101,7 +101,8 @@ def _resolved(
     config = config.resolved(kind, sum(row.trainable for row in rows), started)
     if sheets is None or config.steps is None:
         return config
-    return config.model_copy(update={"sample_every": max(1, config.steps // sheets)})
+    often = {"sample_every": max(1, config.steps // sheets), "validate_every": max(1, config.steps // 10)}
+    return config.model_copy(update=often)
 
 
 def _sizes(rows: Sequence[Row], config: TrainConfig, pipe: Any) -> list[tuple[int, int]]:

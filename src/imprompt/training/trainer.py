@@ -177,7 +177,7 @@ class Trainer:
         self.meter.start()
         with bar, self.stopper.listening(self._say):
             for samples in self._prefetched():
-                self._advance(samples)
+                self.advance(samples)
                 self.step += 1
                 bar.update()
                 if on_step is not None:
@@ -206,7 +206,7 @@ class Trainer:
         if save:
             self._save_checkpoint()
         before = time.monotonic()
-        if due(config.validate_every) and not self.stopper.interrupted:
+        if due(config.validate_every) and (config.keep == "best" or not self.stopper.interrupted):
             self._validate()
         if due(config.sample_every):
             self._sample()
@@ -226,7 +226,7 @@ class Trainer:
     def _samples(self, step: int) -> list[Sample]:
         return [self.samples.make(step * self.accumulate + part) for part in range(self.accumulate)]
 
-    def _advance(self, samples: Sequence[Sample]) -> None:
+    def advance(self, samples: Sequence[Sample]) -> None:
         """One optimizer step. A step without a finite gradient changes nothing and is counted."""
         config, accelerator = self.config, self.accelerator
         for group in self.plain_optimizer.param_groups:
