@@ -54,6 +54,8 @@ def test_names_of_no_file_stay_as_they_are(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "ref.png")
     text = Record(request).to_json(tmp_path)
     assert Record.from_json(text, tmp_path).request == request
+    (tmp_path / "photo of me").touch()  # made later, beside the picture
+    assert Record.from_json(text, tmp_path).request == request
 
 
 def test_a_record_of_version_1_names_pictures_as_they_were_given(tmp_path: Path) -> None:

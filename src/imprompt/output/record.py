@@ -1,8 +1,8 @@
 """The request inside a file: what a picture or clip of imprompt says about how it was made.
 
 A :class:`Record` is JSON. PNG carries it in the text chunk ``imprompt``, JPEG and WebP in EXIF, GIF and MP4
-as a comment. Version 2 names pictures relative to the folder of the file; version 1 named them as they were
-given. A record may come from anybody: :meth:`Record.lines` shows it in printable text only, and
+as a comment. Version 2 names files relative to its own folder (``./``, ``../``); version 1 named them as they
+were given. A record may come from anybody: :meth:`Record.lines` shows it in printable text only, and
 :meth:`Record.local_files` says which files a repetition would read.
 """
 
@@ -154,14 +154,19 @@ def _renamed(request: Mapping[str, Any], rename: Callable[[str], str]) -> dict[s
 def _relative(name: str, folder: Path) -> str:
     try:
         place = check_path(name)
-        return os.path.relpath(place, folder) if os.path.lexists(place) else name
+        if not os.path.lexists(place):
+            return name  # of a picture that was handed over
+        relative = Path(os.path.relpath(place, folder)).as_posix()
+        return relative if relative.startswith("../") else f"./{relative}"
     except (InputError, ValueError):  # ValueError: another drive of Windows
         return name
 
 
 def _completed(name: str, folder: Path) -> str:
     try:
+        if not name.startswith(("./", "../")):
+            return name
         place = os.path.normpath(folder / check_path(name))
-        return name if Path(name).is_absolute() or not os.path.lexists(place) else place
+        return place if os.path.lexists(place) else name
     except (InputError, ValueError):
         return name
