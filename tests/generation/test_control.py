@@ -1,11 +1,13 @@
 """Requests with controls: what they change, what is kept of them, and every refusal before drawing."""
 
+import gc
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import ControlNetModel
 from PIL import Image
 
 import tiny
@@ -61,12 +63,18 @@ def test_a_control_changes_the_picture_and_scale_zero_does_not(engine, plain, pi
     assert followed.provenance["controls"].startswith(nets["net"])
 
 
+def alive(kind: type) -> int:
+    gc.collect()
+    return sum(type(each) is kind for each in gc.get_objects())
+
+
 def test_several_controls_are_followed_together_in_their_order(engine, plain, pictures, nets):
     one, other = control(pictures, nets["net"]), control(pictures, nets["net2"], scale=0.5)
     both = pixels(engine.run(Request(controls=[one, other], **plain)).images[0])
+    of_both = alive(ControlNetModel)
     for alone in (one, other):
         assert not np.array_equal(both, pixels(engine.run(Request(controls=[alone], **plain)).images[0]))
-    assert len(engine._nets) == 1  # of the last request; the other is given back
+    assert alive(ControlNetModel) == of_both - 1  # of the last request; the other is given back
     again = engine.run(Request(controls=[one, other], **plain)).images[0]
     assert np.array_equal(pixels(again), both)
 
@@ -150,7 +158,7 @@ def test_a_control_of_another_base_is_refused_with_both_names_before_weights_are
     with pytest.raises(ModelError, match=rf"{folder}.*width 64.*base '{plain['base']}'.*width 32") as said:
         engine.run(Request(controls=[control(pictures, str(folder))], **plain))
     assert "\n" not in str(said.value)
-    assert not engine._pipes
+    assert not engine.loaded
 
 
 REFUSED = [
@@ -193,7 +201,7 @@ def test_what_cannot_be_followed_is_said_in_one_line(plain, pictures, nets, base
     with pytest.raises(kind, match=message) as said:
         engine.run(Request(controls=[control(pictures, **{**ref, "model": model})], **asked))
     assert "\n" not in str(said.value)
-    assert not engine._pipes
+    assert not engine.loaded
 
 
 def test_controls_of_different_kinds_of_model_are_refused_together(plain, pictures, nets):
