@@ -56,25 +56,28 @@ def _seed(job: Job, index: int) -> int:
     return seed_for(job.request.seed, index)
 
 
+def _texts(pipe: Any, shots: Sequence[Shot]) -> dict[str, Any]:
+    """The arguments of prompt, negative and guidance; texts that are too long as their embeddings."""
+    job, _ = shots[0]
+    assert job.request.guidance is not None
+    prompts, negatives = ([getattr(job.request, name) for job, _ in shots] for name in ("prompt", "negative"))
+    call = guidance_arguments(job.base, job.request.guidance, negatives)
+    texts = text_arguments(pipe, prompts, negatives if "negative_prompt" in call else None)
+    if texts is None:
+        return {"prompt": prompts if len(shots) > 1 else prompts[0]} | call
+    return texts | {name: value for name, value in call.items() if name != "negative_prompt"}
+
+
 def _call(pipe: Any, shots: Sequence[Shot]) -> dict[str, Any]:
     """The arguments of the diffusers pipeline, but for the generator and controls."""
     job, _ = shots[0]
     request, inputs = job.request, job.inputs
-    assert request.guidance is not None
     assert request.size is not None
 
     def each(values: list[Any]) -> Any:
         return values if len(shots) > 1 else values[0]
 
-    negatives = [job.request.negative for job, _ in shots]
-    texts = {"prompt": each([job.request.prompt for job, _ in shots])}
-    texts |= guidance_arguments(job.base, request.guidance, negatives)
-    guidance = {"guidance_scale": texts.pop("guidance_scale")}
-    in_chunks = text_arguments(
-        pipe, [job.request.prompt for job, _ in shots], negatives if "negative_prompt" in texts else None
-    )
-    call: dict[str, Any] = {"num_inference_steps": request.steps} | guidance
-    call |= texts if in_chunks is None else in_chunks
+    call = {"num_inference_steps": request.steps} | _texts(pipe, shots)
     kind = job.base.kind
     if request.task != "edit" or kind.denoiser == "transformer":  # SD's read it from the picture
         call |= {"width": request.size[0], "height": request.size[1]}

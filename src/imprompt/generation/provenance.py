@@ -51,15 +51,18 @@ def provenance(job: Job, loaded: Loaded) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "base": f"{job.base.name} {job.base.fingerprint}",
     }
-    adapters = [loaded.adapters[name] for name in job.adapters]
-    if adapters:
-        made_with["adapter"] = ", ".join(adapter.checkpoint.name for adapter in adapters)
-        # Asking for the encoder loads it, which saved features are there to avoid.
-        used = [loaded.adapters[name] for name in job.adapters if shows_pictures(job, name)]
-        names = dict.fromkeys(shown_name(getattr(each.image_encoder, "name", "none")) for each in used)
-        made_with["encoder"] = ", ".join(names) or "none"
+    if job.adapters:
+        made_with |= _of_adapters(job, loaded)
     if job.motion is not None:
         made_with["motion"] = f"{job.motion.name} {job.motion.fingerprint}"
     if job.controls:
         made_with["controls"] = ", ".join(f"{net.name} {net.fingerprint}" for net in job.controls)
     return made_with
+
+
+def _of_adapters(job: Job, loaded: Loaded) -> dict[str, str]:
+    names = [loaded.adapters[name].checkpoint.name for name in job.adapters]
+    # Asking for the encoder loads it, which saved features are there to avoid.
+    used = [loaded.adapters[name] for name in job.adapters if shows_pictures(job, name)]
+    encoders = dict.fromkeys(shown_name(getattr(each.image_encoder, "name", "none")) for each in used)
+    return {"adapter": ", ".join(names), "encoder": ", ".join(encoders) or "none"}

@@ -389,11 +389,15 @@ class ImagePrompt(Record):
         if any(frames):
             fields["at"] = "each" if frames == ["each"] else frames
         try:
-            if any(frames) and not all(frames):
-                raise UsageError("at: give a frame for each picture of a prompt, or for none.")
+            _check_frames(frames)
             return cls(image=[path for path, _ in read], **fields)
         except UsageError as error:
             raise UsageError(f"{said}: {error}") from error
+
+
+def _check_frames(frames: Sequence[str | None]) -> None:
+    if any(frames) and not all(frames):
+        raise UsageError("at: give a frame for each picture of a prompt, or for none.")
 
 
 _OF_PICTURE = ("weight", "at")
