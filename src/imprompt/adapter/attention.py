@@ -80,7 +80,7 @@ class SiteProcessor:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to add."""
-        return not self.image_kvs and self.regional is None
+        return len(self.image_kvs) == 0 and self.regional is None  # `not` on a tuple breaks a compiled graph
 
     def add_images(
         self,

@@ -47,8 +47,9 @@ class EncoderPlace:
             source = Source(self.source, Path(self.source))
         else:
             source = Source(self.source, None, self.source)
-            if (known := published_encoders().get(self)) is not None:
-                return known
+            known = published_encoders().get(self)
+            if known is not None and hub.cached_file(self.source, self._inside("config.json")) is None:
+                return known  # the hub need not be asked for what the catalogue says
         try:
             config = source.config(self._inside("config.json"))
         except ModelError:

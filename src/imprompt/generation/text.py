@@ -96,7 +96,11 @@ def _pieces(pipe: Any, tokenizer: Any, text: str) -> list[Piece]:
         parts += [(text[place : found.start()], 1.0), (found[1], float(found[2]))]
         place = found.end()
     for part, weight in [*parts, (text[place:], 1.0)]:
-        if hasattr(pipe, "maybe_convert_prompt"):  # words of textual inversion that are several tokens
+        # Words of textual inversion may be several tokens. Others need no second reading, which would warn
+        # of a long text that is cut into chunks here.
+        if hasattr(pipe, "maybe_convert_prompt") and any(
+            word in part for word in tokenizer.get_added_vocab()
+        ):
             part = pipe.maybe_convert_prompt(part, tokenizer)
         tokens = tokenizer(part, add_special_tokens=False, truncation=False, verbose=False).input_ids
         pieces += [(token, weight) for token in tokens]
