@@ -29,8 +29,10 @@ def mask_tensor(
     values = _plane(mask)
     whole = values.dtype != torch.bool and not values.is_floating_point()
     values = values.to(torch.float32)
-    low, high = float(values.min()), float(values.max())  # NaN if any is
-    if not (low >= 0 and high <= (255 if whole else 1)):
+    if not bool(torch.isfinite(values).all()):
+        raise InputError("mask has NaN or infinite values; give floats in [0, 1], booleans or bytes.")
+    low, high = float(values.min()), float(values.max())
+    if low < 0 or high > (255 if whole else 1):
         raise InputError(
             f"mask has values outside 0 to 1, from {low:g} to {high:g}; give floats in [0, 1], booleans or "
             "bytes."
