@@ -1,239 +1,191 @@
-"""Stage 5: the two adapters on the frozen base, made by ``imprompt.training`` like anyone's own.
+"""Stage 5: the adapters, ``plus`` (resampler, 16 tokens, the default) and ``base`` (linear, 4 tokens).
 
-``linear`` (4 tokens of the pooled embedding) becomes ``ip-adapter_emoji``, ``resampler`` (16 of the hidden
-states) ``ip-adapter-plus_emoji``. The reference is the target itself, cropped, moved, turned and tinted anew
-in each of its cached versions; or the same concept in another style, where the caption must say the style;
-or another concept in the same style, where the caption must say the concept. So the adapter learns to leave
-to the words what the words say. Without words the reference is always the target itself.
+Only the adapter learns, unless ``--with-base`` lets UNet and text encoder learn on beside it: where hours are
+few, one pass that serves both is worth more than two; a third of its draws then go without the adapter, as
+``base.py`` trains. In half of the draws reference and target share look, palette and background and show
+different things, the text saying what (sometimes more); in most others the picture speaks alone, and the
+target is the reference itself or the same icon placed anew; in the rest the text alone speaks. The projection
+starts as one that says of a picture what its full caption says, which needs no UNet and takes minutes.
 
-Beside the vocabulary, whose words the base knows, it sees pictures of all everyday concepts: an adapter that
-was shown seventy concepts would read every picture as one of them. Of those only the style is said.
-
-Before that, the projection alone learns to say of a picture what the text encoder says of its caption, as the
-text's keys and values see it, which are where the adapter's own begin. That takes a minute, since no UNet
-runs, and stands for what hundreds of thousands of steps would otherwise have to find: after 1,000 steps
-without it the image explained 1.5 % of the held-out loss, and drawings had nothing of their reference.
-
-What comes of that draws a picture shown alone best, and talks over a text; a thousand steps on the UNet teach
-it to leave the concept to the text, and cost some of what it drew alone (12 held-out pairs known again: 67 %
-before, 42 % after). So one adapter of each is kept: ``linear`` with ``--steps 0``, ``resampler`` with 1,100.
-
-    python recipes/emoji/adapters.py linear|resampler [--steps N] [--minutes M]
-
-A run that was interrupted, or whose minutes were over, goes on when it is started again.
+    python recipes/emoji/adapters.py plus --minutes 40 --with-base
+    python recipes/emoji/adapters.py base --minutes 20
 """
 
 import argparse
-import json
 from pathlib import Path
 
+import numpy as np
 import torch
-from common import DATA, MODEL, RUNS, Row, cosine, load_pictures, load_rows
-from data import hashed
-from diffusers import UNet2DConditionModel
+from base import SCHEDULE, noised, timesteps
+from base import say as say_some
+from common import CHECKPOINTS, DEVICE, MODEL, Ema, Loop, adamw, fingerprint, half, progress_mean, save_half
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from draw import GROUP, caption
+from encoder import normalise
+from numpy.random import Generator
+from latents import latents_of
+from pool import Pool
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from text import Texts
+from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
-from unet import Captions
+from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from imprompt.adapter.backbones.unet import cross_attentions
-from imprompt.adapter.ipadapter import IPAdapter
-from imprompt.data.rows import read_dataset
-from imprompt.encoders.clip import ImageEncoder
-from imprompt.training import TrainConfig, train
-from imprompt.training.cache import ClipFeatures, encode_features
+from imprompt import IPAdapter
 
-NAMES = {"linear": "ip-adapter_emoji.safetensors", "resampler": "ip-adapter-plus_emoji.safetensors"}
+NAMES = {"base": "ip-adapter_emoji.safetensors", "plus": "ip-adapter-plus_emoji.safetensors"}
+KINDS = {"base": "linear", "plus": "resampler"}
 
 
-def rows_of(vocabulary: str, beside: str, often: int, most: int) -> str:
-    """The rows of a vocabulary, held-out ones included (for validation), ``often`` times each, and trained
-    ones of ``beside``, at most ``most`` of them, with their style as the only caption, as a file that
-    training reads."""
-    known = load_rows(vocabulary, split=None)
-    words = {row["groups"]["concept"] for row in known}
-    lines = [json.dumps(row) for row in known for _ in range(often if row["split"] == "train" else 1)]
-    others = [row for row in load_rows(beside) if row["groups"]["concept"] not in words]
-    for row in sorted(others, key=lambda row: hashed(row["file_name"]))[:most]:
-        lines.append(json.dumps(row | {"captions": {"style": row["captions"]["style"]}}))
-    path, text = DATA / f"{vocabulary}-{beside}.jsonl", "".join(line + "\n" for line in lines)
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)
-    return str(path)
+def features(kind: str, encoder: CLIPVisionModelWithProjection, pixels: Tensor) -> Tensor:
+    out = encoder(pixels, output_hidden_states=kind == "plus")
+    return out.hidden_states[-2] if kind == "plus" else out.image_embeds
 
 
-def seen_by(unet: UNet2DConditionModel, adapter: IPAdapter | None = None) -> Tensor:
-    """How the UNet's keys and values, or an adapter's, see a token (C×C): the squared length of ``x @ seen``
-    is that of all of them."""
-    weights = []
-    for layer in cross_attentions(unet):
-        text = unet.get_submodule(layer.name)
-        pair = (text.to_k, text.to_v) if adapter is None else adapter.key_value(layer.index)
-        weights += [part.weight.detach().float() for part in pair]
-    metric = sum((w.T @ w / len(w) for w in weights), torch.zeros(()))
+def pair(facts: list[dict], size: int, rng: Generator, bare: float) -> tuple[int, int, str, bool, bool]:
+    """(reference, target, text, whether the picture is shown, whether the adapter is there at all)."""
+    if rng.uniform() < bare:
+        while not facts[target := int(rng.integers(size))]["concept"] and rng.uniform() < 0.7:
+            pass
+        return target, target, caption(facts[target], rng, say_some(rng)), False, False
+    group = int(rng.integers(size // GROUP)) * GROUP
+    share, shown = rng.uniform(), True
+    if share < 0.55:  # another thing in the same manner
+        while True:
+            one, two = (int(k) for k in rng.choice(GROUP, 2, replace=False))
+            if {one, two} != {0, 2} and facts[group + two]["concept"]:
+                break
+            group = int(rng.integers(size // GROUP)) * GROUP
+        more = rng.uniform() < 0.2
+        say = (True, *(bool(more and rng.uniform() < 0.5) for _ in range(3)))
+    else:
+        one = int(rng.integers(GROUP))
+        two = (2 if one == 0 else 0) if one in (0, 2) and rng.uniform() < 0.4 else one
+        if share < 0.9:
+            say = (False,) * 4 if rng.uniform() < 0.75 else tuple(bool(rng.uniform() < 0.4) for _ in range(4))
+        else:
+            shown = False
+            say = (False,) * 4 if rng.uniform() < 0.4 else (True, *(bool(rng.uniform() < 0.6) for _ in range(3)))
+    return group + one, group + two, caption(facts[group + two], rng, say), shown, True
+
+
+def learn_captions(adapter: IPAdapter, kind: str, steps: int, texts: Texts, unet: UNet2DConditionModel,
+                   encoder: CLIPVisionModelWithProjection, pool: Pool) -> None:  # fmt: skip
+    """Let the projection say what the full caption's first states say, as the UNet's keys and values see it."""
+    weights = [w for n, w in unet.named_parameters() if "attn2.to_k" in n or "attn2.to_v" in n]
+    metric = sum(w.detach().T @ w.detach() / len(w) for w in weights)
     values, vectors = torch.linalg.eigh(metric / metric.diagonal().mean())
-    return vectors * values.clamp_min(0).sqrt()
+    seen = vectors * values.clamp_min(0).sqrt()
+    optimizer = torch.optim.AdamW(adapter.projection.parameters(), lr=1e-3, betas=(0.9, 0.98))
+    for step in range(steps):
+        rng = np.random.default_rng([8, step])
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 40, max(0.05, 2 * (1 - step / steps)))
+        picked = rng.integers(len(pool), size=32).tolist()
+        with torch.no_grad(), half():
+            shown = features(kind, encoder, normalise(pool.pictures(picked)))
+            hidden = texts([caption(pool.facts[i], np.random.default_rng(0), (True,) * 4) for i in picked])
+        count = 16 if kind == "plus" else 4
+        with half():
+            tokens = adapter.projection(shown.float())
+        want = hidden[:, :16].float() if kind == "plus" else hidden[:, [0, 2, 5, 12]].float()
+        loss = F.mse_loss(tokens.float()[:, :count] @ seen, want @ seen)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(adapter.projection.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0:
+            spread = ((want - want.mean(0)) @ seen).square().mean()
+            print(f"captions {step}/{steps}: left {float(loss.detach() / spread):.3f}", flush=True)
 
 
-@torch.no_grad()
-def take_out_no_words(adapter: IPAdapter, unet: UNet2DConditionModel, states: Tensor, empty: Tensor) -> None:
-    """Change the adapter's values so that a picture alone says what its caption would alone.
-
-    Beside a picture the UNet also reads its text, and no words say something too: nearly the same at every
-    place, hence a constant of each layer, measured here. It is taken out of every token's value along a
-    direction in which all caption states are nearly equal.
-    """
-    flat = states.flatten(0, 1)
-    # A short direction (ridge), nearly as even: along the exact one, 2,000 times as long, any error of the
-    # projection's would be blown up.
-    ridge = flat.T @ flat + 0.05 * len(flat) * torch.eye(flat.shape[1])
-    ones = torch.linalg.solve(ridge, flat.sum(0))
-    means: dict[str, list[Tensor]] = {}
-    hooks = []
-    for layer in cross_attentions(unet):
-
-        def keep(_: object, args: tuple[Tensor, ...], name: str = layer.name) -> None:
-            means.setdefault(name, []).append(args[0].mean((0, 1)))
-
-        hooks.append(unet.get_submodule(layer.name).to_out[0].register_forward_pre_hook(keep))
-    generator = torch.Generator().manual_seed(0)
-    for t in (950, 800, 650, 500, 350, 200):
-        unet(torch.randn(4, 4, 16, 16, generator=generator), t, empty.expand(4, -1, -1))
-    for hook in hooks:
-        hook.remove()
-    for layer in cross_attentions(unet):
-        _, to_v = adapter.key_value(layer.index)
-        to_v.weight -= torch.stack(means[layer.name]).mean(0)[:, None] * ones[None]
-    print(
-        f"no words taken out; equal to {float((flat @ ones - 1).abs().max()):.1e} in all tokens", flush=True
-    )
-
-
-def few(states: Tensor, hidden_ends: Tensor) -> Tensor:
-    """Four of a caption's states (N, 16, C): start, the concept's word, the style's, and the end."""
-    rows = torch.arange(len(states))
-    ends = hidden_ends.clamp(3)
-    return torch.stack([states[:, 0], states[rows, ends // 2], states[rows, ends - 2], states[rows, ends]], 1)
-
-
-def said_of(rows: list[Row], shortly: bool) -> Tensor:
-    """States of each row's caption (1+N, 16 or 4, C), those of no words first. A thing that is not of the
-    vocabulary is called what it looks like in its own style, see :class:`clip.Likeness`."""
-    from clip import Likeness, looks, spoken
-
-    near = load_rows("small")
-    words, styles = (sorted({row["groups"][kind] for row in near}) for kind in ("concept", "style"))
-    texts, captions = spoken(near, styles, words)
-    hidden = captions[["", *texts]]
-    if shortly:  # the end is the first of the states that pad; a caption's words lie before it
-        hidden = few(hidden, torch.tensor([captions.ends[text] for text in ["", *texts]]))
-    table = hidden[1:].unflatten(0, (len(words), len(styles)))
-    likeness = Likeness(
-        load_pictures(near), torch.tensor([words.index(row["groups"]["concept"]) for row in near])
-    )
-    states = [hidden[:1]]
-    for i in tqdm(range(0, len(rows), 64), "likeness", leave=False, disable=None):
-        chunk = rows[i : i + 64]
-        shares = likeness(likeness.looks(*looks(load_pictures(chunk).float())))
-        for row, share in zip(chunk, shares, strict=True):
-            word, style = row["groups"]["concept"], styles.index(row["groups"]["style"])
-            own = F.one_hot(torch.tensor(words.index(word)), len(words)).float() if word in words else share
-            states.append(torch.einsum("c,ctd->td", own, table[:, style])[None])
-    return torch.cat(states)
-
-
-def from_captions(kind: str, config: TrainConfig, steps: int, batch: int = 48) -> str:
-    """The file of an adapter whose projection says of pictures what their captions say; made once."""
-    path = RUNS / f"captions-{kind}.safetensors"
-    if path.exists():
-        return str(path)
-    rows = read_dataset(config.data).rows
-    feature = {"linear": "pooled", "resampler": "hidden"}[kind]
-    encoder = ImageEncoder.from_pretrained(str(MODEL / "image_encoder"), torch_dtype=torch.float32)
-    reader = ClipFeatures(encoder, feature)
-    table = encode_features(rows, reader, config, [(128, 128)] * len(rows))
-    negative = reader.negative()[feature]
-    names = {row.name for row in rows}
-    everything = load_rows("all", None)
-    records: dict[str, Row] = {row["file_name"]: row for row in everything if row["file_name"] in names}
-    states = said_of([records[row.name] for row in rows], kind == "linear")
-    unet = UNet2DConditionModel.from_pretrained(MODEL / "unet").float()
-    adapter = IPAdapter.new(unet, kind=kind, image_encoder=encoder)
-    take_out_no_words(adapter, unet, states, Captions([])[[""]])
-    seen = seen_by(unet, adapter)
-    parameters = list(adapter.projection.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    training = [index for index, row in enumerate(rows) if row.trainable]
-    half = torch.cpu._is_avx512_bf16_supported()
-    with tqdm(range(steps), f"{kind} from captions", mininterval=5) as bar:
-        for step in bar:
-            generator = torch.Generator().manual_seed(step)
-            picked = torch.randint(len(training), (batch,), generator=generator).tolist()
-            indices = [training[place] for place in picked]
-            views = torch.randint(config.views, (batch,), generator=generator).tolist()
-            features = torch.cat([negative, table.rows(feature, indices, views)])
-            target = states[[0, *(index + 1 for index in indices)]]
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                tokens = adapter.projection(features)
-            loss = F.mse_loss(tokens.float() @ seen, target @ seen)
-            optimizer.param_groups[0]["lr"] = 2e-3 * cosine(step, steps, 50)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            if step % 50 == 0:
-                spread = ((target - target.mean(0)) @ seen).square().mean()
-                bar.set_postfix(left=f"{float(loss.detach() / spread):.3f}")
-    adapter.save_pretrained(path.parent, path.name)
-    return str(path)
+def export(adapter: IPAdapter, kind: str) -> Path:
+    made = adapter.save_pretrained(CHECKPOINTS, f"{kind}.safetensors")
+    path = MODEL / "adapters" / NAMES[kind]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with safe_open(made, "pt") as file:
+        weights = {name: file.get_tensor(name).half().contiguous() for name in file.keys()}  # noqa: SIM118, not a dict
+        save_file(weights, path, metadata=file.metadata())
+    return path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=sorted(NAMES))
-    parser.add_argument("--steps", type=int, default=3000, help="of the adapter on the UNet; 0: none")
-    parser.add_argument("--first-steps", type=int, default=1200, help="of the projection, on captions")
-    parser.add_argument("--minutes", type=float, default=None, help="end after so long; start again to go on")
+    parser.add_argument("--minutes", type=float, default=40)
+    parser.add_argument("--caption-steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--views", type=int, default=4, help="cached versions of each reference")
-    parser.add_argument("--sample-every", type=int, default=1000)
-    parser.add_argument("--vocabulary", default="small")
-    parser.add_argument("--beside", default="core", help="where pictures of other concepts are taken from")
-    parser.add_argument("--most", type=int, default=1500, help="pictures of other concepts")
-    parser.add_argument("--often", type=int, default=5, help="how often the vocabulary comes in an epoch")
-    parser.add_argument("--name", default=None, help="folder of this run inside runs/")
+    parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--with-base", action="store_true", help="UNet and text encoder learn on too")
+    parser.add_argument("--base-lr", type=float, default=5e-4)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--export", action="store_true", help="write the newest average and stop")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    config = TrainConfig.checked({
-        "data": rows_of(args.vocabulary, args.beside, args.often, args.most),
-        "base": str(MODEL), "kind": args.kind,
-        "output": RUNS / (args.name or f"adapter-{args.kind}"), "cache": RUNS / "adapter-cache",
-        "resume": True, "init": None, "steps": max(1, args.steps), "minutes": args.minutes,
-        "batch": args.batch, "lr": args.lr, "schedule": "cosine", "warmup": min(50, args.steps // 10),
-        "ema": 0.997,
-        "betas": (0.9, 0.98), "latent": "mean",
-        "references": (("self", 0.4), ("concept", 0.2), ("style", 0.4)),
-        "captions": {
-            "self": ("full", "concept", "style"), "concept": ("style", "full"), "style": ("concept",),
-        },
-        "drop_text": 0.4, "drop_image": 0.05, "drop_both": 0.05, "views": args.views,
-        "log_every": 50, "validate_every": 500, "validation_rows": 48, "checkpoint_every": 100,
-        "sample_every": args.sample_every, "device": "cpu",
-    })  # fmt: skip
-    path: str | Path = from_captions(args.kind, config, args.first_steps)
-    if args.steps:
-        path = train(config.model_copy(update={"init": path}))
-    (MODEL / "adapters").mkdir(exist_ok=True)
-    with safe_open(path, "pt") as file:
-        weights = {name: file.get_tensor(name).half() for name in file.keys()}  # noqa: SIM118, not a dict
-        save_file(weights, MODEL / "adapters" / NAMES[args.kind], metadata=file.metadata())
-    print(f"wrote {MODEL / 'adapters' / NAMES[args.kind]}")
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_pretrained(MODEL / "unet").float().eval().requires_grad_(False).to(DEVICE)
+    encoder = CLIPVisionModelWithProjection.from_pretrained(MODEL / "image_encoder").float().eval().to(DEVICE)
+    text = CLIPTextModel.from_pretrained(MODEL / "text_encoder").float().eval().requires_grad_(False).to(DEVICE)
+    texts = Texts(CLIPTokenizer.from_pretrained(MODEL / "tokenizer"), text)
+    width = encoder.config.hidden_size if args.kind == "plus" else encoder.config.projection_dim
+    adapter = IPAdapter.new(unet, kind=KINDS[args.kind], feature_width=width, tokens=16 if args.kind == "plus" else 4)
+    adapter.module.to(DEVICE)
+    pool = Pool(1)
+    path = CHECKPOINTS / f"adapter-{args.kind}.pt"
+    if not path.exists() and not args.export:
+        learn_captions(adapter, args.kind, args.caption_steps, texts, unet, encoder, pool)
+    learners = nn.ModuleDict({"adapter": adapter.module})
+    optimizer = adamw(adapter.module.parameters(), args.lr)
+    if args.with_base:
+        learners |= {"unet": unet.requires_grad_(True).train(), "text": text.requires_grad_(True).train()}
+        for group in (
+            *adamw(unet.parameters(), args.base_lr).param_groups,
+            *adamw(text.parameters(), args.base_lr / 3).param_groups,
+        ):
+            optimizer.add_param_group(group)
+        if DEVICE == "cpu":
+            unet.set_attn_processor(AttnProcessor())
+    mark = fingerprint(
+        stage=args.kind, width=width, layers=len(adapter.state_dict()["ip_adapter"]), base=args.with_base
+    )
+    loop = Loop(path, args.minutes, learners, optimizer, Ema(learners, 0.999 if args.with_base else 0.998), mark, warmup=100)
+    if not args.export:
+        latents = latents_of(1)
+        size = len(latents)
+        abar = DDIMScheduler(**SCHEDULE).alphas_cumprod.to(DEVICE)
+        with torch.no_grad():
+            nothing = features(args.kind, encoder, torch.zeros(1, 3, 128, 128, device=DEVICE))
+            if args.kind == "base":
+                nothing = torch.zeros_like(nothing)
+        adapter.attach(unet)
+        for step in loop:
+            rng = np.random.default_rng([9, step])
+            drawn = [pair(pool.facts, size, rng, 0.3 if args.with_base else 0.0) for _ in range(args.batch)]
+            with torch.no_grad(), half():
+                shown = features(args.kind, encoder, normalise(pool.pictures([one for one, *_ in drawn]))).float()
+            visible = torch.tensor([see for *_, see, _ in drawn], device=DEVICE)
+            there = torch.tensor([float(there) for *_, there in drawn], device=DEVICE)
+            shown = torch.where(visible.view(-1, *[1] * (shown.ndim - 1)), shown, nothing)
+            x = torch.from_numpy(latents[[two for _, two, *_ in drawn]]).float().to(DEVICE)
+            t = timesteps(len(x))
+            noisy, target = noised(x, t, abar)
+            with half(), adapter.training_tokens(adapter.projection(shown), there):
+                hidden = texts([words for _, _, words, *_ in drawn])
+                out = unet(noisy, t, hidden).sample
+                loss = F.mse_loss(out.float(), target)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(learners.parameters(), 1.0)
+            optimizer.step()
+            progress_mean(loop.log, "loss", loss.item())
+        adapter.detach()
+    assert loop.ema
+    loop.ema.copy_to(learners)
+    if args.with_base:
+        save_half(unet, MODEL / "unet")
+        save_half(text, MODEL / "text_encoder")
+    print(f"wrote {export(adapter, args.kind)}")
 
 
 if __name__ == "__main__":

@@ -1,56 +1,38 @@
-"""What the recipe's stages share: rows to train on, pictures as tensors, resumable loops, schedules."""
+"""What the stages share: where state lies, resumable loops, the schedule, the average of the weights.
 
+State (packages, caches, checkpoints, logs, the model as it becomes) lies in ``$EMOJI_STATE``, or in ``runs/``
+beside this file; none of it belongs into git. ``START`` is the model a first run continues from.
+"""
+
+import hashlib
 import json
-import math
+import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 HERE = Path(__file__).parent
-DATA = HERE / "data"
-RUNS = HERE / "runs"
-MODEL = HERE.parent.parent / "src" / "imprompt" / "assets" / "emoji"
-
-Row = dict[str, Any]
-
-
-def load_rows(vocabulary: str = "small", split: str | None = "train") -> list[Row]:
-    """Rows of ``data/metadata.jsonl``. ``vocabulary``: ``small`` (vocabulary.txt), ``wide``, ``core``
-    or ``all``."""
-    rows: list[Row] = [json.loads(line) for line in (DATA / "metadata.jsonl").read_text().splitlines()]
-    if vocabulary in ("small", "wide"):
-        name = "vocabulary.txt" if vocabulary == "small" else "vocabulary-wide.txt"
-        words = set((HERE / name).read_text().split())
-        rows = [row for row in rows if row["groups"]["concept"] in words]
-    elif vocabulary == "core":
-        rows = [row for row in rows if row["core"]]
-    return [row for row in rows if split is None or row["split"] == split]
+STATE = Path(os.environ.get("EMOJI_STATE", HERE / "runs"))
+START = Path(os.environ.get("EMOJI_START", HERE.parent.parent / "src" / "imprompt" / "assets" / "emoji"))
+MODEL = STATE / "model"
+CHECKPOINTS = STATE / "checkpoints"
+DEVICE = os.environ.get("EMOJI_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
+LENGTH = 32
+"""Tokens of a caption; the longest has 26."""
 
 
-def load_pictures(rows: list[Row]) -> Tensor:
-    """All pictures of ``rows`` as one uint8 tensor (N, 3, 128, 128)."""
-    pictures = torch.empty(len(rows), 3, 128, 128, dtype=torch.uint8)
-    for i, row in enumerate(tqdm(rows, "pictures", leave=False, disable=None)):
-        array = np.asarray(Image.open(DATA / row["file_name"]).convert("RGB"))
-        pictures[i] = torch.from_numpy(array.copy()).permute(2, 0, 1)
-    return pictures
+def half() -> torch.autocast:
+    return torch.autocast(DEVICE, torch.bfloat16)
 
 
-def cosine(step: int, steps: int, warmup: int, floor: float = 0.02) -> float:
-    """Learning-rate factor: linear warm-up, then half a cosine down to ``floor``."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return floor + (1 - floor) * 0.5 * (
-        1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup)))
-    )
+def fingerprint(**settings: Any) -> str:
+    """A short hash of what a checkpoint depends on: another one is another run."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 class Ema:
@@ -58,7 +40,7 @@ class Ema:
 
     def __init__(self, module: nn.Module, decay: float = 0.999) -> None:
         self.decay, self.updates = decay, 0
-        self.shadow = {name: p.detach().clone() for name, p in module.named_parameters()}
+        self.shadow = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
@@ -73,71 +55,87 @@ class Ema:
 
 @dataclass
 class Loop:
-    """Steps with a schedule by step count, or by the clock (``minutes``), resumed from ``path``."""
+    """Steps until the stage has trained ``minutes`` in all: warm-up, a plateau, and a linear decay over the
+    last fifth. Stopped at any moment, it goes on from ``path``; with more minutes it leaves the decayed end
+    behind and goes on from the plateau kept in ``*.plateau.pt``."""
 
     path: Path
-    steps: int
+    minutes: float
     module: nn.Module
     optimizer: torch.optim.Optimizer
     ema: Ema | None = None
+    settings: str = ""
     warmup: int = 200
+    decay: float = 0.2
     save_every_s: float = 120
     log: dict[str, float] = field(default_factory=dict)
     step: int = 0
-    minutes: float | None = None
+    spent: float = 0.0
 
     def __post_init__(self) -> None:
-        self.base_lr = self.optimizer.param_groups[0]["lr"]
-        self.spent = 0.0
-        if self.path.exists():
-            state = torch.load(self.path, weights_only=True)
+        self.base_lr = [group["lr"] for group in self.optimizer.param_groups]
+        plateau = self.path.with_suffix(".plateau.pt")
+        for path in (self.path, plateau):
+            if not path.exists():
+                continue
+            state = torch.load(path, weights_only=True, map_location=DEVICE)
+            if state["settings"] != self.settings:
+                raise SystemExit(
+                    f"{path} is of another configuration ({state['settings']}, this is {self.settings}): "
+                    "move it away or give the settings it was made with"
+                )
+            if path == self.path and state["spent"] > 60 * state["minutes"] * (1 - self.decay):
+                if state["minutes"] < self.minutes and plateau.exists():
+                    continue
             self.module.load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.spent = state["step"], state.get("spent", 0.0)
+            self.step, self.spent = state["step"], state["spent"]
             if self.ema:
                 self.ema.shadow, self.ema.updates = state["ema"], state["updates"]
-            print(f"resumed {self.path.name} at step {self.step}", flush=True)
+            print(f"resumed {path.name} at step {self.step}", flush=True)
+            return
 
     def part(self) -> float:
-        """What part of the schedule is done."""
-        return self.spent / (60 * self.minutes) if self.minutes else self.step / self.steps
+        return self.spent / (60 * self.minutes)
 
     def factor(self) -> float:
-        if self.minutes is None:
-            return cosine(self.step, self.steps, self.warmup)
-        return min(1.0, (self.step + 1) / self.warmup) * cosine(round(1e6 * self.part()), 10**6, 0)
+        return min(1.0, (self.step + 1) / self.warmup, max(0.02, (1 - self.part()) / self.decay))
 
-    def save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+    def save(self, path: Path | None = None) -> None:
+        path = path or self.path
+        path.parent.mkdir(parents=True, exist_ok=True)
         state: dict[str, Any] = {
-            "module": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "spent": self.spent,
-        }
+            "module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
+            "spent": self.spent, "minutes": self.minutes, "settings": self.settings,
+        }  # fmt: skip
         if self.ema:
             state |= {"ema": self.ema.shadow, "updates": self.ema.updates}
-        part = self.path.with_suffix(".part")
+        part = path.with_suffix(".part")
         torch.save(state, part)
-        part.replace(self.path)
+        part.replace(path)
 
     def __iter__(self) -> Iterator[int]:
-        saved = started = time.monotonic()
-        first, before = self.step, self.spent
+        saved = before = time.monotonic()
+        first, began = self.step, before
+        plateau = self.part() < 1 - self.decay
         while self.part() < 1:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.base_lr * self.factor()
+            for group, lr in zip(self.optimizer.param_groups, self.base_lr, strict=True):
+                group["lr"] = lr * self.factor()
             torch.manual_seed(self.step)
             yield self.step
             self.step += 1
             if self.ema:
                 self.ema.update(self.module)
             now = time.monotonic()
-            self.spent = before + now - started
-            if self.step % 100 == 0:
-                rate = (self.step - first) / (now - started)
+            self.spent += min(now - before, 60.0)  # a machine that slept did not train
+            before = now
+            if self.step % 50 == 0:
+                rate = (self.step - first) / (now - began)
                 numbers = " ".join(f"{k}={v:.4f}" for k, v in self.log.items())
-                print(f"{self.step}/{self.steps} {rate:.2f} steps/s {numbers}", flush=True)
+                print(f"{self.step} {100 * self.part():.0f}% {rate:.2f} steps/s {numbers}", flush=True)
+            if plateau and self.part() >= 1 - self.decay:
+                self.save(self.path.with_suffix(".plateau.pt"))
+                plateau = False
             if now - saved > self.save_every_s:
                 self.save()
                 saved = now
@@ -158,6 +156,7 @@ def save_half(module: Any, folder: Path) -> None:
     """Write a model in half precision, without the place it was once loaded from, and to be computed with in
     full: otherwise transformers loads its models in half beside a UNet in full."""
     module.half().save_pretrained(folder)
+    module.float()
     config = json.loads((folder / "config.json").read_text())
     config.pop("_name_or_path", None)
     if "dtype" in config:
@@ -168,3 +167,8 @@ def save_half(module: Any, folder: Path) -> None:
 def progress_mean(log: dict[str, float], name: str, value: float) -> None:
     """Keep a running mean of a noisy number, so that a log line says something."""
     log[name] = value if name not in log else 0.98 * log[name] + 0.02 * value
+
+
+def to_float(pictures: Tensor) -> Tensor:
+    """uint8 (N, 128, 128, 3) to -1…1 (N, 3, 128, 128)."""
+    return pictures.permute(0, 3, 1, 2).to(DEVICE, torch.float32) / 127.5 - 1

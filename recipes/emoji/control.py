@@ -1,194 +1,90 @@
-"""Stage 7: the canny ControlNet of the frozen base, by the product's own edges.
+"""Stage 6: the canny ControlNet of the frozen base.
 
-Every training picture of every style is used, whether or not its concept is a word the base knows: structure
-generalises where words do not. Edges are found with random thresholds, sparse to dense, and half of the
-captions say at most the style, so that it is the edges that tell what to draw. The copy of the base's encoder
-keeps its down blocks; its middle block is a single residual one, which halves the file and the time.
-Latents and edges are computed once and kept in ``runs/control-cache.pt``.
+It starts as START's, whose condition embedding already sees edges, or as a copy of the base's encoder. Edges
+are OpenCV's, with random thresholds, sparse to dense; half of the captions do not name the concept, so that it
+is the edges that tell what to draw. Icons without a word are targets too: structure needs no words.
 
-    python recipes/emoji/control.py [--minutes 25]
-
-A run that was interrupted goes on when it is started again. Every 100 steps, and at the end, it says what
-part of the held-out pictures' loss the edges take away.
+    python recipes/emoji/control.py --minutes 20
 """
 
 import argparse
-import hashlib
-import random
 
+import cv2
 import numpy as np
 import torch
-from common import MODEL, RUNS, Ema, Loop, Row, adamw, load_pictures, load_rows, progress_mean, save_half
+from base import SCHEDULE, noised, timesteps
+from common import CHECKPOINTS, DEVICE, MODEL, START, Ema, Loop, adamw, fingerprint, half, progress_mean, save_half
 from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
-from PIL import Image
-from safetensors.torch import load_file
+from draw import caption
+from latents import latents_of
+from pool import Pool
+from text import Texts
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
-from unet import SCHEDULE, Captions, latents_of
-
-from imprompt.generation.annotate import edges
+from transformers import CLIPTextModel, CLIPTokenizer
 
 OUT = MODEL / "controlnet-canny"
-VIEWS = 2
-"""Edge maps of each picture, each with thresholds of its own."""
-PROBES = 32
-"""Held-out pictures on which the edges' gain is measured."""
 
 
-def build(unet: UNet2DConditionModel) -> ControlNetModel:
-    """The base's encoder with zeroed outputs; a middle block of one residual block of the base's."""
-    with torch.no_grad():
-        full = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16, 32, 64))
-        light = ControlNetModel.from_config({**full.config, "mid_block_type": "UNetMidBlock2D"})
-        light.load_state_dict({k: v for k, v in full.state_dict().items() if k in light.state_dict()})
-    return light.float()
-
-
-@torch.no_grad()
-def wake(net: ControlNetModel, condition: Tensor) -> None:
-    """Scale the condition's own convolutions so that edges come through them from the first step on.
-
-    As they start, seven of them in a row with SiLUs let a thin white line fade to nothing, and the last is
-    zero besides; then the outputs, zero too, have nothing to learn from. Here each gives unit variance on
-    true edges, and the last half the deviation of the noisy latents' own features, to which it is added; the
-    ControlNet as a whole still adds nothing.
-    """
-    embedding = net.controlnet_cond_embedding
-    torch.nn.init.kaiming_normal_(embedding.conv_out.weight)
-    x = condition
-    for conv in (embedding.conv_in, *embedding.blocks, embedding.conv_out):
-        conv.bias.zero_()
-        conv.weight.div_(conv(x).std())
-        x = F.silu(conv(x))
-    embedding.conv_out.weight.mul_(0.5 * net.conv_in(torch.randn(len(x), 4, 16, 16)).std())
-
-
-def edges_of(pictures: Tensor, seed: int = 0) -> Tensor:
-    """Edge maps (N, VIEWS, 128, 128) as uint8, 0 or 1; the first view by the product's own thresholds."""
-    chance = random.Random(seed)
-    maps = torch.empty(len(pictures), VIEWS, 128, 128, dtype=torch.uint8)
-    for i, picture in enumerate(tqdm(pictures, "edges", leave=False, disable=None)):
-        image = Image.fromarray(picture.permute(1, 2, 0).numpy())
-        for view in range(VIEWS):
-            low = chance.uniform(30, 180)
-            found = edges(image, low, low * chance.uniform(1.5, 3)) if view else edges(image)
-            maps[i, view] = torch.from_numpy(np.asarray(found)[..., 0] // 255)
-    return maps
-
-
-def prepared(rows: list[Row]) -> tuple[Tensor, Tensor]:
-    """Latents and edge maps of ``rows``, from the cache if it is of these rows and this encoder."""
-    digest = hashlib.sha256("\n".join(row["file_name"] for row in rows).encode())
-    for name, weight in load_file(MODEL / "vae" / "diffusion_pytorch_model.safetensors").items():
-        if not name.startswith(("decoder", "post_quant_conv")):  # which may learn on; latents stay
-            digest.update(weight.numpy().tobytes())
-    path = RUNS / "control-cache.pt"
-    if path.exists():
-        cached = torch.load(path, weights_only=True)
-        if cached["key"] == digest.hexdigest():
-            return cached["latents"], cached["edges"]
-    pictures = load_pictures(rows)
-    latents, maps = latents_of(pictures), edges_of(pictures)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    torch.save({"key": digest.hexdigest(), "latents": latents, "edges": maps}, part)
-    part.replace(path)
-    return latents, maps
-
-
-def caption_of(row: Row) -> str:
-    kind = random.choices(["full", "concept", "style", ""], [0.4, 0.1, 0.3, 0.2])[0]
-    return random.choice(row["captions"][kind]) if kind else ""
-
-
-def condition_of(maps: Tensor) -> Tensor:
-    """Edge maps (B, 128, 128) as a ControlNet's condition (B, 3, 128, 128) in [0, 1]."""
-    return maps.float().unsqueeze(1).expand(-1, 3, -1, -1)
+def condition_of(pictures: np.ndarray, low: list[float], high: list[float]) -> Tensor:
+    """Edges of uint8 (N, 128, 128, 3) as a ControlNet's condition (N, 3, 128, 128), 0 or 1."""
+    maps = [cv2.Canny(np.ascontiguousarray(p), a, b) for p, a, b in zip(pictures, low, high, strict=True)]
+    return torch.from_numpy(np.stack(maps)).to(DEVICE)[:, None].float().div(255).expand(-1, 3, -1, -1)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=2400)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--minutes", type=float, help="end the schedule by the clock instead of --steps")
-    parser.add_argument("--further", action="store_true", help="start from the bundled ControlNet's weights")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--vocabulary", default="all")
+    parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--export-only", action="store_true", help="write the newest checkpoint's average and stop"
-    )
+    parser.add_argument("--export", action="store_true", help="write the newest average and stop")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    unet = UNet2DConditionModel.from_pretrained(MODEL / "unet").float().eval().requires_grad_(False)
-    net = ControlNetModel.from_pretrained(OUT).float() if args.further else build(unet)
-    half = torch.cpu._is_avx512_bf16_supported()
-    print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters", flush=True)
-    optimizer = adamw(net.parameters(), args.lr)
+    unet = UNet2DConditionModel.from_pretrained(MODEL / "unet").float().eval().requires_grad_(False).to(DEVICE)
+    text = CLIPTextModel.from_pretrained(MODEL / "text_encoder").float().eval().requires_grad_(False).to(DEVICE)
+    texts = Texts(CLIPTokenizer.from_pretrained(MODEL / "tokenizer"), text)
+    net = ControlNetModel.from_pretrained(START / "controlnet-canny").float()
+    with torch.no_grad():  # the base has moved on since; what reads the edges has not
+        fresh = {
+            name: weight for name, weight in ControlNetModel.from_unet(unet).state_dict().items()
+            if name in net.state_dict() and "cond_embedding" not in name and "controlnet" not in name
+        }  # fmt: skip
+        net.load_state_dict(fresh, strict=False)
+    net = net.train().to(DEVICE)
+    mark = fingerprint(stage="control", config={k: str(v) for k, v in net.config.items()})
     loop = Loop(
-        RUNS / "control.pt", args.steps, net, optimizer, Ema(net, 0.995), warmup=100, minutes=args.minutes
-    )
-    if not args.export_only:
-        rows = load_rows(args.vocabulary)
-        unseen = [row for row in load_rows("small", None) if row["split"] != "train"]
-        probes = random.Random(0).sample(unseen, PROBES)
-        latents, maps = prepared(rows + probes)
-        captions = Captions(rows + probes)
-        if loop.step == 0 and not args.further:
-            wake(net, condition_of(maps[:64, 0]))
-        abar = DDIMScheduler(**SCHEDULE).alphas_cumprod
-
-        def loss_of(x: Tensor, t: Tensor, hidden: Tensor, condition: Tensor | None) -> Tensor:
-            noise = torch.randn_like(x)
-            a = abar[t].view(-1, 1, 1, 1)
-            noisy = a.sqrt() * x + (1 - a).sqrt() * noise
-            target = a.sqrt() * noise - (1 - a).sqrt() * x
-            down, mid = None, None
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                if condition is not None:
-                    down, mid = net(noisy, t, hidden, condition, return_dict=False)
+        CHECKPOINTS / "control.pt", args.minutes, net, adamw(net.parameters(), args.lr), Ema(net, 0.997), mark, warmup=60
+    )  # fmt: skip
+    if not args.export:
+        latents, pool = latents_of(1), Pool(1)
+        abar = DDIMScheduler(**SCHEDULE).alphas_cumprod.to(DEVICE)
+        for step in loop:
+            rng = np.random.default_rng([10, step])
+            picked = rng.integers(len(latents), size=args.batch).tolist()
+            low = rng.uniform(30, 180, args.batch)
+            low[: args.batch // 2] = 100
+            high = low * rng.uniform(1.5, 3, args.batch)
+            high[: args.batch // 2] = 200
+            condition = condition_of(pool.pictures(picked), low.tolist(), high.tolist())
+            says = [(bool(rng.uniform() < 0.5), *(bool(rng.uniform() < 0.6) for _ in range(3))) for _ in picked]
+            x = torch.from_numpy(latents[picked]).float().to(DEVICE)
+            t = timesteps(len(x))
+            noisy, target = noised(x, t, abar)
+            with half():
+                hidden = texts([caption(pool.facts[i], rng, say) for i, say in zip(picked, says, strict=True)])
+                down, mid = net(noisy, t, hidden, condition, return_dict=False)
                 out = unet(
                     noisy, t, hidden, down_block_additional_residuals=down, mid_block_additional_residual=mid
                 ).sample
-            return F.mse_loss(out.float(), target)
-
-        @torch.no_grad()
-        def gain() -> float:
-            """The part of the held-out loss that the edges take away, concept known, style unsaid."""
-            hidden = captions[[row["captions"]["concept"][0] for row in probes]]
-            t = torch.linspace(100, 999, PROBES).long()
-            losses = []
-            for condition in (condition_of(maps[-PROBES:, 0]), None):
-                torch.manual_seed(0)
-                losses.append(loss_of(latents[-PROBES:], t, hidden, condition).item())
-            return 1 - losses[0] / losses[1]
-
-        order: list[int] = []
-        net.train()
-        for step in loop:
-            random.seed(step)
-            while len(order) < args.batch:
-                order += random.sample(range(len(rows)), len(rows))
-            picked, order = order[: args.batch], order[args.batch :]
-            u = (torch.arange(args.batch) + torch.rand(args.batch)) / args.batch
-            t = (1000 * u**0.75).long().clamp_max(999)
-            views = torch.randint(VIEWS, (args.batch,))
-            hidden = captions[[caption_of(rows[i]) for i in picked]]
-            loss = loss_of(latents[picked], t, hidden, condition_of(maps[picked, views]))
-            optimizer.zero_grad(set_to_none=True)
+            loss = F.mse_loss(out.float(), target)
+            loop.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
+            loop.optimizer.step()
             progress_mean(loop.log, "loss", loss.item())
-            if step % 100 == 99:
-                loop.log["gain"] = gain()
     assert loop.ema
     loop.ema.copy_to(net)
-    if not args.export_only:
-        print(f"the edges take away {gain():.0%} of the held-out loss", flush=True)
     save_half(net, OUT)
 
 

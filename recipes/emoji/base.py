@@ -1,0 +1,132 @@
+"""Stage 4: the text-to-image UNet, Stable Diffusion's layout on 16×16×4 latents, and the text encoder with it.
+
+The autoencoder is frozen; the pool's latents come from ``latents.py``. v-prediction with even weights: a caption
+says nearly all of a small picture, so it is at high noise that concepts are learned, which min-SNR weights
+would all but silence. Timesteps are stratified over each batch and lean to high noise; captions name a random
+part of what the picture shows, a tenth nothing (classifier-free guidance); an average of the weights is kept.
+
+    python recipes/emoji/base.py --minutes 60
+    python recipes/emoji/base.py --minutes 300   # later: goes on from the plateau of the first run
+"""
+
+import argparse
+import json
+
+import numpy as np
+import torch
+from common import CHECKPOINTS, DEVICE, MODEL, START, Ema, Loop, adamw, fingerprint, half, progress_mean, save_half
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from draw import COLOURS, LOOKS, caption
+from encoder import WORDS
+from latents import latents_of
+from numpy.random import Generator
+from pool import Pool
+from text import MOTIONS, Texts, make_encoder, make_tokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTokenizer
+
+SCHEDULE = {
+    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
+}  # fmt: skip
+
+
+def say(rng: Generator) -> tuple[bool, bool, bool, bool]:
+    if rng.uniform() < 0.1:
+        return (False,) * 4
+    return tuple(bool(rng.uniform() < p) for p in (0.9, 0.8, 0.75, 0.75))  # type: ignore[return-value]
+
+
+def timesteps(n: int) -> Tensor:
+    u = (torch.arange(n) + torch.rand(n)) / n
+    return (1000 * u**0.75).long().clamp_max(999).to(DEVICE)
+
+
+def noised(x: Tensor, t: Tensor, abar: Tensor) -> tuple[Tensor, Tensor]:
+    """A noisy latent and the velocity the UNet has to say."""
+    a, noise = abar[t].view(-1, 1, 1, 1), torch.randn_like(x)
+    return a.sqrt() * x + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * x
+
+
+def write_pipeline() -> None:
+    """The files that make the folder a diffusers pipeline, its image encoder where adapters look."""
+    DDIMScheduler(**SCHEDULE).save_pretrained(MODEL / "scheduler")
+    (MODEL / "model_index.json").write_text(
+        json.dumps(
+            {
+                "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.42.1",
+                "feature_extractor": ["transformers", "CLIPImageProcessor"],
+                "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+                "requires_safety_checker": False, "safety_checker": [None, None],
+                "scheduler": ["diffusers", "DDIMScheduler"],
+                "text_encoder": ["transformers", "CLIPTextModel"],
+                "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
+                "vae": ["diffusers", "AutoencoderKL"],
+            },
+            indent=2,
+        )
+        + "\n"
+    )  # fmt: skip
+    (MODEL / "vocabulary.json").write_text(
+        json.dumps(
+            {"concepts": WORDS, "styles": list(LOOKS), "colours": list(COLOURS), "motions": list(MOTIONS)}, indent=1
+        )
+        + "\n"
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--export", action="store_true", help="write the newest average and stop")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    tokenizer = CLIPTokenizer.from_pretrained(MODEL / "tokenizer") if args.export else make_tokenizer()
+    unet = UNet2DConditionModel.from_pretrained(START / "unet").float()
+    if DEVICE == "cpu":
+        unet.set_attn_processor(AttnProcessor())  # a fifth faster to train there than fused attention
+    both = nn.ModuleDict({"unet": unet, "text": make_encoder(tokenizer)}).train().to(DEVICE)
+    texts = Texts(tokenizer, both["text"])
+    optimizer = adamw(unet.parameters(), args.lr)
+    for group in adamw(both["text"].parameters(), args.lr / 3).param_groups:
+        optimizer.add_param_group(group)
+    mark = fingerprint(stage="base", words=WORDS, looks=LOOKS, tokens=len(tokenizer))
+    loop = Loop(CHECKPOINTS / "base.pt", args.minutes, both, optimizer, Ema(both, 0.999), mark, warmup=150)
+    if not args.export:
+        latents, pool = latents_of(1), Pool(1)
+        known = np.flatnonzero([fact["concept"] is not None for fact in pool.facts[: len(latents)]])
+        abar = DDIMScheduler(**SCHEDULE).alphas_cumprod.to(DEVICE)
+        for step in loop:
+            if step % 100 == 99:  # more may have been drawn and encoded
+                latents, pool = latents_of(1), Pool(1)
+                known = np.flatnonzero([fact["concept"] is not None for fact in pool.facts[: len(latents)]])
+            rng = np.random.default_rng([6, step])
+            near = rng.choice(known, args.batch * 3 // 4, replace=False)
+            picked = np.concatenate([near, rng.integers(len(latents), size=args.batch - len(near))])
+            rng.shuffle(picked)  # timesteps are stratified over the batch
+            x = torch.from_numpy(latents[picked]).float().to(DEVICE)
+            t = timesteps(len(x))
+            noisy, target = noised(x, t, abar)
+            with half():
+                hidden = texts([caption(pool.facts[i], rng, say(rng)) for i in picked])
+                out = unet(noisy, t, hidden).sample
+            loss = F.mse_loss(out.float(), target)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+            optimizer.step()
+            progress_mean(loop.log, "loss", loss.item())
+    assert loop.ema
+    loop.ema.copy_to(both)
+    save_half(unet, MODEL / "unet")
+    save_half(both["text"], MODEL / "text_encoder")
+    write_pipeline()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The queue: every stage in order, resumed after a stop, each round longer than the one before.
+
+Round 1 gives a whole chain in about two hours of two cores, later rounds improve it from the plateau each
+stage kept; only the decoder learns on after round 1, so that latents stay what the UNet has learned. Stages of
+one row run at the same time. A stage that fails stops the queue with its name; what is done is kept in
+``done.json``. ``ship`` copies the model into the package when it beats what is there.
+
+    python recipes/emoji/chain.py run              # goes on from wherever it stopped
+    python recipes/emoji/chain.py status
+    python recipes/emoji/chain.py ship -n 48       # measure on validation, copy if better
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from common import CHECKPOINTS, HERE, MODEL, START, STATE
+
+Stage = tuple[str, list[str]]
+
+DATA: list[list[Stage]] = [
+    [("icons", ["icons.py"])],
+    [("pool-train", ["pool.py", "--seed", "1", "--count", "60000"]),
+     ("pool-validation", ["pool.py", "--seed", "2", "--count", "2000"])],
+    [("pool-test", ["pool.py", "--seed", "3", "--count", "2000"])],
+]  # fmt: skip
+
+MINUTES = {
+    "vae": (25, 25, 25, 25), "encoder": (60, 120, 180, 240), "judge": (10, 20, 30, 30),
+    "base": (50, 240, 480, 720), "decoder": (30, 90, 150, 240), "plus": (30, 120, 240, 360),
+    "linear": (20, 60, 120, 180), "control": (12, 40, 80, 120), "motion": (15, 60, 120, 180),
+}  # fmt: skip
+"""Minutes each stage has trained in all at the end of rounds 1 to 4."""
+
+COMMANDS = {
+    "vae": ["vae.py"], "decoder": ["vae.py", "--decoder"], "encoder": ["encoder.py"], "judge": ["judge.py"],
+    "base": ["base.py"], "plus": ["adapters.py", "plus"], "linear": ["adapters.py", "base"],
+    "control": ["control.py"], "motion": ["motion.py"],
+}  # fmt: skip
+
+ORDER = (("vae", "encoder"), ("base", "decoder", "judge"), ("plus", "linear"), ("control", "motion"))
+
+
+def stages() -> list[list[Stage]]:
+    """Every row of stages, from the packages to the last round."""
+    rows = list(DATA)
+    for number in range(len(MINUTES["base"])):
+        for names in ORDER:
+            if number and "vae" in names:
+                names = ("encoder",)
+            rows.append(
+                [(f"{name}-{number + 1}", [*COMMANDS[name], "--minutes", str(MINUTES[name][number])]) for name in names]
+            )
+    return rows
+
+
+def done() -> list[str]:
+    path = STATE / "done.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def run(device: str | None) -> None:
+    environment = dict(os.environ, EMOJI_STATE=str(STATE), EMOJI_START=str(START))
+    if device:
+        environment["EMOJI_DEVICE"] = device
+    (STATE / "logs").mkdir(parents=True, exist_ok=True)
+    for row in stages():
+        jobs = {}
+        for name, command in row:
+            if name in done():
+                continue
+            with (STATE / "logs" / f"{name}.log").open("a") as log:
+                jobs[name] = subprocess.Popen(
+                    [sys.executable, str(HERE / command[0]), *command[1:]], stdout=log, stderr=log, env=environment
+                )
+            print(f"started {name}", flush=True)
+        failed = []
+        for name, job in jobs.items():
+            if job.wait():
+                failed.append(name)
+            else:
+                (STATE / "done.json").write_text(json.dumps([*done(), name]))
+                print(f"done {name}", flush=True)
+        if failed:
+            raise SystemExit(f"{', '.join(failed)} failed: see {STATE / 'logs'}; start the queue again to go on")
+
+
+def ship(n: int, target: Path) -> None:
+    """Measure on validation; copy the model when its score is above the one noted in ``target``."""
+    from figures import measure, score, table
+
+    figures = measure(MODEL, "validation", n)
+    print(table(figures))
+    mine, noted = score(figures), target / "figures.json"
+    theirs = json.loads(noted.read_text())["score"] if noted.exists() else float("-inf")
+    if mine <= theirs:
+        raise SystemExit(f"not shipped: score {mine:.4f} on validation, the bundled model has {theirs:.4f}")
+    for part in sorted(MODEL.iterdir()):
+        if part.is_dir():
+            shutil.copytree(part, target / part.name, dirs_exist_ok=True)
+        else:
+            shutil.copy2(part, target / part.name)
+    noted.write_text(json.dumps({"split": "validation", "score": mine, "figures": figures}, indent=1) + "\n")
+    size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file()) / 2**20
+    print(f"shipped to {target}: score {mine:.4f} (before {theirs:.4f}), {size:.0f} MB")
+
+
+def status() -> None:
+    import torch
+
+    finished = done()
+    for row in stages():
+        for name, _ in row:
+            print(f"{'done   ' if name in finished else 'waiting'} {name}")
+    for path in sorted(CHECKPOINTS.glob("*.pt")):
+        state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        if "spent" in state:
+            print(f"{path.name}: step {state['step']}, {state['spent'] / 60:.0f} of {state['minutes']} minutes")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "status", "ship"))
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
+    parser.add_argument("-n", type=int, default=48)
+    parser.add_argument("--target", type=Path, default=HERE.parent.parent / "src" / "imprompt" / "assets" / "emoji")
+    args = parser.parse_args()
+    if args.what == "run":
+        run(args.device)
+    elif args.what == "ship":
+        ship(args.n, args.target)
+    else:
+        status()
+
+
+if __name__ == "__main__":
+    main()
