@@ -1,11 +1,12 @@
 """Stage 5: the adapters, ``plus`` (resampler, 16 tokens, the default) and ``base`` (linear, 4 tokens).
 
-Only the adapter learns, unless ``--with-base`` lets UNet and text encoder learn on beside it: where hours are
-few, one pass that serves both is worth more than two; a third of its draws then go without the adapter, as
-``base.py`` trains. In half of the draws reference and target share look, palette and background and show
+Only the adapter learns, unless ``--with-base`` lets UNet and text encoder learn on beside it: where hours
+are few, one pass that serves both is worth more than two; a third of its draws then go without the adapter,
+as ``base.py`` trains. In half of the draws reference and target share look, palette and background and show
 different things, the text saying what (sometimes more); in most others the picture speaks alone, and the
-target is the reference itself or the same icon placed anew; in the rest the text alone speaks. The projection
-starts as one that says of a picture what its full caption says, which needs no UNet and takes minutes.
+target is the reference itself or the same icon placed anew; in the rest the text alone speaks. The
+projection starts as one that says of a picture what its full caption says, which needs no UNet and takes
+minutes.
 
     python recipes/emoji/adapters.py plus --minutes 40 --with-base
     python recipes/emoji/adapters.py base --minutes 20
@@ -18,13 +19,25 @@ import numpy as np
 import torch
 from base import SCHEDULE, noised, timesteps
 from base import say as say_some
-from common import CHECKPOINTS, DEVICE, MODEL, Ema, Loop, adamw, fingerprint, half, progress_mean, save_half
+from common import (
+    CHECKPOINTS,
+    DEVICE,
+    MODEL,
+    Crew,
+    Ema,
+    Loop,
+    adamw,
+    fingerprint,
+    half,
+    progress_mean,
+    save_half,
+)
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from draw import GROUP, caption
 from encoder import normalise
-from numpy.random import Generator
 from latents import latents_of
+from numpy.random import Generator
 from pool import Pool
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -67,13 +80,17 @@ def pair(facts: list[dict], size: int, rng: Generator, bare: float) -> tuple[int
             say = (False,) * 4 if rng.uniform() < 0.75 else tuple(bool(rng.uniform() < 0.4) for _ in range(4))
         else:
             shown = False
-            say = (False,) * 4 if rng.uniform() < 0.4 else (True, *(bool(rng.uniform() < 0.6) for _ in range(3)))
+            say = (
+                (False,) * 4
+                if rng.uniform() < 0.4
+                else (True, *(bool(rng.uniform() < 0.6) for _ in range(3)))
+            )
     return group + one, group + two, caption(facts[group + two], rng, say), shown, True
 
 
 def learn_captions(adapter: IPAdapter, kind: str, steps: int, texts: Texts, unet: UNet2DConditionModel,
                    encoder: CLIPVisionModelWithProjection, pool: Pool) -> None:  # fmt: skip
-    """Let the projection say what the full caption's first states say, as the UNet's keys and values see it."""
+    """Let the projection say what the full caption's first states say, as keys and values see them."""
     weights = [w for n, w in unet.named_parameters() if "attn2.to_k" in n or "attn2.to_v" in n]
     metric = sum(w.detach().T @ w.detach() / len(w) for w in weights)
     values, vectors = torch.linalg.eigh(metric / metric.diagonal().mean())
@@ -111,34 +128,54 @@ def export(adapter: IPAdapter, kind: str) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kind", choices=sorted(NAMES))
     parser.add_argument("--minutes", type=float, default=40)
     parser.add_argument("--caption-steps", type=int, default=400)
+    parser.add_argument("--captions-only", action="store_true", help="stop when the projection says captions")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--with-base", action="store_true", help="UNet and text encoder learn on too")
-    parser.add_argument("--base-lr", type=float, default=5e-4)
+    parser.add_argument("--base-lr", type=float, default=8e-4)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1, help="that share each batch")
     parser.add_argument("--export", action="store_true", help="write the newest average and stop")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    crew = Crew(args.processes)  # of more than one: run with --captions-only first
     torch.manual_seed(0)
-    unet = UNet2DConditionModel.from_pretrained(MODEL / "unet").float().eval().requires_grad_(False).to(DEVICE)
+    unet = (
+        UNet2DConditionModel.from_pretrained(MODEL / "unet").float().eval().requires_grad_(False).to(DEVICE)
+    )
     encoder = CLIPVisionModelWithProjection.from_pretrained(MODEL / "image_encoder").float().eval().to(DEVICE)
-    text = CLIPTextModel.from_pretrained(MODEL / "text_encoder").float().eval().requires_grad_(False).to(DEVICE)
+    text = (
+        CLIPTextModel.from_pretrained(MODEL / "text_encoder").float().eval().requires_grad_(False).to(DEVICE)
+    )
     texts = Texts(CLIPTokenizer.from_pretrained(MODEL / "tokenizer"), text)
     width = encoder.config.hidden_size if args.kind == "plus" else encoder.config.projection_dim
-    adapter = IPAdapter.new(unet, kind=KINDS[args.kind], feature_width=width, tokens=16 if args.kind == "plus" else 4)
+    adapter = IPAdapter.new(
+        unet, kind=KINDS[args.kind], feature_width=width, tokens=16 if args.kind == "plus" else 4
+    )
     adapter.module.to(DEVICE)
     pool = Pool(1)
     path = CHECKPOINTS / f"adapter-{args.kind}.pt"
+    said = CHECKPOINTS / f"captions-{args.kind}.pt"
     if not path.exists() and not args.export:
-        learn_captions(adapter, args.kind, args.caption_steps, texts, unet, encoder, pool)
+        if not said.exists():
+            learn_captions(adapter, args.kind, args.caption_steps, texts, unet, encoder, pool)
+            CHECKPOINTS.mkdir(parents=True, exist_ok=True)
+            torch.save(adapter.projection.state_dict(), said)
+        adapter.projection.load_state_dict(torch.load(said, weights_only=True))
+    if args.captions_only:
+        return
     learners = nn.ModuleDict({"adapter": adapter.module})
     optimizer = adamw(adapter.module.parameters(), args.lr)
     if args.with_base:
-        learners |= {"unet": unet.requires_grad_(True).train(), "text": text.requires_grad_(True).train()}
+        learners.update(
+            {"unet": unet.requires_grad_(True).train(), "text": text.requires_grad_(True).train()}
+        )
         for group in (
             *adamw(unet.parameters(), args.base_lr).param_groups,
             *adamw(text.parameters(), args.base_lr / 3).param_groups,
@@ -149,7 +186,16 @@ def main() -> None:
     mark = fingerprint(
         stage=args.kind, width=width, layers=len(adapter.state_dict()["ip_adapter"]), base=args.with_base
     )
-    loop = Loop(path, args.minutes, learners, optimizer, Ema(learners, 0.999 if args.with_base else 0.998), mark, warmup=100)
+    loop = Loop(
+        path,
+        args.minutes,
+        learners,
+        optimizer,
+        Ema(learners, 0.999 if args.with_base else 0.998),
+        mark,
+        30,
+        crew=crew,
+    )
     if not args.export:
         latents = latents_of(1)
         size = len(latents)
@@ -160,10 +206,15 @@ def main() -> None:
                 nothing = torch.zeros_like(nothing)
         adapter.attach(unet)
         for step in loop:
-            rng = np.random.default_rng([9, step])
-            drawn = [pair(pool.facts, size, rng, 0.3 if args.with_base else 0.0) for _ in range(args.batch)]
+            rng = np.random.default_rng([9, step, crew.rank])
+            drawn = [
+                pair(pool.facts, size, rng, 0.3 if args.with_base else 0.0)
+                for _ in range(args.batch // crew.size)
+            ]
             with torch.no_grad(), half():
-                shown = features(args.kind, encoder, normalise(pool.pictures([one for one, *_ in drawn]))).float()
+                shown = features(
+                    args.kind, encoder, normalise(pool.pictures([one for one, *_ in drawn]))
+                ).float()
             visible = torch.tensor([see for *_, see, _ in drawn], device=DEVICE)
             there = torch.tensor([float(there) for *_, there in drawn], device=DEVICE)
             shown = torch.where(visible.view(-1, *[1] * (shown.ndim - 1)), shown, nothing)
@@ -174,12 +225,11 @@ def main() -> None:
                 hidden = texts([words for _, _, words, *_ in drawn])
                 out = unet(noisy, t, hidden).sample
                 loss = F.mse_loss(out.float(), target)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-            torch.nn.utils.clip_grad_norm_(learners.parameters(), 1.0)
-            optimizer.step()
+                loop.learn(loss)
             progress_mean(loop.log, "loss", loss.item())
         adapter.detach()
+    if crew.rank:
+        return
     assert loop.ema
     loop.ema.copy_to(learners)
     if args.with_base:

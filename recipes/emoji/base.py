@@ -1,9 +1,10 @@
-"""Stage 4: the text-to-image UNet, Stable Diffusion's layout on 16×16×4 latents, and the text encoder with it.
+"""Stage 4: the text-to-image UNet, Stable Diffusion's layout on 16×16×4 latents, with its text encoder.
 
-The autoencoder is frozen; the pool's latents come from ``latents.py``. v-prediction with even weights: a caption
-says nearly all of a small picture, so it is at high noise that concepts are learned, which min-SNR weights
-would all but silence. Timesteps are stratified over each batch and lean to high noise; captions name a random
-part of what the picture shows, a tenth nothing (classifier-free guidance); an average of the weights is kept.
+The autoencoder is frozen; the pool's latents come from ``latents.py``. v-prediction with even weights: a
+caption says nearly all of a small picture, so it is at high noise that concepts are learned, which min-SNR
+weights would all but silence. Timesteps are stratified over each batch and lean to high noise; captions name
+a random part of what the picture shows, a tenth nothing (classifier-free guidance); an average of the
+weights is kept.
 
     python recipes/emoji/base.py --minutes 60
     python recipes/emoji/base.py --minutes 300   # later: goes on from the plateau of the first run
@@ -14,7 +15,20 @@ import json
 
 import numpy as np
 import torch
-from common import CHECKPOINTS, DEVICE, MODEL, START, Ema, Loop, adamw, fingerprint, half, progress_mean, save_half
+from common import (
+    CHECKPOINTS,
+    DEVICE,
+    MODEL,
+    START,
+    Crew,
+    Ema,
+    Loop,
+    adamw,
+    fingerprint,
+    half,
+    progress_mean,
+    save_half,
+)
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from draw import COLOURS, LOOKS, caption
@@ -71,22 +85,29 @@ def write_pipeline() -> None:
     )  # fmt: skip
     (MODEL / "vocabulary.json").write_text(
         json.dumps(
-            {"concepts": WORDS, "styles": list(LOOKS), "colours": list(COLOURS), "motions": list(MOTIONS)}, indent=1
+            {"concepts": WORDS, "styles": list(LOOKS), "colours": list(COLOURS), "motions": list(MOTIONS)},
+            indent=1,
         )
         + "\n"
     )  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1, help="that share each batch")
     parser.add_argument("--export", action="store_true", help="write the newest average and stop")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    tokenizer = CLIPTokenizer.from_pretrained(MODEL / "tokenizer") if args.export else make_tokenizer()
+    crew = Crew(args.processes)
+    tokenizer = (
+        CLIPTokenizer.from_pretrained(MODEL / "tokenizer") if args.export or crew.rank else make_tokenizer()
+    )
     unet = UNet2DConditionModel.from_pretrained(START / "unet").float()
     if DEVICE == "cpu":
         unet.set_attn_processor(AttnProcessor())  # a fifth faster to train there than fused attention
@@ -96,18 +117,19 @@ def main() -> None:
     for group in adamw(both["text"].parameters(), args.lr / 3).param_groups:
         optimizer.add_param_group(group)
     mark = fingerprint(stage="base", words=WORDS, looks=LOOKS, tokens=len(tokenizer))
-    loop = Loop(CHECKPOINTS / "base.pt", args.minutes, both, optimizer, Ema(both, 0.999), mark, warmup=150)
+    loop = Loop(CHECKPOINTS / "base.pt", args.minutes, both, optimizer, Ema(both, 0.999), mark, 30, crew=crew)
     if not args.export:
         latents, pool = latents_of(1), Pool(1)
         known = np.flatnonzero([fact["concept"] is not None for fact in pool.facts[: len(latents)]])
         abar = DDIMScheduler(**SCHEDULE).alphas_cumprod.to(DEVICE)
+        mine = args.batch // crew.size
         for step in loop:
             if step % 100 == 99:  # more may have been drawn and encoded
                 latents, pool = latents_of(1), Pool(1)
                 known = np.flatnonzero([fact["concept"] is not None for fact in pool.facts[: len(latents)]])
-            rng = np.random.default_rng([6, step])
-            near = rng.choice(known, args.batch * 3 // 4, replace=False)
-            picked = np.concatenate([near, rng.integers(len(latents), size=args.batch - len(near))])
+            rng = np.random.default_rng([6, step, crew.rank])
+            near = rng.choice(known, mine * 3 // 4, replace=False)
+            picked = np.concatenate([near, rng.integers(len(latents), size=mine - len(near))])
             rng.shuffle(picked)  # timesteps are stratified over the batch
             x = torch.from_numpy(latents[picked]).float().to(DEVICE)
             t = timesteps(len(x))
@@ -116,11 +138,10 @@ def main() -> None:
                 hidden = texts([caption(pool.facts[i], rng, say(rng)) for i in picked])
                 out = unet(noisy, t, hidden).sample
             loss = F.mse_loss(out.float(), target)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-            optimizer.step()
+            loop.learn(loss)
             progress_mean(loop.log, "loss", loss.item())
+    if crew.rank:
+        return
     assert loop.ema
     loop.ema.copy_to(both)
     save_half(unet, MODEL / "unet")

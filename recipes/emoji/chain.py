@@ -1,9 +1,8 @@
 """The queue: every stage in order, resumed after a stop, each round longer than the one before.
 
-Round 1 gives a whole chain in about two hours of two cores, later rounds improve it from the plateau each
-stage kept; only the decoder learns on after round 1, so that latents stay what the UNet has learned. Stages of
-one row run at the same time. A stage that fails stops the queue with its name; what is done is kept in
-``done.json``. ``ship`` copies the model into the package when it beats what is there.
+Round 1 gives a whole chain in about three hours of two cores, later rounds improve it from the plateau each
+stage kept. A stage that fails stops the queue with its name; what is done is kept in ``done.json``. ``ship``
+copies the model into the package when it beats what is there.
 
     python recipes/emoji/chain.py run              # goes on from wherever it stopped
     python recipes/emoji/chain.py status
@@ -29,32 +28,60 @@ DATA: list[list[Stage]] = [
     [("pool-test", ["pool.py", "--seed", "3", "--count", "2000"])],
 ]  # fmt: skip
 
-MINUTES = {
-    "vae": (25, 25, 25, 25), "encoder": (60, 120, 180, 240), "judge": (10, 20, 30, 30),
-    "base": (50, 240, 480, 720), "decoder": (30, 90, 150, 240), "plus": (30, 120, 240, 360),
-    "linear": (20, 60, 120, 180), "control": (12, 40, 80, 120), "motion": (15, 60, 120, 180),
-}  # fmt: skip
-"""Minutes each stage has trained in all at the end of rounds 1 to 4."""
+ORDER: tuple[tuple[str, ...], ...] = (
+    ("vae", "encoder"),
+    ("latents",),
+    ("base", "judge"),
+    ("captions",),
+    ("plus",),
+    ("linear", "decoder"),
+    ("control", "motion"),
+)
+"""Stages of one row run at the same time."""
 
 COMMANDS = {
-    "vae": ["vae.py"], "decoder": ["vae.py", "--decoder"], "encoder": ["encoder.py"], "judge": ["judge.py"],
-    "base": ["base.py"], "plus": ["adapters.py", "plus"], "linear": ["adapters.py", "base"],
-    "control": ["control.py"], "motion": ["motion.py"],
-}  # fmt: skip
+    "vae": ["vae.py"],
+    "encoder": ["encoder.py"],
+    "latents": ["latents.py"],
+    "base": ["base.py", "--processes", "2"],
+    "judge": ["judge.py"],
+    "captions": ["adapters.py", "plus", "--captions-only"],
+    "plus": ["adapters.py", "plus", "--with-base", "--processes", "2"],
+    "linear": ["adapters.py", "base"],
+    "decoder": ["vae.py", "--decoder"],
+    "control": ["control.py"],
+    "motion": ["motion.py"],
+}
 
-ORDER = (("vae", "encoder"), ("base", "decoder", "judge"), ("plus", "linear"), ("control", "motion"))
+MINUTES = {
+    "vae": (40,),
+    "encoder": (39, 150, 240),
+    "base": (30,),
+    "judge": (15, 30, 30),
+    "plus": (60, 300, 720),
+    "linear": (20, 60, 120),
+    "decoder": (20, 90, 180),
+    "control": (15, 60, 120),
+    "motion": (20, 90, 180),
+}
+"""Minutes each stage has trained in all at the end of rounds 1 to 3. Of the first row, only the image encoder
+learns on after round 1: latents stay what the UNet has learned. The base learns on within ``plus``."""
 
 
 def stages() -> list[list[Stage]]:
     """Every row of stages, from the packages to the last round."""
     rows = list(DATA)
-    for number in range(len(MINUTES["base"])):
+    for number in range(3):
         for names in ORDER:
-            if number and "vae" in names:
-                names = ("encoder",)
-            rows.append(
-                [(f"{name}-{number + 1}", [*COMMANDS[name], "--minutes", str(MINUTES[name][number])]) for name in names]
-            )
+            row: list[Stage] = []
+            for name in names:
+                minutes = MINUTES.get(name)
+                if minutes is None and number == 0:
+                    row.append((name, COMMANDS[name]))
+                elif minutes and number < len(minutes):
+                    row.append((f"{name}-{number + 1}", [*COMMANDS[name], "--minutes", str(minutes[number])]))
+            if row:
+                rows.append(row)
     return rows
 
 
@@ -75,7 +102,10 @@ def run(device: str | None) -> None:
                 continue
             with (STATE / "logs" / f"{name}.log").open("a") as log:
                 jobs[name] = subprocess.Popen(
-                    [sys.executable, str(HERE / command[0]), *command[1:]], stdout=log, stderr=log, env=environment
+                    [sys.executable, str(HERE / command[0]), *command[1:]],
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
                 )
             print(f"started {name}", flush=True)
         failed = []
@@ -86,7 +116,9 @@ def run(device: str | None) -> None:
                 (STATE / "done.json").write_text(json.dumps([*done(), name]))
                 print(f"done {name}", flush=True)
         if failed:
-            raise SystemExit(f"{', '.join(failed)} failed: see {STATE / 'logs'}; start the queue again to go on")
+            raise SystemExit(
+                f"{', '.join(failed)} failed: see {STATE / 'logs'}; start the queue again to go on"
+            )
 
 
 def ship(n: int, target: Path) -> None:
@@ -119,15 +151,21 @@ def status() -> None:
     for path in sorted(CHECKPOINTS.glob("*.pt")):
         state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         if "spent" in state:
-            print(f"{path.name}: step {state['step']}, {state['spent'] / 60:.0f} of {state['minutes']} minutes")
+            print(
+                f"{path.name}: step {state['step']}, {state['spent'] / 60:.0f} of {state['minutes']} minutes"
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("run", "status", "ship"))
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     parser.add_argument("-n", type=int, default=48)
-    parser.add_argument("--target", type=Path, default=HERE.parent.parent / "src" / "imprompt" / "assets" / "emoji")
+    parser.add_argument(
+        "--target", type=Path, default=HERE.parent.parent / "src" / "imprompt" / "assets" / "emoji"
+    )
     args = parser.parse_args()
     if args.what == "run":
         run(args.device)

@@ -7,6 +7,9 @@ beside this file; none of it belongs into git. ``START`` is the model a first ru
 import hashlib
 import json
 import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 HERE = Path(__file__).parent
@@ -53,6 +57,36 @@ class Ema:
         module.load_state_dict(self.shadow, strict=False)
 
 
+class Crew:
+    """Processes that train one model together, each with a part of the batch: on cores that are shared with
+    others two processes of one thread do more than one of two, whose threads wait for each other at every
+    operation. Rank 0 is the process that was started; it starts the others with its own arguments."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.rank = size, int(os.environ.get("EMOJI_RANK", 0))
+        if size == 1:
+            return
+        if self.rank == 0:
+            os.environ["EMOJI_CREW"] = tempfile.mktemp(prefix="emoji-crew-")
+            for rank in range(1, size):
+                subprocess.Popen([sys.executable, *sys.argv], env=dict(os.environ, EMOJI_RANK=str(rank)))
+        dist.init_process_group(
+            "gloo", init_method=f"file://{os.environ['EMOJI_CREW']}", rank=self.rank, world_size=size
+        )
+
+    def average(self, parameters: Iterable[nn.Parameter], clock: float) -> float:
+        """Give every process the mean of the gradients, and rank 0's clock, by which all stop together."""
+        if self.size == 1:
+            return clock
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads] + [torch.tensor([clock if self.rank == 0 else 0.0])])
+        dist.all_reduce(flat)
+        parts = (flat[:-1] / self.size).split([g.numel() for g in grads])
+        for grad, part in zip(grads, parts, strict=True):
+            grad.copy_(part.view_as(grad))
+        return float(flat[-1])
+
+
 @dataclass
 class Loop:
     """Steps until the stage has trained ``minutes`` in all: warm-up, a plateau, and a linear decay over the
@@ -71,6 +105,7 @@ class Loop:
     log: dict[str, float] = field(default_factory=dict)
     step: int = 0
     spent: float = 0.0
+    crew: Crew | None = None
 
     def __post_init__(self) -> None:
         self.base_lr = [group["lr"] for group in self.optimizer.param_groups]
@@ -84,9 +119,9 @@ class Loop:
                     f"{path} is of another configuration ({state['settings']}, this is {self.settings}): "
                     "move it away or give the settings it was made with"
                 )
-            if path == self.path and state["spent"] > 60 * state["minutes"] * (1 - self.decay):
-                if state["minutes"] < self.minutes and plateau.exists():
-                    continue
+            decayed = state["spent"] > 60 * state["minutes"] * (1 - self.decay)
+            if path == self.path and decayed and state["minutes"] < self.minutes and plateau.exists():
+                continue
             self.module.load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.spent = state["step"], state["spent"]
@@ -101,7 +136,19 @@ class Loop:
     def factor(self) -> float:
         return min(1.0, (self.step + 1) / self.warmup, max(0.02, (1 - self.part()) / self.decay))
 
+    def learn(self, loss: Tensor) -> None:
+        """Backward, the crew's mean, clipping, a step of the optimizer."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self.crew:
+            self.spent = self.crew.average(trained, self.spent)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        self.optimizer.step()
+
     def save(self, path: Path | None = None) -> None:
+        if self.crew and self.crew.rank:
+            return
         path = path or self.path
         path.parent.mkdir(parents=True, exist_ok=True)
         state: dict[str, Any] = {
@@ -121,15 +168,16 @@ class Loop:
         while self.part() < 1:
             for group, lr in zip(self.optimizer.param_groups, self.base_lr, strict=True):
                 group["lr"] = lr * self.factor()
-            torch.manual_seed(self.step)
+            torch.manual_seed(self.step * 16 + (self.crew.rank if self.crew else 0))
             yield self.step
             self.step += 1
             if self.ema:
                 self.ema.update(self.module)
             now = time.monotonic()
-            self.spent += min(now - before, 60.0)  # a machine that slept did not train
+            if not self.crew or self.crew.rank == 0:
+                self.spent += min(now - before, 60.0)  # a machine that slept did not train
             before = now
-            if self.step % 50 == 0:
+            if self.step % 25 == 0 and not (self.crew and self.crew.rank):
                 rate = (self.step - first) / (now - began)
                 numbers = " ".join(f"{k}={v:.4f}" for k, v in self.log.items())
                 print(f"{self.step} {100 * self.part():.0f}% {rate:.2f} steps/s {numbers}", flush=True)

@@ -1,8 +1,8 @@
 """Stage 6: the canny ControlNet of the frozen base.
 
 It starts as START's, whose condition embedding already sees edges, or as a copy of the base's encoder. Edges
-are OpenCV's, with random thresholds, sparse to dense; half of the captions do not name the concept, so that it
-is the edges that tell what to draw. Icons without a word are targets too: structure needs no words.
+are OpenCV's, with random thresholds, sparse to dense; half of the captions do not name the concept, so that
+it is the edges that tell what to draw. Icons without a word are targets too: structure needs no words.
 
     python recipes/emoji/control.py --minutes 20
 """
@@ -13,7 +13,19 @@ import cv2
 import numpy as np
 import torch
 from base import SCHEDULE, noised, timesteps
-from common import CHECKPOINTS, DEVICE, MODEL, START, Ema, Loop, adamw, fingerprint, half, progress_mean, save_half
+from common import (
+    CHECKPOINTS,
+    DEVICE,
+    MODEL,
+    START,
+    Ema,
+    Loop,
+    adamw,
+    fingerprint,
+    half,
+    progress_mean,
+    save_half,
+)
 from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from draw import caption
 from latents import latents_of
@@ -33,7 +45,9 @@ def condition_of(pictures: np.ndarray, low: list[float], high: list[float]) -> T
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=8e-4)
@@ -41,8 +55,12 @@ def main() -> None:
     parser.add_argument("--export", action="store_true", help="write the newest average and stop")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    unet = UNet2DConditionModel.from_pretrained(MODEL / "unet").float().eval().requires_grad_(False).to(DEVICE)
-    text = CLIPTextModel.from_pretrained(MODEL / "text_encoder").float().eval().requires_grad_(False).to(DEVICE)
+    unet = (
+        UNet2DConditionModel.from_pretrained(MODEL / "unet").float().eval().requires_grad_(False).to(DEVICE)
+    )
+    text = (
+        CLIPTextModel.from_pretrained(MODEL / "text_encoder").float().eval().requires_grad_(False).to(DEVICE)
+    )
     texts = Texts(CLIPTokenizer.from_pretrained(MODEL / "tokenizer"), text)
     net = ControlNetModel.from_pretrained(START / "controlnet-canny").float()
     with torch.no_grad():  # the base has moved on since; what reads the edges has not
@@ -53,8 +71,9 @@ def main() -> None:
         net.load_state_dict(fresh, strict=False)
     net = net.train().to(DEVICE)
     mark = fingerprint(stage="control", config={k: str(v) for k, v in net.config.items()})
+    optimizer = adamw(net.parameters(), args.lr)
     loop = Loop(
-        CHECKPOINTS / "control.pt", args.minutes, net, adamw(net.parameters(), args.lr), Ema(net, 0.997), mark, warmup=60
+        CHECKPOINTS / "control.pt", args.minutes, net, optimizer, Ema(net, 0.997), mark, 60
     )  # fmt: skip
     if not args.export:
         latents, pool = latents_of(1), Pool(1)
@@ -67,12 +86,16 @@ def main() -> None:
             high = low * rng.uniform(1.5, 3, args.batch)
             high[: args.batch // 2] = 200
             condition = condition_of(pool.pictures(picked), low.tolist(), high.tolist())
-            says = [(bool(rng.uniform() < 0.5), *(bool(rng.uniform() < 0.6) for _ in range(3))) for _ in picked]
+            says = [
+                (bool(rng.uniform() < 0.5), *(bool(rng.uniform() < 0.6) for _ in range(3))) for _ in picked
+            ]
             x = torch.from_numpy(latents[picked]).float().to(DEVICE)
             t = timesteps(len(x))
             noisy, target = noised(x, t, abar)
             with half():
-                hidden = texts([caption(pool.facts[i], rng, say) for i, say in zip(picked, says, strict=True)])
+                hidden = texts(
+                    [caption(pool.facts[i], rng, say) for i, say in zip(picked, says, strict=True)]
+                )
                 down, mid = net(noisy, t, hidden, condition, return_dict=False)
                 out = unet(
                     noisy, t, hidden, down_block_additional_residuals=down, mid_block_additional_residual=mid

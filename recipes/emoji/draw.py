@@ -1,10 +1,10 @@
 """Stage 1b: pictures in which look, palette, background and placement vary independently of the concept.
 
-``draw(icons, seed, index)`` gives one 128×128 picture and what it shows; the same (seed, index) gives the same
-picture on every machine. Indices come in groups of four that share look, palette and background, which is
-what an adapter learns from: member 1 is another concept than member 0, member 2 the same concept again placed
-anew, member 3 another concept or a *scene* (shapes, a landscape, a scribble) without a word for it. In a
-quarter of the groups member 0 has its icon's own colours and the others take theirs from it.
+``draw(icons, seed, index)`` gives one 128×128 picture and what it shows; the same (seed, index) gives the
+same picture on every machine. Indices come in groups of four that share look, palette and background, which
+is what an adapter learns from: member 1 is another concept than member 0, member 2 the same concept again
+placed anew, member 3 another concept or a *scene* (shapes, a landscape, a scribble) without a word for it.
+In a quarter of the groups member 0 has its icon's own colours and the others take theirs from it.
 
 Seeds: 1 train, 2 validation, 3 test. Training never sees the (concept, look) pairs and the wordless icons
 whose hash says validation or test; palettes are drawn anew for each group.
@@ -87,7 +87,9 @@ def ramp_of(rng: Generator) -> tuple[np.ndarray, tuple[str, ...] | None]:
     if kind == "one":
         word = str(rng.choice(PALETTE_WORDS))
         c = jitter(rng, COLOURS[word])
-        return np.stack([c * rng.uniform(0.2, 0.4), c * 0.75, c, mix(c, WHITE, rng.uniform(0.5, 0.85))]), (word,)
+        return np.stack([c * rng.uniform(0.2, 0.4), c * 0.75, c, mix(c, WHITE, rng.uniform(0.5, 0.85))]), (
+            word,
+        )
     if kind == "two":
         words = [str(w) for w in rng.choice(PALETTE_WORDS, 2, replace=False)]
         words.sort(key=lambda w: np.dot(COLOURS[w], (0.3, 0.59, 0.11)))
@@ -98,7 +100,9 @@ def ramp_of(rng: Generator) -> tuple[np.ndarray, tuple[str, ...] | None]:
     for i in range(4):
         hue = (base + step * i + rng.uniform(-0.03, 0.03)) % 1
         value = (0.3, 0.6, 0.85, 1.0)[i]
-        colours.append(np.float32(colorsys.hsv_to_rgb(hue, rng.uniform(0.35, 0.95) * (1 - 0.5 * (i == 3)), value)) * 255)
+        colours.append(
+            np.float32(colorsys.hsv_to_rgb(hue, rng.uniform(0.35, 0.95) * (1 - 0.5 * (i == 3)), value)) * 255
+        )
     return np.stack(colours), None
 
 
@@ -124,12 +128,19 @@ def ground_of(rng: Generator, ramp: np.ndarray | None) -> tuple[str, np.ndarray,
             colours = [mix(c, WHITE, 0.62) for c in colours]
         if kind in ("striped", "dotted", "checked") and rng.uniform() < 0.5:
             colours[1], words[1] = mix(colours[0], WHITE, 0.45), ""
-        if ramp is None or min(np.abs(c - d).sum() for c in colours[: 1 + (kind != "plain")] for d in ramp[1:3]) > 110:
+        if (
+            ramp is None
+            or min(np.abs(c - d).sum() for c in colours[: 1 + (kind != "plain")] for d in ramp[1:3]) > 110
+        ):
             break
     if pale:
         words = [f"pale {w}" if w not in ("cream", "black", "grey", "") else "" for w in words]
     if kind == "gradient" and rng.uniform() < 0.3:  # a third colour, as skies have
-        return kind, np.stack([colours[0], jitter(rng, COLOURS[str(rng.choice(GROUND_WORDS))]), colours[1]]), None
+        return (
+            kind,
+            np.stack([colours[0], jitter(rng, COLOURS[str(rng.choice(GROUND_WORDS))]), colours[1]]),
+            None,
+        )
     used = words[:1] if kind == "plain" or (kind != "gradient" and not words[1]) else words
     return kind, np.stack(colours), tuple(used) if all(used) else None
 
@@ -183,7 +194,11 @@ def _cells(seed: int) -> tuple[np.ndarray, np.ndarray, int]:
     y, x = np.mgrid[0:SIZE, 0:SIZE]
     far = np.hypot(x[..., None] - points[:, 0], y[..., None] - points[:, 1])
     two = np.sort(far, -1)[..., :2]
-    return far.argmin(-1), np.clip(2.2 - (two[..., 1] - two[..., 0]) / 1.6, 0, 1).astype(np.float32), len(points)
+    return (
+        far.argmin(-1),
+        np.clip(2.2 - (two[..., 1] - two[..., 0]) / 1.6, 0, 1).astype(np.float32),
+        len(points),
+    )
 
 
 @lru_cache(maxsize=32)
@@ -191,7 +206,10 @@ def _clouds(seed: int) -> np.ndarray:
     """Smooth noise of mean 0 and spread 1, (128, 128, 3)."""
     rng = default_rng([78, seed])
     noise = sum(
-        cv2.resize(rng.standard_normal((n, n, 3)).astype(np.float32), (SIZE, SIZE), interpolation=cv2.INTER_CUBIC) * w
+        cv2.resize(
+            rng.standard_normal((n, n, 3)).astype(np.float32), (SIZE, SIZE), interpolation=cv2.INTER_CUBIC
+        )
+        * w
         for n, w in ((5, 1.0), (10, 0.7), (20, 0.35))
     )
     return (noise - noise.mean((0, 1))) / noise.std((0, 1))
@@ -221,7 +239,9 @@ def recolour(colour: np.ndarray, alpha: np.ndarray, ramp: np.ndarray | None, ste
 
 def lines(colour: np.ndarray, alpha: np.ndarray, thick: int) -> np.ndarray:
     """Where lines run 0…1: the contour and what is drawn inside it."""
-    whole = np.dstack([colour * alpha[..., None] + 128 * (1 - alpha[..., None]), 255 * alpha]).astype(np.uint8)
+    whole = np.dstack([colour * alpha[..., None] + 128 * (1 - alpha[..., None]), 255 * alpha]).astype(
+        np.uint8
+    )
     whole = cv2.medianBlur(whole, 3)
     edge = cv2.morphologyEx(whole, cv2.MORPH_GRADIENT, np.ones((2, 2), np.uint8)).max(2).astype(np.float32)
     edge = np.clip((edge - 42) / 40, 0, 1)
@@ -241,7 +261,9 @@ def shifted(alpha: np.ndarray, dx: int, dy: int, blur: float) -> np.ndarray:
     )
 
 
-def apply_look(style: Style, colour: np.ndarray, alpha: np.ndarray, ramp: np.ndarray | None, rng: Generator) -> np.ndarray:
+def apply_look(
+    style: Style, colour: np.ndarray, alpha: np.ndarray, ramp: np.ndarray | None, rng: Generator
+) -> np.ndarray:
     """The figure (colours 0…255, alpha 0…1) in the style's look over its background."""
     look, ground = style.look, paint_ground(style)
     own = ramp if ramp is not None else borrow(np.dstack([colour, 255 * alpha]))
@@ -252,14 +274,21 @@ def apply_look(style: Style, colour: np.ndarray, alpha: np.ndarray, ramp: np.nda
     if look == "bold outline":
         rim = cv2.dilate(alpha, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (7, 7)))
         inner = lines(colour, alpha, 2) * (alpha > 0.2)
-        return over(over(over(ground, np.broadcast_to(BLACK, c.shape), rim), c, alpha), np.broadcast_to(BLACK, c.shape), inner)
+        return over(
+            over(over(ground, np.broadcast_to(BLACK, c.shape), rim), c, alpha),
+            np.broadcast_to(BLACK, c.shape),
+            inner,
+        )
     if look == "line drawing":
         ink = mix(own[0], BLACK, 0.25)
         if np.abs(ink - ground.mean((0, 1))).sum() < 170:
             ink = mix(own[-1], WHITE, 0.5)
         return over(ground, np.broadcast_to(ink, c.shape), lines(colour, alpha, 3))
     if look == "silhouette":
-        fill = max((own[0], own[len(own) // 2], own[-1]), key=lambda f: np.abs(f - ground.mean((0, 1))).sum() - (f is not own[0]) * 90)
+        fill = max(
+            (own[0], own[len(own) // 2], own[-1]),
+            key=lambda f: np.abs(f - ground.mean((0, 1))).sum() - (f is not own[0]) * 90,
+        )
         return over(ground, np.broadcast_to(fill, c.shape), np.clip(alpha * 1.4 - 0.2, 0, 1))
     if look == "blueprint":
         grid = np.zeros((SIZE, SIZE), np.float32)
@@ -268,20 +297,26 @@ def apply_look(style: Style, colour: np.ndarray, alpha: np.ndarray, ramp: np.nda
         return over(base, np.broadcast_to(mix(WHITE, own[-1], 0.25), c.shape), lines(colour, alpha, 2))
     if look == "neon":
         edge = lines(colour, alpha, 2)
-        bright = cv2.blur(cv2.dilate(c.astype(np.float32) * (alpha[..., None] > 0.5), np.ones((7, 7))), (9, 9))
+        bright = cv2.blur(
+            cv2.dilate(c.astype(np.float32) * (alpha[..., None] > 0.5), np.ones((7, 7))), (9, 9)
+        )
         bright = bright / (bright.max(2, keepdims=True) + 20) * 275
         glow = cv2.GaussianBlur(edge, (0, 0), 4.5) * 1.5
         lit = ground + bright * np.clip(glow, 0, 1)[..., None]
         return over(lit, np.clip(mix(bright, WHITE, 0.35), 0, 255), edge)
     if look == "pixel art":
-        small = cv2.resize(over(ground, c, (alpha > 0.5).astype(np.float32)), (16, 16), interpolation=cv2.INTER_AREA)
+        small = cv2.resize(
+            over(ground, c, (alpha > 0.5).astype(np.float32)), (16, 16), interpolation=cv2.INTER_AREA
+        )
         return cv2.resize(small, (SIZE, SIZE), interpolation=cv2.INTER_NEAREST)
     if look == "striped":
         y, x = np.mgrid[0:SIZE, 0:SIZE]
         band = np.clip(np.abs((x + y) % 16 - 8) - 3.5, 0, 1)[..., None].astype(np.float32)
         return over(ground, c * 0.62 * band + mix(c, WHITE, 0.42) * (1 - band), alpha)
     if look == "sticker":
-        rim = cv2.GaussianBlur(cv2.dilate(alpha, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (13, 13))), (3, 3), 0.7)
+        rim = cv2.GaussianBlur(
+            cv2.dilate(alpha, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (13, 13))), (3, 3), 0.7
+        )
         under = ground * (1 - 0.55 * shifted(rim, 4, 5, 3.0)[..., None])
         return over(over(under, np.broadcast_to(WHITE, c.shape), rim), c, alpha)
     if look == "stained glass":
@@ -300,7 +335,11 @@ def apply_look(style: Style, colour: np.ndarray, alpha: np.ndarray, ramp: np.nda
         y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
         mx, my = x + 1.5 * noise[..., 0], y + 1.5 * noise[..., 1]
         soft = cv2.GaussianBlur(cv2.remap(alpha, mx, my, cv2.INTER_LINEAR), (0, 0), 1.3)
-        wet = cv2.GaussianBlur(cv2.remap(c.astype(np.float32), mx, my, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE), (0, 0), 2.2)
+        wet = cv2.GaussianBlur(
+            cv2.remap(c.astype(np.float32), mx, my, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE),
+            (0, 0),
+            2.2,
+        )
         rim = np.clip(soft - cv2.GaussianBlur(soft, (0, 0), 4), 0, 1)
         density = np.clip(0.72 + 0.17 * noise[..., 2] + 0.9 * rim, 0.25, 1)
         wash = np.clip(0.62 + 0.13 * noise[..., 1], 0.3, 0.9)[..., None]
@@ -317,8 +356,10 @@ def apply_look(style: Style, colour: np.ndarray, alpha: np.ndarray, ramp: np.nda
     return over(under, np.clip(body + gloss[..., None], 0, 255), alpha)
 
 
-def warp(rgba: np.ndarray, size: float, angle: float, x: float, y: float, mirror: bool) -> tuple[np.ndarray, np.ndarray]:
-    """An icon placed: colours 0…255 (not premultiplied) and alpha 0…1. ``size`` in px; ``x``, ``y`` the centre."""
+def warp(
+    rgba: np.ndarray, size: float, angle: float, x: float, y: float, mirror: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """An icon placed, ``size`` px large, its centre at ``x``, ``y``: colours 0…255 and alpha 0…1."""
     n = rgba.shape[0]
     premultiplied = rgba.astype(np.float32)
     premultiplied[..., :3] *= premultiplied[..., 3:] / 255
@@ -356,7 +397,7 @@ def scene(rng: Generator) -> tuple[np.ndarray, np.ndarray, str]:
             fill((rng.uniform(40, 88), rng.uniform(40, 88), rng.uniform(8, 20)), rng.uniform())
     elif kind == "shapes":
         for _ in range(int(rng.integers(3, 8))):
-            x, y, r = rng.uniform(10, 118, 2).tolist() + [rng.uniform(10, 34)]
+            x, y, r = *rng.uniform(10, 118, 2).tolist(), rng.uniform(10, 34)
             if rng.uniform() < 0.5:
                 fill((x, y, r), rng.uniform())
             else:
@@ -382,7 +423,7 @@ def scene(rng: Generator) -> tuple[np.ndarray, np.ndarray, str]:
         grey[:] = 0.2 + 0.4 * (x // p % 2) + 0.4 * (y // q % 2) * rng.integers(0, 2)
         alpha[:] = 1
     else:
-        x, y, r = rng.uniform(54, 74, 2).tolist() + [rng.uniform(36, 56)]
+        x, y, r = *rng.uniform(54, 74, 2).tolist(), rng.uniform(36, 56)
         for i in range(int(rng.integers(2, 5))):
             fill((x, y, max(4, r - 13 * i)), (0.2, 0.9, 0.55, 0.05)[i])
         if rng.uniform() < 0.5:
@@ -400,7 +441,9 @@ def choose(icons: Icons, rng: Generator, split: str, look: str, wordless: float)
     return int(rng.choice(icons.of_word[word]))
 
 
-def draw(icons: Icons, seed: int, index: int, style: Style | None = None, icon: int | None = None) -> tuple[np.ndarray, dict]:
+def draw(
+    icons: Icons, seed: int, index: int, style: Style | None = None, icon: int | None = None
+) -> tuple[np.ndarray, dict]:
     """Picture ``index`` of ``seed``: uint8 (128, 128, 3), and what it shows, as JSON can hold it."""
     group, member = divmod(index, GROUP)
     shared = style_of(seed, group)
@@ -432,11 +475,21 @@ def draw(icons: Icons, seed: int, index: int, style: Style | None = None, icon: 
         row = icons.rows[chosen]
         fact |= {"concept": row["concept"], "code": row["code"], "set": row["set"], "icon": chosen}
         rgba = np.asarray(icons.rgba[chosen])
-        count = int(rng.choice([1, 1, 1, 2, 3], p=[0.3, 0.3, 0.29, 0.07, 0.04])) if style.look != "pixel art" else 1
+        count = (
+            int(rng.choice([1, 1, 1, 2, 3], p=[0.3, 0.3, 0.29, 0.07, 0.04]))
+            if style.look != "pixel art"
+            else 1
+        )
         mirror = bool(rng.uniform() < 0.5)
         places = []
         for i in range(count):
-            size = rng.uniform(78, 120) if count == 1 else rng.uniform(54, 66) if count == 2 else rng.uniform(44, 54)
+            size = (
+                rng.uniform(78, 120)
+                if count == 1
+                else rng.uniform(54, 66)
+                if count == 2
+                else rng.uniform(44, 54)
+            )
             if style.look == "pixel art":
                 size = max(size, 102)
             room = max(0.0, (SIZE - size) / 2)
@@ -456,17 +509,19 @@ def draw(icons: Icons, seed: int, index: int, style: Style | None = None, icon: 
     fact["places"] = np.round(places, 3).tolist()
     used = ramp if ramp is not None else borrow(np.dstack([colour, 255 * alpha]))
     fact["ramp"] = np.round(used[np.linspace(0, len(used) - 1, 4).round().astype(int)]).tolist()
-    picture = apply_look(style, np.clip(colour, 0, 255).astype(np.float32), alpha.astype(np.float32), ramp, rng)
+    picture = apply_look(
+        style, np.clip(colour, 0, 255).astype(np.float32), alpha.astype(np.float32), ramp, rng
+    )
     return np.clip(picture + 0.5, 0, 255).astype(np.uint8), fact
 
 
 def plural(noun: str) -> str:
-    if noun.endswith("fries") or noun.endswith("grapes"):
+    if noun.endswith(("fries", "grapes")):
         return noun
     if noun == "face with sunglasses":
         return "faces with sunglasses"
     irregular = {"fish": "fish", "cactus": "cactuses", "strawberry": "strawberries", "wolf": "wolves",
-                 "butterfly": "butterflies", "cherry": "cherries", "french fries": "french fries"}  # fmt: skip
+                 "butterfly": "butterflies"}  # fmt: skip
     if noun in irregular:
         return irregular[noun]
     return noun + ("es" if noun.endswith(("s", "x", "ch")) else "s")
@@ -504,7 +559,9 @@ def caption(fact: dict, rng: Generator, say: tuple[bool, bool, bool, bool]) -> s
         count = fact["count"]
         thing = noun or "picture"
         if count > 1 and noun:
-            parts.append(f"{('', '', 'two', 'three')[count]} {f'{colours} ' if colours else ''}{plural(thing)}")
+            parts.append(
+                f"{('', '', 'two', 'three')[count]} {f'{colours} ' if colours else ''}{plural(thing)}"
+            )
         else:
             parts.append(article(f"{colours} {thing}" if colours else thing))
     if look:

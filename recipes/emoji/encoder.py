@@ -1,10 +1,10 @@
 """Stage 3: the image encoder, CLIP's vision layout, taught what a picture shows.
 
-Captions are exact functions of what was drawn, so the tower is taught that directly, by linear heads that are
-thrown away: concept, look, kind and colours of the background, palette and placement from the pooled embedding
-(what the 4-token adapter reads), each patch's colours from the last layer but one (what the resampler reads).
-A contrast between two drawings of one icon, placed anew, among the icons of the batch teaches it to tell
-things it has no word for.
+Captions are exact functions of what was drawn, so the tower is taught that directly, by linear heads that
+are thrown away: concept, look, kind and colours of the background, palette and placement from the pooled
+embedding (what the 4-token adapter reads), each patch's colours from the last layer but one (what the
+resampler reads). A contrast between two drawings of one icon, placed anew, among the icons of the batch
+teaches it to tell things it has no word for.
 
     python recipes/emoji/encoder.py --minutes 20
 """
@@ -58,7 +58,9 @@ class Eye(nn.Module):
         super().__init__()
         self.tower = tower
         width, seen = tower.config.projection_dim, tower.config.hidden_size
-        self.heads = nn.ModuleList([nn.Linear(width, n) for n in (len(WORDS), len(LOOKS), len(BACKGROUNDS), 3)])
+        self.heads = nn.ModuleList(
+            [nn.Linear(width, n) for n in (len(WORDS), len(LOOKS), len(BACKGROUNDS), 3)]
+        )
         self.numbers = nn.Linear(width, 21)
         self.instance = nn.Linear(width, 128)
         self.patches = nn.Linear(seen, 48)
@@ -73,7 +75,11 @@ class Eye(nn.Module):
         with half():
             embeds, hidden = self(x)
             logits = [head(embeds) for head in self.heads]
-            numbers, instance, patches = self.numbers(embeds), self.instance(embeds), self.patches(hidden[:, 1:])
+            numbers, instance, patches = (
+                self.numbers(embeds),
+                self.instance(embeds),
+                self.patches(hidden[:, 1:]),
+            )
             pooled = self.look_of_patches(hidden.mean(1))
         classes = want["classes"]
         losses = [F.cross_entropy(p.float(), classes[:, i]) for i, p in enumerate(logits)]
@@ -102,7 +108,9 @@ class Eye(nn.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--groups", type=int, default=16, help="of four pictures, in a batch")
     parser.add_argument("--lr", type=float, default=8e-4)
@@ -111,13 +119,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tower = CLIPVisionModelWithProjection.from_pretrained(
-        START / "image_encoder", attn_implementation="eager"  # a fifth faster to train on a CPU than sdpa
+        START / "image_encoder",
+        attn_implementation="eager",  # a fifth faster to train on a CPU than sdpa
     ).float()
     eye = Eye(tower).train().to(DEVICE)
     optimizer = torch.optim.AdamW(eye.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
     loop = Loop(
         CHECKPOINTS / "encoder.pt", args.minutes, eye, optimizer, Ema(eye, 0.997),
-        fingerprint(stage="encoder", words=WORDS, looks=LOOKS), warmup=80,
+        fingerprint(stage="encoder", words=WORDS, looks=LOOKS), warmup=40,
     )  # fmt: skip
     pool = Pool(1)
     if not args.export:
@@ -143,9 +152,15 @@ def main() -> None:
     with torch.no_grad():
         for i in range(0, 1280, 64):
             picked = list(range(i, i + 64))
-            logs.append(eye.loss(normalise(held_out.pictures(picked)), [held_out.facts[j] for j in picked])[1])
-    print("validation", {k: round(float(np.nanmean([log[k] for log in logs])), 3) for k in logs[0]}, flush=True)
-    torch.save({k: v for k, v in eye.state_dict().items() if not k.startswith("tower.")}, CHECKPOINTS / "heads.pt")
+            logs.append(
+                eye.loss(normalise(held_out.pictures(picked)), [held_out.facts[j] for j in picked])[1]
+            )
+    print(
+        "validation", {k: round(float(np.nanmean([log[k] for log in logs])), 3) for k in logs[0]}, flush=True
+    )
+    torch.save(
+        {k: v for k, v in eye.state_dict().items() if not k.startswith("tower.")}, CHECKPOINTS / "heads.pt"
+    )
     save_half(eye.tower, MODEL / "image_encoder")
     shutil.copytree(START / "feature_extractor", MODEL / "feature_extractor", dirs_exist_ok=True)
 

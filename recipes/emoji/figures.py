@@ -44,17 +44,29 @@ def chosen(pool: Pool, n: int, member: int, fits: Callable[[dict], bool]) -> lis
 
 
 def same_ground(drawn: np.ndarray, truth: np.ndarray) -> list[float]:
-    return [float(np.linalg.norm(judge.border(d) - judge.border(t)) < NEAR) for d, t in zip(drawn, truth, strict=True)]
+    return [
+        float(np.linalg.norm(judge.border(d) - judge.border(t)) < NEAR)
+        for d, t in zip(drawn, truth, strict=True)
+    ]
 
 
 def text_alone(model: Model, pool: Pool, network: judge.Network, n: int) -> dict:
-    picked = chosen(pool, n, 0, lambda f: bool(f["concept"]) and f["ground"] in ("white", "plain") and bool(f["ground_words"]))
+    picked = chosen(
+        pool,
+        n,
+        0,
+        lambda f: bool(f["concept"]) and f["ground"] in ("white", "plain") and bool(f["ground_words"]),
+    )
     facts = [pool.facts[i] for i in picked]
     rng = np.random.default_rng(0)
-    drawn = draw(model, [caption(f, rng, (True,) * 4) for f in facts], seeds=[1000 + i for i in range(len(facts))])
+    drawn = draw(
+        model, [caption(f, rng, (True,) * 4) for f in facts], seeds=[1000 + i for i in range(len(facts))]
+    )
     concept, look = judge.verdicts(network, drawn)
     return {
-        "text alone: concept": interval([WORDS[c[0]] == f["concept"] for c, f in zip(concept, facts, strict=True)]),
+        "text alone: concept": interval(
+            [WORDS[c[0]] == f["concept"] for c, f in zip(concept, facts, strict=True)]
+        ),
         "text alone: look": interval([LOOKS[k] == f["look"] for k, f in zip(look, facts, strict=True)]),
         "text alone: background": interval(same_ground(drawn, pool.pictures(picked))),
     }
@@ -69,10 +81,16 @@ def picture_alone(model: Model, pool: Pool, network: judge.Network, n: int, like
         who = "known" if known else "unseen"
         concept, look = judge.verdicts(network, drawn)
         if known:
-            out["picture alone: concept"] = interval([WORDS[c[0]] == f["concept"] for c, f in zip(concept, facts, strict=True)])
-            out["picture alone: look"] = interval([LOOKS[k] == f["look"] for k, f in zip(look, facts, strict=True)])
+            out["picture alone: concept"] = interval(
+                [WORDS[c[0]] == f["concept"] for c, f in zip(concept, facts, strict=True)]
+            )
+            out["picture alone: look"] = interval(
+                [LOOKS[k] == f["look"] for k, f in zip(look, facts, strict=True)]
+            )
             plain = [f["ground"] in ("white", "plain") for f in facts]
-            out["picture alone: background"] = interval([s for s, p in zip(same_ground(drawn, shown), plain, strict=True) if p])
+            out["picture alone: background"] = interval(
+                [s for s, p in zip(same_ground(drawn, shown), plain, strict=True) if p]
+            )
         near = likeness(drawn) @ likeness(shown).T
         found = []
         for i in range(len(picked)):
@@ -115,7 +133,9 @@ def control(model: Model, pool: Pool, folder: Path, n: int, steps: int = 20) -> 
     for i in range(0, len(picked), 16):
         part = slice(i, i + 16)
         prompts = [f"a {pool.facts[j]['concept']}" for j in picked[part]]
-        x = torch.stack([torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(j)) for j in picked[part]])
+        x = torch.stack(
+            [torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(j)) for j in picked[part]]
+        )
         hidden = torch.cat([model.texts([""] * len(prompts)), model.texts(prompts)])
         seen = torch.cat([condition[part]] * 2)
         model.scheduler.set_timesteps(steps)
@@ -123,7 +143,9 @@ def control(model: Model, pool: Pool, folder: Path, n: int, steps: int = 20) -> 
             double = torch.cat([x, x])
             with torch.autocast("cpu", torch.bfloat16):
                 down, mid = net(double, t, hidden, seen, return_dict=False)
-                v = model.unet(double, t, hidden, down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
+                v = model.unet(
+                    double, t, hidden, down_block_additional_residuals=down, mid_block_additional_residual=mid
+                ).sample
             none, some = v.float().chunk(2)
             x = model.scheduler.step(none + 4 * (some - none), t, x).prev_sample
         y = model.vae.decode(x / model.vae.config.scaling_factor).sample.clamp(-1, 1)
@@ -173,7 +195,9 @@ def measure(folder: Path, split: str, n: int, kind: str = "plus", extras: bool =
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--split", choices=sorted(SEEDS), default="validation")
     parser.add_argument("-n", type=int, default=48)
     parser.add_argument("--model", type=Path, default=MODEL)
@@ -185,7 +209,9 @@ def main() -> None:
     figures = measure(args.model, args.split, args.n, args.adapter)
     print(table(figures))
     print(f"score {score(figures):.4f}; motions: {', '.join(MOTIONS)}")
-    args.out.write_text(json.dumps({"split": args.split, "score": score(figures), "figures": figures}, indent=1) + "\n")
+    args.out.write_text(
+        json.dumps({"split": args.split, "score": score(figures), "figures": figures}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -123,7 +123,12 @@ def main() -> None:
         seen = set()
         for code, rgba in pictures(source, tarballs[name], slugs, codes):
             entry = about.get(code)
-            if entry is None or entry["category"] in ("Flags", "Component") or SKIP.search(code) or code in seen:
+            if (
+                entry is None
+                or entry["category"] in ("Flags", "Component")
+                or SKIP.search(code)
+                or code in seen
+            ):
                 continue
             if (rgba[..., 3] > 128).mean() < 0.06:  # nothing to see
                 continue

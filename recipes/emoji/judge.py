@@ -3,8 +3,8 @@
 - A small convolutional network, trained on true pictures only and apart from every model it judges, says
   concept and look. What it says of true pictures nobody trained on is printed beside its verdicts.
 - Colours are measured in closed form in CIELAB: a background is the border's median, a palette six clusters.
-- Likeness is that of an ImageNet network's features (EfficientNet-Lite0, Apache-2.0, from a PyPI wheel), which
-  no stage saw as a target.
+- Likeness is that of an ImageNet network's features (EfficientNet-Lite0, Apache-2.0, from a PyPI wheel),
+  which no stage saw as a target.
 
     python recipes/emoji/judge.py --minutes 10
 """
@@ -34,7 +34,12 @@ class Network(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(3, 32, 5, 2, 2), nn.BatchNorm2d(32), nn.ReLU()]
         for a, b in ((32, 64), (64, 128), (128, 192), (192, 256)):
             layers += [nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
-            layers += [nn.Conv2d(b, b, 3, 1, 1, groups=b, bias=False), nn.Conv2d(b, b, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
+            layers += [
+                nn.Conv2d(b, b, 3, 1, 1, groups=b, bias=False),
+                nn.Conv2d(b, b, 1, bias=False),
+                nn.BatchNorm2d(b),
+                nn.ReLU(),
+            ]
         self.body = nn.Sequential(*layers)
         self.concept = nn.Linear(256 * 5, len(WORDS))
         self.look = nn.Linear(256 * 5, len(LOOKS))
@@ -51,7 +56,9 @@ def pixels(pictures: np.ndarray) -> Tensor:
 
 def labels(facts: list[dict]) -> tuple[Tensor, Tensor]:
     concept = [WORDS.index(fact["concept"]) if fact["concept"] else -100 for fact in facts]
-    return torch.tensor(concept, device=DEVICE), torch.tensor([LOOKS.index(f["look"]) for f in facts], device=DEVICE)
+    return torch.tensor(concept, device=DEVICE), torch.tensor(
+        [LOOKS.index(f["look"]) for f in facts], device=DEVICE
+    )
 
 
 @torch.no_grad()
@@ -80,7 +87,14 @@ def to_lab(colours: np.ndarray) -> np.ndarray:
 def border(picture: np.ndarray) -> np.ndarray:
     """The median colour (CIELAB) of the outermost four pixels."""
     lab = to_lab(picture)
-    edge = np.concatenate([lab[:4].reshape(-1, 3), lab[-4:].reshape(-1, 3), lab[:, :4].reshape(-1, 3), lab[:, -4:].reshape(-1, 3)])
+    edge = np.concatenate(
+        [
+            lab[:4].reshape(-1, 3),
+            lab[-4:].reshape(-1, 3),
+            lab[:, :4].reshape(-1, 3),
+            lab[:, -4:].reshape(-1, 3),
+        ]
+    )
     return np.median(edge, 0)
 
 
@@ -113,7 +127,14 @@ class Likeness:
 
     def _bn(self, x: Tensor, name: str) -> Tensor:
         w = self.w
-        return F.batch_norm(x, w[f"{name}.running_mean"], w[f"{name}.running_var"], w[f"{name}.weight"], w[f"{name}.bias"], eps=1e-3)
+        return F.batch_norm(
+            x,
+            w[f"{name}.running_mean"],
+            w[f"{name}.running_var"],
+            w[f"{name}.weight"],
+            w[f"{name}.bias"],
+            eps=1e-3,
+        )
 
     def _conv(self, x: Tensor, name: str, stride: int = 1) -> Tensor:
         weight = self.w[f"{name}.weight"]
@@ -126,9 +147,14 @@ class Likeness:
     @torch.no_grad()
     def __call__(self, pictures: np.ndarray) -> np.ndarray:
         out = []
-        mean, std = (torch.tensor(v, device=DEVICE).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        mean, std = (
+            torch.tensor(v, device=DEVICE).view(1, 3, 1, 1)
+            for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        )
         for i in range(0, len(pictures), 32):
-            x = F.relu6(self._bn(self._conv((pixels(pictures[i : i + 32]) - mean) / std, "_conv_stem", 2), "_bn0"))
+            x = F.relu6(
+                self._bn(self._conv((pixels(pictures[i : i + 32]) - mean) / std, "_conv_stem", 2), "_bn0")
+            )
             number = 0
             for repeats, first, _ in self.BLOCKS:
                 for r in range(repeats):
@@ -145,7 +171,9 @@ class Likeness:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -154,9 +182,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     network = Network().train().to(DEVICE)
+    optimizer = adamw(network.parameters(), args.lr)
     mark = fingerprint(stage="judge", words=WORDS, looks=LOOKS)
     loop = Loop(
-        CHECKPOINTS / "judge.pt", args.minutes, network, adamw(network.parameters(), args.lr), Ema(network, 0.99), mark, warmup=50
+        CHECKPOINTS / "judge.pt", args.minutes, network, optimizer, Ema(network, 0.99), mark, 50
     )  # fmt: skip
     if not args.export:
         pool = Pool(1)
@@ -169,7 +198,9 @@ def main() -> None:
             concept, look = labels([pool.facts[i] for i in picked])
             with half():
                 one, two = network(x)
-            loss = F.cross_entropy(one.float(), concept, label_smoothing=0.05) + F.cross_entropy(two.float(), look)
+            loss = F.cross_entropy(one.float(), concept, label_smoothing=0.05) + F.cross_entropy(
+                two.float(), look
+            )
             loop.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             loop.optimizer.step()
@@ -190,8 +221,13 @@ def main() -> None:
     said = verdicts(network, held_out.pictures(list(range(len(held_out)))))
     known = concept.cpu().numpy() >= 0
     hit = (said[0][:, 0] == concept.cpu().numpy())[known].mean()
-    print(f"on true validation pictures: concept {hit:.3f}, look {(said[1] == look.cpu().numpy()).mean():.3f}")
-    torch.save({k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}, STATE / "judge.pt")
+    print(
+        f"on true validation pictures: concept {hit:.3f}, look {(said[1] == look.cpu().numpy()).mean():.3f}"
+    )
+    torch.save(
+        {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()},
+        STATE / "judge.pt",
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Stage 2b: the pool's latents, scaled, in chunks beside the pictures' own, once for each autoencoder's encoder.
+"""Stage 2b: the pool's scaled latents in chunks like the pictures', once for each autoencoder's encoder.
 
-    python recipes/emoji/latents.py --seed 1
+python recipes/emoji/latents.py --seed 1
 """
 
 import argparse
-import os
 
 import numpy as np
 import torch
@@ -26,12 +25,16 @@ def latents_of(seed: int) -> np.ndarray:
     while (path := STATE / "latents" / f"{mark}-{seed}-{len(found):03}.npy").exists():
         found.append(np.load(path))
     if not found:
-        raise SystemExit(f"no latents of seed {seed} for this autoencoder: run latents.py --seed {seed} first")
+        raise SystemExit(
+            f"no latents of seed {seed} for this autoencoder: run latents.py --seed {seed} first"
+        )
     return np.concatenate(found)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -50,7 +53,7 @@ def main() -> None:
                     x = x.contiguous(memory_format=torch.channels_last)
                     new.append((vae.encode(x).latent_dist.mode() * vae.config.scaling_factor).half().numpy())
             np.save(part := path.with_suffix(".part.npy"), np.concatenate(new))
-            os.replace(part, path)
+            part.replace(path)
             print(path.name, flush=True)
         number += 1
 

@@ -16,7 +16,20 @@ import math
 import numpy as np
 import torch
 from base import SCHEDULE
-from common import CHECKPOINTS, DEVICE, MODEL, START, STATE, Ema, Loop, fingerprint, half, progress_mean, save_half, to_float
+from common import (
+    CHECKPOINTS,
+    DEVICE,
+    MODEL,
+    START,
+    STATE,
+    Ema,
+    Loop,
+    fingerprint,
+    half,
+    progress_mean,
+    save_half,
+    to_float,
+)
 from diffusers import AutoencoderKL, DDIMScheduler, MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from draw import Icons, apply_look, caption, choose, style_of, warp
@@ -55,7 +68,12 @@ def clip(icons: Icons, seed: int, index: int) -> tuple[np.ndarray, dict, str]:
     motion = MOTIONS[index % len(MOTIONS)]
     icon = choose(icons, rng, split, style.look, 0.1)
     rgba, row = np.asarray(icons.rgba[icon]), icons.rows[icon]
-    much, size, x, y = rng.uniform(0.8, 1.2), rng.uniform(70, 92), 63.5 + rng.uniform(-5, 5), 63.5 + rng.uniform(-4, 8)
+    much, size, x, y = (
+        rng.uniform(0.8, 1.2),
+        rng.uniform(70, 92),
+        63.5 + rng.uniform(-5, 5),
+        63.5 + rng.uniform(-4, 8),
+    )
     if motion == "growing":
         size *= 0.75
     if motion == "bouncing":
@@ -135,7 +153,9 @@ class Positions:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--count", type=int, default=900, help="clips to learn from")
     parser.add_argument("--clips", type=int, default=3, help="clips a step, of 8 frames each")
@@ -150,9 +170,17 @@ def main() -> None:
     trained = [p for p in adapter.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     mark = fingerprint(stage="motion", motions=MOTIONS)
-    loop = Loop(CHECKPOINTS / "motion.pt", args.minutes, adapter, optimizer, Ema(adapter, 0.997), mark, warmup=40)
+    loop = Loop(
+        CHECKPOINTS / "motion.pt", args.minutes, adapter, optimizer, Ema(adapter, 0.997), mark, warmup=40
+    )
     if not args.export:
-        text = CLIPTextModel.from_pretrained(MODEL / "text_encoder").float().eval().requires_grad_(False).to(DEVICE)
+        text = (
+            CLIPTextModel.from_pretrained(MODEL / "text_encoder")
+            .float()
+            .eval()
+            .requires_grad_(False)
+            .to(DEVICE)
+        )
         texts = Texts(CLIPTokenizer.from_pretrained(MODEL / "tokenizer"), text)
         latents, about = clips_of(args.count)
         positions = Positions(unet)

@@ -1,12 +1,11 @@
 """Stage 1c: a pool of drawn pictures on disk, uint8, in chunks that training can use while more are made.
 
-    python recipes/emoji/pool.py --seed 1 --count 60000      # train
-    python recipes/emoji/pool.py --seed 2 --count 2000       # validation; 3: test
+python recipes/emoji/pool.py --seed 1 --count 60000      # train
+python recipes/emoji/pool.py --seed 2 --count 2000       # validation; 3: test
 """
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +37,9 @@ class Pool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--count", type=int, default=60000)
     args = parser.parse_args()
@@ -51,7 +52,7 @@ def main() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".json").write_text(json.dumps([fact for _, fact in drawn]))
         np.save(part := path.with_suffix(".part.npy"), np.stack([picture for picture, _ in drawn]))
-        os.replace(part, path)
+        part.replace(path)
         print(path.name, flush=True)
 
 

@@ -1,7 +1,7 @@
 """Drawing with the model as it is now, in batches, without a pipeline: what judge and figures stand on.
 
-    python recipes/emoji/sample.py --prompts "a cat" "a red owl, neon style" --out sheet.png
-    python recipes/emoji/sample.py --adapter plus --references disc.png owl.png --prompts "a cat" ""
+python recipes/emoji/sample.py --prompts "a cat" "a red owl, neon style" --out sheet.png
+python recipes/emoji/sample.py --adapter plus --references disc.png owl.png --prompts "a cat" ""
 """
 
 import argparse
@@ -62,7 +62,9 @@ def draw(
     for i in range(0, len(prompts), batch):
         part = slice(i, i + batch)
         texts = prompts[part]
-        x = torch.stack([torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(s)) for s in seeds[part]])
+        x = torch.stack(
+            [torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(s)) for s in seeds[part]]
+        )
         x = x.to(DEVICE)
         with half():
             hidden = torch.cat([model.texts([""] * len(texts)), model.texts(texts)]).float()
@@ -70,7 +72,9 @@ def draw(
         if model.adapter and references is not None:
             with half():
                 shown = features(model.kind, model.encoder, normalise(references[part])).float()
-                nothing = features(model.kind, model.encoder, torch.zeros(1, 3, 128, 128, device=DEVICE)).float()
+                nothing = features(
+                    model.kind, model.encoder, torch.zeros(1, 3, 128, 128, device=DEVICE)
+                ).float()
             if model.kind == "base":
                 nothing = torch.zeros_like(nothing)
             tokens = model.adapter.projection(torch.cat([nothing.expand_as(shown), shown]))
@@ -104,7 +108,9 @@ def read(path: str | Path) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--adapter", choices=sorted(KINDS))
     parser.add_argument("--prompts", nargs="+", required=True)
@@ -124,7 +130,17 @@ def main() -> None:
     shown = np.stack([read(path) for path in args.references])
     rows = []
     for prompt in args.prompts:
-        rows.append(draw(model, [prompt] * len(shown), shown, [args.seed] * len(shown), args.scale, args.steps, args.guidance))
+        rows.append(
+            draw(
+                model,
+                [prompt] * len(shown),
+                shown,
+                [args.seed] * len(shown),
+                args.scale,
+                args.steps,
+                args.guidance,
+            )
+        )
     sheet(np.concatenate([shown, *rows]), len(shown)).save(args.out)
 
 

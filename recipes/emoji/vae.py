@@ -1,9 +1,10 @@
 """Stage 2: the autoencoder, ``AutoencoderKL`` with f = 8 and four latent channels, no attention.
 
 Fully convolutional: it learns from 64×64 crops and is used at 128×128. The loss is L1, L2 and the L1 of the
-picture's gradients (edges must stay crisp), half of the time on a latent scaled down by two, which must decode
-to the picture scaled down (EQ-VAE, arXiv 2502.09509: such latents are easier for the diffusion model), and
-half of the time from latents with a little noise, since a UNet's latents are never quite those of a picture.
+picture's gradients (edges must stay crisp), half of the time on a latent scaled down by two, which must
+decode to the picture scaled down (EQ-VAE, arXiv 2502.09509: such latents are easier for the diffusion
+model), and half of the time from latents with a little noise, since a UNet's latents are never quite those
+of a picture.
 
     python recipes/emoji/vae.py --minutes 15            # both halves, from the weights of START
     python recipes/emoji/vae.py --decoder --minutes 60  # then the decoder alone: latents stay what they are
@@ -30,7 +31,9 @@ def gradients(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
     edges = sum((p - q).abs().mean() for p, q in zip(gradients(a), gradients(b), strict=True))
-    means = F.mse_loss(F.avg_pool2d(a, 8), F.avg_pool2d(b, 8))  # what colour a place has comes before all else
+    means = F.mse_loss(
+        F.avg_pool2d(a, 8), F.avg_pool2d(b, 8)
+    )  # what colour a place has comes before all else
     return (a - b).abs().mean() + 2 * F.mse_loss(a, b) + 0.5 * edges + 8 * means
 
 
@@ -47,7 +50,9 @@ def quality(vae: AutoencoderKL, pictures: Tensor) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--lr", type=float, default=1.5e-3)
@@ -64,8 +69,9 @@ def main() -> None:
     trained = [p for p in vae.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4)
     name = "decoder" if args.decoder else "vae"
+    mark = fingerprint(stage=name)
     loop = Loop(
-        CHECKPOINTS / f"{name}.pt", args.minutes, vae, optimizer, Ema(vae, 0.998), fingerprint(stage=name), warmup=60
+        CHECKPOINTS / f"{name}.pt", args.minutes, vae, optimizer, Ema(vae, 0.998), mark, 60
     )  # fmt: skip
     held_out = to_float(torch.from_numpy(Pool(2).pictures(list(range(0, 960, 10)))))
     pool = Pool(1)
@@ -83,7 +89,9 @@ def main() -> None:
             latents = vae.encode(real).latent_dist.mode()
             spread = float(latents.detach().std())
             if step % 2:
-                latents = latents + torch.rand(len(real), 1, 1, 1) * NOISE * spread * torch.randn_like(latents)
+                latents = latents + torch.rand(len(real), 1, 1, 1) * NOISE * spread * torch.randn_like(
+                    latents
+                )
             loss = distance(vae.decode(latents).sample, real)
             if not args.decoder:
                 if step % 2 == 0:
@@ -96,7 +104,10 @@ def main() -> None:
             optimizer.step()
             progress_mean(loop.log, "loss", loss.item())
             if step % 400 == 0:
-                print("validation PSNR {:.2f} dB, gradients {:.3f}".format(*quality(vae, held_out[:48])), flush=True)
+                print(
+                    "validation PSNR {:.2f} dB, gradients {:.3f}".format(*quality(vae, held_out[:48])),
+                    flush=True,
+                )
     assert loop.ema
     loop.ema.copy_to(vae)
     vae.eval()

@@ -1,0 +1,165 @@
+"""The emoji recipe: draws follow from (seed, index) alone, captions say what was drawn, a loop resumes."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "emoji"
+cv2 = pytest.importorskip("cv2")
+pytest.importorskip("resvg_py")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The recipe's modules with an empty state folder of their own."""
+    monkeypatch.setenv("EMOJI_STATE", str(tmp_path))
+    monkeypatch.syspath_prepend(str(RECIPE))
+    names = [path.stem for path in RECIPE.glob("*.py")]
+    kept = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    yield load
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.modules.update(kept)
+
+
+class Icons:
+    """Two words and two wordless icons: discs of one colour on nothing."""
+
+    def __init__(self) -> None:
+        y, x = np.mgrid[0:160, 0:160]
+        inside = np.hypot(x - 80, y - 80) < 60
+        self.rgba = np.zeros((4, 160, 160, 4), np.uint8)
+        for i, colour in enumerate(((220, 40, 40), (40, 40, 220), (40, 160, 60), (200, 200, 40))):
+            self.rgba[i, inside] = (*colour, 255)
+        self.rows = [
+            {"concept": c, "slug": s, "code": s, "set": "noto"}
+            for c, s in (("cat", "cat"), ("owl", "owl"), (None, "a"), (None, "b"))
+        ]
+        self.words = ["cat", "owl"]
+        self.of_word = {"cat": [0], "owl": [1]}
+        self.wordless = {split: [2, 3] for split in ("train", "validation", "test")}
+
+
+def test_a_draw_follows_from_seed_and_index_alone(recipe) -> None:
+    draw = recipe("draw")
+    for index in range(24):
+        one, said = draw.draw(Icons(), 1, index)
+        two, again = draw.draw(Icons(), 1, index)
+        assert one.shape == (128, 128, 3)
+        assert one.dtype == np.uint8
+        assert (one == two).all()
+        assert said == again
+    assert not (draw.draw(Icons(), 1, 0)[0] == draw.draw(Icons(), 2, 0)[0]).all()
+
+
+def test_a_group_shares_look_and_background(recipe) -> None:
+    draw = recipe("draw")
+    for group in range(12):
+        facts = [draw.draw(Icons(), 1, 4 * group + member)[1] for member in range(4)]
+        assert len({fact["look"] for fact in facts}) == 1
+        assert len({str(fact["ground_colours"]) for fact in facts}) == 1
+        assert facts[0]["code"] == facts[2]["code"]
+
+
+def test_training_never_draws_a_held_out_pair(recipe) -> None:
+    draw = recipe("draw")
+    icons = Icons()
+    icons.words = ["cat", "owl", "fox", "pig", "key", "sun"]
+    icons.of_word = {word: [0] for word in icons.words}
+    icons.rows[0]["concept"] = None
+    rng = np.random.default_rng(0)
+    for look in draw.LOOKS:
+        picked = [w for w in icons.words if draw.split_of(f"{w}|{look}") == "train"]
+        assert picked, look
+        icons.of_word = {word: [i] for i, word in enumerate(icons.words)}
+        for _ in range(30):
+            assert icons.words[draw.choose(icons, rng, "train", look, 0.0)] in picked
+
+
+def test_a_caption_says_what_it_is_asked_to(recipe) -> None:
+    draw = recipe("draw")
+    fact = {
+        "concept": "owl",
+        "count": 2,
+        "colours": ("red",),
+        "look": "neon",
+        "ground": "plain",
+        "ground_words": ("blue",),
+    }
+    rng = np.random.default_rng(0)
+    assert draw.caption(fact, rng, (False,) * 4) == ""
+    assert draw.caption(fact, rng, (True, False, False, False)) == "two owls"
+    whole = draw.caption(fact, rng, (True,) * 4)
+    assert all(word in whole for word in ("two red owls", "neon", "on a blue background"))
+    assert draw.caption(fact | {"concept": None}, rng, (True, False, False, False)) == ""
+
+
+def test_another_package_hash_is_refused(recipe, tmp_path: Path) -> None:
+    icons = recipe("icons")
+    (tmp_path / "noto.tgz").write_bytes(b"changed")
+    with pytest.raises(SystemExit, match=r"sources\.json expects"):
+        icons.fetch("noto", {"npm": "noto@1", "sha256": "0" * 64}, tmp_path)
+
+
+def test_a_loop_resumes_and_refuses_another_configuration(recipe, tmp_path: Path) -> None:
+    common = recipe("common")
+
+    def loop(settings: str, minutes: float):
+        torch.manual_seed(0)
+        net = torch.nn.Linear(2, 2)
+        return common.Loop(
+            tmp_path / "x.pt", minutes, net, common.adamw(net.parameters(), 0.1), common.Ema(net), settings
+        )
+
+    first = loop("a", 0.002)
+    for _ in first:
+        first.learn(first.module(torch.ones(1, 2)).square().sum())
+    assert loop("a", 0.002).step == first.step
+    with pytest.raises(SystemExit, match="another configuration"):
+        loop("b", 0.002)
+
+
+def test_a_longer_run_goes_on_from_the_plateau(recipe, tmp_path: Path) -> None:
+    common = recipe("common")
+    net = torch.nn.Linear(2, 2)
+
+    def loop(minutes: float):
+        return common.Loop(tmp_path / "x.pt", minutes, net, common.adamw(net.parameters(), 0.1), None, "a")
+
+    first = loop(0.004)
+    for _ in first:
+        first.learn(net(torch.ones(1, 2)).square().sum())
+    longer = loop(0.1)
+    assert 0 < longer.step < first.step
+    assert longer.factor() > 0.0
+
+
+def test_the_queue_never_overwrites_a_better_model(
+    recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain, figures = recipe("chain"), recipe("figures")
+    share = {"value": 0.4, "low": 0.3, "high": 0.5, "n": 8}
+    monkeypatch.setattr(figures, "measure", lambda *_: {"text alone: concept": share})
+    target = tmp_path / "bundled"
+    target.mkdir()
+    (target / "figures.json").write_text('{"score": 0.5}')
+    with pytest.raises(SystemExit, match="not shipped"):
+        chain.ship(8, target)
+    assert [path.name for path in target.iterdir()] == ["figures.json"]
+
+
+def test_palette_distance_is_zero_to_itself_and_large_to_another_colour(recipe) -> None:
+    judge = recipe("judge")
+    red = np.full((128, 128, 3), (220, 30, 30), np.uint8)
+    blue = np.full((128, 128, 3), (30, 30, 220), np.uint8)
+    assert judge.palette_distance(red, red) == pytest.approx(0, abs=1e-3)
+    assert judge.palette_distance(red, blue) > 60
