@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--with-base", action="store_true", help="UNet and text encoder learn on too")
     parser.add_argument("--base-lr", type=float, default=8e-4)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--processes", type=int, default=1, help="that share each batch")
+    parser.add_argument("--processes", type=int, default=1, help="that train together")
     parser.add_argument("--export", action="store_true", help="write the newest average and stop")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -191,7 +191,7 @@ def main() -> None:
         args.minutes,
         learners,
         optimizer,
-        Ema(learners, 0.999 if args.with_base else 0.998),
+        None if crew.rank else Ema(learners, 0.999 if args.with_base else 0.998),
         mark,
         30,
         crew=crew,
@@ -207,10 +207,7 @@ def main() -> None:
         adapter.attach(unet)
         for step in loop:
             rng = np.random.default_rng([9, step, crew.rank])
-            drawn = [
-                pair(pool.facts, size, rng, 0.3 if args.with_base else 0.0)
-                for _ in range(args.batch // crew.size)
-            ]
+            drawn = [pair(pool.facts, size, rng, 0.3 if args.with_base else 0.0) for _ in range(args.batch)]
             with torch.no_grad(), half():
                 shown = features(
                     args.kind, encoder, normalise(pool.pictures([one for one, *_ in drawn]))

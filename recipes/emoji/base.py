@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--processes", type=int, default=1, help="that share each batch")
+    parser.add_argument("--processes", type=int, default=1, help="that train together")
     parser.add_argument("--export", action="store_true", help="write the newest average and stop")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -117,19 +117,27 @@ def main() -> None:
     for group in adamw(both["text"].parameters(), args.lr / 3).param_groups:
         optimizer.add_param_group(group)
     mark = fingerprint(stage="base", words=WORDS, looks=LOOKS, tokens=len(tokenizer))
-    loop = Loop(CHECKPOINTS / "base.pt", args.minutes, both, optimizer, Ema(both, 0.999), mark, 30, crew=crew)
+    loop = Loop(
+        CHECKPOINTS / "base.pt",
+        args.minutes,
+        both,
+        optimizer,
+        None if crew.rank else Ema(both, 0.999),
+        mark,
+        30,
+        crew=crew,
+    )
     if not args.export:
         latents, pool = latents_of(1), Pool(1)
         known = np.flatnonzero([fact["concept"] is not None for fact in pool.facts[: len(latents)]])
         abar = DDIMScheduler(**SCHEDULE).alphas_cumprod.to(DEVICE)
-        mine = args.batch // crew.size
         for step in loop:
             if step % 100 == 99:  # more may have been drawn and encoded
                 latents, pool = latents_of(1), Pool(1)
                 known = np.flatnonzero([fact["concept"] is not None for fact in pool.facts[: len(latents)]])
             rng = np.random.default_rng([6, step, crew.rank])
-            near = rng.choice(known, mine * 3 // 4, replace=False)
-            picked = np.concatenate([near, rng.integers(len(latents), size=mine - len(near))])
+            near = rng.choice(known, args.batch * 3 // 4, replace=False)
+            picked = np.concatenate([near, rng.integers(len(latents), size=args.batch - len(near))])
             rng.shuffle(picked)  # timesteps are stratified over the batch
             x = torch.from_numpy(latents[picked]).float().to(DEVICE)
             t = timesteps(len(x))

@@ -58,9 +58,12 @@ class Ema:
 
 
 class Crew:
-    """Processes that train one model together, each with a part of the batch: on cores that are shared with
-    others two processes of one thread do more than one of two, whose threads wait for each other at every
-    operation. Rank 0 is the process that was started; it starts the others with its own arguments."""
+    """Processes that train one model together, each on draws of its own, and take the mean of their weights
+    every ``EVERY`` steps (local SGD, arXiv 1805.09767): on cores that are shared with others, threads wait
+    for each other at every operation, and processes that share gradients at every step. Rank 0 is the process
+    that was started; it starts the others with its own arguments."""
+
+    EVERY = 8
 
     def __init__(self, size: int) -> None:
         self.size, self.rank = size, int(os.environ.get("EMOJI_RANK", 0))
@@ -74,16 +77,15 @@ class Crew:
             "gloo", init_method=f"file://{os.environ['EMOJI_CREW']}", rank=self.rank, world_size=size
         )
 
-    def average(self, parameters: Iterable[nn.Parameter], clock: float) -> float:
-        """Give every process the mean of the gradients, and rank 0's clock, by which all stop together."""
-        if self.size == 1:
-            return clock
-        grads = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads] + [torch.tensor([clock if self.rank == 0 else 0.0])])
+    def average(self, parameters: list[nn.Parameter], clock: float) -> float:
+        """Give every process the mean of the weights, and rank 0's clock, by which all stop together."""
+        clocks = torch.tensor([clock if self.rank == 0 else 0.0])
+        flat = torch.cat([p.detach().flatten() for p in parameters] + [clocks])
         dist.all_reduce(flat)
-        parts = (flat[:-1] / self.size).split([g.numel() for g in grads])
-        for grad, part in zip(grads, parts, strict=True):
-            grad.copy_(part.view_as(grad))
+        means = (flat[:-1] / self.size).split([p.numel() for p in parameters])
+        with torch.no_grad():
+            for parameter, mean in zip(parameters, means, strict=True):
+                parameter.copy_(mean.view_as(parameter))
         return float(flat[-1])
 
 
@@ -105,6 +107,7 @@ class Loop:
     log: dict[str, float] = field(default_factory=dict)
     step: int = 0
     spent: float = 0.0
+    clock: float = 0.0
     crew: Crew | None = None
 
     def __post_init__(self) -> None:
@@ -123,28 +126,33 @@ class Loop:
             if path == self.path and decayed and state["minutes"] < self.minutes and plateau.exists():
                 continue
             self.module.load_state_dict(state["module"])
+            fused = self.optimizer.param_groups[0].get("fused")
             self.optimizer.load_state_dict(state["optimizer"])
+            for group in self.optimizer.param_groups:
+                group["fused"] = fused
             self.step, self.spent = state["step"], state["spent"]
+            self.clock = self.spent
             if self.ema:
                 self.ema.shadow, self.ema.updates = state["ema"], state["updates"]
             print(f"resumed {path.name} at step {self.step}", flush=True)
             return
 
     def part(self) -> float:
-        return self.spent / (60 * self.minutes)
+        alone = not self.crew or self.crew.size == 1
+        return (self.spent if alone else self.clock) / (60 * self.minutes)
 
     def factor(self) -> float:
         return min(1.0, (self.step + 1) / self.warmup, max(0.02, (1 - self.part()) / self.decay))
 
     def learn(self, loss: Tensor) -> None:
-        """Backward, the crew's mean, clipping, a step of the optimizer."""
+        """Backward, clipping, a step of the optimizer; now and then the crew's mean."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if self.crew:
-            self.spent = self.crew.average(trained, self.spent)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         self.optimizer.step()
+        if self.crew and self.crew.size > 1 and self.step % Crew.EVERY == Crew.EVERY - 1:
+            self.clock = self.crew.average(trained, self.spent)
 
     def save(self, path: Path | None = None) -> None:
         if self.crew and self.crew.rank:
@@ -197,7 +205,7 @@ def adamw(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.01},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
 
 
 def save_half(module: Any, folder: Path) -> None:
