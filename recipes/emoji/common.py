@@ -66,8 +66,8 @@ class Crew:
     EVERY = 8
 
     def __init__(self, size: int) -> None:
-        self.size, self.rank = size, int(os.environ.get("EMOJI_RANK", 0))
-        if size == 1:
+        self.size, self.rank = size if DEVICE == "cpu" else 1, int(os.environ.get("EMOJI_RANK", 0))
+        if self.size == 1:
             return
         if self.rank == 0:
             os.environ["EMOJI_CREW"] = tempfile.mktemp(prefix="emoji-crew-")

@@ -15,7 +15,7 @@ import cv2
 import judge
 import numpy as np
 import torch
-from common import MODEL, to_float
+from common import DEVICE, MODEL, half, to_float
 from diffusers import ControlNetModel
 from draw import LOOKS, caption
 from encoder import WORDS
@@ -124,11 +124,11 @@ def both(model: Model, pool: Pool, network: judge.Network, n: int) -> dict:
 @torch.no_grad()
 def control(model: Model, pool: Pool, folder: Path, n: int, steps: int = 20) -> dict:
     """F1 (within a pixel) of the drawing's edges and the condition's, the concept named."""
-    net = ControlNetModel.from_pretrained(folder / "controlnet-canny").float().eval()
+    net = ControlNetModel.from_pretrained(folder / "controlnet-canny").float().eval().to(DEVICE)
     picked = chosen(pool, n, 1, lambda f: bool(f["concept"]))
     truth = pool.pictures(picked)
     maps = np.stack([cv2.Canny(np.ascontiguousarray(p), 100, 200) for p in truth])
-    condition = torch.from_numpy(maps)[:, None].float().div(255).expand(-1, 3, -1, -1)
+    condition = torch.from_numpy(maps)[:, None].float().to(DEVICE).div(255).expand(-1, 3, -1, -1)
     scores = []
     for i in range(0, len(picked), 16):
         part = slice(i, i + 16)
@@ -136,12 +136,13 @@ def control(model: Model, pool: Pool, folder: Path, n: int, steps: int = 20) -> 
         x = torch.stack(
             [torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(j)) for j in picked[part]]
         )
+        x = x.to(DEVICE)
         hidden = torch.cat([model.texts([""] * len(prompts)), model.texts(prompts)])
         seen = torch.cat([condition[part]] * 2)
         model.scheduler.set_timesteps(steps)
         for t in model.scheduler.timesteps:
             double = torch.cat([x, x])
-            with torch.autocast("cpu", torch.bfloat16):
+            with half():
                 down, mid = net(double, t, hidden, seen, return_dict=False)
                 v = model.unet(
                     double, t, hidden, down_block_additional_residuals=down, mid_block_additional_residual=mid
@@ -149,7 +150,7 @@ def control(model: Model, pool: Pool, folder: Path, n: int, steps: int = 20) -> 
             none, some = v.float().chunk(2)
             x = model.scheduler.step(none + 4 * (some - none), t, x).prev_sample
         y = model.vae.decode(x / model.vae.config.scaling_factor).sample.clamp(-1, 1)
-        drawn = ((y + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy()
+        drawn = ((y + 1) * 127.5).byte().permute(0, 2, 3, 1).cpu().numpy()
         for mine, real in zip(drawn, maps[part], strict=True):
             found = cv2.Canny(np.ascontiguousarray(mine), 60, 120) > 0
             wanted, grow = real > 0, np.ones((3, 3), np.uint8)

@@ -7,7 +7,7 @@ import argparse
 
 import numpy as np
 import torch
-from common import MODEL, STATE, fingerprint, to_float
+from common import DEVICE, MODEL, STATE, fingerprint, to_float
 from diffusers import AutoencoderKL
 from pool import CHUNK, Pool, chunk_path
 
@@ -39,7 +39,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    vae = AutoencoderKL.from_pretrained(MODEL / "vae").float().eval().to(memory_format=torch.channels_last)
+    vae = (
+        AutoencoderKL.from_pretrained(MODEL / "vae")
+        .float()
+        .eval()
+        .to(DEVICE, memory_format=torch.channels_last)
+    )
     mark, number = mark_of(vae), 0
     folder = STATE / "latents"
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +56,9 @@ def main() -> None:
                 for i in range(number * CHUNK, (number + 1) * CHUNK, 20):
                     x = to_float(torch.from_numpy(pool.pictures(list(range(i, i + 20)))))
                     x = x.contiguous(memory_format=torch.channels_last)
-                    new.append((vae.encode(x).latent_dist.mode() * vae.config.scaling_factor).half().numpy())
+                    new.append(
+                        (vae.encode(x).latent_dist.mode() * vae.config.scaling_factor).half().cpu().numpy()
+                    )
             np.save(part := path.with_suffix(".part.npy"), np.concatenate(new))
             part.replace(path)
             print(path.name, flush=True)

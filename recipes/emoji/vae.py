@@ -14,7 +14,18 @@ import argparse
 
 import numpy as np
 import torch
-from common import CHECKPOINTS, MODEL, START, Ema, Loop, fingerprint, progress_mean, save_half, to_float
+from common import (
+    CHECKPOINTS,
+    DEVICE,
+    MODEL,
+    START,
+    Ema,
+    Loop,
+    fingerprint,
+    progress_mean,
+    save_half,
+    to_float,
+)
 from diffusers import AutoencoderKL
 from pool import Pool
 from torch import Tensor
@@ -62,7 +73,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     source = MODEL / "vae" if args.decoder else START / "vae"
-    vae = AutoencoderKL.from_pretrained(source).float().train().to(memory_format=torch.channels_last)
+    vae = AutoencoderKL.from_pretrained(source).float().train().to(DEVICE, memory_format=torch.channels_last)
     if args.decoder:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
@@ -89,9 +100,9 @@ def main() -> None:
             latents = vae.encode(real).latent_dist.mode()
             spread = float(latents.detach().std())
             if step % 2:
-                latents = latents + torch.rand(len(real), 1, 1, 1) * NOISE * spread * torch.randn_like(
-                    latents
-                )
+                latents = latents + torch.rand(
+                    len(real), 1, 1, 1, device=DEVICE
+                ) * NOISE * spread * torch.randn_like(latents)
             loss = distance(vae.decode(latents).sample, real)
             if not args.decoder:
                 if step % 2 == 0:
