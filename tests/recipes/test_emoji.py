@@ -151,6 +151,13 @@ def test_the_queue_never_overwrites_a_better_model(
     monkeypatch.setattr(figures, "measure", lambda *_: {"text alone: concept": share})
     target = tmp_path / "bundled"
     target.mkdir()
+    with pytest.raises(SystemExit, match="not trained yet"):
+        chain.ship(8, target)
+    for part in chain.PARTS:
+        (chain.MODEL / part).mkdir(parents=True)
+    with pytest.raises(SystemExit, match="not shipped: score"):
+        chain.ship(8, target)
+    assert not list(target.iterdir())
     (target / "figures.json").write_text('{"score": 0.5}')
     with pytest.raises(SystemExit, match="not shipped"):
         chain.ship(8, target)
