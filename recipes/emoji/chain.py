@@ -55,17 +55,18 @@ COMMANDS = {
 
 MINUTES = {
     "vae": (40,),
-    "encoder": (39, 150, 240),
+    "encoder": (40, 100, 160),
     "base": (30,),
-    "judge": (15, 30, 30),
-    "plus": (60, 300, 720),
-    "linear": (20, 60, 120),
-    "decoder": (20, 90, 180),
-    "control": (15, 60, 120),
-    "motion": (20, 90, 180),
+    "judge": (10, 20, 30),
+    "plus": (100, 300, 550),
+    "linear": (20, 50, 100),
+    "decoder": (40, 80, 150),
+    "control": (15, 45, 90),
+    "motion": (25, 70, 150),
 }
-"""Minutes each stage has trained in all at the end of rounds 1 to 3. Of the first row, only the image encoder
-learns on after round 1: latents stay what the UNet has learned. The base learns on within ``plus``."""
+"""Minutes of a core (of each process) that a stage has trained in all at the end of rounds 1 to 3. Of the first
+row only the image encoder learns on after round 1: latents stay what the UNet has learned. The base learns on
+within ``plus``."""
 
 
 def stages() -> list[list[Stage]]:

@@ -91,9 +91,9 @@ class Crew:
 
 @dataclass
 class Loop:
-    """Steps until the stage has trained ``minutes`` in all: warm-up, a plateau, and a linear decay over the
-    last fifth. Stopped at any moment, it goes on from ``path``; with more minutes it leaves the decayed end
-    behind and goes on from the plateau kept in ``*.plateau.pt``."""
+    """Steps until the stage has trained ``minutes`` (of a core) in all: warm-up, a plateau, and a linear decay
+    over the last fifth. Stopped at any moment, it goes on from ``path``; with more minutes it leaves the decayed
+    end behind and goes on from the plateau kept in ``*.plateau.pt``."""
 
     path: Path
     minutes: float
@@ -170,8 +170,10 @@ class Loop:
         part.replace(path)
 
     def __iter__(self) -> Iterator[int]:
-        saved = before = time.monotonic()
-        first, began = self.step, before
+        # On shared cores only the time a process had counts, or a busy machine would end a stage untrained.
+        clock = time.process_time if DEVICE == "cpu" else time.monotonic
+        saved = began = time.monotonic()
+        before, first = clock(), self.step
         plateau = self.part() < 1 - self.decay
         while self.part() < 1:
             for group, lr in zip(self.optimizer.param_groups, self.base_lr, strict=True):
@@ -181,10 +183,10 @@ class Loop:
             self.step += 1
             if self.ema:
                 self.ema.update(self.module)
-            now = time.monotonic()
+            now, had = time.monotonic(), clock()
             if not self.crew or self.crew.rank == 0:
-                self.spent += min(now - before, 60.0)  # a machine that slept did not train
-            before = now
+                self.spent += had - before
+            before = had
             if self.step % 25 == 0 and not (self.crew and self.crew.rank):
                 rate = (self.step - first) / (now - began)
                 numbers = " ".join(f"{k}={v:.4f}" for k, v in self.log.items())
