@@ -64,9 +64,9 @@ MINUTES = {
     "control": (15, 45, 90),
     "motion": (25, 70, 150),
 }
-"""Minutes of a core (of each process) that a stage has trained in all at the end of rounds 1 to 3. Of the first
-row only the image encoder learns on after round 1: latents stay what the UNet has learned. The base learns on
-within ``plus``."""
+"""Minutes of a core (of each process) that a stage has trained in all at the end of rounds 1 to 3. Of the
+first row only the image encoder learns on after round 1: latents stay what the UNet has learned. The base
+learns on within ``plus``."""
 
 
 def stages() -> list[list[Stage]]:
