@@ -92,8 +92,8 @@ class Crew:
 @dataclass
 class Loop:
     """Steps until the stage has trained ``minutes`` (of a core) in all: warm-up, a plateau, and a linear
-    decay over the last fifth. Stopped at any moment, it goes on from ``path``; with more minutes it leaves the
-    decayed end behind and goes on from the plateau kept in ``*.plateau.pt``."""
+    decay over the last fifth. Stopped at any moment, it goes on from ``path``; with more minutes it leaves
+    the decayed end behind and goes on from the plateau kept in ``*.plateau.pt``."""
 
     path: Path
     minutes: float
