@@ -406,7 +406,7 @@ def test_a_repository_is_read_from_the_hubs_cache_when_offline(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     adapter = IPAdapter.from_pretrained("someone/adapters", subfolder="models", weight_name="ip-adapter.bin")
     assert adapter.projection.feature_width == POOLED
-    with pytest.raises(ModelError, match=r"models/other.safetensors.*someone/adapters"):
+    with pytest.raises(ModelError, match=r"hf download someone/adapters models/other.safetensors"):
         IPAdapter.from_pretrained("someone/adapters", subfolder="models", weight_name="other.safetensors")
     with pytest.raises(UsageError, match="weight_name"):
         IPAdapter.from_pretrained("someone/adapters")
@@ -417,7 +417,7 @@ def test_files_that_are_not_there_are_said(repository: Path) -> None:
         IPAdapter.from_pretrained(repository, subfolder="sdxl_models")
     with pytest.raises(ModelError, match=r"there is ip-adapter\.safetensors"):
         IPAdapter.from_pretrained(repository, subfolder="models", weight_name="x.safetensors")
-    with pytest.raises(ModelError, match="there is no adapter at .* a file, a folder or owner/name"):
+    with pytest.raises(ModelError, match=r"there is no adapter at .* a file, a folder or owner/name"):
         IPAdapter.from_pretrained(repository / "nowhere" / "at" / "all")
     with pytest.raises(UsageError, match="is a file"):
         IPAdapter.from_pretrained(repository / "models" / "ip-adapter.safetensors", subfolder="models")
