@@ -9,7 +9,7 @@ from PIL import Image
 import imprompt
 from imprompt.app.cli import main
 from imprompt.errors import UsageError
-from imprompt.generation.sweep import read_axis, spread
+from imprompt.generation.sweep import expand, read_axis
 from imprompt.output import read_request
 from imprompt.schema.prompt import ImagePrompt
 from imprompt.schema.request import Request
@@ -18,7 +18,7 @@ TWO = Request(prompt="a", images=[ImagePrompt("a.png"), ImagePrompt("b.png", sta
 
 
 def swept(request: Request, *axes: str) -> tuple[Request, ...]:
-    return spread(request, [read_axis(axis) for axis in axes]).requests
+    return expand(request, [read_axis(axis) for axis in axes]).requests
 
 
 def test_the_product_is_drawn_with_the_first_axis_fastest() -> None:

@@ -266,10 +266,10 @@ def _check_gif_pace(request: "Request") -> None:
 
 def _sweep(task: str, args: argparse.Namespace, request: "Request") -> int:
     from imprompt.app.sweep import sweep
-    from imprompt.generation.sweep import read_axis, spread
+    from imprompt.generation.sweep import expand, read_axis
 
     refuse_with(args, "goes with a single request; leave --sweep out")
-    count = len(spread(request, [read_axis(text) for text in args.sweep]).requests)
+    count = len(expand(request, [read_axis(text) for text in args.sweep]).requests)
     target, numbered = target_path(args.output, task, request.replace(count=min(count, 100)))
     with network(args):
         results, paths = sweep(

@@ -8,7 +8,7 @@ from PIL import Image
 from imprompt import output
 from imprompt.evaluation.charts import grid
 from imprompt.generation.engine import Engine, Result
-from imprompt.generation.sweep import Sweep, read_axis, spread
+from imprompt.generation.sweep import Sweep, expand, read_axis
 from imprompt.schema.request import Request
 
 
@@ -29,7 +29,7 @@ def sweep(
     Raises :class:`UsageError` for an axis that is unknown or has no effect.
     """
     target, engine = Path(target), engine or Engine()
-    asked = spread(request, [read_axis(text) for text in axes])
+    asked = expand(request, [read_axis(text) for text in axes])
     output.check_target(target, request.task, len(asked.requests), overwrite=overwrite)
     output.check_target(target.with_name(f"{target.stem}-grid.png"), overwrite=overwrite)
     results = [engine.run(one) for one in asked.requests]

@@ -21,7 +21,7 @@ from imprompt.evaluation.charts import grid, scatter
 from imprompt.evaluation.front import EncoderMeasure, Fidelity, Measure, NormalizedScore, choose, pareto_front
 from imprompt.generation.engine import Engine, Result
 from imprompt.generation.families import find_base
-from imprompt.generation.sweep import read_axis, spread
+from imprompt.generation.sweep import expand, read_axis
 from imprompt.schema.prompt import ImagePrompt, is_saved
 from imprompt.schema.request import Request
 
@@ -123,7 +123,7 @@ def _shown(request: Request) -> list[str]:
 
 
 def _draw(request: Request, axes: Sequence[str], engine: Engine, say: Callable[[str], None]) -> _Trials:
-    asked = spread(request, [read_axis(text) for text in axes])
+    asked = expand(request, [read_axis(text) for text in axes])
     count = request.count
     settings = len(asked.requests) // count  # the seed is the last axis and turns slowest
     say(f"drawing {settings} settings and the two ends, with {count} seed{'s' * (count > 1)} each")

@@ -6,11 +6,13 @@
 pictures of one request are a last axis, their seeds.
 """
 
+import math
 import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 from imprompt.errors import UsageError
 from imprompt.schema.prompt import ImagePrompt, TextRegion
@@ -67,12 +69,12 @@ def read_axis(text: str) -> Axis:
     return Axis(field.replace("-", "_"), values)
 
 
-def spread(request: Request, axes: Sequence[Axis]) -> Sweep:
-    """All combinations of the axes' values in ``request``, checked before any is drawn; a request without a
-    seed gets one that they share.
+def expand(request: Request, axes: Sequence[Axis]) -> Sweep:
+    """All combinations of the axes' values in ``request``, validated before any is drawn.
 
-    Raises :class:`UsageError` for unknown fields, one field twice, values that a field cannot have, more than
-    :data:`MOST` pictures, and axes without effect.
+    A request without a seed gets one that all of them share; several pictures of a request become a last
+    axis, their seeds. Raises :class:`UsageError` for unknown fields, a field that is swept twice, values that
+    a field cannot have, and more than :data:`MOST` pictures.
     """
     fields = [axis.field for axis in axes]
     if len(set(fields)) != len(fields):
@@ -80,40 +82,50 @@ def spread(request: Request, axes: Sequence[Axis]) -> Sweep:
     if request.seed is None and "seed" not in fields:
         request = request.replace(seed=secrets.randbelow(2**32))
     if request.count > 1:
-        if "seed" in fields:
-            raise UsageError("--sweep seed=…: its pictures have the seeds said there; leave --count out.")
-        assert request.seed is not None
-        axes = (*axes, Axis("seed", tuple(str(request.seed + i) for i in range(request.count))))
-    made: list[Request] = []
+        axes = (*axes, _seeds(request, fields))
+    if math.prod(len(axis.values) for axis in axes) > MOST:
+        raise UsageError(f"--sweep: {MOST} pictures are the most; fewer values, or several sweeps.")
+    requests: list[Request] = []
     for values in product(*(axis.values for axis in reversed(axes))):
-        if len(made) == MOST:
-            raise UsageError(f"--sweep: {MOST} pictures are the most; fewer values, or several sweeps.")
         one = request.replace(count=1)
         for axis, value in zip(axes, reversed(values), strict=True):
             one = _with(one, axis.field, value)
-        made.append(one)
-    return Sweep(tuple(axes), tuple(made))
+        requests.append(one)
+    return Sweep(tuple(axes), tuple(requests))
+
+
+def _seeds(request: Request, fields: Sequence[str]) -> Axis:
+    if "seed" in fields:
+        raise UsageError("--sweep seed=…: its pictures have the seeds said there; leave --count out.")
+    assert request.seed is not None
+    return Axis("seed", tuple(str(request.seed + index) for index in range(request.count)))
 
 
 def _with(request: Request, field: str, value: str) -> Request:
+    """The request with one field, or one field of its images, regions, …, changed."""
     place, _, name = field.rpartition(".")
-    whole = name in Request.model_fields and name not in _FIXED
-    if not place and whole:
+    if not place and name in Request.model_fields and name not in _FIXED:
         if name == "scale" and request.images and all(ref.scale is not None for ref in request.images):
             raise UsageError("--sweep scale: every image has its own; sweep image.scale.")
         return request.replace(**{name: value})
     kind, number = place.rstrip("0123456789") or "image", place.lstrip("abcdefghijklmnopqrstuvwxyz")
+    refs = _refs(request, field, kind, name)
+    if number and not 1 <= int(number) <= len(refs):
+        raise UsageError(f"--sweep {field}: there are {len(refs)} {kind}s, from {kind}1.")
+    changed = [
+        ref.replace(**{name: value}) if number in ("", str(index)) else ref
+        for index, ref in enumerate(refs, 1)
+    ]
+    return request.replace(**{f"{kind}s": tuple(changed)})
+
+
+def _refs(request: Request, field: str, kind: str, name: str) -> tuple[Any, ...]:
+    """The request's images, regions, …, whose field ``name`` is to be changed. Raises :class:`UsageError`."""
     if kind not in _LISTS or name not in _LISTS[kind].model_fields:
         known = [name for name in Request.model_fields if name not in _FIXED]
         known += [f"{kind}.{name}" for kind, record in _LISTS.items() for name in record.model_fields]
         raise UsageError(f"--sweep: no field '{field}'; known are {', '.join(known)}.")
-    refs = getattr(request, f"{kind}s")
+    refs: tuple[Any, ...] = getattr(request, f"{kind}s")
     if not refs:
         raise UsageError(f"--sweep {field}: there is no {kind} to change; give one.")
-    if number and not 1 <= int(number) <= len(refs):
-        raise UsageError(f"--sweep {field}: there are {len(refs)} {kind}s, from {kind}1.")
-    changed = tuple(
-        ref.replace(**{name: value}) if not number or int(number) == i else ref
-        for i, ref in enumerate(refs, 1)
-    )
-    return request.replace(**{f"{kind}s": changed})
+    return refs

@@ -101,20 +101,25 @@ def parameters(request: Request) -> str:
         "Model": Path(request.base).name if "/" in request.base else request.base,
         "Denoising strength": request.strength,
     }
-    if request.images:
-        adapters = dict.fromkeys(prompt.adapter or request.adapter or "default" for prompt in request.images)
-        fields["IP-Adapter"] = ", ".join(adapters)
-        shown = (
-            f"{Path(name).name} {request.scale if prompt.scale is None else prompt.scale}"
-            for prompt in request.images
-            for name in prompt.pictures
-        )
-        fields["IP-Adapter images"] = json.dumps("; ".join(shown))
+    fields |= _image_parameters(request)
     lines = [request.prompt]
     if request.negative:
         lines.append(f"Negative prompt: {request.negative}")
     lines.append(", ".join(f"{name}: {value}" for name, value in fields.items() if value is not None))
     return "\n".join(lines)
+
+
+def _image_parameters(request: Request) -> dict[str, str]:
+    """The image prompts as fields of :func:`parameters`."""
+    if not request.images:
+        return {}
+    adapters = dict.fromkeys(prompt.adapter or request.adapter or "default" for prompt in request.images)
+    shown = (
+        f"{Path(name).name} {request.scale if prompt.scale is None else prompt.scale}"
+        for prompt in request.images
+        for name in prompt.pictures
+    )
+    return {"IP-Adapter": ", ".join(adapters), "IP-Adapter images": json.dumps("; ".join(shown))}
 
 
 def as_record(path: Path, text: str | None) -> Record:
