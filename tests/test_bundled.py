@@ -21,8 +21,9 @@ from imprompt.generation.engine import Engine
 from imprompt.schema.profiles import layer_weights
 from imprompt.schema.request import Request
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "emoji" / "lab"))
-from judge import Judge
+LAB = Path(__file__).parents[1] / "recipes" / "emoji" / "lab"
+sys.path.insert(0, str(LAB))
+from bundled_judge import Judge  # noqa: E402
 
 ADAPTERS = ("ip-adapter_emoji.safetensors", "ip-adapter-plus_emoji.safetensors")
 
@@ -50,7 +51,7 @@ def shown():
 
 @pytest.fixture(scope="module")
 def judge():
-    return Judge.load(ASSETS)
+    return Judge.load(LAB)
 
 
 def seeded():
