@@ -84,7 +84,7 @@ def test_masks_of_every_kind_mean_the_same() -> None:
     [
         (torch.zeros(4, 4), "0 everywhere"),
         (torch.full((4, 4), 2.0), "outside 0 to 1"),
-        (torch.full((4, 4), math.nan), "outside 0 to 1"),
+        (torch.full((4, 4), math.nan), "NaN or infinite"),
         (torch.ones(2, 4, 4), "one picture"),
         (torch.ones(4), "one picture"),
         (torch.ones(0, 4), "one picture"),
