@@ -1,5 +1,6 @@
 """The FastAPI application: routes of all protocols, the page, health and metrics, and one form of errors."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from starlette.middleware import Middleware
 
 from imprompt import __version__
 from imprompt.app.server import a1111, native, openai
+from imprompt.app.server.capabilities import capabilities
 from imprompt.app.server.guard import Guard, answer
 from imprompt.app.server.metrics import Metrics
 from imprompt.app.server.problems import Problem, problem_of
@@ -45,7 +47,12 @@ def create_app(settings: Settings) -> FastAPI:
         app.state.queue = queue = Queue(settings, store, metrics)
         metrics.watch(queue)
         await queue.start()
+        # What a first request would import, imported beside; the server answers meanwhile.
+        warming = asyncio.create_task(asyncio.to_thread(capabilities, settings))
+        watching = asyncio.create_task(queue.watch_loop())
         yield
+        watching.cancel()
+        await asyncio.wait([warming])
         await queue.stop()
 
     app = FastAPI(

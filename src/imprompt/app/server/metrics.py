@@ -24,6 +24,9 @@ class Metrics:
         self.steps = counter("imprompt_steps_total", "Denoising steps drawn.")
         self.latency = histogram("imprompt_job_seconds", "Seconds from acceptance to the end.", _SECONDS)
         self.waited = histogram("imprompt_queue_seconds", "Seconds from acceptance to the start.", _SECONDS)
+        self.late = histogram(
+            "imprompt_loop_delay_seconds", "How late the server's event loop woke up.", (0.01, 0.05, 0.25, 1)
+        )
         self.batch_size = histogram("imprompt_batch_size", "Jobs drawn together.", (1, 2, 4, 8, 16, 32))
 
     def watch(self, queue: "Queue") -> None:

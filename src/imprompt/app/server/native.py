@@ -23,6 +23,7 @@ from imprompt.app.server.capabilities import capabilities
 from imprompt.app.server.problems import Problem
 from imprompt.app.server.queue import Job, Queue
 from imprompt.app.server.store import Picture, Store
+from imprompt.catalog.resolve import is_here
 from imprompt.encoders.images import load_image
 from imprompt.errors import ImpromptError
 from imprompt.generation.annotate import annotate
@@ -283,6 +284,8 @@ async def submit(
     idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
 ) -> Any:
     """Accept a job: 202 with its place in the queue; 200 with the job that has this key already."""
+    if idempotency_key is None:  # refused before any work is done for it
+        queue.check_room(http.state.client)
     values = await json_body(http, queue.settings)
     if unknown := values.keys() - {"request", "format", "previews"}:
         name = min(unknown)
@@ -314,14 +317,12 @@ async def checked_request(queue: Queue, values: dict[str, Any]) -> Request:
                 f"picture {name[:12]}… is not on this server; upload it first.",
                 "images",
             )
-    check_here(queue, request)
+    await asyncio.to_thread(check_here, queue, request)
     return request
 
 
 def check_here(queue: Queue, request: Request) -> None:
     """Raises :class:`Problem` for a catalogued base that is not on this machine and may not be downloaded."""
-    from imprompt.catalog.resolve import is_here
-
     name = request.base
     if name in queue.settings.bases or queue.settings.download:
         return
@@ -415,7 +416,7 @@ async def history(
 ) -> Any:
     """Finished jobs, newest first."""
     rows = await queue.blocking(queue.store.history, limit, before)
-    jobs = [Job.restored(row) for row in rows]
+    jobs = await asyncio.to_thread(lambda: [Job.restored(row) for row in rows])
     following = jobs[-1].number if len(jobs) == limit else None
     return {"jobs": [job_view(queue, job) for job in jobs], "next": following}
 

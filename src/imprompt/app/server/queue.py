@@ -36,6 +36,7 @@ ATTEMPTS = 2
 """How often a job may take its worker down."""
 _REMEMBERED = 256  # finished jobs kept in memory; older ones are read from the journal
 _KEEP_ALIVE_SECONDS = 15.0
+_WATCH_SECONDS = 0.02
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -70,6 +71,7 @@ class Job:
     status: int = 500
     """HTTP status that goes with :attr:`error`."""
     changed: asyncio.Condition = field(default_factory=asyncio.Condition, repr=False)
+    listeners: int = 0
     version: int = 0
     """Goes up with every change, so that a listener misses none."""
 
@@ -138,6 +140,13 @@ class Queue:
             worker = Worker(setup, self._heard, self._worker_died)
             worker.start()
             self.workers.append(worker)
+
+    async def watch_loop(self) -> None:
+        """Measure how much later than asked the event loop wakes up, until cancelled."""
+        while True:
+            asked = time.perf_counter() + _WATCH_SECONDS
+            await asyncio.sleep(_WATCH_SECONDS)
+            self.metrics.late.observe(max(0.0, time.perf_counter() - asked))
 
     async def drain(self, seconds: float) -> None:
         """Accept and start nothing more; wait for what is being drawn."""
@@ -292,19 +301,23 @@ class Queue:
     async def changes(self, job: Job) -> AsyncIterator[Job | None]:
         """The job after every change until it is over or the server ends; ``None`` now and then between."""
         seen = -1
-        while True:
-            if job.version != seen:
-                seen = job.version
-                yield job
-                if job.over or self.closing or (self.draining and job.state == "queued"):
-                    return
-            async with job.changed:
+        job.listeners += 1
+        try:
+            while True:
                 if job.version != seen:
-                    continue
-                try:
-                    await asyncio.wait_for(job.changed.wait(), _KEEP_ALIVE_SECONDS)
-                except TimeoutError:
-                    yield None
+                    seen = job.version
+                    yield job
+                    if job.over or self.closing or (self.draining and job.state == "queued"):
+                        return
+                async with job.changed:
+                    if job.version != seen:
+                        continue
+                    try:
+                        await asyncio.wait_for(job.changed.wait(), _KEEP_ALIVE_SECONDS)
+                    except TimeoutError:
+                        yield None
+        finally:
+            job.listeners -= 1
 
     async def finish(self, job: Job) -> Job:
         """Wait until a job is over."""
@@ -457,6 +470,8 @@ class Queue:
 
     def _changed(self, job: Job) -> None:
         job.version += 1
+        if not job.listeners:
+            return
 
         async def tell() -> None:
             async with job.changed:
