@@ -19,6 +19,7 @@ import tiny
 from facemodels import pack, photo
 from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.app.cli import main
 from imprompt.errors import InputError, ModelError, UsageError
 from imprompt.training.cache import fingerprint
 from imprompt.training.folder import WEIGHT_NAME, RunFolder
@@ -310,6 +311,21 @@ def test_a_run_may_start_from_anothers_checkpoint(make_config, tmp_path):
     second = make_config(init=str(checkpoint), steps=1, lr=1e-12, save_dtype="float32", output=tmp_path / "b")
     after = load_file(train(second))
     assert all(torch.allclose(after[name], first[name], atol=1e-6) for name in first)
+
+
+def test_a_run_folder_is_a_name_and_its_encoder_is_found_on_a_base_without_one(make_config, tmp_path, capsys):
+    encoder, processor = tiny.tiny_encoder()
+    encoder.save_pretrained(tmp_path / "seeing")
+    processor.save_pretrained(tmp_path / "seeing")
+    tiny.tiny_sd().save_pretrained(tmp_path / "plain")
+    plain = {"base": str(tmp_path / "plain"), "image_encoder": str(tmp_path / "seeing")}
+    config = make_config(steps=1, **plain)
+    train(config)
+    tiny.picture(3).save(tmp_path / "a.png")
+    words = ["--image", str(tmp_path / "a.png"), "--base", plain["base"], "--adapter", str(config.output)]
+    assert main(["generate", "a", *words, "--steps", "1", "-o", str(tmp_path / "b.png")]) == 0
+    assert main(["inspect", str(config.output)]) == 0
+    assert "linear" in capsys.readouterr().out
 
 
 def test_only_the_chosen_layers_are_trained(make_config, tmp_path):

@@ -110,7 +110,7 @@ class IPAdapter(PromptSource):
         licences.check(f"adapter '{checkpoint.name}'", checkpoint.licence)
         adapter = cls(checkpoint, image_encoder=image_encoder, face_embedder=face_embedder)
         if image_encoder is None:
-            adapter.prompt_encoder.places = places
+            adapter.prompt_encoder.places = places + EncoderPlace.noted(checkpoint.metadata)
         return adapter if torch_dtype is None else adapter.to(dtype=torch_dtype)
 
     @classmethod

@@ -2,12 +2,13 @@
 
 import argparse
 import json
+from pathlib import Path
 
 HELP = "identify an adapter file and check that it is intact"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="an adapter's .safetensors file")
+    parser.add_argument("file", help="an adapter's .safetensors file, or the folder of a training run")
     parser.add_argument("--variant", help="read it as this variant or published file")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -15,8 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from imprompt.catalog import bases_for
     from imprompt.checkpoints.checkpoint import inspect
+    from imprompt.checkpoints.locate import locate
 
-    found = inspect(args.file, variant=args.variant)
+    file = locate(args.file)[0] if Path(args.file).is_dir() else args.file
+    found = inspect(file, variant=args.variant)
     fits = bases_for(found.base)
     if args.json:
         print(json.dumps(found.to_dict() | {"fits": fits}))

@@ -1,6 +1,7 @@
 """Where an adapter's files are: from a name to its weights and the image encoders that may go with them."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,10 @@ from imprompt.errors import ModelError, UsageError
 
 _UNFINISHED = "checkpoint-"
 """Prefix of the files that a training run goes on from; they lie beside the adapter it made."""
+
+
+NOTED_ENCODER = "imprompt.image_encoder"
+"""Metadata of a trained adapter's file: the folder or repository of its image encoder."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,16 @@ class EncoderPlace:
     def of(cls, source: Source) -> "EncoderPlace":
         """The place of a resolved name."""
         return cls(source.folder, source.inside or None)
+
+    @classmethod
+    def noted(cls, metadata: Mapping[str, str]) -> "tuple[EncoderPlace, ...]":
+        """Where the trainer of an adapter file says its encoder is; empty if it says nothing or a folder that
+        is not here."""
+        name = metadata.get(NOTED_ENCODER, "")
+        if os.path.exists(name):  # noqa: PTH110  # also for what is no valid path
+            return (cls(name),)
+        source, _, subfolder = name.partition(":")
+        return (cls(source, subfolder or None),) if source.count("/") == 1 and source[0] not in "./~" else ()
 
     @property
     def cached(self) -> bool:

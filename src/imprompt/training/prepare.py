@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.checkpoints.locate import NOTED_ENCODER
 from imprompt.data.rows import Rejected, Row, read_dataset
 from imprompt.errors import InputError, UsageError
 from imprompt.training import cache, start
@@ -87,7 +88,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, sheets: int | None = 
         setattr(pipe, name, None)
     about = {
         "imprompt.base": base.name,
-        start.ENCODER_KEY: encoder_name,
+        NOTED_ENCODER: encoder_name,
         "imprompt.data": identity.data,
         "imprompt.pictures": str(len(rows)),
         "imprompt.start": "new weights" if initial is None else initial.checkpoint.name,

@@ -29,8 +29,6 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "faceid": ("face",),
     "faceid-plus": ("face", "hidden"),
 }
-ENCODER_KEY = "imprompt.image_encoder"
-"""Metadata of an adapter file: where its image encoder is."""
 _CHECKPOINT = "checkpoint-"
 
 
