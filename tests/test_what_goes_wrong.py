@@ -113,7 +113,7 @@ ROWS: dict[str, tuple[Callable[[Path], object], str]] = {
     "NaN weights": (lambda path: saved(spoiled(), path), r"NaN or infinite weights in 'ip_adapter\.3"),
     "a truncated file": (cut, "is truncated"),
     "a header that claims terabytes": (bomb, "is truncated"),
-    "a header longer than the file": (huge_header, "no safetensors file: it would have a header"),
+    "a header longer than the file": (huge_header, "it would have a header of 1,099"),
     "a pickle under the name of a safetensors": (pickled, "is a pickle under the name"),
     "a LoRA without its adapter": (lora, "is a LoRA"),
     "a face adapter shown no face": (faceless, "no face was found"),

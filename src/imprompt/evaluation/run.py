@@ -119,6 +119,10 @@ def evaluate(
     started = time.monotonic()
     base = find_base(config.base)
     contenders = config.named(base.defaults.adapter)
+    # What a request would refuse is said before an encoder is loaded.
+    checked = {"steps": config.steps, "guidance": config.guidance, "device": config.device}
+    known = {name: each for name, each in checked.items() if each is not None}
+    Request.from_mapping({"prompt": "x", **known})
     cases, notes = read_cases(config, base)
     scorers, face = _scorers(config, base, contenders[0][1])
     artist = _Artist(config, base, engine or Engine(), cases)
