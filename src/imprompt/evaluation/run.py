@@ -119,10 +119,7 @@ def evaluate(
     started = time.monotonic()
     base = find_base(config.base)
     contenders = config.named(base.defaults.adapter)
-    # What a request would refuse is said before an encoder is loaded.
-    checked = {"steps": config.steps, "guidance": config.guidance, "device": config.device}
-    known = {name: each for name, each in checked.items() if each is not None}
-    Request.from_mapping({"prompt": "x", **known})
+    _check_request(config)
     cases, notes = read_cases(config, base)
     scorers, face = _scorers(config, base, contenders[0][1])
     artist = _Artist(config, base, engine or Engine(), cases)
@@ -307,6 +304,13 @@ class _Artist:
         about = [request.to_json(), self.hashes[case], self.base.fingerprint, weights]
         key = hashlib.blake2b(json.dumps(about).encode(), digest_size=12).hexdigest()
         return self.config.output / "drawings" / f"{key}.png"
+
+
+def _check_request(config: EvaluateConfig) -> None:
+    """Raise what a request of these settings would, before an encoder is loaded."""
+    fields = {"steps": config.steps, "guidance": config.guidance, "device": config.device}
+    known = {name: each for name, each in fields.items() if each is not None}
+    Request.from_mapping({"prompt": "x", **known})
 
 
 def _weights(adapter: str) -> str:
