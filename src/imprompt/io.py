@@ -92,33 +92,51 @@ def write_folder(
     check_path(path)
     if os.path.lexists(path) and (is_ours is None or path.is_symlink() or not path.is_dir()):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-    part, old = _beside(path, "part"), _beside(path, "old")
+    part, replaced = _beside(path, "part"), list[Path]()
     try:
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             part.mkdir()
             for name, content in files.items():
                 _write_new(part / name, content)
-            _swap(part, path, old)
+            while not _swap(part, path, replaced if is_ours else None):
+                pass  # another process wrote the folder in between: replace that one too
     finally:
         if part.exists():
             shutil.rmtree(part)
-    if is_ours is not None and old.exists():
+    if is_ours is not None:
         with _writing(path):
-            _clear(old, path, is_ours)
+            for old in replaced:
+                _clear(old, path, is_ours)
     return path
 
 
-def _swap(part: Path, path: Path, old: Path) -> None:
-    """Rename ``part`` to ``path``; what is there becomes ``old``, or comes back if that fails."""
+def _swap(part: Path, path: Path, replaced: list[Path] | None) -> bool:
+    """Rename ``part`` to ``path``. A folder there is renamed and added to ``replaced``, and comes back
+    if that fails; without ``replaced`` it raises :class:`FileExistsError`. Whether it worked."""
+    old = _beside(path, "old")
     try:
-        if path.exists():
-            path.rename(old)
+        if replaced is not None and path.exists():
+            with contextlib.suppress(FileNotFoundError):  # another process is replacing it too
+                path.rename(old)
+                replaced.append(old)
         part.rename(path)
+    except OSError as error:
+        _put_back(old, path)
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if replaced is None:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        return False
     except BaseException:
-        if old.exists() and not path.exists():
-            old.rename(path)
+        _put_back(old, path)
         raise
+    return True
+
+
+def _put_back(old: Path, path: Path) -> None:
+    if old.exists() and not path.exists():
+        old.rename(path)
 
 
 def _clear(old: Path, new: Path, is_ours: Callable[[Path], bool]) -> None:

@@ -400,7 +400,7 @@ REFUSED = [
     (InputError, "6 masks, the clip has 4", {"images": [{"image": "ref.png", "mask": "<film>"}]}),
     (InputError, "6 frames at 12 a second, not 9", {"video": "<film>", "frames": 9}),
     (UsageError, "tells 8 frames apart, not 16", {"frames": 20, "context": 16}),
-    (ModelError, "no motion adapter at", {"motion": "no/such/folder"}),
+    (ModelError, "no motion adapter at", {"motion": "./no/such/folder"}),
     (UsageError, "did you mean animatediff", {"motion": "animatedif"}),
     (UsageError, "no default motion adapter", {"motion": None}),
     (AdapterMismatch, "'animatediff' is for sd15.*'emoji'", {"base": "emoji", "motion": "animatediff"}),
