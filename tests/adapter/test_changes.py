@@ -1,14 +1,19 @@
 """What is changed after a prompt was set takes effect at the next call, as if it had been set anew."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from faces import face_state, person
 from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.adapter.regions import TextRegions
 from imprompt.errors import ImpromptError, InputError, UsageError
-from tiny import POOLED, TEXT_WIDTH, random_adapter_state, tiny_unet
+from imprompt.schema.prompt import ImagePrompt, TextRegion
+from tiny import POOLED, TEXT_WIDTH, random_adapter_state, tiny_sd, tiny_sdxl, tiny_unet
 
 
 @torch.no_grad()
@@ -86,3 +91,129 @@ def test_numbers_that_are_not_meant_are_refused(
     with pytest.raises(error, match=said):
         adapter.set_prompt(features, **fields)
     assert torch.equal(draw(unet), before)
+
+
+LEFT = torch.zeros(16, 16)
+LEFT[:, :8] = 1
+
+
+def run(pipe: DiffusionPipeline, **call: object) -> Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    fixed = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(1), "output_type": "pt"}
+    return pipe("a cat", height=32, width=32, **fixed, **call).images[0]
+
+
+def words_of(kind: str, pipe: DiffusionPipeline) -> Callable[[str | Tensor], None]:
+    """What sets a text for the left half."""
+    if kind == "regions":
+        regions = TextRegions().attach(pipe)
+        return lambda text: regions.set([TextRegion(text, LEFT)])
+    adapter = IPAdapter.from_state_dict(random_adapter_state(pipe.unet)).attach(pipe)
+    features = torch.ones(1, POOLED)
+    return lambda text: adapter.set_prompt(ImagePrompt(features=features, text=text, mask=LEFT, scale=0.1))
+
+
+@pytest.mark.parametrize("kind", ["adapter", "regions"])
+def test_words_of_a_region_are_encoded_by_the_text_encoder_as_it_is_now(kind: str) -> None:
+    pipe = tiny_sd()
+    set_text = words_of(kind, pipe)
+    set_text("a dog")
+    run(pipe)
+    with torch.no_grad():
+        for weight in pipe.text_encoder.parameters():
+            weight.mul_(1.5)
+    changed = run(pipe)
+    set_text("a dog")
+    assert torch.equal(changed, run(pipe))
+
+
+@pytest.mark.parametrize("kind", ["adapter", "regions"])
+def test_words_of_a_region_are_encoded_with_the_options_of_the_pipelines_call(kind: str) -> None:
+    pipe = tiny_sdxl()
+    set_text = words_of(kind, pipe)
+    set_text("a dog")
+    skipped = run(pipe, clip_skip=1)
+    drawn = []
+    for options in ({"clip_skip": 1}, {}):
+        set_text(pipe.encode_prompt("a dog", do_classifier_free_guidance=False, **options)[0])
+        drawn.append(run(pipe, clip_skip=1))
+    assert torch.equal(skipped, drawn[0])
+    assert not torch.equal(skipped, drawn[1])
+
+
+def in_a_thread(act: Callable[[], object]) -> BaseException | None:
+    """What it raises there."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(act).exception()
+
+
+def test_while_a_thread_draws_no_other_uses_or_changes_the_adapter() -> None:
+    pipe = tiny_sd()
+    adapter = IPAdapter.from_state_dict(random_adapter_state(pipe.unet)).attach(pipe)
+    features, other = torch.ones(1, POOLED), -torch.ones(1, POOLED)
+    sibling = StableDiffusionPipeline.from_pipe(
+        pipe, scheduler=DDIMScheduler.from_config(pipe.scheduler.config)
+    )
+    adapter.set_prompt(features)
+    expected = run(pipe)
+    attempts: list[Callable[[], object]] = [
+        lambda: adapter.set_prompt(other),
+        lambda: run(sibling),
+        lambda: draw(pipe.unet),
+        lambda: adapter.set_guidance(2.0),
+        lambda: IPAdapter.from_state_dict(random_adapter_state(pipe.unet, seed=5)).attach(pipe),
+        adapter.clear_prompt,
+        adapter.detach,
+    ]
+    raised: list[BaseException | None] = []
+
+    def meanwhile(_: object, step: int, __: object, changed: dict[str, object]) -> dict[str, object]:
+        if step == 0:
+            raised.extend(map(in_a_thread, attempts))
+        return changed
+
+    assert torch.equal(run(pipe, callback_on_step_end=meanwhile), expected)
+    assert len(raised) == len(attempts)
+    for error in raised:
+        assert isinstance(error, UsageError)
+        assert "another thread is drawing" in str(error)
+    assert in_a_thread(lambda: adapter.set_prompt(other) or run(sibling)) is None
+    adapter.set_prompt(features)
+    assert torch.equal(run(pipe), expected)
+
+
+def test_a_prompt_that_another_thread_replaced_is_not_drawn_in_its_place() -> None:
+    unet = tiny_unet()
+    adapter = IPAdapter.from_state_dict(random_adapter_state(unet)).attach(unet)
+    features, other = torch.ones(1, POOLED), -torch.ones(1, POOLED)
+    adapter.set_prompt(features)
+    assert in_a_thread(lambda: adapter.set_prompt(other)) is None
+    with pytest.raises(UsageError, match="another thread replaced the prompt"):
+        draw(unet)
+    adapter.set_prompt(features)
+    assert in_a_thread(lambda: draw(unet)) is None
+    assert in_a_thread(lambda: adapter.set_prompt(other)) is None
+    draw(unet)  # its own was drawn before
+
+
+def test_threads_that_draw_with_one_adapter_draw_right_or_are_told() -> None:
+    pipe = tiny_sd()
+    adapter = IPAdapter.from_state_dict(random_adapter_state(pipe.unet)).attach(pipe)
+    pipes = [
+        StableDiffusionPipeline.from_pipe(pipe, scheduler=DDIMScheduler.from_config(pipe.scheduler.config))
+        for _ in range(3)
+    ]
+    shown = [torch.full((1, POOLED), float(number)) for number in range(3)]
+
+    def drawn(number: int) -> Tensor | UsageError:
+        try:
+            adapter.set_prompt(shown[number])
+            return run(pipes[number])
+        except UsageError as error:
+            return error
+
+    expected = [drawn(number) for number in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(drawn, [0, 1, 2] * 4))
+    for number, one in enumerate(found):
+        assert isinstance(one, UsageError) or torch.equal(one, expected[number % 3])

@@ -9,7 +9,7 @@ Dimensions: S token sequences (first all prompts of one kind, then of the other)
 token width, R batch rows (branches × samples × images × frames), L queries, H heads, D head width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import NamedTuple, TypeAlias
@@ -27,6 +27,7 @@ from imprompt.adapter.masks import resize_mask
 from imprompt.adapter.prompt import CompiledPrompt
 from imprompt.adapter.regional import Regional, Regions, project_text
 from imprompt.adapter.schedule import Clock, Gate, When
+from imprompt.adapter.threads import Prompter
 from imprompt.errors import UsageError
 
 Slot: TypeAlias = tuple[CompiledPrompt | None, ...]
@@ -51,6 +52,8 @@ class PromptSource:
     guidance: tuple[float, float | None] | None = None
     """Guidance scales of image and text, where the image has its own; ``None`` text: the pipeline's."""
     lora: FaceLora | None = None
+    prompter: Prompter | None = None
+    """Which thread set the prompt, where that matters."""
     _samples: tuple[tuple[CompiledPrompt, ...], ...] = ()
 
     @property
@@ -82,6 +85,9 @@ class PromptSource:
     def samples(self) -> tuple[tuple[CompiledPrompt, ...], ...]:
         """The prompts of each sample; one sample stands for all, none means that nothing is set."""
         return self._samples
+
+    def begin_run(self, encode_text: Callable[[str], Tensor]) -> None:
+        """A drawing begins: encode texts that are words anew."""
 
     def has_site(self, index: int) -> bool:
         """Whether it has keys and values for the site with published number ``index``."""

@@ -7,6 +7,7 @@ there and that their tensors fit the call (:mod:`imprompt.adapter.batch`), and s
 
 import weakref
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -28,8 +29,9 @@ from imprompt.adapter.backbones.table import BACKBONES
 from imprompt.adapter.batch import Batch, PromptSource
 from imprompt.adapter.guidance import WIDENED, merged, widened
 from imprompt.adapter.recorder import Recorder
-from imprompt.adapter.regional import encode_text, project_text
+from imprompt.adapter.regional import encode_text, project_text, text_options
 from imprompt.adapter.schedule import Clock
+from imprompt.adapter.threads import Drawing
 from imprompt.errors import AdapterMismatch, UsageError
 
 _LAYOUTS_KEPT = 4  # of batch layouts that alternate within a run: CFG branches called one by one, SAG, …
@@ -62,6 +64,7 @@ class Injection:
         self.backbone, self.sites = backbone, sites
         self.sources: list[PromptSource] = []
         self.recorder: Recorder | None = None
+        self.drawing = Drawing()
         self._model = weakref.ref(model)
         self._pipe: weakref.ref[object] | None = None
         attentions = [model.get_submodule(site.name) for site in sites]
@@ -74,6 +77,8 @@ class Injection:
         called."""
         self._last: LastCall = None
         self._grid: tuple[Any, Any] | None = None
+        self._run: tuple[Any, Any] | None = None
+        """Scheduler and timesteps of the run that is drawn; a new run has new ones."""
         self._clock: tuple[Any, Any, Clock] | None = None
         self._hooks: list[Any] = []
 
@@ -95,13 +100,14 @@ class Injection:
             if isinstance(p := a.processor, SiteProcessor) and p.injection.attached
         }
         injection = there.pop() if there else cls(backbone, model, sites)
-        if not injection._hooks:
-            for site, attention in zip(sites, attentions, strict=True):
-                _refuse_foreign(backbone, site.name, _own(attention.processor))
-            injection._install(model)
-        injection._pipe = None if pipe is None else weakref.ref(pipe)
-        injection._last = None
-        injection.invalidate()
+        with injection.drawing.undisturbed():
+            if not injection._hooks:
+                for site, attention in zip(sites, attentions, strict=True):
+                    _refuse_foreign(backbone, site.name, _own(attention.processor))
+                injection._install(model)
+            injection._pipe = None if pipe is None else weakref.ref(pipe)
+            injection._last = injection._run = None
+            injection.invalidate()
         return injection
 
     @property
@@ -120,8 +126,9 @@ class Injection:
         model = self._model()
         return None if model is None else self.backbone.text_projection(model)
 
-    def encode_text(self, text: str | Tensor) -> Float[Tensor, "T C"]:
-        """A text as the cross-attentions read the prompt. Raises :class:`UsageError` for transformers."""
+    def encode_text(self, text: str | Tensor, caller: Caller | None = None) -> Float[Tensor, "T C"]:
+        """A text as the cross-attentions read the prompt; with the options of a pipeline that is drawing.
+        Raises :class:`UsageError` for transformers."""
         if self.backbone.name != "unet":
             raise UsageError(
                 f"regional text is not supported on a {self.backbone.noun}: its text stream reads the image "
@@ -129,7 +136,9 @@ class Injection:
             )
         projection: Any = self.text_projection
         width = self.sites[0].cross_dim if projection is None else projection.in_features
-        return project_text(projection, encode_text(self.pipe, text, width))
+        pipe = self.pipe if caller is None else caller.pipe
+        options = {} if caller is None else text_options(caller)
+        return project_text(projection, encode_text(pipe, text, width, **options))
 
     def serves(self, model: nn.Module) -> bool:
         """Whether it sits in ``model``."""
@@ -180,10 +189,11 @@ class Injection:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The forward pre-hook: see that everything fits this call, and set the factors of this step."""
         self._merge = None
-        if not any(source.training is not None or source.samples for source in self.sources):
+        caller = find_caller()
+        if not self._enter(model if caller is None else caller.pipe):
             return None
         self._keep_processors()
-        caller = find_caller()
+        self._begin_run(caller)
         inputs = self.backbone.inputs(args, kwargs)
         call = self._read(model, inputs, kwargs, caller)
         training = any(source.training is not None for source in self.sources)
@@ -198,6 +208,30 @@ class Injection:
             if self.recorder is not None:
                 self.recorder.step(clock.position(timestep).mean() / clock.length, call, self.sites)
         return None if ratio is None else (args, kwargs)
+
+    def _enter(self, owner: object) -> bool:
+        """This thread calls the denoiser, in a method of ``owner``; whether anything is prompted. Raises
+        :class:`UsageError` where another thread draws with it, or replaced this one's prompt."""
+        if not any(source.training is not None or source.samples for source in self.sources):
+            self.drawing.note(owner)
+            return False
+        with self.drawing.undisturbed():
+            self.drawing.note(owner)
+            for source in self.sources:
+                if source.prompter is not None:
+                    source.prompter.drawn()
+        return True
+
+    def _begin_run(self, caller: Caller | None) -> None:
+        """At the first call of a run, let the sources encode their texts as the pipeline encodes its prompt
+        now: its text encoder may have changed since they were set."""
+        scheduler = getattr(self.pipe if caller is None else caller.pipe, "scheduler", None)
+        run = scheduler, getattr(scheduler, "timesteps", None)
+        if self._run is None or any(a is not b for a, b in zip(run, self._run, strict=True)):
+            self._run = run
+            encode_text = cache(partial(self.encode_text, caller=caller))
+            for source in self.sources:
+                source.begin_run(encode_text)
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The forward hook: of a widened batch give back what was called for."""

@@ -7,8 +7,8 @@ are saved in the published layout. It draws nothing itself and knows no pipeline
 
 import math
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -28,6 +28,7 @@ from imprompt.adapter.lora import PARTS, FaceLora, LowRank
 from imprompt.adapter.prompt import CompiledPrompt, PromptLike, as_prompts, compile_prompt
 from imprompt.adapter.recorder import Recorder
 from imprompt.adapter.regional import encode_text
+from imprompt.adapter.threads import Prompter
 from imprompt.catalog import licences
 from imprompt.checkpoints.checkpoint import Checkpoint, StateDict, read, write
 from imprompt.checkpoints.locate import EncoderPlace, locate
@@ -69,6 +70,7 @@ class IPAdapter(PromptSource):
         self.module.requires_grad_(False).eval()
         self.checkpoint = replace(checkpoint, state={"image_proj": {}, "ip_adapter": {}}, lora={})
         self._injection: weakref.ref[Injection] | None = None
+        self._prompter = self.prompter = Prompter()
         self._slots = [
             (part._parameters, name) for part in self.module.modules() for name in part._parameters
         ]
@@ -233,10 +235,11 @@ class IPAdapter(PromptSource):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "IPAdapter":
         """Move or cast the weights; an image encoder of its own moves along, in its own number format."""
-        self.module.to(device=device, dtype=dtype)
-        if self.prompt_encoder.encoder is not None and device is not None:
-            self.prompt_encoder.encoder.to(device, None)
-        self._invalidate()
+        with self._undisturbed():
+            self.module.to(device=device, dtype=dtype)
+            if self.prompt_encoder.encoder is not None and device is not None:
+                self.prompt_encoder.encoder.to(device, None)
+            self._invalidate()
         return self
 
     @property
@@ -305,25 +308,29 @@ class IPAdapter(PromptSource):
         """Take the adapter off; with the last one the UNet has its own processors back, the very same
         objects."""
         injection = self._injected()
-        self._injection = None
-        self.prompt_encoder.borrowed = None
-        self.prompt_encoder.beside.clear()
-        if self.lora is not None:
-            self.lora.remove()
-        if injection is not None:
-            injection.remove(self)
+        with self._undisturbed():
+            self._injection = None
+            self.prompt_encoder.borrowed = None
+            self.prompt_encoder.beside.clear()
+            if self.lora is not None:
+                self.lora.remove()
+            if injection is not None:
+                injection.remove(self)
 
     def batch(self, *, guidance: bool | Sequence[Branch] | None) -> None:
         """State how the UNet's batch is laid out, where no pipeline tells: with ``guidance`` the negative
         samples come first. A sequence names each equal part; ``None`` goes back to asking the pipeline (a
         bare UNet: no guidance). Raises :class:`UsageError` for other parts."""
+        stated: Sequence[Branch] | None
         if isinstance(guidance, bool):
-            self.branches = ("uncond", "cond") if guidance else ("cond",)
+            stated = ("uncond", "cond") if guidance else ("cond",)
         elif guidance is not None and (not guidance or not set(guidance) <= {"uncond", "cond"}):
-            raise UsageError(f"parts of a batch are 'uncond' and 'positive'; got {guidance!r}.")
+            raise UsageError(f"parts of a batch are 'uncond' and 'cond'; got {guidance!r}.")
         else:
-            self.branches = None if guidance is None else tuple(guidance)
-        self._invalidate()
+            stated = guidance
+        with self._undisturbed():
+            self.branches = None if stated is None else tuple(stated)
+            self._invalidate()
 
     def set_guidance(self, image: float | None, *, text: float | None = None) -> None:
         """Guide towards the pictures with a scale of their own (``None``: as towards the text).
@@ -339,8 +346,9 @@ class IPAdapter(PromptSource):
                 raise UsageError(
                     f"guidance: {name} is {value}; a finite number from 0 (text: 1) is expected."
                 )
-        self.guidance = None if image is None else (float(image), text)
-        self._invalidate()
+        with self._undisturbed():
+            self.guidance = None if image is None else (float(image), text)
+            self._invalidate()
 
     # ---- what it is prompted with
 
@@ -350,8 +358,9 @@ class IPAdapter(PromptSource):
         ``prompt`` is a path, a PIL image, a features tensor, an :class:`ImagePrompt` or a list. A list of
         pictures is one prompt (their tokens share a softmax, as in diffusers); a list of :class:`ImagePrompt`
         is several, each with a softmax, scale, window and mask of its own, whose contributions add up.
-        ``fields`` are :class:`ImagePrompt`'s. Pictures are encoded now. Raises an :class:`ImpromptError`, and
-        keeps the previous prompt, when one cannot be used.
+        ``fields`` are :class:`ImagePrompt`'s. Pictures are encoded now, words of ``text`` again whenever a
+        drawing begins. Raises an :class:`ImpromptError`, and keeps the previous prompt, when one cannot be
+        used, and :class:`UsageError` while another thread draws with the adapter.
         """
         self._set((as_prompts(prompt, fields),))
 
@@ -369,8 +378,10 @@ class IPAdapter(PromptSource):
 
     def clear_prompt(self) -> None:
         """Remove what was set: the model draws exactly as without the adapter."""
-        self._encoded, self._samples = (), ()
-        self._invalidate()
+        with self._undisturbed():
+            self._encoded, self._samples = (), ()
+            self._prompter.clear()
+            self._invalidate()
 
     @contextmanager
     def training_tokens(
@@ -471,13 +482,39 @@ class IPAdapter(PromptSource):
 
     # ---- private
 
+    def _undisturbed(self) -> AbstractContextManager[None]:
+        """Keeps other threads from drawing. Raises :class:`UsageError` while one draws with this adapter."""
+        injection = self._injected()
+        return nullcontext() if injection is None else injection.drawing.undisturbed()
+
+    def begin_run(self, encode_text: Callable[[str], Tensor]) -> None:
+        """Encode the words of regional texts anew, as the pipeline has just encoded its prompt."""
+        if not any(isinstance(prompt.prompt.text, str) for sample in self._encoded for prompt, _ in sample):
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            encoded = tuple(
+                tuple(
+                    (prompt, encode_text(words) if isinstance(words := prompt.prompt.text, str) else text)
+                    for prompt, text in sample
+                )
+                for sample in self._encoded
+            )
+        self._samples = tuple(
+            tuple(replace(made, text=text) for made, (_, text) in zip(sample, given, strict=True))
+            for sample, given in zip(self.samples, encoded, strict=True)
+        )
+        self._encoded = encoded
+        self._invalidate()
+
     def _set(self, samples: Sequence[Sequence[ImagePrompt]]) -> None:
         with torch.inference_mode(False), torch.no_grad():
             encoded = tuple(
                 tuple((self.prompt_encoder.encode(prompt), self._text(prompt.text)) for prompt in prompts)
                 for prompts in samples
             )
-        self._compile(encoded)
+        with self._undisturbed():
+            self._compile(encoded)
+            self._prompter.set()
 
     def _compile(self, encoded: _Encoded) -> None:
         weights, injection = self._weights_now(), self._injected()

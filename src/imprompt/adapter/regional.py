@@ -7,6 +7,7 @@ prompt's own attention is kept bit for bit. All of it happens before the layer's
 Dimensions: B batch rows, H heads, L queries, D head width, T tokens, C token width.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from imprompt.adapter.attention import split_heads
+from imprompt.adapter.backbones.base import Caller
 from imprompt.adapter.prompt import CompiledPrompt
 from imprompt.errors import InputError, UsageError
 
@@ -114,8 +116,16 @@ def project_text(projection: Any | None, states: Float[Tensor, "*B E"]) -> Float
     return projected
 
 
-def encode_text(pipe: Any, text: str | Tensor, width: int) -> Float[Tensor, "T C"]:
-    """A text's embeddings as the pipeline makes them of its prompt.
+def text_options(caller: Caller) -> dict[str, Any]:
+    """The options of a pipeline's call that change how its prompt is encoded, where it knows them."""
+    known = inspect.signature(caller.pipe.encode_prompt).parameters
+    of_layers = caller.value("cross_attention_kwargs") or {}
+    stated = {"clip_skip": caller.value("clip_skip"), "lora_scale": of_layers.get("scale")}
+    return {option: value for option, value in stated.items() if option in known}
+
+
+def encode_text(pipe: Any, text: str | Tensor, width: int, **options: Any) -> Float[Tensor, "T C"]:
+    """A text's embeddings as the pipeline makes them of its prompt, with ``options`` of its own encoding.
 
     Embeddings are only checked: ``(T, C)`` or ``(1, T, C)``, finite, ``C`` being ``width``. Raises
     :class:`UsageError` for words without a pipeline, :class:`InputError` for other embeddings.
@@ -133,6 +143,7 @@ def encode_text(pipe: Any, text: str | Tensor, width: int) -> Float[Tensor, "T C
             device=getattr(pipe, "_execution_device", pipe.device),
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
+            **options,
         )[0]
     states = states[0] if states.ndim == 3 and len(states) == 1 else states
     if states.ndim != 2 or states.shape[-1] != width or not bool(torch.isfinite(states).all()):

@@ -6,7 +6,9 @@ texts to the same attention (:mod:`imprompt.adapter.regional`). A region that ha
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ class TextRegions(PromptSource):
 
     def __init__(self) -> None:
         self._injection: weakref.ref[Injection] | None = None
+        self._words: tuple[str | Tensor, ...] = ()
 
     def attach(self, target: object) -> "TextRegions":
         """Sit on the UNet of the pipeline that will be called. Raises :class:`AdapterMismatch` for what has
@@ -65,15 +68,34 @@ class TextRegions(PromptSource):
                 tuple(_row(region, injection.encode_text(region.text)) for region in regions)
                 for regions in samples
             )
-        self._samples = rows if any(rows) else ()
+        with injection.drawing.undisturbed():
+            self._samples = rows if any(rows) else ()
+            self._words = tuple(region.text for regions in samples for region in regions)
+            injection.invalidate()
+
+    def begin_run(self, encode_text: Callable[[str], Tensor]) -> None:
+        """Encode the words anew, as the pipeline has just encoded its prompt."""
+        injection = None if self._injection is None else self._injection()
+        if injection is None or not any(isinstance(text, str) for text in self._words):
+            return
+        words = iter(self._words)
+        with torch.inference_mode(False), torch.no_grad():
+            self._samples = tuple(
+                tuple(
+                    replace(row, text=encode_text(text)) if isinstance(text := next(words), str) else row
+                    for row in sample
+                )
+                for sample in self._samples
+            )
         injection.invalidate()
 
     def detach(self) -> None:
         """Leave the UNet as it was found."""
         injection = None if self._injection is None else self._injection()
-        self._injection, self._samples = None, ()
-        if injection is not None:
-            injection.remove(self)
+        with nullcontext() if injection is None else injection.drawing.undisturbed():
+            self._injection, self._samples, self._words = None, (), ()
+            if injection is not None:
+                injection.remove(self)
 
 
 def _row(region: TextRegion, text: Tensor) -> CompiledPrompt:
