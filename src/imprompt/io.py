@@ -381,6 +381,11 @@ def sha256(path: str | Path) -> str:
         raise InputError(f"'{path}' cannot be read ({error.strerror}).") from error
 
 
+def cache_folder() -> Path:
+    """Where things are kept that can be made anew: ``$XDG_CACHE_HOME/imprompt`` or ``~/.cache/imprompt``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "imprompt"
+
+
 def fingerprint(*paths: str | Path) -> str:
     """Twelve hex digits that differ when the content or the number of the files differs."""
     return hashlib.sha256("".join(sha256(path) for path in paths).encode()).hexdigest()[:12]
@@ -395,7 +400,7 @@ def _hash_file(path: Path) -> str:
 def _hash_known(path: Path, size: int, *times_and_inode: int) -> str:
     if size < _REMEMBERED:
         return _hash(path)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "imprompt" / "sha256.json"
+    cache = cache_folder() / "sha256.json"
     key = " ".join(map(str, (path.resolve(), size, *times_and_inode)))
     with contextlib.suppress(ImpromptError):  # none yet, or damaged: it is made anew
         known = read_json(cache, "cache")

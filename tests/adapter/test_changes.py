@@ -1,5 +1,6 @@
 """What is changed after a prompt was set takes effect at the next call, as if it had been set anew."""
 
+import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -139,6 +140,16 @@ def test_words_of_a_region_are_encoded_with_the_options_of_the_pipelines_call(ki
         drawn.append(run(pipe, clip_skip=1))
     assert torch.equal(skipped, drawn[0])
     assert not torch.equal(skipped, drawn[1])
+
+
+def test_a_model_with_an_adapter_is_not_copied() -> None:
+    unet = tiny_unet()
+    adapter = IPAdapter.from_state_dict(random_adapter_state(unet)).attach(unet)
+    adapter.set_prompt(torch.ones(1, POOLED))
+    with pytest.raises(UsageError, match="cannot be copied while an adapter is attached"):
+        copy.deepcopy(unet)
+    adapter.detach()
+    assert torch.equal(draw(copy.deepcopy(unet)), draw(unet))
 
 
 def in_a_thread(act: Callable[[], object]) -> BaseException | None:

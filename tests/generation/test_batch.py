@@ -6,6 +6,7 @@ from PIL import Image
 
 from imprompt.errors import UsageError
 from imprompt.generation.engine import Engine
+from imprompt.generation.steps import Step
 from imprompt.schema.prompt import ImagePrompt, TextRegion
 from imprompt.schema.request import Request
 
@@ -31,7 +32,7 @@ def equal_to_solo(engine: Engine, requests: list[Request], drawn: list[list[Imag
     return all(
         np.abs(pixels(one) - pixels(alone)).max() <= 1
         for images, request in zip(drawn, requests, strict=True)
-        for one, alone in zip(images, engine.run(request).images, strict=True)
+        for one, alone in zip(images, engine.run(request.replace(exact=True)).images, strict=True)
     )
 
 
@@ -95,12 +96,34 @@ def test_many_pictures_are_drawn_in_several_batches(engine, foreign):
         Engine(at_once=0)
 
 
-def test_the_pictures_of_one_request_are_a_batch_where_exactness_is_not_asked_for(foreign):
-    fast, seen = Engine(exact=False), []
-    images = fast.run(foreign[1].replace(count=3), on_step=lambda step: seen.append(step.picture)).images
-    assert seen == [0, 0, 0]
-    for image, alone in zip(images, Engine().run(foreign[1].replace(count=3)).images, strict=True):
+def test_the_pictures_of_one_request_are_a_batch_where_exactness_is_not_asked_for(engine, foreign):
+    asked, seen = foreign[1].replace(count=3), []
+
+    def told(step: Step) -> None:
+        seen.append((step.picture, step.together))
+
+    images = engine.run(asked, on_step=told).images
+    exact = engine.run(asked.replace(exact=True), on_step=told).images
+    assert seen == [(0, 3)] * 3 + [(0, 1)] * 3 + [(1, 1)] * 3 + [(2, 1)] * 3
+    for index, (image, alone) in enumerate(zip(images, exact, strict=True)):
         assert np.abs(pixels(image) - pixels(alone)).max() <= 1
+        assert np.array_equal(pixels(engine.run(asked.single(index)).images[0]), pixels(alone))
+
+
+def test_requests_that_are_exact_are_drawn_alone_among_others(engine, foreign):
+    requests = [request.replace(exact=index > 1) for index, request in enumerate(foreign)]
+    for result, request in list(zip(engine.run_batch(requests), requests, strict=True))[2:]:
+        for image, alone in zip(result.images, engine.run(request).images, strict=True):
+            assert np.array_equal(pixels(image), pixels(alone))
+
+
+def test_requests_that_alternate_are_sorted_into_batches_and_back(engine, foreign):
+    first, second, *_ = foreign
+    requests = [first, first.replace(steps=2), second, second.replace(steps=2)]
+    drawn = [result.images for result in engine.run_batch(requests)]
+    assert equal_to_solo(engine, requests, drawn)
+    timings = [result.timings for result in engine.run_batch(requests)]
+    assert timings[0] == timings[2] != timings[1] == timings[3], "requests drawn as one batch share them"
 
 
 def test_no_request_is_no_result(engine):

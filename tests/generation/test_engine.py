@@ -41,7 +41,8 @@ def test_a_picture_needs_no_text(engine, common, pictures):
 
 
 def test_a_complete_request_repeats_the_picture_bit_for_bit(common, pictures, tmp_path):
-    first = generate(Request(prompt="a cat", images=[pictures / "ref.png"], count=3, **common))
+    asked = Request(prompt="a cat", images=[pictures / "ref.png"], count=3, exact=True, **common)
+    first = generate(asked)
     paths = output.save(first, tmp_path / "cat.png")
     for path, image in zip(paths, first.images, strict=True):
         again = generate(output.read_request(path))
@@ -49,7 +50,8 @@ def test_a_complete_request_repeats_the_picture_bit_for_bit(common, pictures, tm
 
 
 def test_picture_number_i_is_the_first_of_seed_plus_i(engine, common, pictures):
-    several = engine.run(Request(prompt="a cat", images=[pictures / "ref.png"], count=3, **common))
+    asked = Request(prompt="a cat", images=[pictures / "ref.png"], count=3, exact=True, **common)
+    several = engine.run(asked)
     third = engine.run(
         Request(prompt="a cat", images=[pictures / "ref.png"], **{**common, "seed": common["seed"] + 2})
     )
@@ -291,6 +293,21 @@ def test_too_little_memory_is_said_and_given_back(base):
         engine.run(asked, on_step=exhausted)
     assert engine.loaded == ()
     assert engine.run(asked).images[0].size == (32, 32)
+
+
+def test_where_memory_does_not_suffice_for_a_batch_smaller_ones_are_drawn(engine, common, pictures):
+    asked = Request(prompt="a cat", images=[pictures / "ref.png"], count=5, **common)
+    drawn = []
+
+    def exhausted(step) -> None:
+        if step.together > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+        drawn.append((step.picture, step.together))
+
+    images = engine.run(asked, on_step=exhausted).images
+    assert list(dict.fromkeys(drawn)) == [(0, 2), (2, 2), (4, 1)]
+    for image, alone in zip(images, engine.run(asked.replace(exact=True)).images, strict=True):
+        assert np.abs(pixels(image) - pixels(alone)).max() <= 1
 
 
 def test_release_forgets_everything(base, pictures):

@@ -64,14 +64,19 @@ def test_a_prompt_that_cannot_act_in_this_run_is_said(
 
 
 @pytest.mark.parametrize(
-    "what", ["adapters/ip-adapter.safetensors", "unet/diffusion_pytorch_model.safetensors"]
+    "what",
+    [
+        "adapters/ip-adapter.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+        "image_encoder/model.safetensors",
+    ],
 )
 def test_other_weights_than_the_recorded_are_an_error(common, base, pictures, tmp_path, what):
     folder = tmp_path / "base"
     shutil.copytree(base, folder)
     fields = {**common, "base": str(folder), "adapter": str(folder / "adapters")}
     drawn = Engine().run(Request(prompt="a", images=[pictures / "ref.png"], **fields)).request
-    assert {name.split()[0] for name in drawn.fingerprints} == {"base", "adapter"}
+    assert {name.split()[0] for name in drawn.fingerprints} == {"base", "adapter", "image"}
     Engine().run(drawn)
     tensors = load_file(folder / what)
     name = next(name for name, weight in sorted(tensors.items()) if weight.numel() > 8)

@@ -400,6 +400,7 @@ REFUSED = [
     (InputError, "6 masks, the clip has 4", {"images": [{"image": "ref.png", "mask": "<film>"}]}),
     (InputError, "6 frames at 12 a second, not 9", {"video": "<film>", "frames": 9}),
     (UsageError, "tells 8 frames apart, not 16", {"frames": 20, "context": 16}),
+    (UsageError, "drawn in windows", {"frames": 12, "context": 8, "prompt": "a (cat:1.3)"}),
     (ModelError, "no motion adapter at", {"motion": "./no/such/folder"}),
     (UsageError, "did you mean animatediff", {"motion": "animatedif"}),
     (UsageError, "no default motion adapter", {"motion": None}),

@@ -110,6 +110,12 @@ class Injection:
             injection.invalidate()
         return injection
 
+    def __deepcopy__(self, _: object) -> "Injection":
+        raise UsageError(
+            f"a {self.backbone.noun} cannot be copied while an adapter is attached; detach() it, copy, and "
+            "attach it again."
+        )
+
     @property
     def attached(self) -> bool:
         """Whether its hooks are on the denoiser."""

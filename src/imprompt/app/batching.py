@@ -10,7 +10,7 @@ _OWN = {"prompt", "negative", "images", "regions", "scale", "adapter", "seed", "
 
 def batch_key(request: Request) -> str | None:
     """Equal for requests that can be drawn as one batch; ``None`` for one that is drawn alone."""
-    if request.count != 1 or request.task == "animate" or request.controls:
+    if request.exact or request.count != 1 or request.task == "animate" or request.controls:
         return None
     shared = request.model_dump(mode="json", exclude=_OWN)
     return json.dumps([shared, bool(request.images)], sort_keys=True)

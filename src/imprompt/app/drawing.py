@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imprompt.app.hints import check_no_url
+from imprompt.app.hints import check_is_text, check_no_url
 from imprompt.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -160,6 +160,7 @@ def _stated(args: argparse.Namespace) -> dict[str, Any]:
         if name in readers:
             stated[name] = tuple(readers[name](text) for text in value)
     _check_no_urls(stated)
+    check_is_text(stated.get("prompt"))
     return stated
 
 

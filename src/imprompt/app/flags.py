@@ -54,6 +54,9 @@ def add_request_flags(parser: argparse.ArgumentParser, model: type[BaseModel], t
                     "--also", dest=name, action=_NextPicture, metavar="PATH[,weight=X][,at=N]", help=about
                 )
             continue
+        if field.annotation is bool:
+            parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=about)
+            continue
         parser.add_argument(
             "--" + name.replace("_", "-"),
             dest=name,

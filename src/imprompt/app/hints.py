@@ -1,6 +1,7 @@
 """One-line advice for typing mistakes: a command left out, a flag misspelt or named as elsewhere."""
 
 import difflib
+import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,13 +38,16 @@ _ELSEWHERE: Mapping[str, str] = {
     "--width": "--size WIDTHxHEIGHT",
 }
 """Flags of other programs → what imprompt calls them."""
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 _TASK_OF_FLAG = {"--mask": "inpaint", "--video": "animate", "--frames": "animate", "--strength": "edit"}
 
 
 def for_flag(flag: str, known: Iterable[str]) -> str:
-    """Advice for an unknown flag, or an empty string."""
-    flag = flag.partition("=")[0]
+    """Advice for an unknown flag, or a word too many, or an empty string."""
     known = list(known)
+    if _is_picture(flag) and "--image" in known:
+        return f"; each picture has a flag of its own: --image {shlex.quote(flag)}"
+    flag = flag.partition("=")[0]
     if flag in _ELSEWHERE and _ELSEWHERE[flag].split()[0] in (*known, "the", "a"):
         return f"; here it is {_ELSEWHERE[flag]}"
     if flag in _TASK_OF_FLAG:
@@ -56,6 +60,9 @@ def for_command(name: str, rest: Sequence[str], verbs: Sequence[str]) -> str:
     """The message for a first argument that is no command: closest match, or that a command is missing."""
     if near := difflib.get_close_matches(name, verbs, n=1):
         return f"no command '{name}'; did you mean '{near[0]}'?"
+    if _is_picture(name):
+        words = " ".join(shlex.quote(word) for word in (name, *rest))
+        return f"a command is missing; write: imprompt edit {words} (or generate --image {shlex.quote(name)})"
     flags = [word for word in (name, *rest) if word.startswith("-") and word not in ("-h", "--help")]
     if " " in name or flags:
         verb = next((_TASK_OF_FLAG[flag] for flag in flags if flag in _TASK_OF_FLAG), "generate")
@@ -64,9 +71,23 @@ def for_command(name: str, rest: Sequence[str], verbs: Sequence[str]) -> str:
     return f"no command '{name}'; commands are {', '.join(verbs)}."
 
 
+def check_is_text(prompt: object) -> None:
+    """Raise :class:`UsageError` for a picture's file where a text is expected."""
+    if isinstance(prompt, str) and _is_picture(prompt):
+        raise UsageError(
+            f"'{prompt}' is a picture and stands where the text does; to prompt with it: --image "
+            f"{shlex.quote(prompt)}"
+        )
+
+
 def check_no_url(where: str, value: object) -> None:
     """Raise :class:`UsageError` for a web address where a file is expected."""
     if isinstance(value, str) and re.match(r"https?://", value, re.IGNORECASE):
         raise UsageError(
             f"{where}: '{value}' is a web address; download it first (curl -LO '{value}') and give the file."
         )
+
+
+def _is_picture(word: str) -> bool:
+    """Whether a word is the name of a picture's file that is there."""
+    return word.lower().endswith(_PICTURES) and os.path.isfile(word)  # noqa: PTH113  # also no valid path

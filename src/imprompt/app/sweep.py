@@ -32,7 +32,7 @@ def sweep(
     asked = expand(request, [read_axis(text) for text in axes])
     output.check_target(target, request.task, len(asked.requests), overwrite=overwrite)
     output.check_target(target.with_name(f"{target.stem}-grid.png"), overwrite=overwrite)
-    results = [engine.run(one) for one in asked.requests]
+    results = engine.run_batch(asked.requests)
     # Of a clip the page shows the frame in the middle.
     middle = (request.frames or 1) // 2 if request.task == "animate" else 0
     page = sheet(asked, [result.images[min(middle, len(result.images) - 1)] for result in results])

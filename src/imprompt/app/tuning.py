@@ -132,15 +132,17 @@ def _draw(request: Request, axes: Sequence[str], engine: Engine, say: Callable[[
     bare = [
         ImagePrompt(prompt.image, adapter=prompt.adapter, framing=prompt.framing) for prompt in request.images
     ]
-    text_alone = engine.run(shared.replace(images=(), **of_images)).images
-    picture_alone = engine.run(shared.replace(prompt="", scale=1.0, images=bare)).images
-    results = [engine.run(one) for one in asked.requests]
+    ends = [
+        shared.replace(images=(), **of_images),
+        shared.replace(prompt="", scale=1.0, images=bare),
+    ]
+    text_alone, picture_alone, *results = engine.run_batch([*ends, *asked.requests])
     return _Trials(
         labels=[" · ".join(labels[: len(axes)]) for labels in asked.labels[:settings]],
         best_of=results[:settings],
         images=[[result.images[0] for result in results[i::settings]] for i in range(settings)],
-        text_alone=text_alone,
-        picture_alone=picture_alone,
+        text_alone=text_alone.images,
+        picture_alone=picture_alone.images,
         seeds=[one.seed for one in asked.requests[::settings]],
     )
 

@@ -63,6 +63,8 @@ class ImageEncoder:
         self.pooled_width = self.hidden_width if self.is_siglip else int(config.projection_dim)
         self.size = int(config.image_size)
         """Side of the square input in pixels."""
+        self.files: tuple[Path, ...] = ()
+        """The weights' files, where they were loaded from files."""
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self.processor = _processor(processor, self.size, is_siglip=self.is_siglip)
         self._negative: tuple[tuple[torch.device, torch.dtype], Tensor] | None = None
@@ -99,6 +101,7 @@ class ImageEncoder:
                 f"missing, such as '{absent[0]}'."
             )
         encoder = cls(model.requires_grad_(False).eval(), _settings(place), name=place.name)
+        encoder.files = place.weights
         return encoder if device is None else encoder.to(device, None)
 
     def to(

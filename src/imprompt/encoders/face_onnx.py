@@ -37,6 +37,7 @@ class OnnxFaces:
     def __init__(self, detector: str | Path, recogniser: str | Path, space: str) -> None:
         self.space = space
         """Which model's embeddings these are."""
+        self.files = Path(detector), Path(recogniser)
         self.name = f"{Path(detector).stem} with {Path(recogniser).stem}"
         self._detector, self._recogniser = _session(detector), _session(recogniser)
         self._outputs = [each.name for each in self._detector.get_outputs()]

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from imprompt.errors import ModelError
+from imprompt.errors import ModelError, UsageError
 from imprompt.generation import video
 from imprompt.generation.control import control_call
 from imprompt.generation.families import guidance_arguments, scheduler_for
 from imprompt.generation.job import Job, Shot
-from imprompt.generation.text import text_arguments
+from imprompt.generation.loading import Loaded
+from imprompt.generation.text import chunk_count
 from imprompt.io import seed_for
 
 
@@ -28,26 +29,24 @@ def fresh_scheduler(pipe: Any, name: str | None) -> Iterator[None]:
         pipe.scheduler = own
 
 
-def draw(pipe: Any, shots: Sequence[Shot]) -> list[list[Image.Image]]:
+def draw(loaded: Loaded, shots: Sequence[Shot]) -> list[list[Image.Image]]:
     """The pictures of one call of the pipeline, or a clip's frames, finished."""
+    pipe = loaded.pipe
     job, _ = shots[0]
     request = job.request
     generators = [torch.Generator().manual_seed(_seed(job, index)) for job, index in shots]
-    if request.task == "animate":
-        call = (
-            _call(pipe, shots) | control_call(job.controls, job.inputs.maps, request)
-            if job.controls
-            else _call(pipe, shots)
-        )
-        frames = video.draw(pipe, call, request, job.inputs.frames, generators[0])
-        return [[_checked(frame) for frame in frames]]
-    call = _call(pipe, shots)
-    if job.controls:
-        call |= control_call(job.controls, job.inputs.maps, request)
-    with warnings.catch_warnings(), torch.inference_mode():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*invalid value encountered in cast.*")
+        with torch.inference_mode():
+            call = _call(loaded, shots)
+        if job.controls:
+            call |= control_call(job.controls, job.inputs.maps, request)
+        if request.task == "animate":
+            frames = video.draw(pipe, call, request, job.inputs.frames, generators[0])
+            return [[_checked(frame) for frame in frames]]
         generator = generators[0] if len(shots) == 1 else generators
-        pixels = pipe(**call, generator=generator, output_type="np").images
+        with torch.inference_mode():
+            pixels = pipe(**call, generator=generator, output_type="np").images
     return [[_finished(job, _checked(one))] for (job, _), one in zip(shots, pixels, strict=True)]
 
 
@@ -56,19 +55,28 @@ def _seed(job: Job, index: int) -> int:
     return seed_for(job.request.seed, index)
 
 
-def _texts(pipe: Any, shots: Sequence[Shot]) -> dict[str, Any]:
-    """The arguments of prompt, negative and guidance; texts that are too long as their embeddings."""
+def _texts(loaded: Loaded, shots: Sequence[Shot]) -> dict[str, Any]:
+    """The arguments of prompt, negative and guidance; CLIP's texts as their states."""
     job, _ = shots[0]
     assert job.request.guidance is not None
     prompts, negatives = ([getattr(job.request, name) for job, _ in shots] for name in ("prompt", "negative"))
     call = guidance_arguments(job.base, job.request.guidance, negatives)
-    texts = text_arguments(pipe, prompts, negatives if "negative_prompt" in call else None)
+    if video.in_windows(job.request):
+        if chunk_count(loaded.pipe, *prompts, *negatives):
+            raise UsageError(
+                f"prompt: a clip of {job.request.frames} frames is drawn in windows, which read no text with "
+                "weights or BREAK, or longer than the encoder reads; change it, or draw at most "
+                f"{job.request.context} frames."
+            )
+        texts = None
+    else:
+        texts = loaded.texts.arguments(loaded.pipe, prompts, negatives if "negative_prompt" in call else None)
     if texts is None:
         return {"prompt": prompts if len(shots) > 1 else prompts[0]} | call
     return texts | {name: value for name, value in call.items() if name != "negative_prompt"}
 
 
-def _call(pipe: Any, shots: Sequence[Shot]) -> dict[str, Any]:
+def _call(loaded: Loaded, shots: Sequence[Shot]) -> dict[str, Any]:
     """The arguments of the diffusers pipeline, but for the generator and controls."""
     job, _ = shots[0]
     request, inputs = job.request, job.inputs
@@ -77,7 +85,7 @@ def _call(pipe: Any, shots: Sequence[Shot]) -> dict[str, Any]:
     def each(values: list[Any]) -> Any:
         return values if len(shots) > 1 else values[0]
 
-    call = {"num_inference_steps": request.steps} | _texts(pipe, shots)
+    call = {"num_inference_steps": request.steps} | _texts(loaded, shots)
     kind = job.base.kind
     if request.task != "edit" or kind.denoiser == "transformer":  # SD's read it from the picture
         call |= {"width": request.size[0], "height": request.size[1]}

@@ -9,15 +9,16 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from PIL import Image
 
-from imprompt.adapter.recorder import Attribution
+from imprompt.adapter.recorder import Attribution, Recorder
 from imprompt.adapter.regions import TextRegions
 from imprompt.encoders import face_onnx
 from imprompt.errors import ModelError, UsageError
@@ -28,7 +29,17 @@ from imprompt.generation.families import Base, find_adapter, find_base
 from imprompt.generation.identity import face_controls
 from imprompt.generation.idle import idle_notes
 from imprompt.generation.inputs import read_inputs
-from imprompt.generation.job import Job, batches, changed, shows_pictures, slices, together_limit
+from imprompt.generation.job import (
+    Job,
+    Shot,
+    batches,
+    changed,
+    shots_of,
+    shows_pictures,
+    slices,
+    sorted_for_batches,
+    together_limit,
+)
 from imprompt.generation.loading import LOADING, Loaded, Models
 from imprompt.generation.provenance import fingerprints, provenance
 from imprompt.generation.steps import OnStep, Step, reported
@@ -61,14 +72,11 @@ class Engine:
     Several threads may share an engine: they wait for each other. :meth:`release` gives the memory back.
     """
 
-    def __init__(self, *, quiet: bool = True, exact: bool = True, at_once: int | None = None) -> None:
+    def __init__(self, *, quiet: bool = True, at_once: int | None = None) -> None:
         if at_once is not None and at_once < 1:
             raise UsageError(f"at_once is {at_once}; at least one picture is drawn at once.")
         self.quiet = quiet
         """Whether no progress bar is shown."""
-        self.exact = exact
-        """Whether :meth:`run` draws the pictures of one request one by one, each bit for bit as alone. Else
-        they are drawn as batches, which is faster and within 1e-4 (of the range of a pixel) of that."""
         self.at_once = at_once
         """The most pictures of a batch; ``None``: as many as their size lets expect memory for."""
         self._models = Models()
@@ -95,7 +103,7 @@ class Engine:
             _check_explainable(request)
         with self._exclusive(request.base):
             job = self._read(request, pictures or {})
-            return self._draw_jobs([job], explain, on_step, together=1 if self.exact or explain else None)[0]
+            return self._draw_jobs([job], explain, on_step)[0]
 
     def run_batch(
         self,
@@ -105,20 +113,23 @@ class Engine:
         on_step: OnStep | None = None,
     ) -> list[Result]:
         """Draw several requests. Those that agree in all but prompts, image prompts and seed are drawn as one
-        batch, each picture within 1e-4 (of the range of a pixel) of what :meth:`run` draws.
+        batch, each picture within 1e-4 (of the range of a pixel) of what it is alone, unless they ask to be
+        ``exact``.
 
-        In ``on_step`` pictures are counted over all requests; :attr:`Step.picture` is the batch's first.
-        Raises as :meth:`run`, and then returns none of the results.
+        In ``on_step`` pictures are counted over all requests; :attr:`Step.picture` is the batch's first. With
+        it only neighbours are one batch. Raises as :meth:`run`, and then returns none of the results.
         """
-        results: list[Result] = []
+        results: dict[int, Result] = {}
         total, before = sum(request.count for request in requests), 0
         with self._exclusive(requests[0].base if requests else ""):
             jobs = [self._read(request, pictures or {}) for request in requests]
-            for group in batches(jobs):
+            order = sorted_for_batches(jobs) if on_step is None else list(range(len(jobs)))
+            for group in batches([jobs[place] for place in order]):
                 told = None if on_step is None else _counted_on(on_step, before, total)
-                results += self._draw_jobs(group, False, told, together=None)
+                places = order[len(results) :][: len(group)]
+                results |= zip(places, self._draw_jobs(group, False, told), strict=True)
                 before += sum(job.request.count for job in group)
-        return results
+        return [results[place] for place in range(len(jobs))]
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -160,62 +171,83 @@ class Engine:
         inputs = read_inputs(request, pictures, base.defaults.size, base.kind.multiple)
         return Job(base, controls, motion, inputs)
 
-    def _draw_jobs(
-        self, jobs: Sequence[Job], explain: bool, on_step: OnStep | None, together: int | None
-    ) -> list[Result]:
-        """Load, encode and draw jobs that may be one batch, ``together`` pictures at a time."""
+    def _draw_jobs(self, jobs: Sequence[Job], explain: bool, on_step: OnStep | None) -> list[Result]:
+        """Load, encode and draw jobs that may be one batch."""
         clock = [time.perf_counter()]
         loaded = self._load(jobs)
-        jobs = [_recorded(job, loaded) for job in jobs]
         clock.append(time.perf_counter())
-        shots = [(job, index) for job in jobs for index in range(job.request.count)]
-        size = together or min(together_limit(jobs, loaded), self.at_once or len(shots))
-        calls = list(slices(shots, size, loaded.pipe))
-        images: list[list[Image.Image]] = []
-        attributions: list[Attribution] = []
         with _attached(loaded, jobs) as prompted:
-            prompted([job for job, _ in calls[0][1]])
+            jobs = [_recorded(job, loaded) for job in jobs]
+            shots = shots_of(jobs)
+            most = 1 if explain else min(together_limit(jobs, loaded), self.at_once or len(shots))
+            calls = slices(shots, most, loaded.pipe)
+            prompted([job for job, _ in calls[0]])
             clock.append(time.perf_counter())
-            notes = [_notes(job, loaded) for job in jobs]
-            for start, some in calls:
-                prompted([job for job, _ in some])
-                with ExitStack() as watch:
-                    watch.enter_context(fresh_scheduler(loaded.pipe, jobs[0].request.scheduler))
-                    watch.enter_context(reported(loaded.pipe, on_step, start, len(shots)))
-                    watch.enter_context(face_controls(loaded.pipe, jobs[0].controls, loaded.adapters))
-                    recorders = [
-                        watch.enter_context(adapter.recording())
-                        for adapter in list(loaded.adapters.values())[: int(explain)]
-                    ]
-                    self._show_progress(loaded.pipe, start, len(shots))
-                    images += draw(loaded.pipe, some)
-                attributions += [recorder.result() for recorder in recorders]
+            notes = [tuple(_notes(job, loaded)) for job in jobs]
+            watched = partial(self._watched, loaded, jobs[0], len(shots), on_step, explain)
+            drawn, attributions = _draw_calls(loaded, calls, prompted, watched)
             made_with = [provenance(job, loaded) for job in jobs]
         clock.append(time.perf_counter())
         spans = [round(after - before, 3) for before, after in pairwise(clock)]
         timings = dict(zip(("load", "encode", "draw"), spans, strict=True))
-        drawn = iter(images)
+        images = iter(drawn)
         return [
             Result(
-                [image for _ in range(job.request.count) for image in next(drawn)],
+                [image for _ in range(job.request.count) for image in next(images)],
                 job.request,
                 of_job,
                 timings,
-                tuple(noted),
-                tuple(attributions),
+                noted,
+                attributions,
                 job.inputs.maps,
             )
             for job, of_job, noted in zip(jobs, made_with, notes, strict=True)
         ]
+
+    @contextmanager
+    def _watched(
+        self, loaded: Loaded, job: Job, total: int, on_step: OnStep | None, explain: bool, start: int
+    ) -> Iterator[list[Recorder]]:
+        """While one call of the pipeline runs: its scheduler, its progress, its controls that read faces, and
+        what records where image prompts act."""
+        with ExitStack() as watch:
+            watch.enter_context(fresh_scheduler(loaded.pipe, job.request.scheduler))
+            watch.enter_context(reported(loaded.pipe, on_step, start, total))
+            watch.enter_context(face_controls(loaded.pipe, job.controls, loaded.adapters))
+            label = "drawing" if total == 1 else f"drawing {start + 1} of {total}"
+            loaded.pipe.set_progress_bar_config(disable=self.quiet, desc=label, leave=False, unit="step")
+            watched = list(loaded.adapters.values())[: int(explain)]
+            yield [watch.enter_context(adapter.recording()) for adapter in watched]
 
     def _load(self, jobs: Sequence[Job]) -> Loaded:
         first = jobs[0]
         names = list(dict.fromkeys(name for job in jobs for name in job.adapters))
         return self._models.load(first.request, first.base, first.controls, first.motion, names)
 
-    def _show_progress(self, pipe: Any, start: int, pictures: int) -> None:
-        label = "drawing" if pictures == 1 else f"drawing {start + 1} of {pictures}"
-        pipe.set_progress_bar_config(disable=self.quiet, desc=label, leave=False, unit="step")
+
+def _draw_calls(
+    loaded: Loaded,
+    calls: list[list[Shot]],
+    prompted: Callable[[Sequence[Job]], None],
+    watched: Callable[[int], AbstractContextManager[list[Recorder]]],
+) -> tuple[list[list[Image.Image]], tuple[Attribution, ...]]:
+    """The pictures of all calls of the pipeline; halves of them where memory does not suffice."""
+    images: list[list[Image.Image]] = []
+    attributions: list[Attribution] = []
+    while calls:
+        some = calls.pop(0)
+        prompted([job for job, _ in some])
+        try:
+            with watched(len(images)) as recorders:
+                images += draw(loaded, some)
+        except (MemoryError, RuntimeError) as error:
+            if len(some) == 1 or not _is_of_memory(error):
+                raise
+            most = len(some) // 2
+            calls = [each[at : at + most] for each in (some, *calls) for at in range(0, len(each), most)]
+        else:
+            attributions += [recorder.result() for recorder in recorders]
+    return images, tuple(attributions)
 
 
 def generate(request: Request, *, pictures: Mapping[str, Image.Image] | None = None) -> Result:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+import torch
 from PIL import Image
 
 from imprompt.generation import video
@@ -17,7 +18,10 @@ from imprompt.schema.request import Request
 
 _BATCH_PIXELS = 32 * 128 * 128
 """Pixels drawn at once on the CPU; a GPU draws sixteen times as many."""
+_PIXEL_BYTES = 1500
+"""Memory that decoding a pixel takes, for each byte of the number format (Stable Diffusion's VAE)."""
 _BATCHED = ("generate", "edit", "inpaint")
+_BATCHED_NETS = ("controlnet", "union")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,11 @@ Shot: TypeAlias = tuple[Job, int]
 """One picture: a job, and the picture's number in it."""
 
 
+def shots_of(jobs: Sequence[Job]) -> list[Shot]:
+    """The pictures of jobs, one job after the other."""
+    return [(job, index) for job in jobs for index in range(job.request.count)]
+
+
 def changed(job: Job, **fields: object) -> Job:
     return replace(job, inputs=replace(job.inputs, request=job.request.replace(**fields)))
 
@@ -62,7 +71,7 @@ def shows_pictures(job: Job, adapter: str) -> bool:
 
 
 def batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    """Neighbours that can be drawn as one batch."""
+    """Neighbours that can be drawn as one batch (see :func:`sorted_for_batches`)."""
     group: list[Job] = []
     for job in jobs:
         if group and _agreement(job) != _agreement(group[0]):
@@ -73,10 +82,22 @@ def batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
         yield group
 
 
+def sorted_for_batches(jobs: Sequence[Job]) -> list[int]:
+    """Numbers of the jobs in an order in which those that can be drawn as one batch are neighbours."""
+    kinds: list[object] = []
+    places = []
+    for job in jobs:
+        kind = _agreement(job)
+        if kind not in kinds:
+            kinds.append(kind)
+        places.append(kinds.index(kind))
+    return sorted(range(len(jobs)), key=places.__getitem__)
+
+
 def _agreement(job: Job) -> object:
     """Equal for jobs that can be drawn as one batch; jobs that cannot are equal to none."""
     request = job.request
-    if request.task not in _BATCHED or request.controls:
+    if request.exact or request.task not in _BATCHED or request.controls:
         return object()
     own = dict.fromkeys(("images", "regions", "hashes", "fingerprints", "scale", "adapter", "negative"))
     start = [request.hashes.get(str(name)) for name in (request.image, request.mask)]
@@ -85,25 +106,30 @@ def _agreement(job: Job) -> object:
 
 
 def together_limit(jobs: Sequence[Job], loaded: Loaded) -> int:
-    """How many pictures are drawn at once."""
+    """How many pictures are drawn at once: as many as their size lets expect memory for."""
     request = jobs[0].request
     assert request.size is not None
-    if request.task not in _BATCHED or request.controls:
+    if request.exact or request.task not in _BATCHED:
+        return 1
+    if any(control.net not in _BATCHED_NETS for control in jobs[0].controls):
         return 1
     if any(adapter.lora is not None for adapter in loaded.adapters.values()):
         return 1  # a face's LoRA acts on whole rows of the batch
     pixels = _BATCH_PIXELS * (1 if loaded.device.type == "cpu" else 16)
+    if loaded.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(loaded.device)
+        pixels = min(pixels, free // (_PIXEL_BYTES * loaded.dtype.itemsize))
     return max(1, pixels // (request.size[0] * request.size[1]))
 
 
-def slices(shots: Sequence[Shot], size: int, pipe: Any) -> Iterator[tuple[int, list[Shot]]]:
-    """(number of the first, pictures) of each call of the pipeline: neighbours with texts of one length."""
-    start, before, some = 0, -1, list[Shot]()
-    for number, (job, index) in enumerate(shots):
+def slices(shots: Sequence[Shot], size: int, pipe: Any) -> list[list[Shot]]:
+    """The pictures of each call of the pipeline: at most ``size`` neighbours with texts of one length."""
+    found: list[list[Shot]] = []
+    before = -1
+    for job, index in shots:
         chunks = chunk_count(pipe, job.request.prompt, job.request.negative)
-        if some and (len(some) == size or chunks != before):
-            yield start, some
-            start, some = number, []
-        some.append((job, index))
+        if not found or len(found[-1]) == size or chunks != before:
+            found.append([])
+        found[-1].append((job, index))
         before = chunks
-    yield start, some
+    return found

@@ -19,6 +19,7 @@ from imprompt.generation import video
 from imprompt.generation.control import Control, check_fits, controlled, load_net
 from imprompt.generation.extras import add_embeddings, add_loras
 from imprompt.generation.families import Base, for_task, load, load_adapter
+from imprompt.generation.text import TextStates
 from imprompt.generation.video import Motion
 from imprompt.schema.request import Request
 
@@ -36,6 +37,7 @@ class Loaded:
     """By the names of the request, in order of first use."""
     device: torch.device
     dtype: torch.dtype
+    texts: TextStates
 
 
 class Models:
@@ -44,6 +46,7 @@ class Models:
     def __init__(self) -> None:
         self.features = FeatureCache()
         """Shared by all adapters."""
+        self.texts = TextStates()
         self._key: tuple[str, ...] | None = None
         self._pipes: dict[str, Any] = {}
         self._nets: dict[str, Any] = {}
@@ -62,6 +65,7 @@ class Models:
         """Forget all models and features."""
         self._pipes, self._nets, self._key, self._adapters, self._moving = {}, {}, None, {}, None
         self.features.clear()
+        self.texts.clear()
 
     def load(
         self,
@@ -89,7 +93,7 @@ class Models:
             pipe = self._pipe(base, request, motion, device, dtype)
             if controls:
                 pipe = self._with_controls(pipe, base, controls, request, device, dtype)
-        return Loaded(pipe, found, device, dtype)
+        return Loaded(pipe, found, device, dtype, self.texts)
 
     def _pipe(
         self, base: Base, request: Request, motion: Motion | None, device: torch.device, dtype: torch.dtype

@@ -2,12 +2,15 @@
 
 import platform
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.encoders.face_onnx import OnnxFaces
+from imprompt.encoders.features import fingerprint as of_weights
 from imprompt.encoders.features import shown_name
 from imprompt.errors import ModelError
 from imprompt.generation.job import Job, shows_pictures
@@ -27,25 +30,41 @@ def fingerprints(job: Job, adapters: Mapping[str, IPAdapter]) -> dict[str, str]:
         source = adapters[name].checkpoint.source
         if source is not None:
             found[f"adapter {name}"] = fingerprint(source)
+        if shows_pictures(job, name):
+            found |= _of_encoders(name, adapters[name])
     extras = [("lora", ref.path) for ref in request.loras]
     extras += [("embedding", ref.path) for ref in request.embeddings]
     for kind, path in extras:
         if (place := Path(path).expanduser()).exists():
             found[f"{kind} {path}"] = fingerprint(place)
-    for name, known in request.fingerprints.items():
+    _check_same(found, request.fingerprints)
+    return found
+
+
+def _check_same(found: Mapping[str, str], recorded: Mapping[str, str]) -> None:
+    for name, known in recorded.items():
         if name in found and found[name] != known:
             raise ModelError(
                 f"{name}: its weights are not those that the request was made with (fingerprint "
                 f"{found[name]}, not {known}); use those, or drop the recorded fingerprints (--force)."
             )
+
+
+def _of_encoders(name: str, adapter: IPAdapter) -> dict[str, str]:
+    """Fingerprints of what encodes an adapter's pictures: its image encoder, its face models."""
+    found = {}
+    if (encoder := adapter.image_encoder) is not None:
+        files = encoder.files
+        found[f"image encoder of {name}"] = fingerprint(*files) if files else of_weights(encoder.model)[:12]
+    if isinstance(reader := adapter.face_embedder, OnnxFaces):
+        found[f"face models of {name}"] = fingerprint(*reader.files)
     return found
 
 
 def provenance(job: Job, loaded: Loaded) -> dict[str, str]:
     device = loaded.device
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    made_with = {part: version(part) for part in ("imprompt", "torch", "diffusers", "transformers")}
-    made_with |= {
+    made_with = _versions() | {
         "device": f"{device} ({machine})",
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "threads": str(torch.get_num_threads()),
@@ -58,6 +77,11 @@ def provenance(job: Job, loaded: Loaded) -> dict[str, str]:
     if job.controls:
         made_with["controls"] = ", ".join(f"{net.name} {net.fingerprint}" for net in job.controls)
     return made_with
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {part: version(part) for part in ("imprompt", "torch", "diffusers", "transformers")}
 
 
 def _of_adapters(job: Job, loaded: Loaded) -> dict[str, str]:

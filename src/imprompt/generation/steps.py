@@ -34,6 +34,11 @@ class Step:
     _colours: "Float[Tensor, 'C1 3']" = field(repr=False)
     _factor: int = field(repr=False)
 
+    @property
+    def together(self) -> int:
+        """How many pictures are drawn at once, from :attr:`picture` on."""
+        return len(self._latents)
+
     def preview(self, which: int = 0) -> Image.Image:
         """Picture ``which`` of the batch as it looks now, of the drawn size; of a clip its middle frame.
 

@@ -9,7 +9,9 @@ Dimensions: B prompts, K chunks, L tokens of a chunk, C token width.
 """
 
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -23,27 +25,59 @@ Piece = tuple[int, float]
 """A token and its weight."""
 
 
-def text_arguments(
-    pipe: Any, prompts: Sequence[str], negatives: Sequence[str] | None
-) -> dict[str, Any] | None:
-    """The pipeline's arguments for texts of which one is too long, weighted or broken; ``None`` if none is,
-    or if the pipeline's text encoder is not CLIP's.
+class TextStates:
+    """States of the last texts of one base, so that none is encoded twice."""
 
-    ``negatives`` are ``None`` without guidance.
-    """
-    texts = [*prompts, *(negatives or ())]
-    if not in_chunks(pipe) or not any(_is_special(pipe, text) for text in texts):
-        return None
-    states, pooled = _encode(pipe, texts)
-    count = len(prompts)
-    call: dict[str, Any] = {"prompt_embeds": states[:count]}
-    if pooled is not None:
-        call["pooled_prompt_embeds"] = pooled[:count]
-    if negatives is not None:
-        call["negative_prompt_embeds"] = states[count:]
+    def __init__(self, limit: int = 32) -> None:
+        self._limit = limit
+        self._kept: OrderedDict[tuple[str, str | None], dict[str, Tensor]] = OrderedDict()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._kept.clear()
+
+    def arguments(
+        self, pipe: Any, prompts: Sequence[str], negatives: Sequence[str] | None
+    ) -> dict[str, Tensor] | None:
+        """The pipeline's arguments that hold the states of texts, one of each kind for each picture; ``None``
+        if the pipeline's text encoder is not CLIP's. ``negatives`` are ``None`` without guidance."""
+        if not in_chunks(pipe):
+            return None
+        pairs = list(zip(prompts, negatives or repeat(None), strict=False))
+        found = {pair: self._states(pipe, *pair) for pair in dict.fromkeys(pairs)}
+        names = found[pairs[0]]
+        return {name: torch.cat([found[pair][name] for pair in pairs]) for name in names}
+
+    def _states(self, pipe: Any, prompt: str, negative: str | None) -> dict[str, Tensor]:
+        if (prompt, negative) not in self._kept:
+            self._kept[prompt, negative] = _pair_states(pipe, prompt, negative)
+            if len(self._kept) > self._limit:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end((prompt, negative))
+        return self._kept[prompt, negative]
+
+
+def _pair_states(pipe: Any, prompt: str, negative: str | None) -> dict[str, Tensor]:
+    """States of a prompt and its negative: the pipeline's own, or of what is too long, weighted or broken
+    those of its chunks."""
+    texts = [prompt] if negative is None else [prompt, negative]
+    if any(_is_special(pipe, text) for text in texts):
+        states, pooled = _encode(pipe, texts)
+        parts = [*states.split(1), *([] if pooled is None else pooled.split(1))]
+        names = ["prompt_embeds", "negative_prompt_embeds"][: len(texts)]
         if pooled is not None:
-            call["negative_pooled_prompt_embeds"] = pooled[count:]
-    return call
+            names += ["pooled_prompt_embeds", "negative_pooled_prompt_embeds"][: len(texts)]
+    else:
+        parts = pipe.encode_prompt(
+            prompt=prompt,
+            device=getattr(pipe, "_execution_device", pipe.device),
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=negative is not None,
+            negative_prompt=negative,
+        )
+        names = ["prompt_embeds", "negative_prompt_embeds"]
+        names += [f"{kind}pooled_prompt_embeds" for kind in ("", "negative_")]
+    return {name: part for name, part in zip(names, parts, strict=False) if part is not None}
 
 
 def chunk_count(pipe: Any, *texts: str) -> int:

@@ -206,6 +206,11 @@ def window_length(pipe: Any, request: Request) -> int:
     return context
 
 
+def in_windows(request: Request) -> bool:
+    """Whether a complete request's clip is longer than one window."""
+    return request.task == "animate" and (request.frames or 0) > (request.context or math.inf)
+
+
 def draw(
     pipe: Any,
     call: Mapping[str, Any],
@@ -250,10 +255,10 @@ def _load(motion: Motion, dtype: torch.dtype) -> Any:
 @contextmanager
 def _windows(pipe: Any, request: Request) -> Iterator[None]:
     """Sliding windows while a clip is drawn that is longer than one window."""
-    context, frames = request.context, request.frames
-    if context is None or frames is None or frames <= context:
+    if not in_windows(request):
         yield
         return
+    context = request.context or 0
     pipe.enable_free_noise(context_length=context, context_stride=max(1, context // 4))
     try:
         yield

@@ -79,7 +79,7 @@ class Record:
         """The record for people: a printable line for each field that is set, and one for the provenance."""
         shown = []
         for name, value in json.loads(self.request.to_json()).items():
-            if value not in (None, "", {}, []):
+            if value not in (None, "", {}, []) and value is not False:
                 text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
                 shown.append(f"{name:<11} {printable(text)}")
         made = ", ".join(f"{name} {value}" for name, value in self.provenance.items())

@@ -262,6 +262,11 @@ class Request(Record):
         "around the centre to these proportions and resampled",
     )
     count: int = Field(default=1, ge=1, le=100, description="how many pictures; number i has seed + i")
+    exact: bool = Field(
+        default=False,
+        description="draw pictures one by one, each bit for bit as alone; else as batches where they can be, "
+        "which is faster and differs by 1 of 255 here and there",
+    )
     seed: int | None = Field(
         default=None, ge=0, le=2**53 - 1, description="start of the randomness; None: chosen and recorded"
     )

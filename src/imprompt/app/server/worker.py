@@ -235,7 +235,11 @@ class _Progress:
             if task.id in cancelled:
                 continue
             if len(self._tasks) == 1:
-                done, total, which = step.picture * step.total + step.index, step.pictures * step.total, 0
+                done, total = (
+                    step.picture * step.total + step.index * step.together,
+                    step.pictures * step.total,
+                )
+                which = 0
             else:  # a batch is drawn in parts where memory does not suffice for all of it
                 done, total, which = step.index, step.total, place - step.picture
             if which < 0:
