@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from imprompt.output import read_request
+from imprompt.output.clips import encode_clip
 from serving import STEPS, Running, encoded, mask, picture, submit, upload, wait
 
 
@@ -155,6 +156,48 @@ def test_a_controls_map_is_shown_before_drawing(client: httpx.Client) -> None:
     assert answer.status_code == 201
     edges = Image.open(io.BytesIO(client.get(answer.json()["url"]).content)).convert("L")
     assert edges.getextrema() == (0, 255)
+
+
+def moving(frames: int = 4) -> list[Image.Image]:
+    return [Image.new("RGB", (64, 48), (60 * number, 80, 200)) for number in range(frames)]
+
+
+def test_a_video_becomes_an_animated_picture_that_can_be_redrawn(client: httpx.Client) -> None:
+    shown = upload(client, encode_clip(moving(), ".mp4", 8, ""))
+    assert (shown["type"], shown["width"], shown["height"], shown["frames"]) == ("image/webp", 64, 48, 4)
+    job = wait(client, submit(client, task="animate", video=shown["id"], size=[64, 48], steps=2)["id"])
+    assert job["state"] == "done", job["error"]
+    assert (job["request"]["frames"], job["request"]["fps"]) == (4, 8)
+
+
+def test_a_video_longer_than_a_clip_may_be_is_refused(client: httpx.Client) -> None:
+    long = encode_clip(moving(1) * 129, ".mp4", 30, "")
+    answer = client.post("/api/v1/pictures", files={"file": ("a.mp4", long, "video/mp4")})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "bad_picture")
+    assert "the video has 129 frames; at most 128 are read" in answer.json()["error"]["message"]
+
+
+def test_a_clip_drawn_as_mp4_has_a_thumbnail_and_can_be_shown_again(client: httpx.Client) -> None:
+    body = {"request": {"prompt": "a cat", "task": "animate", "frames": 4, "steps": 1, "size": [64, 64]}}
+    job = wait(client, client.post("/api/v1/jobs", json={**body, "format": "mp4"}).json()["id"])
+    (clip,) = job["pictures"]
+    assert (clip["type"], clip["width"], clip["frames"]) == ("video/mp4", 64, 4)
+    assert Image.open(io.BytesIO(client.get(clip["thumbnail"]).content)).format == "WEBP"
+    again = wait(client, submit(client, task="animate", video=clip["id"], size=[64, 64], steps=2)["id"])
+    assert again["state"] == "done", again["error"]
+
+
+def test_a_picture_shown_twice_is_encoded_once(client: httpx.Client) -> None:
+    def remembered() -> float:
+        lines = client.get("/metrics").text.splitlines()
+        (line,) = (one for one in lines if one.startswith("imprompt_feature_cache_hits_total{"))
+        return float(line.rpartition(" ")[2])
+
+    shown = upload(client, picture("teal"))["id"]
+    wait(client, submit(client, images=[shown], seed=51)["id"])
+    before = remembered()
+    wait(client, submit(client, images=[shown], seed=52)["id"])
+    assert remembered() > before
 
 
 def test_metrics_count_what_was_drawn(client: httpx.Client) -> None:

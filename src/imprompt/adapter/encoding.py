@@ -46,6 +46,8 @@ class FeatureCache:
     def __init__(self, limit: int = 256 * 1024 * 1024) -> None:
         self._limit = limit
         """In bytes."""
+        self.hits = self.misses = 0
+        """How often features were remembered, and were not, since the start."""
         self._kept: OrderedDict[Hashable, Encoded] = OrderedDict()
         self._lock = Lock()
 
@@ -53,8 +55,10 @@ class FeatureCache:
         """The features of ``key``, made if they are not remembered."""
         with self._lock:
             if key in self._kept:
+                self.hits += 1
                 self._kept.move_to_end(key)
                 return self._kept[key]
+            self.misses += 1
         made = make()
         with self._lock:
             self._kept[key] = made

@@ -15,10 +15,11 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from imprompt.errors import ImpromptError, InputError, UsageError
+from imprompt.errors import ImpromptError, InputError, ModelError, UsageError
 
 if TYPE_CHECKING:
     from imprompt.generation.engine import Engine, Result
@@ -56,6 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="I/N",
         help="draw only part I (from 1) of N; auto: as SLURM's srun or torchrun say",
     )
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const=0,
+        type=int,
+        metavar="N",
+        help="draw with Ray, on N workers of its cluster or of this machine; without N: one a GPU, else one",
+    )
     parser.add_argument("--device", help="for requests that name none")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
 
@@ -75,10 +84,13 @@ def run(args: argparse.Namespace) -> int:
     left = [job for job in part if not _is_done(job, done.get(job.id), folder)]
     if len(left) < len(part):
         print(f"imprompt: {len(part) - len(left)} of {len(part)} are drawn already", file=sys.stderr)
-    with (folder / name).open("a", encoding="utf-8") as manifest, contextlib.chdir(source.parent):
-        failed = _draw_all(left, folder, manifest, args)
-    for job, error in failed:
-        print(f"imprompt: {job.id}: {error}", file=sys.stderr)
+    drawer = Drawer(source.parent, folder, args.format)
+    batches = list(_batches(left, args.batch))
+    drawn = map(drawer, batches) if args.ray is None else _drawn_by_ray(drawer, batches, args.ray)
+    with (folder / name).open("a", encoding="utf-8") as manifest:
+        failed = _write(drawn, manifest, len(left), quiet=args.quiet)
+    for entry in failed:
+        print(f"imprompt: {entry['id']}: {entry['error']}", file=sys.stderr)
     print(f"imprompt: {len(left) - len(failed)} drawn, {len(failed)} failed", file=sys.stderr)
     return 1 if failed else 0
 
@@ -159,31 +171,71 @@ def _is_done(job: Job, entry: Mapping[str, Any] | None, folder: Path) -> bool:
 # ---- drawing
 
 
-def _draw_all(
-    jobs: Sequence[Job], folder: Path, manifest: TextIO, args: argparse.Namespace
-) -> list[tuple[Job, str]]:
-    """Draw jobs in batches; returns those that failed, and why."""
+@dataclass(frozen=True)
+class Drawer:
+    """Draws batches of jobs into a folder with an engine of its own, which is made when it first draws."""
+
+    home: Path
+    """What the jobs' paths are relative to."""
+    folder: Path
+    form: str | None
+    """Format of the files; ``None``: PNG, and WebP for clips."""
+
+    def __call__(self, batch: Sequence[Job]) -> list[dict[str, Any]]:
+        """Draw jobs together, and save them; each job's line of the manifest."""
+        with contextlib.chdir(self.home):
+            return [_finish(job, outcome, self.folder, self.form) for job, outcome in self._draw(batch)]
+
+    @cached_property
+    def _engine(self) -> "Engine":
+        from imprompt.generation.engine import Engine
+
+        return Engine()
+
+    def _draw(self, batch: Sequence[Job]) -> Iterator[tuple[Job, "Result | ImpromptError"]]:
+        """Each job with its result or what went wrong; when a batch fails, each of it is drawn alone."""
+        if len(batch) > 1:
+            with contextlib.suppress(ImpromptError):
+                results = self._engine.run_batch([job.request for job in batch if job.request is not None])
+                yield from zip(batch, results, strict=True)
+                return
+        for job in batch:
+            yield job, self._alone(job)
+
+    def _alone(self, job: Job) -> "Result | ImpromptError":
+        if job.request is None:
+            return UsageError(job.error or "")
+        try:
+            return self._engine.run(job.request)
+        except ImpromptError as error:
+            return error
+
+
+def _drawn_by_ray(
+    drawer: Drawer, batches: Sequence[Sequence[Job]], workers: int
+) -> Iterator[list[dict[str, Any]]]:
+    try:
+        from imprompt.app.batch_ray import drawn
+    except ImportError as error:
+        raise ModelError(f"--ray needs more packages ({error}): pip install 'imprompt[ray]'") from error
+    return drawn(drawer, batches, workers)
+
+
+def _write(
+    drawn: Iterable[list[dict[str, Any]]], manifest: TextIO, count: int, *, quiet: bool
+) -> list[dict[str, Any]]:
+    """Write each batch to the manifest once its files are there; returns the lines of those that failed."""
     from tqdm import tqdm
 
-    failed: list[tuple[Job, str]] = []
-    with tqdm(total=len(jobs), unit="job", disable=args.quiet or not sys.stderr.isatty()) as bar:
-        engine = _engine() if any(job.request is not None for job in jobs) else None
-        for batch in _batches(jobs, args.batch):
-            for job, outcome in _draw(engine, batch):
-                entry = _finish(job, outcome, folder, args.format)
-                if "error" in entry:
-                    failed.append((job, entry["error"]))
-                manifest.write(json.dumps(entry) + "\n")
-                bar.update()
+    failed = []
+    with tqdm(total=count, unit="job", disable=quiet or not sys.stderr.isatty()) as bar:
+        for entries in drawn:
+            manifest.writelines(json.dumps(entry) + "\n" for entry in entries)
             manifest.flush()
             os.fsync(manifest.fileno())
+            failed += [entry for entry in entries if "error" in entry]
+            bar.update(len(entries))
     return failed
-
-
-def _engine() -> "Engine":
-    from imprompt.generation.engine import Engine
-
-    return Engine()
 
 
 def _batches(jobs: Iterable[Job], most: int) -> Iterator[list[Job]]:
@@ -197,26 +249,6 @@ def _batches(jobs: Iterable[Job], most: int) -> Iterator[list[Job]]:
     for group in groups.values():
         for start in range(0, len(group), most):
             yield group[start : start + most]
-
-
-def _draw(engine: "Engine | None", batch: Sequence[Job]) -> Iterator[tuple[Job, "Result | ImpromptError"]]:
-    """Each job with its result or what went wrong; when a batch fails, each of it is drawn alone."""
-    if engine is not None and len(batch) > 1:
-        with contextlib.suppress(ImpromptError):
-            results = engine.run_batch([job.request for job in batch if job.request is not None])
-            yield from zip(batch, results, strict=True)
-            return
-    for job in batch:
-        yield job, _draw_alone(engine, job)
-
-
-def _draw_alone(engine: "Engine | None", job: Job) -> "Result | ImpromptError":
-    if job.request is None or engine is None:
-        return UsageError(job.error or "")
-    try:
-        return engine.run(job.request)
-    except ImpromptError as error:
-        return error
 
 
 def _finish(job: Job, outcome: "Result | ImpromptError", folder: Path, form: str | None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from imprompt.adapter.encoding import FeatureCache
 from imprompt.adapter.recorder import Attribution, Recorder
 from imprompt.adapter.regions import TextRegions
 from imprompt.encoders import face_onnx
@@ -135,6 +136,11 @@ class Engine:
     def loaded(self) -> tuple[str, ...]:
         """Where the base comes from that is kept loaded, and the names of the adapters."""
         return self._models.names
+
+    @property
+    def features(self) -> FeatureCache:
+        """Features of the pictures shown before, with how often they were remembered."""
+        return self._models.features
 
     def release(self) -> None:
         """Forget the models and all features."""

@@ -10,21 +10,30 @@ import io
 import json
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
 from PIL import Image, ImageFilter, ImageOps
+from pydantic import BaseModel, Field
 
-from imprompt.app.server.a1111_units import read_units
-from imprompt.app.server.bodies import decoded_picture, json_body
-from imprompt.app.server.capabilities import capabilities
-from imprompt.app.server.native import checked_request, keep
+from imprompt.app.server.a1111_units import MODULES, read_units
+from imprompt.app.server.bodies import Body, checked, decoded_picture, described, json_body
+from imprompt.app.server.capabilities import capabilities, offered_bases
+from imprompt.app.server.jobs import Job
 from imprompt.app.server.problems import Problem
-from imprompt.app.server.queue import Job, Queue
-from imprompt.app.server.waiting import as_base64, contents, drawn
-
-router = APIRouter(prefix="/sdapi/v1", tags=["a1111"])
+from imprompt.app.server.protocols import (
+    QueueHere,
+    as_base64,
+    checked_request,
+    contents,
+    drawn,
+    errors,
+    keep,
+)
+from imprompt.app.server.queue import Queue
+from imprompt.encoders.images import load_image
+from imprompt.errors import ImpromptError
 
 SAMPLERS = {
     "Euler": "euler", "Euler a": "euler-a", "DDIM": "ddim", "DDPM": "ddpm", "PLMS": "pndm",
@@ -44,117 +53,131 @@ _REFUSED = {
 }
 """Fields that would change the picture and have no counterpart."""
 _SCRIPTS = {"controlnet", "controlnet m2m"}
-_STEPS = 20  # theirs, where a client gives none
+
+
+class ErrorAnswer(BaseModel):
+    """An error in their form, with our field inside."""
+
+    error: str
+    detail: str
+    body: str = ""
+    errors: str
+    field: str | None
 
 
 def error_body(problem: Problem) -> dict[str, Any]:
-    """An error in their form, with ours inside."""
-    return {
-        "error": problem.code,
-        "detail": problem.message,
-        "body": "",
-        "errors": problem.message,
-        "field": problem.field,
-    }
+    """An error in their form."""
+    answer = ErrorAnswer(
+        error=problem.code, detail=problem.message, errors=problem.message, field=problem.field
+    )
+    return answer.model_dump()
 
 
-def _queue(http: HTTPRequest) -> Queue:
-    found: Queue = http.app.state.queue
-    return found
+class TextToImage(Body):
+    """What ``txt2img`` takes. Fields without a counterpart are refused by name, or ignored."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    seed: int = -1
+    steps: int = 20
+    cfg_scale: float = 7.0
+    batch_size: int = 1
+    n_iter: int = 1
+    width: int = 512
+    height: int = 512
+    sampler_name: str | None = None
+    sampler_index: str | None = None
+    scheduler: str = "automatic"
+    override_settings: dict[str, Any] = Field(default_factory=dict)
+    alwayson_scripts: dict[str, Any] = Field(default_factory=dict)
+    send_images: bool = True
 
 
-QueueHere = Annotated[Queue, Depends(_queue)]
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": {"type": "object"}}},
-    }
-}
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {
-        "description": "refused or failed",
-        "content": {"application/json": {"schema": {"type": "object", "required": ["error", "detail"]}}},
-    }
-    for status in (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 500, 503, 507)
-}
+class ImageToImage(TextToImage):
+    """What ``img2img`` takes."""
+
+    init_images: list[Any] = Field(min_length=1, max_length=1)
+    """One picture in base64."""
+    denoising_strength: float = 0.75
+    mask: str | None = None
+    mask_blur: float = Field(default=4.0, ge=0)
+    inpainting_mask_invert: bool = False
+
+
+class PictureBody(Body):
+    """A picture in base64."""
+
+    image: str = ""
+
+
+class Options(Body):
+    """The one option that can be set; others have no counterpart and are ignored."""
+
+    sd_model_checkpoint: str | None = None
+
+
+router = APIRouter(prefix="/sdapi/v1", tags=["a1111"], responses=errors(ErrorAnswer))
+extension = APIRouter(prefix="/controlnet", tags=["a1111"], responses=errors(ErrorAnswer))
 
 
 # ---- drawing
 
 
-@router.post("/txt2img", openapi_extra=_BODY, responses=_ERRORS)
+@router.post("/txt2img", openapi_extra=described(TextToImage))
 async def txt2img(http: HTTPRequest, queue: QueueHere) -> dict[str, Any]:
     """Draw from text and units."""
     values = await json_body(http, queue.settings)
-    fields = _fields(values, http, queue)
-    await read_units(values, fields, queue)
-    return await _answer(http, queue, values, fields)
+    body = checked(TextToImage, values)
+    return await _answer(http, queue, values, body, await _fields(values, body, http, queue))
 
 
-@router.post("/img2img", openapi_extra=_BODY, responses=_ERRORS)
+@router.post("/img2img", openapi_extra=described(ImageToImage))
 async def img2img(http: HTTPRequest, queue: QueueHere) -> dict[str, Any]:
     """Draw from a picture, or inside its mask."""
     values = await json_body(http, queue.settings)
-    fields = _fields(values, http, queue)
-    pictures = values.get("init_images")
-    if not isinstance(pictures, list) or len(pictures) != 1:
-        raise Problem(
-            422, "invalid_request", "init_images: a list of one picture is expected.", "init_images"
-        )
-    content = decoded_picture(pictures[0], "init_images")
-    strength = _number(values, "denoising_strength", 0.75)
-    source = await keep(queue, content, "init_images")
-    fields |= {"task": "edit", "image": source.id, "strength": max(strength, 0.01)}
-    if values.get("mask"):
-        mask = await asyncio.to_thread(_mask, values, content, queue)
+    body = checked(ImageToImage, values)
+    fields = await _fields(values, body, http, queue)
+    source = await keep(queue, decoded_picture(body.init_images[0], "init_images"), "init_images")
+    fields |= {"task": "edit", "image": source.id, "strength": max(body.denoising_strength, 0.01)}
+    if body.mask:
+        mask = await asyncio.to_thread(_mask, body, source.id, queue)
         fields |= {"task": "inpaint", "mask": (await keep(queue, mask, "mask")).id}
-    await read_units(values, fields, queue)
-    return await _answer(http, queue, values, fields)
+    return await _answer(http, queue, values, body, fields)
 
 
-def _fields(values: Mapping[str, Any], http: HTTPRequest, queue: Queue) -> dict[str, Any]:
+async def _fields(
+    values: Mapping[str, Any], body: TextToImage, http: HTTPRequest, queue: Queue
+) -> dict[str, Any]:
     """A request's fields from theirs. Raises :class:`Problem`."""
-    _check_supported(values)
-    prompt, loras = _without_loras(str(values.get("prompt") or ""))
-    guidance = _number(values, "cfg_scale", 7.0)
-    seed = int(_number(values, "seed", -1))
+    _check_supported(values, body)
+    prompt, loras = _without_loras(body.prompt)
     fields: dict[str, Any] = {
         "prompt": prompt,
         "loras": loras,
-        "base": _base(values, http, queue),
-        "guidance": guidance,
-        "steps": int(_number(values, "steps", _STEPS)),
-        "count": int(_number(values, "batch_size", 1) * _number(values, "n_iter", 1)),
-        "size": [int(_number(values, side, 512)) for side in ("width", "height")],
-        "scheduler": _scheduler(values),
+        "base": str(body.override_settings.get("sd_model_checkpoint") or _chosen_base(http)),
+        "guidance": body.cfg_scale,
+        "steps": body.steps,
+        "count": body.batch_size * body.n_iter,
+        "size": [body.width, body.height],
+        "scheduler": _scheduler(body),
     }
-    if guidance > 1:
-        fields["negative"] = str(values.get("negative_prompt") or "")
-    if seed >= 0:
-        fields["seed"] = seed
-    return fields
+    if body.cfg_scale > 1:
+        fields["negative"] = body.negative_prompt
+    if body.seed >= 0:
+        fields["seed"] = body.seed
+    return fields | await read_units(body.alwayson_scripts, queue)
 
 
-def _check_supported(values: Mapping[str, Any]) -> None:
+def _check_supported(values: Mapping[str, Any], body: TextToImage) -> None:
     """Raises :class:`Problem` for what would change the picture and has no counterpart."""
     for name, what in _REFUSED.items():
         if values.get(name):
             raise Problem(422, "not_supported", f"{name}: {what} are not part of this server.", name)
-    scripts = values.get("alwayson_scripts") or {}
-    for name, script in scripts.items() if isinstance(scripts, dict) else ():
+    for name, script in body.alwayson_scripts.items():
         arguments = script.get("args") if isinstance(script, dict) else None
         if name.lower() not in _SCRIPTS and arguments and arguments[0]:
             text = f"alwayson_scripts: '{name[:60]}' is not part of this server."
             raise Problem(422, "not_supported", text, "alwayson_scripts")
-
-
-def _number(values: Mapping[str, Any], name: str, default: float) -> float:
-    value = values.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 2**53:
-        raise Problem(422, "invalid_request", f"{name}: a number is expected.", name)
-    return value
 
 
 def _without_loras(prompt: str) -> tuple[str, list[dict[str, Any]]]:
@@ -170,55 +193,52 @@ def _without_loras(prompt: str) -> tuple[str, list[dict[str, Any]]]:
     return _LORA.sub("", prompt).strip(" ,") if found else prompt, found
 
 
-def _base(values: Mapping[str, Any], http: HTTPRequest, queue: Queue) -> str:
-    settings = values.get("override_settings") or {}
-    own = settings.get("sd_model_checkpoint") if isinstance(settings, dict) else None
-    return str(own or getattr(http.app.state, "a1111_base", queue.settings.base))
+def _chosen_base(http: HTTPRequest) -> str:
+    """The base that this protocol's clients have chosen, else the server's first."""
+    return getattr(http.app.state, "a1111_base", http.app.state.settings.base)
 
 
-def _scheduler(values: Mapping[str, Any]) -> str | None:
+def _scheduler(body: TextToImage) -> str | None:
     """Our scheduler for their sampler and scheduler. Raises :class:`Problem` for one that is not here."""
-    name = values.get("sampler_name") or values.get("sampler_index")
+    name = body.sampler_name or body.sampler_index
     if not name:
         return None
     known = {theirs.lower(): ours for theirs, ours in SAMPLERS.items()}
-    found = known.get(str(name).lower())
+    found = known.get(name.lower())
     if found is None:
-        raise Problem(
-            404, "sampler_not_found", f"sampler_name: '{str(name)[:60]}' is not here.", "sampler_name"
-        )
-    if str(values.get("scheduler") or "").lower() == "karras" and found == "dpm++2m":
-        return "dpm++2m-karras"
-    return found
+        text = f"sampler_name: '{name[:60]}' is not here."
+        raise Problem(404, "sampler_not_found", text, "sampler_name")
+    return "dpm++2m-karras" if found == "dpm++2m" and body.scheduler.lower() == "karras" else found
 
 
-def _mask(values: Mapping[str, Any], picture: bytes, queue: Queue) -> bytes:
+def _mask(body: ImageToImage, source: str, queue: Queue) -> bytes:
     """Their mask as ours: white is repainted, blurred as they say, of the picture's size."""
-    content = decoded_picture(values["mask"], "mask")
-    queue.store.check(content, queue.settings.limits.picture_pixels)
-    with Image.open(io.BytesIO(picture)) as opened:
-        size = ImageOps.exif_transpose(opened).size
-    with Image.open(io.BytesIO(content)) as opened:
-        mask = opened.convert("L").resize(size)
-    if values.get("inpainting_mask_invert"):
+    content = decoded_picture(body.mask, "mask")
+    try:
+        mask = load_image(content, max_pixels=queue.settings.limits.picture_pixels).convert("L")
+        mask = mask.resize(load_image(queue.store.path(source)).size)
+    except ImpromptError as error:
+        raise Problem(422, "bad_picture", f"mask: {error}", "mask") from error
+    if body.inpainting_mask_invert:
         mask = ImageOps.invert(mask)
-    if blur := min(64.0, _number(values, "mask_blur", 4)):
-        mask = mask.filter(ImageFilter.GaussianBlur(max(0.0, blur)))
+    if body.mask_blur:
+        mask = mask.filter(ImageFilter.GaussianBlur(min(64.0, body.mask_blur)))
     stream = io.BytesIO()
     mask.save(stream, "PNG")
     return stream.getvalue()
 
 
 async def _answer(
-    http: HTTPRequest, queue: Queue, values: Mapping[str, Any], fields: dict[str, Any]
+    http: HTTPRequest, queue: Queue, values: Mapping[str, Any], body: TextToImage, fields: dict[str, Any]
 ) -> dict[str, Any]:
-    request = await checked_request(queue, fields)
-    job = await drawn(queue, http, request, previews=True)
+    job = await drawn(queue, http, await checked_request(queue, fields), previews=True)
     files = await contents(queue, job.pictures)
-    shown = [] if values.get("send_images") is False else [as_base64(content) for content in files]
-    parameters = {name: value for name, value in values.items() if name not in ("init_images", "mask")}
-    parameters.pop("alwayson_scripts", None)
-    return {"images": shown, "parameters": parameters, "info": json.dumps(_info(job, files))}
+    large = ("init_images", "mask", "alwayson_scripts")
+    return {
+        "images": [as_base64(content) for content in files] if body.send_images else [],
+        "parameters": {name: value for name, value in values.items() if name not in large},
+        "info": json.dumps(_info(job, files)),
+    }
 
 
 def _info(job: Job, files: list[bytes]) -> dict[str, Any]:
@@ -244,12 +264,11 @@ def _parameters(content: bytes) -> str:
     return found if isinstance(found, str) else ""
 
 
-@router.post("/png-info", openapi_extra=_BODY, responses=_ERRORS)
+@router.post("/png-info", openapi_extra=described(PictureBody))
 async def png_info(http: HTTPRequest, queue: QueueHere) -> dict[str, Any]:
     """What a picture says about how it was drawn."""
-    values = await json_body(http, queue.settings)
-    content = decoded_picture(values.get("image"), "image")
-    picture = await keep(queue, content, "image")
+    body = checked(PictureBody, await json_body(http, queue.settings))
+    picture = await keep(queue, content := decoded_picture(body.image, "image"), "image")
     record = await asyncio.to_thread(queue.store.record, picture.id)
     items = {} if record is None else {"imprompt": record.to_json()}
     return {"info": await asyncio.to_thread(_parameters, content), "items": items, "parameters": {}}
@@ -258,7 +277,7 @@ async def png_info(http: HTTPRequest, queue: QueueHere) -> dict[str, Any]:
 # ---- state
 
 
-@router.get("/progress", responses=_ERRORS)
+@router.get("/progress")
 async def progress(http: HTTPRequest, queue: QueueHere) -> dict[str, Any]:
     """How far the client's present job is."""
     jobs = queue.unfinished(http.state.client)
@@ -276,8 +295,8 @@ async def progress(http: HTTPRequest, queue: QueueHere) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@router.post("/interrupt", responses=_ERRORS)
-@router.post("/skip", responses=_ERRORS)
+@router.post("/interrupt")
+@router.post("/skip")
 async def interrupt(http: HTTPRequest, queue: QueueHere) -> dict[str, Any]:
     """Stop the client's present jobs within a step."""
     for job in queue.unfinished(http.state.client):
@@ -285,42 +304,35 @@ async def interrupt(http: HTTPRequest, queue: QueueHere) -> dict[str, Any]:
     return {}
 
 
-@router.get("/options", responses=_ERRORS)
-async def options(http: HTTPRequest, queue: QueueHere) -> dict[str, Any]:
+@router.get("/options")
+async def options(http: HTTPRequest) -> dict[str, Any]:
     """The options that this server has."""
-    base = getattr(http.app.state, "a1111_base", queue.settings.base)
+    base = _chosen_base(http)
     return {"sd_model_checkpoint": base, "sd_checkpoint_hash": "", "samples_format": "png"}
 
 
-@router.post("/options", openapi_extra=_BODY, responses=_ERRORS)
+@router.post("/options", openapi_extra=described(Options))
 async def set_options(http: HTTPRequest, queue: QueueHere) -> dict[str, Any]:
-    """Choose the base of this protocol's next jobs; other options have no counterpart and are ignored."""
-    values = await json_body(http, queue.settings)
-    base = values.get("sd_model_checkpoint")
+    """Choose the base of this protocol's next jobs."""
+    base = checked(Options, await json_body(http, queue.settings)).sd_model_checkpoint
     if base is not None:
-        if base not in _names(queue):
-            raise Problem(
-                404, "model_not_found", f"sd_model_checkpoint: '{str(base)[:80]}' is not here.",
-                "sd_model_checkpoint",
-            )  # fmt: skip
+        if base not in await asyncio.to_thread(offered_bases, queue.settings):
+            text = f"sd_model_checkpoint: '{base[:80]}' is not here."
+            raise Problem(404, "model_not_found", text, "sd_model_checkpoint")
         http.app.state.a1111_base = base
     return {}
-
-
-def _names(queue: Queue) -> list[str]:
-    return [row["name"] for row in capabilities(queue.settings)["bases"] if row["offered"]]
 
 
 # ---- lists
 
 
-@router.get("/samplers", responses=_ERRORS)
+@router.get("/samplers")
 async def samplers() -> list[dict[str, Any]]:
     """Samplers by their names there."""
     return [{"name": name, "aliases": [ours], "options": {}} for name, ours in SAMPLERS.items()]
 
 
-@router.get("/schedulers", responses=_ERRORS)
+@router.get("/schedulers")
 async def schedulers() -> list[dict[str, Any]]:
     """Noise schedules."""
     return [
@@ -329,52 +341,52 @@ async def schedulers() -> list[dict[str, Any]]:
     ]
 
 
-@router.get("/sd-models", responses=_ERRORS)
-async def sd_models(queue: QueueHere) -> list[dict[str, Any]]:
+@router.get("/sd-models")
+def sd_models(http: HTTPRequest) -> list[dict[str, Any]]:  # looks at the disk, and so runs on a thread
     """Bases."""
     return [
         {"title": name, "model_name": name, "hash": None, "sha256": None, "filename": name, "config": None}
-        for name in _names(queue)
+        for name in offered_bases(http.app.state.settings)
     ]
 
 
-@router.get("/loras", responses=_ERRORS)
+@router.get("/loras")
 async def loras(queue: QueueHere) -> list[dict[str, Any]]:
     """LoRAs that prompts may name."""
     return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in queue.settings.loras]
 
 
-@router.get("/scripts", responses=_ERRORS)
+@router.get("/scripts")
 async def scripts() -> dict[str, list[str]]:
     """Scripts that clients look for."""
     names = sorted(_SCRIPTS)
     return {"txt2img": names, "img2img": names}
 
 
-@router.get("/cmd-flags", responses=_ERRORS)
+@router.get("/cmd-flags")
 async def cmd_flags() -> dict[str, Any]:
     """Nothing that concerns clients."""
     return {}
 
 
-@router.get("/embeddings", responses=_ERRORS)
+@router.get("/embeddings")
 async def embeddings() -> dict[str, Any]:
     """Textual inversion is not offered over HTTP."""
     return {"loaded": {}, "skipped": {}}
 
 
-@router.get("/upscalers", responses=_ERRORS)
-@router.get("/face-restorers", responses=_ERRORS)
-@router.get("/hypernetworks", responses=_ERRORS)
-@router.get("/prompt-styles", responses=_ERRORS)
-@router.get("/sd-vae", responses=_ERRORS)
+@router.get("/upscalers")
+@router.get("/face-restorers")
+@router.get("/hypernetworks")
+@router.get("/prompt-styles")
+@router.get("/sd-vae")
 async def nothing() -> list[Any]:
     """Lists that are empty here."""
     return []
 
 
-@router.post("/refresh-checkpoints", responses=_ERRORS)
-@router.post("/refresh-loras", responses=_ERRORS)
+@router.post("/refresh-checkpoints")
+@router.post("/refresh-loras")
 async def refresh() -> dict[str, Any]:
     """Models are read when the server starts."""
     return {}
@@ -382,26 +394,22 @@ async def refresh() -> dict[str, Any]:
 
 # ---- ControlNet's own lists
 
-extension = APIRouter(prefix="/controlnet", tags=["a1111"])
 
-
-@extension.get("/version", responses=_ERRORS)
+@extension.get("/version")
 async def version() -> dict[str, int]:
     """Version of the extension's API."""
     return {"version": 3}
 
 
-@extension.get("/model_list", responses=_ERRORS)
-async def model_list(queue: QueueHere) -> dict[str, list[str]]:
+@extension.get("/model_list")
+def model_list(http: HTTPRequest) -> dict[str, list[str]]:
     """Adapters and controls."""
-    offered = capabilities(queue.settings)
+    offered = capabilities(http.app.state.settings)
     adapters = [row["name"] for row in offered["adapters"] if row["offered"]]
     return {"model_list": ["None", *adapters, *(row["name"] for row in offered["controls"] if row["here"])]}
 
 
-@extension.get("/module_list", responses=_ERRORS)
+@extension.get("/module_list")
 async def module_list() -> dict[str, list[str]]:
     """Preprocessors."""
-    from imprompt.app.server.a1111_units import MODULES
-
     return {"module_list": ["ip-adapter-auto", *MODULES]}

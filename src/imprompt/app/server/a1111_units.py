@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from pydantic import AliasChoices, Field, field_validator
+
 from imprompt import catalog
-from imprompt.app.server.bodies import decoded_picture
-from imprompt.app.server.native import PICTURE, keep
+from imprompt.app.server.bodies import Body, checked, decoded_picture
 from imprompt.app.server.problems import Problem
+from imprompt.app.server.protocols import PICTURE, keep
 from imprompt.app.server.queue import Queue
 
 MODULES = {
@@ -35,81 +37,95 @@ _WEIGHT_TYPES = {
 _HASH = re.compile(r"\s*\[[0-9a-fA-F]+\]$")
 
 
-async def read_units(values: Mapping[str, Any], fields: dict[str, Any], queue: Queue) -> None:
-    """Add the image prompts and controls of all units to a request's fields. Raises :class:`Problem`."""
-    for unit in _enabled_units(values):
-        module = str(unit.get("module") or "none")
-        if _IMAGE_PROMPT.search(module) or _adapter(unit) is not None:
-            fields.setdefault("images", []).append(await _image_prompt(unit, queue))
-        else:
-            fields.setdefault("controls", []).append(await _control(unit, module, queue))
+class Unit(Body):
+    """One unit: an image prompt by its module's or model's name, else a control."""
+
+    enabled: bool = True
+    module: str = "none"
+    model: str = ""
+    image: Any = Field(default=None, validation_alias=AliasChoices("image", "input_image"))
+    weight: float = 1.0
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
+    resize_mode: str | int = "crop and resize"
+    weight_type: str = "normal"
+    advanced_weighting: list[float] | None = None
+    effective_region_mask: str | None = None
+    ipadapter_input: Any = None
+
+    @field_validator("model")
+    @classmethod
+    def _without_hash(cls, model: str) -> str:
+        return _HASH.sub("", model)
 
 
-def _enabled_units(values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    scripts = values.get("alwayson_scripts") or {}
-    if not isinstance(scripts, dict):
-        raise _wrong("alwayson_scripts", "an object is expected")
+class Script(Body):
+    """ControlNet's entry of ``alwayson_scripts``."""
+
+    args: list[Unit] = Field(default_factory=list)
+
+
+async def read_units(scripts: Mapping[str, Any], queue: Queue) -> dict[str, Any]:
+    """The image prompts and controls of all units, as a request's fields. Raises :class:`Problem`."""
     script: Any = next((script for name, script in scripts.items() if name.lower() == "controlnet"), {})
-    units = script.get("args", []) if isinstance(script, dict) else None
-    if not isinstance(units, list) or not all(isinstance(unit, dict) for unit in units):
-        raise _wrong("alwayson_scripts.controlnet.args", "a list of units is expected")
-    return [unit for unit in units if unit.get("enabled", True) is not False]
+    found: dict[str, Any] = {"images": [], "controls": []}
+    for unit in checked(Script, script).args:
+        if not unit.enabled:
+            continue
+        if _IMAGE_PROMPT.search(unit.module) or _adapter(unit) is not None:
+            found["images"].append(await _image_prompt(unit, queue))
+        else:
+            found["controls"].append(await _control(unit, queue))
+    return found
 
 
-async def _image_prompt(unit: Mapping[str, Any], queue: Queue) -> dict[str, Any]:
-    if unit.get("ipadapter_input"):
-        raise Problem(
-            422, "pickle", "ipadapter_input: pickled features are never read; send the picture.",
-            "ipadapter_input",
-        )  # fmt: skip
+async def _image_prompt(unit: Unit, queue: Queue) -> dict[str, Any]:
+    if unit.ipadapter_input:
+        text = "ipadapter_input: pickled features are never read; send the picture."
+        raise Problem(422, "pickle", text, "ipadapter_input")
     found: dict[str, Any] = {
         PICTURE: await _picture(unit, queue),
-        "scale": _part(unit, "weight", 1.0),
-        "start": _part(unit, "guidance_start", 0.0),
-        "end": _part(unit, "guidance_end", 1.0),
+        "scale": unit.weight,
+        "start": unit.guidance_start,
+        "end": unit.guidance_end,
+        "adapter": _adapter(unit),
+        "framing": _looked_up("resize_mode", str(unit.resize_mode), _FRAMINGS),
+        "profile": unit.advanced_weighting or _looked_up("weight_type", unit.weight_type, _WEIGHT_TYPES),
     }
-    if (adapter := _adapter(unit)) is not None:
-        found["adapter"] = adapter
-    mode = str(unit.get("resize_mode", "crop and resize")).lower()
-    if mode not in _FRAMINGS:
-        raise _wrong("resize_mode", f"'{mode[:40]}' is unknown")
-    found["framing"] = _FRAMINGS[mode]
-    kind = str(unit.get("weight_type") or "normal").lower()
-    if kind not in _WEIGHT_TYPES:
-        raise _wrong("weight_type", f"'{kind[:40]}' is unknown; known are {', '.join(_WEIGHT_TYPES)}")
-    found["profile"] = _WEIGHT_TYPES[kind]
-    if unit.get("advanced_weighting"):
-        found["profile"] = unit["advanced_weighting"]
-    if unit.get("effective_region_mask"):
-        mask = decoded_picture(unit["effective_region_mask"], "effective_region_mask")
+    if unit.effective_region_mask:
+        mask = decoded_picture(unit.effective_region_mask, "effective_region_mask")
         found["mask"] = (await keep(queue, mask, "effective_region_mask")).id
     return found
 
 
-async def _control(unit: Mapping[str, Any], module: str, queue: Queue) -> dict[str, Any]:
-    kind = MODULES.get(module.lower())
-    if kind is None:
-        raise _wrong("module", f"'{module[:60]}' is unknown; known are ip-adapter-auto, {', '.join(MODULES)}")
-    model = _HASH.sub("", str(unit.get("model") or "None"))
+async def _control(unit: Unit, queue: Queue) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "kind": kind,
+        "kind": _looked_up("module", unit.module, MODULES),
         "path": await _picture(unit, queue),
-        "scale": _part(unit, "weight", 1.0),
-        "start": _part(unit, "guidance_start", 0.0),
-        "end": _part(unit, "guidance_end", 1.0),
+        "scale": unit.weight,
+        "start": unit.guidance_start,
+        "end": unit.guidance_end,
     }
-    if model.lower() != "none":
-        found["model"] = _named(model, {name: row.repo for name, row in catalog.controls().items()})
+    if unit.model.lower() not in ("", "none"):
+        found["model"] = _named(unit.model, {name: row.repo for name, row in catalog.controls().items()})
     return found
 
 
-def _adapter(unit: Mapping[str, Any]) -> str | None:
+def _looked_up(field: str, name: str, known: Mapping[str, str]) -> str:
+    """Our word for theirs. Raises :class:`Problem` for one that is not known."""
+    if (found := known.get(name.lower())) is None:
+        text = f"{field}: '{name[:60]}' is unknown; known are {', '.join(known)}."
+        raise Problem(422, "invalid_request", text, field)
+    return found
+
+
+def _adapter(unit: Unit) -> str | None:
     """The adapter that a unit's model names, by our name or its file's; ``None`` for no adapter's name."""
-    model = _HASH.sub("", str(unit.get("model") or ""))
+    model = unit.model.lower()
+    if model in catalog.adapters():
+        return model
     files = {PurePosixPath(row.file).stem.lower(): name for name, row in catalog.adapters().items()}
-    if model.lower() in catalog.adapters():
-        return model.lower()
-    return files.get(model.lower())
+    return files.get(model)
 
 
 def _named(model: str, sources: Mapping[str, str]) -> str:
@@ -120,23 +136,10 @@ def _named(model: str, sources: Mapping[str, str]) -> str:
     return next((name for name, repo in sources.items() if repo.lower().endswith(key)), model)
 
 
-async def _picture(unit: Mapping[str, Any], queue: Queue) -> str:
-    image = unit.get("image") or unit.get("input_image")
+async def _picture(unit: Unit, queue: Queue) -> str:
+    image = unit.image
     if isinstance(image, list) and len(image) == 1:
         image = image[0]
     if isinstance(image, dict):
         image = image.get("image")
     return (await keep(queue, decoded_picture(image, "image"), "image")).id
-
-
-def _part(unit: Mapping[str, Any], name: str, default: float) -> float:
-    value = unit.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _wrong(name, "a number is expected")
-    return float(value)
-
-
-def _wrong(field: str, text: str) -> Problem:
-    return Problem(422, "invalid_request", f"{field}: {text}.", field)

@@ -15,6 +15,7 @@ from starlette.middleware import Middleware
 
 from imprompt import __version__
 from imprompt.app.server import a1111, native, openai
+from imprompt.app.server.bodies import first_fault
 from imprompt.app.server.capabilities import capabilities
 from imprompt.app.server.guard import Guard, answer
 from imprompt.app.server.metrics import Metrics
@@ -125,9 +126,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(http: HTTPRequest, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"][1:])
-        return told(http, Problem(422, "invalid_request", f"{field}: {first['msg']}", field))
+        field, message = first_fault([{**error.errors()[0], "loc": error.errors()[0]["loc"][1:]}])
+        return told(http, Problem(422, "invalid_request", message, field))
 
     @app.exception_handler(HTTPException)
     async def plain(http: HTTPRequest, error: HTTPException) -> Response:

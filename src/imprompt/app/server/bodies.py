@@ -7,9 +7,10 @@ names that the server offers.
 import base64
 import binascii
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
+from pydantic import BaseModel, ValidationError, model_validator
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HTTPRequest
@@ -22,6 +23,7 @@ from imprompt.errors import ImpromptError, UsageError
 from imprompt.io import read_json
 from imprompt.schema.request import Request
 
+Fields = TypeVar("Fields", bound=BaseModel)
 _OWN = ("device", "dtype", "offload", "quantize", "face_model", "hashes", "embeddings")
 """Fields that are the server's own affair."""
 _DATA_URL = re.compile(r"data:image/(?:png|jpeg|webp|gif|bmp|avif|\*);base64,", re.IGNORECASE)
@@ -45,6 +47,44 @@ def parsed(text: bytes | str, settings: Settings) -> dict[str, Any]:
     except UsageError as error:
         raise Problem(400, "bad_json", str(error)) from error
     return found
+
+
+class Body(BaseModel):
+    """The fields of a body. One that is null counts as left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            return {name: value for name, value in values.items() if value is not None}
+        return values
+
+
+def checked(
+    model: type[Fields], values: object, *, status: int = 422, code: str = "invalid_request"
+) -> Fields:
+    """The values as a model. Raises :class:`Problem` that names the first field at fault."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        field, message = first_fault(error.errors())
+        raise Problem(status, code, message, field) from error
+
+
+def first_fault(faults: Sequence[Any]) -> tuple[str, str]:
+    """The field and the message of the first of pydantic's errors."""
+    field = ".".join(str(part) for part in faults[0]["loc"])
+    return field, f"{field}: {faults[0]['msg']}."
+
+
+def described(
+    model: type[BaseModel], *, kind: str = "application/json", files: Sequence[str] = ()
+) -> dict[str, Any]:
+    """For the OpenAPI schema: a body of the model's fields, and of files, the first of which is required."""
+    schema = model.model_json_schema()
+    schema["properties"] |= {name: {"type": "string", "format": "binary"} for name in files}
+    schema["required"] = [*schema.get("required", ()), *files[:1]]
+    return {"requestBody": {"required": True, "content": {kind: {"schema": schema}}}}
 
 
 async def form_body(http: HTTPRequest, settings: Settings) -> FormData:

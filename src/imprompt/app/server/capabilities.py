@@ -52,6 +52,11 @@ def capabilities(settings: Settings) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def offered_bases(settings: Settings) -> list[str]:
+    """Names of the bases that jobs may ask for."""
+    return [row["name"] for row in _bases(settings) if row["offered"]]
+
+
 def _bases(settings: Settings) -> list[dict[str, Any]]:
     rows = [
         {"name": name, "family": row.family, "size": row.size, "licence": row.licence, "note": row.note,

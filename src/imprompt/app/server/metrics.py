@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 if TYPE_CHECKING:
     from imprompt.app.server.queue import Queue
@@ -52,14 +52,14 @@ class _Gauges:
         """Called by prometheus_client at every scrape."""
         queue = self._queue
         yield GaugeMetricFamily("imprompt_queue_length", "Jobs that wait.", queue.waiting)
-        by_device = {
-            "imprompt_worker_ready": ("Whether the worker has loaded its base.", "ready"),
-            "imprompt_worker_memory_bytes": ("Resident memory of the worker.", "memory"),
-            "imprompt_feature_cache_hits": ("Pictures whose features were remembered.", "cache_hits"),
-            "imprompt_feature_cache_misses": ("Pictures whose features were computed.", "cache_misses"),
-        }
-        for name, (about, attribute) in by_device.items():
-            family = GaugeMetricFamily(name, about, labels=["device"])
+        rows = (
+            (GaugeMetricFamily, "worker_ready", "Whether the worker has loaded its base.", "ready"),
+            (GaugeMetricFamily, "worker_memory_bytes", "Resident memory of the worker.", "memory"),
+            (CounterMetricFamily, "feature_cache_hits", "Pictures whose features were known.", "cache_hits"),
+            (CounterMetricFamily, "feature_cache_misses", "Pictures that were encoded.", "cache_misses"),
+        )
+        for kind, name, about, attribute in rows:
+            family = kind(f"imprompt_{name}", about, labels=["device"])
             for worker in queue.workers:
                 family.add_metric([worker.setup.device], float(getattr(worker, attribute)))
             yield family

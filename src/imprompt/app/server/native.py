@@ -5,25 +5,25 @@ pictures where files stand elsewhere.
 """
 
 import asyncio
-import base64
 import io
-import json
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query
 from fastapi import Request as HTTPRequest
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict
+from fastapi.responses import JSONResponse, Response
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import BaseModel, ConfigDict, StrictBool
 
-from imprompt import catalog
-from imprompt.app.server.bodies import form_body, json_body, read_request, uploads
+from imprompt.app.server.bodies import Body, checked, described, form_body, json_body, uploads
 from imprompt.app.server.capabilities import capabilities
+from imprompt.app.server.jobs import Job
 from imprompt.app.server.problems import Problem
-from imprompt.app.server.queue import Job, Queue
-from imprompt.app.server.store import Picture, Store
-from imprompt.catalog.resolve import is_here
+from imprompt.app.server.protocols import QueueHere, as_base64, checked_request, errors, keep
+from imprompt.app.server.queue import Queue
+from imprompt.app.server.store import Picture
 from imprompt.encoders.images import load_image
 from imprompt.errors import ImpromptError
 from imprompt.generation.annotate import annotate
@@ -31,9 +31,8 @@ from imprompt.schema.request import Request
 
 JobId = Annotated[str, Path(pattern="^[0-9a-f]{24}$", description="a job's id")]
 PictureId = Annotated[str, Path(pattern="^[0-9a-f]{64}$", description="a picture's id")]
-PICTURE = "image"
-"""Field of an image prompt that names its picture."""
-STILLS, CLIPS = (".png", ".jpg", ".webp"), (".webp", ".gif", ".mp4")
+STILLS, CLIPS = (".png", ".jpg", ".webp"), (".webp", ".gif", ".mp4")  # the first is the default
+_FILES: dict[str, Any] = {"image/*": {}, "video/mp4": {}}
 
 
 class ErrorView(BaseModel):
@@ -105,75 +104,55 @@ class HistoryView(BaseModel):
     """``before`` of the next page."""
 
 
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": ErrorAnswer} for status in (400, 401, 403, 422, 500, 503, *statuses)}
+class JobBody(Body):
+    """A job to accept."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    request: dict[str, Any]
+    """See ``request`` of ``/api/v1/capabilities``."""
+    format: Literal["png", "jpg", "jpeg", "webp", "gif", "mp4"] | None = None
+    previews: StrictBool = True
 
 
-router = APIRouter(prefix="/api/v1", tags=["native"], responses=_errors())
+class UploadBody(BaseModel):
+    """A picture, a mask, an animated picture or a video."""
 
 
-def _queue(http: HTTPRequest) -> Queue:
-    found: Queue = http.app.state.queue
-    return found
+class MapBody(Body):
+    """A picture, and what a control takes from it. These kinds need no model of their own."""
+
+    kind: Literal["canny", "lineart", "scribble", "tile", "none"]
+    picture: str
 
 
-QueueHere = Annotated[Queue, Depends(_queue)]
+router = APIRouter(prefix="/api/v1", tags=["native"], responses=errors(ErrorAnswer))
 
-_REQUEST_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "required": ["request"],
-                    "additionalProperties": False,
-                    "properties": {
-                        "request": {"type": "object", "description": "see `request` of /api/v1/capabilities"},
-                        "format": {"type": "string", "enum": ["png", "jpg", "webp", "gif", "mp4"]},
-                        "previews": {"type": "boolean", "default": True},
-                    },
-                }
-            }
-        },
-    }
-}
-_UPLOAD_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file"],
-                    "properties": {"file": {"type": "string", "format": "binary"}},
-                }
-            }
-        },
-    }
-}
+
+async def _job(job: JobId, queue: QueueHere) -> Job:
+    return await queue.find(job)
+
+
+JobHere = Annotated[Job, Depends(_job)]
 
 
 # ---- pictures
 
 
 @router.post(
-    "/pictures", status_code=201, response_model=UploadView, openapi_extra=_UPLOAD_BODY,
-    responses=_errors(408, 413, 415, 507),
+    "/pictures", status_code=201, response_model=UploadView,
+    openapi_extra=described(UploadBody, kind="multipart/form-data", files=["file"]),
 )  # fmt: skip
 async def upload(http: HTTPRequest, queue: QueueHere) -> Any:
-    """Upload a picture, a mask or an animated picture; its id is the SHA-256 of its bytes."""
-    settings, store = queue.settings, queue.store
-    form = await form_body(http, settings)
+    """Upload a picture, a mask, an animated picture or a video; its id is the SHA-256 of what is stored."""
+    form = await form_body(http, queue.settings)
     files = uploads(form, "file")
     if len(files) != 1:
         raise Problem(422, "missing_file", f"one part 'file' is expected, got {len(files)}.", "file")
-    content = await files[0].read(settings.limits.picture_bytes + 1)
+    content = await files[0].read(queue.settings.limits.picture_bytes + 1)
     await form.close()
-    if len(content) > settings.limits.picture_bytes:
-        raise Problem(413, "too_large", f"a picture has at most {settings.limits.picture_bytes >> 20} MB.")
     picture = await keep(queue, content, "file")
-    record = await asyncio.to_thread(store.record, picture.id)
+    record = await asyncio.to_thread(queue.store.record, picture.id)
     view = picture_view(picture)
     if record is None:
         return view
@@ -181,25 +160,11 @@ async def upload(http: HTTPRequest, queue: QueueHere) -> Any:
     return view | {"request": record.request.model_dump(mode="json"), "missing": missing}
 
 
-async def keep(queue: Queue, content: bytes, field: str) -> Picture:
-    """Store an uploaded picture once it is known to be one. Raises :class:`Problem`."""
-    try:
-        async with queue.decoding:
-            await asyncio.to_thread(Store.check, content, queue.settings.limits.picture_pixels)
-    except ImpromptError as error:
-        text = f"{field}: {error}"
-        raise Problem(422, "bad_picture", text, field) from error
-    return await queue.blocking(queue.store.keep, content)
-
-
 async def _missing(queue: Queue, name: str) -> bool:
     return len(name) != 64 or await queue.blocking(queue.store.find, name) is None
 
 
-@router.get(
-    "/pictures/{picture}", response_class=Response,
-    responses={200: {"content": {"image/*": {}, "video/mp4": {}}}, **_errors(404)},
-)  # fmt: skip
+@router.get("/pictures/{picture}", response_class=Response, responses={200: {"content": _FILES}})
 async def picture_file(
     picture: PictureId, queue: QueueHere, thumbnail: Annotated[bool, Query()] = False
 ) -> Response:
@@ -213,7 +178,7 @@ async def picture_file(
 async def _file(queue: Queue, picture: Picture, *, thumbnail: bool = False) -> Response:
     headers = {"Cache-Control": "private, max-age=31536000, immutable"}
     try:
-        if thumbnail and picture.type.startswith("image/"):
+        if thumbnail:
             async with queue.decoding:
                 content = await asyncio.to_thread(queue.store.thumbnail, picture.id)
             return Response(content, media_type="image/webp", headers=headers)
@@ -224,41 +189,14 @@ async def _file(queue: Queue, picture: Picture, *, thumbnail: bool = False) -> R
     return Response(content, media_type=picture.type, headers=headers)
 
 
-_MAP_KINDS = ("canny", "lineart", "scribble", "tile", "none")
-"""Kinds of control whose map needs no model of its own."""
-_MAP_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "required": ["kind", "picture"],
-                    "properties": {
-                        "kind": {"type": "string", "enum": list(_MAP_KINDS)},
-                        "picture": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
-                    },
-                }
-            }
-        },
-    }
-}
-
-
-@router.post(
-    "/maps", status_code=201, response_model=PictureView, openapi_extra=_MAP_BODY,
-    responses=_errors(404, 408, 413, 415, 507),
-)  # fmt: skip
+@router.post("/maps", status_code=201, response_model=PictureView, openapi_extra=described(MapBody))
 async def control_map(http: HTTPRequest, queue: QueueHere) -> Any:
     """What a control of this kind would follow in a stored picture."""
-    values = await json_body(http, queue.settings)
-    kind, name = values.get("kind"), values.get("picture")
-    if kind not in _MAP_KINDS:
-        raise Problem(422, "invalid_request", f"kind: one of {', '.join(_MAP_KINDS)} is expected.", "kind")
-    if not isinstance(name, str) or await _missing(queue, name):
+    body = checked(MapBody, await json_body(http, queue.settings))
+    if await _missing(queue, body.picture):
         raise Problem(404, "unknown_picture", "there is no such picture.", "picture")
     async with queue.decoding:
-        content = await asyncio.to_thread(_drawn_map, kind, queue.store.path(name))
+        content = await asyncio.to_thread(_drawn_map, body.kind, queue.store.path(body.picture))
     return picture_view(await queue.blocking(queue.store.keep, content))
 
 
@@ -275,8 +213,8 @@ def _drawn_map(kind: str, path: FilePath) -> bytes:
 
 
 @router.post(
-    "/jobs", status_code=202, response_model=JobView, openapi_extra=_REQUEST_BODY,
-    responses={200: {"model": JobView}, **_errors(408, 409, 413, 415, 429, 507)},
+    "/jobs", status_code=202, response_model=JobView, responses={200: {"model": JobView}},
+    openapi_extra=described(JobBody),
 )  # fmt: skip
 async def submit(
     http: HTTPRequest,
@@ -286,123 +224,68 @@ async def submit(
     """Accept a job: 202 with its place in the queue; 200 with the job that has this key already."""
     if idempotency_key is None:  # refused before any work is done for it
         queue.check_room(http.state.client)
-    values = await json_body(http, queue.settings)
-    if unknown := values.keys() - {"request", "format", "previews"}:
-        name = min(unknown)
-        raise Problem(
-            422, "invalid_request", f"{name}: no such field; known are request, format, previews.", name
-        )
-    if not isinstance(values.get("request"), dict):
-        raise Problem(422, "invalid_request", "request: an object of fields is expected.", "request")
-    request = await checked_request(queue, values["request"])
-    previews = values.get("previews", True)
-    if not isinstance(previews, bool):
-        raise Problem(422, "invalid_request", "previews: true or false is expected.", "previews")
-    suffix = suffix_of(values.get("format"), request)
+    body = checked(JobBody, await json_body(http, queue.settings))
+    request = await checked_request(queue, body.request)
     job, new = await queue.submit(
-        request, http.state.client, suffix=suffix, previews=previews, key=idempotency_key
-    )
+        request, http.state.client, suffix=suffix_of(body.format, request), previews=body.previews,
+        key=idempotency_key,
+    )  # fmt: skip
     location = {"Location": f"/api/v1/jobs/{job.id}"}
     return JSONResponse(job_view(queue, job), 202 if new else 200, location)
 
 
-async def checked_request(queue: Queue, values: dict[str, Any]) -> Request:
-    """A client's request whose pictures are all here. Raises :class:`Problem`."""
-    request = read_request(values, queue.settings)
-    for name in request.files:
-        if await queue.blocking(queue.store.find, name) is None:
-            raise Problem(
-                422,
-                "unknown_picture",
-                f"picture {name[:12]}… is not on this server; upload it first.",
-                "images",
-            )
-    await asyncio.to_thread(check_here, queue, request)
-    return request
-
-
-def check_here(queue: Queue, request: Request) -> None:
-    """Raises :class:`Problem` for a catalogued base that is not on this machine and may not be downloaded."""
-    name = request.base
-    if name in queue.settings.bases or queue.settings.download:
-        return
-    row = catalog.bases()[name]
-    if not is_here(row):
-        text = f"base: '{name}' is not on the server's machine; run there: hf download {row.repo}"
-        raise Problem(422, "not_here", text, "base")
-
-
-def suffix_of(form: object, request: Request) -> str:
+def suffix_of(form: str | None, request: Request) -> str:
     """The ending of the files to write. Raises :class:`Problem` for a format the task does not have."""
-    clip = request.task == "animate"
+    known = CLIPS if request.task == "animate" else STILLS
     if form is None:
-        return ".webp" if clip else ".png"
-    suffix = {"jpeg": ".jpg"}.get(str(form), f".{form}")
-    known = CLIPS if clip else STILLS
+        return known[0]
+    suffix = {"jpeg": ".jpg"}.get(form, f".{form}")
     if suffix not in known:
         listed = ", ".join(known).replace(".", "")
         raise Problem(422, "invalid_request", f"format: '{form}'; {request.task} gives {listed}.", "format")
     return suffix
 
 
-@router.get("/jobs/{job}", response_model=JobView, responses=_errors(404))
-async def job_state(job: JobId, queue: QueueHere) -> Any:
+@router.get("/jobs/{job}", response_model=JobView)
+async def job_state(job: JobHere, queue: QueueHere) -> Any:
     """A job as it stands."""
-    return job_view(queue, await queue.find(job))
+    return job_view(queue, job)
 
 
-@router.delete("/jobs/{job}", response_model=JobView, responses=_errors(404, 409))
-async def cancel(job: JobId, queue: QueueHere) -> Any:
+@router.delete("/jobs/{job}", response_model=JobView)
+async def cancel(job: JobHere, queue: QueueHere) -> Any:
     """Stop a job within a step. Stopping it twice is as stopping it once; a finished job is 409."""
-    found = await queue.find(job)
-    await queue.cancel(found)
-    return job_view(queue, found)
+    await queue.cancel(job)
+    return job_view(queue, job)
 
 
-@router.get(
-    "/jobs/{job}/events", response_class=StreamingResponse,
-    responses={200: {"content": {"text/event-stream": {}}}, **_errors(404)},
-)  # fmt: skip
-async def events(job: JobId, queue: QueueHere) -> StreamingResponse:
+@router.get("/jobs/{job}/events", response_class=EventSourceResponse)
+async def events(job: JobHere, queue: QueueHere) -> AsyncIterator[ServerSentEvent]:
     """Server-sent events ``queued``, ``step``, ``done``, ``failed``, ``cancelled``, with the job as JSON.
 
     ``step`` has ``preview`` now and then, a small picture as a data URL. The stream ends with the
     job; a client that lost it asks again and gets the state as it is.
     """
-    found = await queue.find(job)
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_events(queue, found), media_type="text/event-stream", headers=headers)
-
-
-async def _events(queue: Queue, job: Job) -> AsyncIterator[str]:
     shown: bytes | None = None
-    async for change in queue.changes(job):
-        if change is None:
-            yield ": still here\n\n"
+    async for _ in queue.changes(job):
+        if job.state != "running":
+            yield ServerSentEvent(event=job.state, data=job_view(queue, job))
             continue
-        name = {"running": "step"}.get(job.state, job.state)
-        if name == "step":
-            body: dict[str, Any] = {"step": job.step, "steps": job.steps, "estimate": queue.estimate(job)}
-            if job.preview is not None and job.preview is not shown:
-                shown = job.preview
-                body["preview"] = "data:image/webp;base64," + base64.b64encode(shown).decode()
-        else:
-            body = job_view(queue, job)
-        yield f"event: {name}\nid: {job.version}\ndata: {json.dumps(body)}\n\n"
+        body: dict[str, Any] = {"step": job.step, "steps": job.steps, "estimate": queue.estimate(job)}
+        if job.preview is not None and job.preview is not shown:
+            shown = job.preview
+            body["preview"] = f"data:image/webp;base64,{as_base64(shown)}"
+        yield ServerSentEvent(event="step", data=body)
 
 
-@router.get(
-    "/jobs/{job}/pictures/{number}", response_class=Response,
-    responses={200: {"content": {"image/*": {}, "video/mp4": {}}}, **_errors(404, 409)},
-)  # fmt: skip
-async def job_picture(job: JobId, number: Annotated[int, Path(ge=0, le=999)], queue: QueueHere) -> Response:
+@router.get("/jobs/{job}/pictures/{number}", response_class=Response, responses={200: {"content": _FILES}})
+async def job_picture(job: JobHere, number: Annotated[int, Path(ge=0, le=999)], queue: QueueHere) -> Response:
     """Picture ``number`` of a job, from 0."""
-    found = await queue.find(job)
-    if found.state != "done":
-        raise Problem(409, "not_finished", f"the job is {found.state}; it has no pictures.")
-    if number >= len(found.pictures):
-        raise Problem(404, "unknown_picture", f"the job has {len(found.pictures)} pictures, counted from 0.")
-    return await _file(queue, Picture(**found.pictures[number]))
+    if job.state != "done":
+        raise Problem(409, "not_finished", f"the job is {job.state}; it has no pictures.")
+    if number >= len(job.pictures):
+        raise Problem(404, "unknown_picture", f"the job has {len(job.pictures)} pictures, counted from 0.")
+    return await _file(queue, Picture(**job.pictures[number]))
 
 
 # ---- history and capabilities
@@ -421,10 +304,10 @@ async def history(
     return {"jobs": [job_view(queue, job) for job in jobs], "next": following}
 
 
-@router.delete("/history/{job}", status_code=204, response_class=Response, responses=_errors(404, 409))
-async def forget(job: JobId, queue: QueueHere) -> Response:
+@router.delete("/history/{job}", status_code=204, response_class=Response)
+async def forget(job: JobHere, queue: QueueHere) -> Response:
     """Delete a finished job and the pictures it drew."""
-    await queue.forget(await queue.find(job))
+    await queue.forget(job)
     return Response(status_code=204)
 
 
@@ -440,30 +323,16 @@ async def what_is_offered(queue: QueueHere) -> dict[str, Any]:
 def picture_view(picture: Picture) -> dict[str, Any]:
     """A picture as the API shows it."""
     url = f"/api/v1/pictures/{picture.id}"
-    names = Picture.__dataclass_fields__
-    return {name: getattr(picture, name) for name in names} | {
-        "url": url,
-        "thumbnail": f"{url}?thumbnail=true",
-    }
+    return {**asdict(picture), "url": url, "thumbnail": f"{url}?thumbnail=true"}
 
 
 def job_view(queue: Queue, job: Job) -> dict[str, Any]:
     """A job as the API shows it."""
-    return {
-        "id": job.id,
-        "number": job.number,
-        "state": job.state,
+    same = ("id", "number", "state", "step", "steps", "created", "started", "finished", "notes", "timings",
+            "batch", "error")  # fmt: skip
+    return {name: getattr(job, name) for name in same} | {
         "position": queue.position(job),
         "estimate": None if job.over else queue.estimate(job),
-        "step": job.step,
-        "steps": job.steps,
-        "created": job.created,
-        "started": job.started,
-        "finished": job.finished,
         "pictures": [picture_view(Picture(**picture)) for picture in job.pictures],
         "request": job.record or job.request.model_dump(mode="json"),
-        "notes": job.notes,
-        "timings": job.timings,
-        "batch": job.batch,
-        "error": job.error,
     }

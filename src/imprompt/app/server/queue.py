@@ -9,18 +9,14 @@ import asyncio
 import contextlib
 import json
 import logging
-import secrets
-import sqlite3
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
-from imprompt import catalog
-from imprompt.app.batching import batch_key
 from imprompt.app.server import messages as say
+from imprompt.app.server.jobs import Job, State, work_of
 from imprompt.app.server.metrics import Metrics
 from imprompt.app.server.problems import Problem
 from imprompt.app.server.settings import Settings
@@ -30,70 +26,13 @@ from imprompt.schema.request import Request
 
 log = logging.getLogger("imprompt.server")
 
-State = Literal["queued", "running", "done", "failed", "cancelled"]
-FINISHED = ("done", "failed", "cancelled")
 ATTEMPTS = 2
 """How often a job may take its worker down."""
 _REMEMBERED = 256  # finished jobs kept in memory; older ones are read from the journal
-_KEEP_ALIVE_SECONDS = 15.0
 _WATCH_SECONDS = 0.02
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-
-
-@dataclass
-class Job:
-    """One accepted job, and everything that becomes of it."""
-
-    id: str
-    client: str
-    request: Request
-    suffix: str = ".png"
-    previews: bool = True
-    state: State = "queued"
-    attempts: int = 0
-    number: int = 0
-    """Order of acceptance."""
-    created: float = field(default_factory=time.time)
-    started: float | None = None
-    finished: float | None = None
-    step: int = 0
-    steps: int = 0
-    preview: bytes | None = None
-    pictures: list[dict[str, Any]] = field(default_factory=list)
-    record: dict[str, Any] | None = None
-    """The complete request, when done."""
-    notes: list[str] = field(default_factory=list)
-    timings: dict[str, float] = field(default_factory=dict)
-    batch: int = 0
-    error: dict[str, Any] | None = None
-    status: int = 500
-    """HTTP status that goes with :attr:`error`."""
-    changed: asyncio.Condition = field(default_factory=asyncio.Condition, repr=False)
-    listeners: int = 0
-    version: int = 0
-    """Goes up with every change, so that a listener misses none."""
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing more will happen."""
-        return self.state in FINISHED
-
-    def body(self) -> dict[str, Any]:
-        """What the journal keeps beside the request."""
-        names = ("suffix", "previews", "started", "finished", "pictures", "record", "notes", "timings",
-                 "batch", "error", "status")  # fmt: skip
-        return {name: getattr(self, name) for name in names}
-
-    @classmethod
-    def restored(cls, row: sqlite3.Row) -> "Job":
-        """A job from its row in the journal."""
-        request = Request.from_json(row["request"])
-        return cls(
-            row["id"], row["client"], request, state=row["state"], attempts=row["attempts"],
-            number=row["number"], created=row["created"], **json.loads(row["body"]),
-        )  # fmt: skip
 
 
 class Queue:
@@ -151,8 +90,7 @@ class Queue:
     async def drain(self, seconds: float) -> None:
         """Accept and start nothing more; wait for what is being drawn."""
         self.draining = True
-        for job in self._waiting:
-            self._changed(job)
+        self._moved_up()
         end = time.monotonic() + seconds
         while time.monotonic() < end and any(worker.jobs for worker in self.workers):
             await asyncio.sleep(0.05)
@@ -161,7 +99,7 @@ class Queue:
         """Accept and start nothing more, and send listeners away."""
         self.draining = self.closing = True
         for job in self._active.values():
-            self._changed(job)
+            job.changed()
 
     async def stop(self) -> None:
         """End the workers. What is not finished stays in the journal for the next server."""
@@ -196,15 +134,16 @@ class Queue:
         """Raises :class:`Problem` when the queue is full, for all or for this client, or the server ends."""
         if self.draining:
             raise Problem(503, "draining", "the server is shutting down.", headers={"Retry-After": "10"})
-        limits = self.settings.limits
-        wait = {"Retry-After": str(max(1, min(60, round(self.estimate() or 2))))}
+        limits, own = self.settings.limits, sum(job.client == client for job in self._waiting)
         if len(self._waiting) + self._accepting >= limits.queue:
-            self.metrics.rejected.inc()
-            raise Problem(429, "queue_full", f"{limits.queue} jobs are waiting already.", headers=wait)
-        if sum(job.client == client for job in self._waiting) >= limits.client_share:
-            self.metrics.rejected.inc()
-            text = f"{limits.client_share} jobs of yours are waiting already."
-            raise Problem(429, "client_share", text, headers=wait)
+            raise self._full("queue_full", f"{limits.queue} jobs are waiting already.")
+        if own >= limits.client_share:
+            raise self._full("client_share", f"{limits.client_share} jobs of yours are waiting already.")
+
+    def _full(self, code: str, message: str) -> Problem:
+        self.metrics.rejected.inc()
+        seconds = max(1, min(60, round(self.estimate() or 2)))
+        return Problem(429, code, message, headers={"Retry-After": str(seconds)})
 
     async def submit(
         self, request: Request, client: str, *, suffix: str = ".png", previews: bool = True,
@@ -215,32 +154,24 @@ class Queue:
         Raises :class:`Problem` when there is no room, ``key`` was used for another request, or the journal
         cannot be written.
         """
-        if key is None:
-            self.check_room(client)
-        job = Job(secrets.token_hex(12), client, request, suffix, previews)
+        job = Job(client, request, suffix, previews)
+        if key is not None and (known := await self.blocking(self.store.keyed, client, key)) is not None:
+            return await self._same(known, job), False
+        self.check_room(client)
         self._accepting += 1
         try:
-            if key is not None and (known := await self._known(client, key, job)) is not None:
-                return known, False
-            self.check_room(client) if key is not None else None
-            identity, new = await self.blocking(
+            identity, job.number = await self.blocking(
                 self.store.add, job.id, client, key, request.to_json(), job.body()
             )
         finally:
             self._accepting -= 1
-        if not new:
+        if identity != job.id:
             return await self._same(identity, job), False
-        job.number = (await self.blocking(self.store.job, job.id))["number"]  # type: ignore[index]
         self._active[job.id] = job
         self._waiting.append(job)
         self._assign()
-        for other in self._waiting:
-            self._changed(other)
+        self._moved_up()
         return job, True
-
-    async def _known(self, client: str, key: str, job: Job) -> Job | None:
-        identity = await self.blocking(self.store.keyed, client, key)
-        return None if identity is None else await self._same(identity, job)
 
     async def _same(self, identity: str, job: Job) -> Job:
         """The job accepted under a key used again, if it is the same. Raises :class:`Problem`."""
@@ -291,33 +222,19 @@ class Queue:
         """Seconds until a job is done, or until the queue is empty; ``None`` before anything was drawn."""
         if self._rate is None:
             return None
-        running = [one for one in self._active.values() if one.state == "running"]
-        left = sum(_work(one) * (1 - one.step / max(1, one.steps)) for one in running if one is not job)
         if job is not None and job.state == "running":
-            return round(self._rate * _work(job) * (1 - job.step / max(1, job.steps)), 2)
-        ahead = self._waiting if job is None else self._waiting[: self.position(job) + 1]
-        return round(self._rate * (left + sum(map(_work, ahead))) / max(1, len(self.workers)), 2)
+            return round(self._rate * job.left, 2)
+        running = [one for one in self._active.values() if one.state == "running"]
+        waiting = self._waiting if job is None else self._waiting[: self.position(job) + 1]
+        left = sum(one.left for one in (*running, *waiting))
+        return round(self._rate * left / max(1, len(self.workers)), 2)
 
-    async def changes(self, job: Job) -> AsyncIterator[Job | None]:
-        """The job after every change until it is over or the server ends; ``None`` now and then between."""
-        seen = -1
-        job.listeners += 1
-        try:
-            while True:
-                if job.version != seen:
-                    seen = job.version
-                    yield job
-                    if job.over or self.closing or (self.draining and job.state == "queued"):
-                        return
-                async with job.changed:
-                    if job.version != seen:
-                        continue
-                    try:
-                        await asyncio.wait_for(job.changed.wait(), _KEEP_ALIVE_SECONDS)
-                    except TimeoutError:
-                        yield None
-        finally:
-            job.listeners -= 1
+    async def changes(self, job: Job) -> AsyncIterator[Job]:
+        """The job after every change, and now and then between, until it is over or the server ends."""
+        async for change in job.changes():
+            yield change
+            if self.closing or (self.draining and job.state == "queued"):
+                return
 
     async def finish(self, job: Job) -> Job:
         """Wait until a job is over."""
@@ -341,11 +258,11 @@ class Queue:
                     job.step = job.steps = 0
                     self.metrics.waited.observe(job.started - job.created)
                     self._journal(job, "running")
-                    self._changed(job)
+                    job.changed()
                 worker.base = batch[0].request.base
                 self._served[batch[0].client] = time.monotonic()
                 self.metrics.batch_size.observe(len(batch))
-                worker.draw(tuple(_task(job) for job in batch))
+                worker.draw(tuple(job.task() for job in batch))
         for client in self._served.keys() - {job.client for job in self._active.values()}:
             del self._served[client]
 
@@ -355,15 +272,11 @@ class Queue:
         for job in self._waiting:
             heads.setdefault(job.client, job)
         first = min(heads.values(), key=lambda job: (self._served.get(job.client, 0.0), job.number))
-        key = None if first.attempts else batch_key(first.request)
-        if key is None:
+        if first.group is None or first.attempts:
             return [first]
-        others = [
-            job
-            for job in self._waiting
-            if job is not first and not job.attempts and batch_key(job.request) == key
-        ]
-        return [first, *others[: self.settings.limits.batch - 1]]
+        alike = [job for job in self._waiting if job.group == first.group and not job.attempts]
+        alike.remove(first)
+        return [first, *alike[: self.settings.limits.batch - 1]]
 
     def _heard(self, worker: Worker, message: object) -> None:
         """A worker said something."""
@@ -395,7 +308,7 @@ class Queue:
         self.metrics.steps.inc(max(0, message.step - job.step))
         job.step, job.steps = message.step, message.steps
         job.preview = message.preview or job.preview
-        self._changed(job)
+        job.changed()
 
     def _drawn(self, message: say.Drawn) -> None:
         job = self._running(message.id)
@@ -403,7 +316,7 @@ class Queue:
             return
         job.pictures, job.record = list(message.pictures), json.loads(message.request)
         job.notes, job.timings, job.batch = list(message.notes), message.timings, message.batch
-        work = _work(job, job.record)
+        work = work_of(job.record)
         if work and "draw" in message.timings:
             rate = message.timings["draw"] / work / message.batch
             self._rate = rate if self._rate is None else 0.7 * self._rate + 0.3 * rate
@@ -422,13 +335,13 @@ class Queue:
             job.state = "queued"
             self._waiting.insert(0, job)
             self._journal(job, "queued")
-            self._changed(job)
+            job.changed()
 
     def _end(self, job: Job, state: State, *, error: Problem | None = None) -> None:
         """Finish a job; listeners are told when the journal knows."""
         job.state, job.finished, job.preview = state, time.time(), None
         if error is not None:
-            job.error, job.status = error.to_dict(), error.status
+            job.failed(error)
         with contextlib.suppress(ValueError):
             self._waiting.remove(job)
         self.metrics.finished.labels(state).inc()
@@ -445,9 +358,8 @@ class Queue:
                 **({"prompt": job.request.prompt} if self.settings.log_prompts else {}),
             },
         )  # fmt: skip
-        self._journal(job, state, then=lambda: self._changed(job))
-        for other in self._waiting:
-            self._changed(other)
+        self._journal(job, state, then=job.changed)
+        self._moved_up()
 
     def _journal(self, job: Job, state: State, then: Callable[[], None] | None = None) -> None:
         """Write a job's state; a full disk loses the row, not the job in memory."""
@@ -468,33 +380,10 @@ class Queue:
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
 
-    def _changed(self, job: Job) -> None:
-        job.version += 1
-        if not job.listeners:
-            return
-
-        async def tell() -> None:
-            async with job.changed:
-                job.changed.notify_all()
-
-        task = asyncio.get_running_loop().create_task(tell())
-        self._writes.add(task)
-        task.add_done_callback(self._writes.discard)
-
-
-def _task(job: Job) -> say.Task:
-    return say.Task(job.id, job.request.model_dump(mode="json"), job.suffix, job.previews)
-
-
-def _work(job: Job, record: Mapping[str, Any] | None = None) -> float:
-    """Millions of pixel-steps of a job, as far as it says; its defaults are guessed."""
-    values = record or job.record or job.request.model_dump(mode="json")
-    row = catalog.bases().get(values["base"])
-    side = row.size if row else 512
-    width, height = values.get("size") or (side, side)
-    pictures = values["count"] * (values.get("frames") or (16 if values["task"] == "animate" else 1))
-    steps = values.get("steps") or 30
-    return width * height * steps * pictures / 1e6
+    def _moved_up(self) -> None:
+        """Tell the waiting jobs' listeners that there is another position and estimate."""
+        for job in self._waiting:
+            job.changed()
 
 
 def _died_error() -> Problem:

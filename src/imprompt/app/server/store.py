@@ -12,6 +12,7 @@ import io
 import json
 import re
 import sqlite3
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,8 +22,9 @@ from typing import Any
 from PIL import Image
 
 from imprompt.app.server.problems import Problem
-from imprompt.encoders.images import load_image
-from imprompt.errors import ImpromptError
+from imprompt.encoders.images import MAX_FRAMES, load_image
+from imprompt.encoders.video import read_video
+from imprompt.errors import ImpromptError, InputError
 from imprompt.io import write_atomic
 from imprompt.output import Record, read_record
 from imprompt.schema.request import Request
@@ -34,7 +36,10 @@ _TYPES = {
     "PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif", "BMP": "image/bmp",
     "TIFF": "image/tiff", "AVIF": "image/avif",
 }  # fmt: skip
+_STILL_BRANDS = (b"avi", b"hei", b"hev", b"mif", b"msf")  # AVIF and HEIF, in the container of MP4
 VIDEO = "video/mp4"
+VIDEO_SIDE = 1024
+"""Longest side of an uploaded video's frames, in pixels."""
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -109,16 +114,18 @@ class Store:
 
     def add(
         self, job: str, client: str, key: str | None, request: str, body: Mapping[str, Any]
-    ) -> tuple[str, bool]:
-        """Journal a new job. Returns its id and True, or the id and False of the one with this ``key``."""
+    ) -> tuple[str, int]:
+        """Journal a new job. Returns its id and number, or those of the one that has this ``key``."""
         with self._writing() as database:
-            if key is not None and (known := self.keyed(client, key)) is not None:
-                return known, False
             database.execute(
-                "INSERT INTO jobs (id, client, key, state, created, request, body) VALUES (?,?,?,?,?,?,?)",
+                "INSERT INTO jobs (id, client, key, state, created, request, body) VALUES (?,?,?,?,?,?,?) "
+                "ON CONFLICT (client, key) WHERE key IS NOT NULL DO NOTHING",
                 (job, client, key, "queued", time.time(), request, json.dumps(body)),
             )
-        return job, True
+            row = database.execute(
+                "SELECT id, number FROM jobs WHERE id = ? OR (client = ? AND key = ?)", (job, client, key)
+            ).fetchone()
+        return row["id"], row["number"]
 
     def keyed(self, client: str, key: str) -> str | None:
         """The job that a client sent with this Idempotency-Key."""
@@ -185,13 +192,8 @@ class Store:
             return None
         return Picture(*(row[name] for name in Picture.__dataclass_fields__))
 
-    @staticmethod
-    def check(content: bytes, max_pixels: int) -> None:
-        """Raises :class:`InputError` for what is no picture that can be decoded. May run on any thread."""
-        load_image(content, max_pixels=max_pixels)
-
     def keep(self, content: bytes) -> Picture:
-        """Keep a picture that was checked. Raises :class:`Problem` when the disk is full."""
+        """Keep a :func:`readable` picture. Raises :class:`Problem` when the disk is full."""
         identity = hashlib.sha256(content).hexdigest()
         known = self.find(identity)
         if known is not None:
@@ -272,19 +274,60 @@ def _is_id(name: str) -> bool:
     return ID.fullmatch(Path(name).name) is not None
 
 
+def is_video(content: bytes) -> bool:
+    """Whether these are the first bytes of a video file, and not of a picture."""
+    brand = content[8:11]
+    return content.startswith(b"\x1a\x45\xdf\xa3") or (content[4:8] == b"ftyp" and brand not in _STILL_BRANDS)
+
+
+def readable(content: bytes, max_pixels: int, max_frames: int) -> bytes:
+    """The picture itself, or the animated WebP of a video, once it is known that it can be decoded.
+
+    Raises :class:`InputError` for what cannot, and for a video of more than ``max_frames``.
+    """
+    if is_video(content):
+        return as_animation(content, max_frames)
+    load_image(content, max_pixels=max_pixels)
+    return content
+
+
+def as_animation(video: bytes, max_frames: int = MAX_FRAMES) -> bytes:
+    """A video as an animated WebP of at most 1024 pixels a side. Raises :class:`InputError`."""
+    frames, fps = _frames(video, max_frames)
+    for frame in frames:
+        frame.thumbnail((VIDEO_SIDE, VIDEO_SIDE))
+    stream = io.BytesIO()
+    frames[0].save(
+        stream, "WEBP", save_all=True, append_images=frames[1:], duration=round(1000 / fps), quality=90,
+        method=0,
+    )  # fmt: skip
+    return stream.getvalue()
+
+
+def _frames(video: bytes, max_frames: int) -> tuple[list[Image.Image], float]:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(video)
+        file.flush()
+        try:
+            return read_video(file.name, max_frames=max_frames)
+        except InputError as error:
+            raise InputError(str(error).replace(f"'{file.name}'", "the video")) from error
+
+
 def describe(content: bytes, identity: str) -> Picture:
     """What the bytes of a picture or clip say about it."""
-    if content[4:8] == b"ftyp" and content[8:12] not in (b"avif", b"avis"):
-        return Picture(identity, VIDEO, 0, 0, 0, len(content))
+    if is_video(content):
+        frames, _ = _frames(content, MAX_FRAMES)
+        return Picture(identity, VIDEO, *frames[0].size, len(frames), len(content))
     with Image.open(io.BytesIO(content)) as image:
         kind = _TYPES[image.format or ""]
-        frames = int(getattr(image, "n_frames", 1))
-        return Picture(identity, kind, image.width, image.height, frames, len(content))
+        count = int(getattr(image, "n_frames", 1))
+        return Picture(identity, kind, image.width, image.height, count, len(content))
 
 
 def thumbnail(content: bytes) -> bytes:
     """A small WebP of a picture's first frame."""
-    image = load_image(content)
+    image = _frames(content, MAX_FRAMES)[0][0] if is_video(content) else load_image(content)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     stream = io.BytesIO()
     image.save(stream, "WEBP", quality=80)

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,7 +25,7 @@ from PIL import Image
 
 from imprompt.app.server import messages as say
 from imprompt.app.server.problems import problem_of
-from imprompt.app.server.store import describe, disk_problem
+from imprompt.app.server.store import as_animation, describe, disk_problem, is_video
 from imprompt.errors import Cancelled, ImpromptError, InputError
 from imprompt.generation.engine import Engine, Result
 from imprompt.generation.steps import Step
@@ -67,7 +67,8 @@ class Worker:
             if self._waiting:
                 self._draw_batch(self._waiting.pop(0).tasks)
                 self._cancelled.clear()
-                self._pipe.send(say.Free(_memory(), *self._cache()))
+                features = self._engine.features
+                self._pipe.send(say.Free(_memory(), features.hits, features.misses))
 
     def _take(self, message: object) -> None:
         if isinstance(message, say.Draw):
@@ -84,9 +85,6 @@ class Worker:
             self._engine.run(self._prepared(request))
         except ImpromptError as error:
             log.warning("worker %s: cannot load base '%s': %s", self._setup.device, self._setup.base, error)
-
-    def _cache(self) -> tuple[int, int]:
-        return getattr(self._engine, "cache_hits", 0), getattr(self._engine, "cache_misses", 0)
 
     # ---- one batch
 
@@ -135,7 +133,7 @@ class Worker:
             for name in request.files:
                 if name not in pictures:
                     pictures[name] = self._open(name)
-        progress = _Progress(tasks, requests)
+        progress = _Progress(tasks)
 
         def on_step(step: Step) -> None:
             while self._pipe.poll():
@@ -152,9 +150,10 @@ class Worker:
     def _open(self, name: str) -> Image.Image:
         path = self._setup.pictures / name[:2] / name
         try:
-            return Image.open(io.BytesIO(path.read_bytes()))
+            content = path.read_bytes()
         except OSError as error:
             raise InputError(f"pictures: '{name}' is not on the server any more; upload it again.") from error
+        return Image.open(io.BytesIO(as_animation(content) if is_video(content) else content))
 
     def _prepared(self, values: Mapping[str, Any]) -> Request:
         """The request as this machine draws it: offered names looked up, on this worker's device."""
@@ -217,41 +216,26 @@ class Worker:
 
 
 class _Progress:
-    """Counts steps over all pictures of each job of a batch."""
+    """What to tell of the steps of a batch: counted over all pictures of each job, previews only so often."""
 
-    def __init__(self, tasks: Sequence[say.Task], requests: Sequence[Request]) -> None:
-        self._tasks = tasks
+    def __init__(self, tasks: Sequence[say.Task]) -> None:
+        self._tasks, self._last_preview = tasks, 0.0
 
-        self._last = 0.0
-
-    def messages(self, step: Step, cancelled: set[str]) -> list[say.Stepped]:
-        """What to tell after a step; previews only so often."""
-        now = time.monotonic()
-        with_preview = now - self._last >= _PREVIEW_SECONDS
-        if with_preview:
-            self._last = now
-        found = []
+    def messages(self, step: Step, cancelled: set[str]) -> Iterator[say.Stepped]:
+        """A message for each job that the step drew."""
+        now, alone = time.monotonic(), len(self._tasks) == 1
+        showing = now - self._last_preview >= _PREVIEW_SECONDS
+        if showing:
+            self._last_preview = now
         for place, task in enumerate(self._tasks):
-            if task.id in cancelled:
+            which = 0 if alone else place - step.picture  # memory may suffice for a part of the batch only
+            if task.id in cancelled or not 0 <= which < step.together:
                 continue
-            if len(self._tasks) == 1:
-                done, total = (
-                    step.picture * step.total + step.index * step.together,
-                    step.pictures * step.total,
-                )
-                which = 0
-            else:  # a batch is drawn in parts where memory does not suffice for all of it
-                done, total, which = step.index, step.total, place - step.picture
-            if which < 0:
-                continue
-            preview = None
-            if with_preview and task.previews:
-                try:
-                    preview = _small(step.preview(which))
-                except IndexError:  # of a later part
-                    continue
-            found.append(say.Stepped(task.id, min(done, total), total, preview))
-        return found
+            done, total = step.index, step.total
+            if alone:
+                done, total = step.picture * total + done * step.together, step.pictures * total
+            preview = _small(step.preview(which)) if showing and task.previews else None
+            yield say.Stepped(task.id, min(done, total), total, preview)
 
 
 def renamed(values: Mapping[str, Any], names: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:

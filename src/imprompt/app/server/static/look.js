@@ -43,8 +43,14 @@ function renderWords() {
   $("prompt").placeholder = t("promptPlaceholder");
   if (settings.negative) $("negative-box").open = true;
   $("words-hint").hidden = baseRow().family !== "emoji";
-  const some = ["owl", "rocket", "house", "cat-face"].filter((word) => words.concepts.includes(word)).map((word) => word.replaceAll("-", " "));
-  $("words-hint").textContent = t("words", { count: words.concepts.length, some: some.join(", "), styles: words.styles.join(", ") });
+  const write = (text) => { settings.prompt = text; changed(); renderWords(); };
+  const chip = (text, onclick) => h("button", { type: "button", class: "chip", onclick }, text);
+  const things = words.concepts.map((word) => word.replaceAll("-", " "));
+  $("words-hint").replaceChildren(h("details", { open: Boolean($("words-hint").querySelector("details")?.open) },
+    h("summary", {}, t("words", { count: things.length, styles: words.styles.length })),
+    h("div", { class: "chips" }, things.map((thing) => chip(thing, () => write(`${"aeiou".includes(thing[0]) ? "an" : "a"} ${thing}`)))),
+    h("div", { class: "chips" }, words.styles.map((style) => chip(t("inStyle", { name: style }), () => write(`${settings.prompt.replace(/, \S+ style$/, "")}, ${style} style`)))),
+    h("p", { class: "hint" }, t("wordsMore"))));
 }
 
 function grow(field) {
@@ -112,7 +118,7 @@ function renderLook() {
 
 function renderModel() {
   const row = baseRow();
-  $("model").replaceChildren(icon("model"), h("span", {}, settings.adapter ? `${row.name} · ${settings.adapter}` : row.name));
+  $("model").replaceChildren(icon("model"), h("span", {}, t("modelNamed", { name: settings.adapter ? `${row.name} · ${settings.adapter}` : row.name })));
   $("model").setAttribute("aria-label", `${t("model")}: ${row.name}`);
 }
 

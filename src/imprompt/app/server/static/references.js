@@ -4,7 +4,7 @@ import { controlMap, upload } from "./api.js";
 import { $, choice, dialog, h, icon, iconButton, slider, toast } from "./dom.js";
 import { t } from "./i18n.js";
 import { paint } from "./painter.js";
-import { autoScale, baseRow, changed, faceAdapter, newReference, offered, settings } from "./settings.js";
+import { adaptersHere, autoScale, baseRow, changed, faceAdapter, newReference, offered, settings } from "./settings.js";
 
 const percent = (value) => value.toFixed(2);
 
@@ -16,7 +16,7 @@ export function tell(problem) {
 /** Upload files, one after the other, and hand each picture to `use`. */
 export async function take(files, use) {
   for (const file of files) {
-    if (!file.type.startsWith("image/")) { toast(t("notPicture"), "error"); continue; }
+    if (!/^(image|video)\//.test(file.type)) { toast(t("notPicture"), "error"); continue; }
     try {
       use(await upload(file, file.name || "picture.png"));
     } catch (problem) { tell(problem); }
@@ -31,7 +31,7 @@ export const draggedPicture = (event) => {
 
 /** A field that takes pictures: drop, choose a file, or pick from the history. */
 export function well(text, use, { multiple = false, compact = false } = {}) {
-  const input = h("input", { type: "file", accept: "image/*", multiple, class: "visually-hidden", "aria-label": text,
+  const input = h("input", { type: "file", accept: "image/*,video/*", multiple, class: "visually-hidden", "aria-label": text,
     onchange: async () => { await take(input.files, use); input.value = ""; } });
   const field = h("div", { class: compact ? "well compact" : "well" },
     h("label", { class: "well-main" }, input, icon("upload"), h("span", {}, text)),
@@ -88,7 +88,7 @@ function card(reference, number) {
   const update = (values, again = false) => { Object.assign(reference, values); changed(); if (again) render(); };
   const takes = ["everything", "style", "composition"].map((key) => ({ key, text: t(key) }));
   const face = faceAdapter();
-  takes.push({ key: "face", text: t("face"), disabled: !face, hint: face ? face.note : t("noFace") });
+  if (adaptersHere().some((row) => row.face)) takes.push({ key: "face", text: t("face"), disabled: !face, hint: face ? face.note : t("noFace") });
   const [width, height] = drawnSize();
   const shown = reference.scale ?? autoScale();
   const strength = slider(t("strength"), {
@@ -147,7 +147,7 @@ function renderSource() {
   if (task === "generate") return;
   $("source-title").textContent = t(task === "animate" ? "sourceVideo" : "source");
   if (!source) {
-    $("source-body").replaceChildren(well(t("addReference"), setSource));
+    $("source-body").replaceChildren(well(t(task === "animate" ? "addVideo" : "addReference"), setSource));
     return;
   }
   const paintMask = () => paintArea(settings, { title: t("mask"), picture: source.url, width: source.width, height: source.height, mask: settings.mask?.url });

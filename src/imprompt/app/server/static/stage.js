@@ -20,13 +20,19 @@ export function setUp(handlers) {
 
 // ---- welcome
 
+/** What the page is for, shown by examples: a picture and words, and what becomes of them. */
 export function welcome(examples, use) {
   $("stage").replaceChildren(h("div", { class: "welcome" },
-    h("h2", {}, t("welcome")), h("p", {}, t("welcomeText")),
+    h("h2", {}, t("motto")), h("p", {}, t("welcomeText")),
     h("ul", { class: "examples" }, examples.map((example) => h("li", {},
       h("button", { type: "button", class: "example", onclick: () => use(example) },
-        h("span", { class: "example-art" }, example.picture ? h("img", { src: example.picture, alt: "" }) : h("span", { class: "quote" }, "“ ”")),
-        h("span", { class: "example-text" }, h("strong", {}, t(example.title)), h("span", {}, example.text))))))));
+        h("span", { class: "sum" },
+          example.picture && h("span", { class: "part" }, h("img", { src: example.picture, alt: t("exampleShown") })),
+          example.picture && h("span", { class: "sign", "aria-hidden": "true" }, "+"),
+          h("span", { class: "part words" }, `“${example.text}”`),
+          h("span", { class: "sign", "aria-hidden": "true" }, "→"),
+          h("span", { class: "part" }, h("img", { src: example.drawn, alt: t("exampleDrawn") }))),
+        h("span", { class: "example-text" }, h("strong", {}, t(example.title)), h("span", { class: "try" }, icon("picture"), t("tryIt")))))))));
 }
 
 // ---- drawing

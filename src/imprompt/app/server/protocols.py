@@ -1,0 +1,118 @@
+"""What the protocols share: finding the queue, storing pictures, checking requests, and drawing while a
+client waits."""
+
+import asyncio
+import base64
+from typing import Annotated, Any
+
+from fastapi import Depends
+from fastapi import Request as HTTPRequest
+from pydantic import BaseModel
+
+from imprompt import catalog
+from imprompt.app.server.bodies import read_request
+from imprompt.app.server.jobs import Job
+from imprompt.app.server.problems import Problem
+from imprompt.app.server.queue import Queue
+from imprompt.app.server.store import Picture, readable
+from imprompt.catalog.resolve import is_here
+from imprompt.errors import ImpromptError
+from imprompt.schema.request import Request
+
+PICTURE = "image"
+"""Field of an image prompt that names its picture."""
+_STATUSES = (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 500, 503, 507)
+
+
+def errors(answer: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """For the OpenAPI schema: what a protocol's routes answer when they refuse or fail."""
+    return {status: {"model": answer} for status in _STATUSES}
+
+
+async def _queue(http: HTTPRequest) -> Queue:  # async: FastAPI runs the others on threads
+    found: Queue = http.app.state.queue
+    return found
+
+
+QueueHere = Annotated[Queue, Depends(_queue)]
+
+# ---- in
+
+
+async def keep(queue: Queue, content: bytes, field: str) -> Picture:
+    """Store an uploaded picture once it is known to be one; a video is stored as an animated picture.
+
+    Raises :class:`Problem`.
+    """
+    limits = queue.settings.limits
+    if len(content) > limits.picture_bytes:
+        text = f"{field}: a picture has at most {limits.picture_bytes >> 20} MB."
+        raise Problem(413, "too_large", text, field)
+    try:
+        async with queue.decoding:
+            content = await asyncio.to_thread(readable, content, limits.picture_pixels, limits.frames)
+    except ImpromptError as error:
+        raise Problem(422, "bad_picture", f"{field}: {error}", field) from error
+    return await queue.blocking(queue.store.keep, content)
+
+
+async def checked_request(queue: Queue, values: dict[str, Any]) -> Request:
+    """A client's request whose pictures and base are here. Raises :class:`Problem`."""
+    request = read_request(values, queue.settings)
+    for name in request.files:
+        if await queue.blocking(queue.store.find, name) is None:
+            text = f"picture {name[:12]}… is not on this server; upload it first."
+            raise Problem(422, "unknown_picture", text, "images")
+    row = catalog.bases().get(request.base)
+    if row is None or queue.settings.download or request.base in queue.settings.bases:
+        return request
+    if not await asyncio.to_thread(is_here, row):
+        text = f"base: '{request.base}' is not on the server's machine; run there: hf download {row.repo}"
+        raise Problem(422, "not_here", text, "base")
+    return request
+
+
+# ---- out
+
+
+async def drawn(
+    queue: Queue, http: HTTPRequest, request: Request, suffix: str = ".png", *, previews: bool = False
+) -> Job:
+    """The finished job. A client that goes away cancels it. Raises :class:`Problem` when it fails."""
+    job, _ = await queue.submit(request, http.state.client, suffix=suffix, previews=previews)
+    waits = [asyncio.ensure_future(queue.finish(job)), asyncio.ensure_future(_gone(http))]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+        if not job.over and not queue.draining:
+            await queue.cancel(job)
+    return finished(job)
+
+
+def finished(job: Job) -> Job:
+    """A job that is done. Raises :class:`Problem` for one that is not."""
+    if job.state == "done":
+        return job
+    if job.state == "failed" and job.error is not None:
+        raise Problem(job.status, job.error["code"], job.error["message"], job.error["field"])
+    if job.state == "cancelled":
+        raise Problem(409, "cancelled", "the job was cancelled.")
+    raise Problem(503, "draining", "the server is shutting down.", headers={"Retry-After": "10"})
+
+
+async def _gone(http: HTTPRequest) -> None:
+    while not await http.is_disconnected():
+        await asyncio.sleep(0.2)
+
+
+async def contents(queue: Queue, pictures: list[dict[str, Any]]) -> list[bytes]:
+    """The files of a job's pictures."""
+    paths = [queue.store.path(picture["id"]) for picture in pictures]
+    return await asyncio.to_thread(lambda: [path.read_bytes() for path in paths])
+
+
+def as_base64(content: bytes) -> str:
+    """Bytes in base64, as text."""
+    return base64.b64encode(content).decode("ascii")
