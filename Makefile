@@ -57,7 +57,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@echo "installing the tools for tests into $(VENV)" >&2
-	@$(PIP) install -c constraints.txt -e '.[dev,docs,control,recipe,face,lora,kolors,serve,evaluate]'
+	@$(PIP) install -c constraints.txt -e '.[dev,docs,control,recipe,face,lora,kolors,serve,evaluate,ray]'
 	@touch $@
 
 clean:  ## remove the environment and what was drawn

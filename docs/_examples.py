@@ -10,14 +10,18 @@ from imprompt import Engine, Request
 from imprompt.encoders.images import load_image
 
 FOLDER = Path(imprompt.app.server.__file__).parent / "static" / "examples"
-EXAMPLES = (("a rocket, fluent-3d style", ""), ("a house", "star"), ("a house", "red-heart"))
+EXAMPLES = (
+    ("a rocket, fluent-3d style", "", None),
+    ("a house", "star", None),
+    ("a house", "red-heart", 1.0),
+)  # as EXAMPLES in static/main.js
 
 
 def main() -> None:
     engine = Engine()
-    for number, (text, shown) in enumerate(EXAMPLES, 1):
+    for number, (text, shown, scale) in enumerate(EXAMPLES, 1):
         pictures = {shown: load_image(FOLDER / f"{shown}.webp")} if shown else {}
-        request = Request(prompt=text, images=tuple(pictures), steps=20, seed=7)
+        request = Request(prompt=text, images=tuple(pictures), scale=scale, steps=20, seed=7)
         drawn = engine.run(request, pictures=pictures).images[0]
         drawn.save(FOLDER / f"drawn-{number}.webp", quality=85, method=6)
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+import imprompt
 from imprompt import Engine, Request
 from imprompt.data.rows import read_dataset
 from imprompt.encoders.images import load_image
-from imprompt.generation.families import EMOJI
 
+EMOJI = Path(imprompt.__file__).parent / "assets" / "emoji"
 REFERENCES = (("star", "fluent-mono"), ("red-heart", "noto"), ("frog", "streamline"))
 TEXTS = ("an owl", "a house")
 CELL, GAP, WIDE, TOP = 128, 10, 34, 30

@@ -13,7 +13,7 @@ const SWEEP = [0, 0.25, 0.5, 0.75, 1];
 const THEMES = { system: "auto", light: "sun", dark: "moon" };
 const EXAMPLES = [
   { title: "example2", text: "a house", picture: "/static/examples/star.webp", drawn: "/static/examples/drawn-2.webp" },
-  { title: "example3", text: "a house", picture: "/static/examples/red-heart.webp", drawn: "/static/examples/drawn-3.webp" },
+  { title: "example3", text: "a house", picture: "/static/examples/red-heart.webp", scale: 1, drawn: "/static/examples/drawn-3.webp" },
   { title: "example1", text: "a rocket, fluent-3d style", picture: null, drawn: "/static/examples/drawn-1.webp" },
 ];
 const EXAMPLE_STEPS = 20;
@@ -83,12 +83,12 @@ function sweep() {
   });
 }
 
-async function useExample({ text, picture }) {
+async function useExample({ text, picture, scale = null }) {
   try {
     const references = [];
     if (picture) {
       const blob = await (await fetch(picture)).blob();
-      references.push(newReference(await api.upload(blob, "example.webp")));
+      references.push({ ...newReference(await api.upload(blob, "example.webp")), scale });
     }
     change({ task: "generate", prompt: text, negative: "", references, steps: EXAMPLE_STEPS, seed: 7, count: 1, source: null, mask: null, control: null, extra: {}, base: null, adapter: null, size: null });
     render();
