@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import socket
+import sqlite3
 import struct
 import subprocess
 import time
@@ -281,6 +282,22 @@ def test_pictures_may_vanish_while_the_server_runs(client: httpx.Client, running
     assert code(answer) == (422, "unknown_picture")
     assert wait(client, submit(client, seed=77)["id"])["state"] == "done"
     assert upload(client, picture("orange"))["id"] == shown["id"]
+
+
+def test_the_whole_folder_may_vanish_and_the_journal_is_written_again(
+    starting: Callable[..., Running],
+) -> None:
+    running = starting(ready=False, devices=())
+    with running.client() as client:
+        before = submit(client, seed=1)["id"]
+        shutil.rmtree(running.settings.folder)
+        after = submit(client, seed=2)["id"]
+        assert upload(client, picture())["width"] == 128
+        assert client.delete(f"/api/v1/jobs/{before}").json()["state"] == "cancelled"
+    running.stop()
+    with sqlite3.connect(running.settings.folder / "journal.sqlite") as journal:
+        states = dict(journal.execute("SELECT id, state FROM jobs"))
+    assert states == {before: "cancelled", after: "queued"}
 
 
 def test_a_full_disk_accepts_nothing_and_loses_nothing(

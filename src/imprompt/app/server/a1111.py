@@ -215,10 +215,13 @@ def _mask(body: ImageToImage, source: str, queue: Queue) -> bytes:
     """Their mask as ours: white is repainted, blurred as they say, of the picture's size."""
     content = decoded_picture(body.mask, "mask")
     try:
-        mask = load_image(content, max_pixels=queue.settings.limits.picture_pixels).convert("L")
-        mask = mask.resize(load_image(queue.store.path(source)).size)
+        load_image(content, max_pixels=queue.settings.limits.picture_pixels)
+        size = load_image(queue.store.path(source)).size
     except ImpromptError as error:
         raise Problem(422, "bad_picture", f"mask: {error}", "mask") from error
+    with Image.open(io.BytesIO(content)) as opened:  # as theirs, the alpha channel where there is one
+        alpha = opened.convert("RGBA").getchannel("A")
+        mask = (opened.convert("L") if alpha.getextrema() == (255, 255) else alpha).resize(size)
     if body.inpainting_mask_invert:
         mask = ImageOps.invert(mask)
     if body.mask_blur:

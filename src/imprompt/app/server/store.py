@@ -90,21 +90,37 @@ class Store:
 
     def __init__(self, folder: Path, *, stored_bytes: int) -> None:
         self.pictures = folder / "pictures"
+        self._folder, self._stored_bytes = folder, stored_bytes
+        self._database = self._opened()
+
+    def _opened(self) -> sqlite3.Connection:
         self.pictures.mkdir(parents=True, exist_ok=True)
-        self._stored_bytes = stored_bytes
-        self._database = sqlite3.connect(folder / "journal.sqlite", check_same_thread=False, timeout=1)
-        self._database.row_factory = sqlite3.Row
+        database = sqlite3.connect(self._journal, check_same_thread=False, timeout=1)
+        database.row_factory = sqlite3.Row
         try:
-            self._database.execute("PRAGMA locking_mode=EXCLUSIVE")
-            self._database.execute("PRAGMA journal_mode=WAL")
-            self._database.execute("PRAGMA synchronous=FULL")
-            self._database.executescript(_TABLES)
+            database.execute("PRAGMA locking_mode=EXCLUSIVE")
+            database.execute("PRAGMA journal_mode=WAL")
+            database.execute("PRAGMA synchronous=FULL")
+            database.executescript(_TABLES)
         except sqlite3.OperationalError as error:
-            self._database.close()
+            database.close()
             raise ImpromptError(
-                f"'{folder}' is in use by another server, or cannot be written to ({error}); give another "
-                "--folder."
+                f"'{self._folder}' is in use by another server, or cannot be written to ({error}); give "
+                "another --folder."
             ) from error
+        return database
+
+    @property
+    def _journal(self) -> Path:
+        return self._folder / "journal.sqlite"
+
+    def _write_again(self) -> None:
+        """Write the journal anew after somebody has deleted its file, which is still open and whole."""
+        with contextlib.closing(sqlite3.connect(":memory:")) as copy:
+            self._database.backup(copy)
+            self._database.close()  # before the next is open: closing deletes files by their names
+            self._database = self._opened()
+            copy.backup(self._database)
 
     def close(self) -> None:
         """Release the journal."""
@@ -264,9 +280,11 @@ class Store:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         try:
+            if not self._journal.exists():
+                self._write_again()
             with self._database:
                 yield self._database
-        except sqlite3.OperationalError as error:
+        except (sqlite3.OperationalError, OSError, ImpromptError) as error:
             raise disk_problem(error) from error
 
 
