@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from imprompt.output.clips import encode_clip
 from serving import Running, picture, submit, wait
 
 pytestmark = [pytest.mark.slow]
@@ -120,6 +122,28 @@ def test_paints_a_mask_and_redraws_inside_it(opening: Open, running: Running, sh
     page.get_by_role("button", name="Compare", exact=True).click()
     page.get_by_label("How much of the first picture is shown").fill("30")
     shot(page, "6-compare")
+
+
+def test_a_video_is_redrawn(opening: Open, running: Running) -> None:
+    page = opening()
+    page.get_by_role("tab", name="Animate").click()
+    set_up(page, "a cat", steps=2)
+    frames = [Image.new("RGB", (64, 64), (60 * number, 80, 200)) for number in range(4)]
+    video = {"name": "a.mp4", "mimeType": "video/mp4", "buffer": encode_clip(frames, ".mp4", 8, "")}
+    page.locator("#source input[type=file]").set_input_files([video])
+    page.locator("#source .thumb img").wait_for()
+    draw(page)
+    request = last_request(running)
+    assert (request["task"], request["frames"]) == ("animate", 4)
+
+
+def test_words_that_the_bundled_model_knows_are_written_by_a_click(opening: Open) -> None:
+    page = opening()
+    page.locator("#words-hint summary").click()
+    page.get_by_role("button", name="owl", exact=True).click()
+    for style in ("noto", "twemoji"):
+        page.get_by_role("button", name=f"{style} style", exact=True).click()
+    assert page.input_value("#prompt") == "an owl, twemoji style"
 
 
 def test_a_dropped_picture_gives_its_settings_back(opening: Open, running: Running) -> None:

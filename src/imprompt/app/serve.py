@@ -39,13 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until interrupted. Raises :class:`UsageError` for flags that do not fit."""
     try:
-        import fastapi  # noqa: F401
-        import uvicorn  # noqa: F401
+        from imprompt.app.server.process import serve
+        from imprompt.app.server.settings import Limits, Settings, data_folder
     except ImportError as error:
         raise ModelError(f"serving needs more packages ({error}): pip install 'imprompt[serve]'") from error
-    from imprompt.app.server.process import serve
-    from imprompt.app.server.settings import Limits, Settings, data_folder
-
     limits = Limits(queue=args.queue, batch=args.batch, drain_seconds=args.drain)
     settings = Settings(
         folder=(args.folder or data_folder()).expanduser().absolute(),
