@@ -1,6 +1,6 @@
 """A Ray Serve application: one Engine a replica, requests that arrive together drawn as one batch.
 
-    pip install imprompt 'ray[serve]'
+    pip install 'imprompt[serve,ray]'
     serve run deploy.ray.serve_app:app
 
     curl http://127.0.0.1:8000/ -o owl.png -H 'Content-Type: application/json' \
@@ -9,10 +9,9 @@
 Ray scales, places and restarts replicas; journal, page and the other protocols are `imprompt serve`'s.
 """
 
-import base64
-import binascii
 import hashlib
 import io
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -20,14 +19,16 @@ from ray import serve
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
 
+from imprompt.app.server.bodies import decoded_picture, parsed, read_request
+from imprompt.app.server.problems import Problem, problem_of
+from imprompt.app.server.settings import Settings
 from imprompt.encoders.images import load_image
-from imprompt.errors import ImpromptError, UsageError
+from imprompt.errors import ImpromptError
 from imprompt.generation.engine import Engine, Result
 from imprompt.schema.request import Request
 
-_BODY_BYTES = 64 * 2**20
-_SERVED = {"base": "emoji"}
-"""Fields that clients may not choose here."""
+SETTINGS = Settings(folder=Path())
+"""The base that is served, and what clients may ask for."""
 
 
 @serve.deployment(
@@ -60,12 +61,9 @@ class Drawing:
 
     async def __call__(self, http: HTTPRequest) -> Response:
         """``{"request": {…}, "pictures": {"@NAME": "BASE64"}}`` → a PNG."""
-        body = await http.body()
         try:
-            if len(body) > _BODY_BYTES:
-                raise UsageError(f"the body is larger than {_BODY_BYTES >> 20} MB.")
-            job = _read(await http.json())
-        except (ImpromptError, ValueError) as error:
+            job = _read(parsed(await http.body(), SETTINGS))
+        except (ImpromptError, Problem) as error:
             return _refused(error)
         result = await self.draw(job)
         if isinstance(result, ImpromptError):
@@ -75,26 +73,21 @@ class Drawing:
         return Response(stream.getvalue(), media_type="image/png")
 
 
-def _read(values: Any) -> tuple[Request, dict[str, Image.Image]]:
+def _read(values: dict[str, Any]) -> tuple[Request, dict[str, Image.Image]]:
     """A request and its pictures under their hashes, so that jobs of one batch can share a mapping.
 
-    Raises :class:`ImpromptError`.
+    Raises :class:`ImpromptError` and :class:`Problem`.
     """
-    if not isinstance(values, dict) or not isinstance(values.get("request"), dict):
-        raise UsageError("the body must be an object with a request.")
-    pictures, names = {}, {}
-    for name, text in values.get("pictures", {}).items():
-        if not name.startswith("@"):
-            raise UsageError(f"pictures: '{name}' must begin with @.")
-        try:
-            content = base64.b64decode(text, validate=True)
-        except (binascii.Error, TypeError) as error:
-            raise UsageError(f"pictures: '{name}' is not base64.") from error
-        names[name] = hashlib.sha256(content).hexdigest()
-        pictures[names[name]] = load_image(content)
-    request = Request.from_mapping({**_renamed(values["request"], names), **_SERVED, "count": 1})
+    asked, given = values.get("request"), values.get("pictures", {})
+    if not isinstance(asked, dict) or not isinstance(given, dict):
+        raise Problem(400, "invalid_request", "an object with a request, and perhaps pictures, is expected.")
+    contents = {name: decoded_picture(text, name) for name, text in given.items()}
+    names = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    pictures = {names[name]: load_image(content) for name, content in contents.items()}
+    request = read_request({**_renamed(asked, names), "base": SETTINGS.base, "count": 1}, SETTINGS)
     if missing := set(request.files) - pictures.keys():
-        raise UsageError(f"pictures: {', '.join(sorted(missing))} is named and not sent.")
+        text = f"{', '.join(sorted(missing))} is named and not sent."
+        raise Problem(422, "unknown_picture", text, "pictures")
     return request, pictures
 
 
@@ -106,9 +99,9 @@ def _renamed(value: Any, names: dict[str, str]) -> Any:
     return names.get(value, value) if isinstance(value, str) else value
 
 
-def _refused(error: Exception) -> JSONResponse:
-    status = error.http_status if isinstance(error, ImpromptError) else 400
-    return JSONResponse({"error": {"code": type(error).__name__, "message": str(error)}}, status)
+def _refused(error: ImpromptError | Problem) -> JSONResponse:
+    problem = problem_of(error) if isinstance(error, ImpromptError) else error
+    return JSONResponse({"error": problem.to_dict()}, problem.status)
 
 
 app = Drawing.bind()

@@ -78,10 +78,12 @@ def test_the_ray_serve_application_draws_and_refuses(address: str) -> None:
         assert again.content != answer.content
         for body, text in (
             ({"request": request}, "@one"),
+            ({"request": {"prompt": "a cat", "adapter": "/etc/passwd"}}, "not offered"),
             ({"request": {"prompt": "a cat", "colour": "red"}}, "colour"),
             ({"pictures": {}}, "request"),
             ({"request": request, "pictures": {"@one": "!!"}}, "base64"),
             ({"request": request, "pictures": {"@one": base64.b64encode(b"no").decode()}}, "picture"),
         ):
             refused = client.post(address, json=body)
-            assert (refused.status_code, text in refused.text) == (400, True), refused.text
+            assert refused.status_code in (400, 422)
+            assert text in refused.text
