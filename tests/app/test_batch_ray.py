@@ -3,6 +3,7 @@
 import base64
 import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else they starve on busy cores
     ray.init(num_cpus=3, log_to_driver=False, include_dashboard=False)
     yield
     ray.shutdown()

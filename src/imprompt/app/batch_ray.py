@@ -37,16 +37,16 @@ def drawn(draw: Draw, batches: Sequence[Any], workers: int) -> Iterator[list[dic
     if started:
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
     try:
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
         ray.data.DataContext.get_current().enable_progress_bars = False
         gpus = int(ray.cluster_resources().get("GPU", 0))
-        rows = ray.data.from_items(
+        done = ray.data.from_items(
             [{"batch": pickle.dumps(batch)} for batch in batches], override_num_blocks=len(batches)
-        )
-        done = rows.map_batches(
+        ).map_batches(
             _Actor,
-            batch_size=1,
             fn_constructor_args=(draw,),
-            concurrency=(1, workers or gpus or 1),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers or gpus or 1),
             num_gpus=1 if gpus else None,
             num_cpus=None if gpus else 1,
         )
