@@ -80,7 +80,7 @@ def test_the_ray_serve_application_draws_and_refuses(address: str) -> None:
         assert again.content != answer.content
         for body, text in (
             ({"request": request}, "@one"),
-            ({"request": {"prompt": "a cat", "adapter": "/etc/passwd"}}, "not offered"),
+            ({"request": {**request, "adapter": "/etc/passwd"}, "pictures": {"@one": shown}}, "not offered"),
             ({"request": {"prompt": "a cat", "colour": "red"}}, "colour"),
             ({"pictures": {}}, "request"),
             ({"request": request, "pictures": {"@one": "!!"}}, "base64"),
