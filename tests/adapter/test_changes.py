@@ -142,6 +142,21 @@ def test_words_of_a_region_are_encoded_with_the_options_of_the_pipelines_call(ki
     assert not torch.equal(skipped, drawn[1])
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_prompt_is_not_set_for_a_model_that_the_pipeline_has_no_more(kept: bool) -> None:
+    pipe = tiny_sd()
+    adapter = IPAdapter.from_state_dict(random_adapter_state(pipe.unet)).attach(pipe)
+    before = pipe.unet if kept else None
+    pipe.unet = tiny_unet(seed=4)
+    with pytest.raises(UsageError, match=r"UNet of the StableDiffusionPipeline was replaced after adapter"):
+        adapter.set_prompt(torch.ones(1, POOLED))
+    adapter.detach()
+    assert before is not pipe.unet
+    plain = run(pipe)
+    adapter.attach(pipe).set_prompt(torch.ones(1, POOLED))
+    assert not torch.equal(run(pipe), plain)
+
+
 def test_a_model_with_an_adapter_is_not_copied() -> None:
     unet = tiny_unet()
     adapter = IPAdapter.from_state_dict(random_adapter_state(unet)).attach(unet)

@@ -99,7 +99,7 @@ class ByDistance:
 
 def test_tuning_writes_the_chosen_request_the_plot_and_the_sheet(tuned_base, pictures, tmp_path) -> None:
     fields = {"base": tuned_base["base"], "adapter": tuned_base["adapter"], "steps": 2, "seed": 3}
-    request = Request(prompt="a cat", images=[pictures / "ref.png"], count=2, **fields)
+    request = Request(prompt="a cat", images=[pictures / "ref.png"], count=2, exact=True, **fields)
     axes = ["scale=0.5,1,2", "end=1,0.5"]
 
     def measure(text_alone, references):

@@ -66,7 +66,7 @@ def test_pictures_are_subtracted_in_the_order_given(engine, common, pictures):
 
 def test_noise_is_the_same_for_every_picture_of_a_request(engine, common, pictures):
     images = [ImagePrompt(str(pictures / "ref.png"), noise="gaussian")]
-    second = engine.run(Request(images=images, count=2, **common)).images[1]
+    second = engine.run(Request(images=images, count=2, exact=True, **common)).images[1]
     alone = engine.run(Request(images=images, **{**common, "seed": common["seed"] + 1})).images[0]
     assert np.array_equal(np.asarray(second), np.asarray(alone))
 
@@ -198,7 +198,8 @@ def test_texts_have_places_without_a_picture_or_an_adapter(engine, common, pictu
     assert main(words) == 0
     assert np.array_equal(np.asarray(Image.open(tmp_path / "y.png")), np.asarray(result.images[0]))
     capsys.readouterr()
-    assert main([*words[:-1], str(tmp_path / "z.png"), "--sweep", "region.text=a cat|a dog, noto"]) == 0
+    swept = ["--exact", "--sweep", "region.text=a cat|a dog, noto"]
+    assert main([*words[:-1], str(tmp_path / "z.png"), *swept]) == 0
     assert np.array_equal(np.asarray(Image.open(tmp_path / "z-2.png")), np.asarray(result.images[0]))
 
 

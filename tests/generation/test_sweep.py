@@ -94,7 +94,7 @@ def test_a_sweep_without_effect_is_refused() -> None:
 
 
 def test_python_sweeps_by_the_packages_name_with_an_engine_of_its_own(common, pictures, tmp_path) -> None:
-    request = Request(prompt="a cat", images=[pictures / "ref.png"], **{**common, "steps": 1})
+    request = Request(prompt="a cat", images=[pictures / "ref.png"], exact=True, **{**common, "steps": 1})
     results, files = imprompt.sweep(request, ["scale=0,2"], str(tmp_path / "s.png"))
     assert [path.name for path in files] == ["s-1.png", "s-2.png", "s-grid.png"]
     alone = imprompt.generate(results[1].request)
@@ -103,7 +103,7 @@ def test_python_sweeps_by_the_packages_name_with_an_engine_of_its_own(common, pi
 
 def test_the_command_line_writes_each_picture_and_the_page(common, pictures, tmp_path, capsys) -> None:
     words = ["generate", "a cat", "--image", str(pictures / "ref.png"), "--base", common["base"]]
-    words += ["--adapter", common["adapter"], "--steps", "1", "--seed", "5", "--json"]
+    words += ["--adapter", common["adapter"], "--steps", "1", "--seed", "5", "--json", "--exact"]
     line = [*words, "--sweep", "scale=0,1,2", "--sweep", "profile=linear,ease-out"]
     assert main([*line, "-o", str(tmp_path / "s.png")]) == 0
     said = json.loads(capsys.readouterr().out)

@@ -8,7 +8,7 @@ Dimensions: N pictures, E pooled width, P patches and class token, W hidden widt
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -31,6 +31,7 @@ from imprompt.encoders.face import Faces
 from imprompt.encoders.face import joined as join_faces
 from imprompt.encoders.face import load as load_faces
 from imprompt.encoders.images import content_hash, load_frames, load_image
+from imprompt.encoders.store import FeatureStore
 from imprompt.errors import AdapterMismatch, EncoderMismatch, InputError, UsageError
 from imprompt.projections.modules import ImageProjection
 from imprompt.schema import options
@@ -43,7 +44,9 @@ Encoded: TypeAlias = Features | Faces
 class FeatureCache:
     """Features by encoder, settings and pictures' content; the least recently used are forgotten."""
 
-    def __init__(self, limit: int = 256 * 1024 * 1024) -> None:
+    def __init__(self, limit: int = 256 * 1024 * 1024, store: FeatureStore | None = None) -> None:
+        self._store = store
+        """Where pictures' features are kept for later processes too."""
         self._limit = limit
         """In bytes."""
         self.hits = self.misses = 0
@@ -51,16 +54,23 @@ class FeatureCache:
         self._kept: OrderedDict[Hashable, Encoded] = OrderedDict()
         self._lock = Lock()
 
-    def get(self, key: Hashable, make: Callable[[], Encoded]) -> Encoded:
-        """The features of ``key``, made if they are not remembered."""
+    def get(
+        self, key: Hashable, make: Callable[[], Encoded], lasting: Mapping[str, object] | None = None
+    ) -> Encoded:
+        """The features of ``key``, made if they are not remembered; ``lasting`` is their key in the store."""
         with self._lock:
             if key in self._kept:
                 self.hits += 1
                 self._kept.move_to_end(key)
                 return self._kept[key]
-            self.misses += 1
-        made = make()
+        store = None if lasting is None else self._store
+        found = None if store is None or lasting is None else store.get(lasting)
+        made = make() if found is None else found
+        if store is not None and lasting is not None and found is None and isinstance(made, Features):
+            store.put(lasting, made)
         with self._lock:
+            self.hits += found is not None
+            self.misses += found is None
             self._kept[key] = made
             while self._kept and sum(map(_bytes, self._kept.values())) > self._limit:
                 self._kept.popitem(last=False)
@@ -279,7 +289,11 @@ class PromptEncoder:
         encoder = self._needed_encoder()
         dtype = next(encoder.model.parameters()).dtype
         make = partial(framing.encode, encoder, images, prompt.framing, sharpen=prompt.sharpen)
-        return self.cache.get((encoder.model, dtype, prompt.framing, prompt.sharpen, hashes), make)
+        lasting: dict[str, object] | None = None
+        if (about := encoder.about) is not None:
+            shown = {"framing": prompt.framing, "sharpen": prompt.sharpen, "pictures": hashes}
+            lasting = {**about, **shown}
+        return self.cache.get((encoder.model, dtype, prompt.framing, prompt.sharpen, hashes), make, lasting)
 
     def load(self, path: str | Path) -> Encoded:
         """Features that ``imprompt embed`` saved.

@@ -70,6 +70,7 @@ class IPAdapter(PromptSource):
         self.module.requires_grad_(False).eval()
         self.checkpoint = replace(checkpoint, state={"image_proj": {}, "ip_adapter": {}}, lora={})
         self._injection: weakref.ref[Injection] | None = None
+        self._target: Callable[[], object] = _nothing
         self._prompter = self.prompter = Prompter()
         self._slots = [
             (part._parameters, name) for part in self.module.modules() for name in part._parameters
@@ -295,6 +296,7 @@ class IPAdapter(PromptSource):
         if self.lora is not None:
             self.lora.into(model, injection.sites)
         self._injection = weakref.ref(injection)
+        self._target = weakref.ref(target)
         self.prompt_encoder.borrowed = borrowed
         for other in injection.sources:
             if isinstance(other, IPAdapter) and other is not self:
@@ -309,7 +311,7 @@ class IPAdapter(PromptSource):
         objects."""
         injection = self._injected()
         with self._undisturbed():
-            self._injection = None
+            self._injection, self._target = None, _nothing
             self.prompt_encoder.borrowed = None
             self.prompt_encoder.beside.clear()
             if self.lora is not None:
@@ -506,7 +508,18 @@ class IPAdapter(PromptSource):
         self._encoded = encoded
         self._invalidate()
 
+    def _check_target(self) -> None:
+        """Raises :class:`UsageError` when the pipeline has another denoiser than when it was attached."""
+        target, injection = self._target(), self._injected()
+        found = None if isinstance(target, nn.Module) else find_denoiser(target)
+        if found is not None and (injection is None or not injection.serves(found[1])):
+            raise UsageError(
+                f"the {found[0].noun} of the {type(target).__name__} was replaced after adapter "
+                f"'{self.checkpoint.name}' was attached; detach() the adapter and attach it again."
+            )
+
     def _set(self, samples: Sequence[Sequence[ImagePrompt]]) -> None:
+        self._check_target()
         with torch.inference_mode(False), torch.no_grad():
             encoded = tuple(
                 tuple((self.prompt_encoder.encode(prompt), self._text(prompt.text)) for prompt in prompts)
@@ -569,6 +582,10 @@ class IPAdapter(PromptSource):
         injection = self._injected()
         if injection is not None:
             injection.invalidate()
+
+
+def _nothing() -> None:
+    return None
 
 
 def _face_lora(weights: dict[str, Tensor], numbered: nn.ModuleDict) -> FaceLora | None:

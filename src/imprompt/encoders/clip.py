@@ -9,6 +9,7 @@ hidden states, ``S`` side of the model's input.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from imprompt.catalog import encoders
 from imprompt.catalog.resolve import Source, resolve
 from imprompt.encoders.images import load_image
 from imprompt.errors import InputError, ModelError, first_line
-from imprompt.io import read_json
+from imprompt.io import fingerprint, read_json
 from imprompt.weights import silence_library_logging
 
 _PREPROCESSING = "preprocessor_config.json"
@@ -112,6 +113,22 @@ class ImageEncoder:
             self.model.to(device=device, dtype=dtype)
             self._negative = None
         return self
+
+    @property
+    def about(self) -> dict[str, object] | None:
+        """Everything that features depend on, besides the pictures and their framing; ``None`` where that is
+        not known, because the weights were not loaded from files."""
+        if not self.files:
+            return None
+        device, dtype = self._device_and_dtype()
+        return {
+            "weights": fingerprint(*self.files),
+            "preparation": self.processor.to_dict(),
+            "device": device.type,
+            "dtype": str(dtype),
+            "threads": torch.get_num_threads(),
+            "versions": [version(name) for name in ("torch", "transformers", "pillow", "numpy")],
+        }
 
     def prepare(self, images: Sequence[Image.Image]) -> Float[Tensor, "N 3 S S"]:
         """The model's input for pictures of any size.

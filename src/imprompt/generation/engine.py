@@ -353,6 +353,8 @@ def _attached(loaded: Loaded, jobs: Sequence[Job]) -> Iterator[Callable[[Sequenc
     try:
         for name, adapter in loaded.adapters.items():
             adapter.attach(loaded.pipe)
+            if adapter.prompt_encoder.borrowed is not None:
+                adapter.prompt_encoder.borrowed.files = jobs[0].base.encoder_files
             adapter.set_guidance(jobs[0].request.image_guidance)
             if any(shows_pictures(job, name) for job in jobs):
                 with LOADING:  # an encoder may be loaded

@@ -233,11 +233,18 @@ class Base:
         """Its weights' files on this machine."""
         if self.path is not None and self.path.is_file():
             return (self.path,)
+        return self._files("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+    @property
+    def encoder_files(self) -> tuple[Path, ...]:
+        """Files on this machine of the image encoder that comes with it, if one does."""
+        return () if self.path is not None and self.path.is_file() else self._files("image_encoder")
+
+    def _files(self, *parts: str) -> tuple[Path, ...]:
         if self.path is None:
             root, files = None, hub.cached_weights(self.source)
         else:
             root, files = self.path, sorted(self.path.rglob("*.safetensors"))
-        parts = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
         inside = (file for file in files if file.parent.name in parts)
         return tuple(file for file in inside if root is None or file.parent.parent == root)
 

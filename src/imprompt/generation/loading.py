@@ -14,6 +14,7 @@ import torch
 
 from imprompt.adapter.encoding import FeatureCache
 from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.encoders.store import FeatureStore
 from imprompt.errors import UsageError, first_line
 from imprompt.generation import video
 from imprompt.generation.control import Control, check_fits, controlled, load_net
@@ -38,13 +39,14 @@ class Loaded:
     device: torch.device
     dtype: torch.dtype
     texts: TextStates
+    """States of the base's last texts."""
 
 
 class Models:
     """Keeps one base, its controls, one motion adapter, and the adapters of the last request."""
 
     def __init__(self) -> None:
-        self.features = FeatureCache()
+        self.features = FeatureCache(store=FeatureStore.of_user())
         """Shared by all adapters."""
         self.texts = TextStates()
         self._key: tuple[str, ...] | None = None

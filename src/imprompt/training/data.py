@@ -21,6 +21,7 @@ from torch import Tensor
 
 from imprompt.data.rows import Row
 from imprompt.errors import InputError, UsageError
+from imprompt.io import seed_for
 from imprompt.training.config import ANY_CAPTION, Augmentation, TrainConfig
 
 WHITE = (255, 255, 255)
@@ -31,9 +32,8 @@ Option = TypeVar("Option")
 
 
 def generator_for(seed: int, purpose: str, index: int = 0) -> torch.Generator:
-    """A generator that depends on nothing but its three arguments."""
-    digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    """A generator that depends on nothing but its three arguments (see :func:`imprompt.io.seed_for`)."""
+    return torch.Generator().manual_seed(seed_for(seed, index, purpose))
 
 
 def bucket_size(width: int, height: int, side: int, multiple: int) -> tuple[int, int]:

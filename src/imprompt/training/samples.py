@@ -103,7 +103,7 @@ class Samples:
         indices = range(first, first + config.batch)
         batch = self.plan.samples(indices)
         clean = data.latents.rows("mean", batch.targets, batch.flips)
-        sources = [generator_for(config.seed, "noise", index) for index in indices]
+        sources = [generator_for(config.seed, "sample", index) for index in indices]
         luck = torch.stack([torch.rand((), generator=source) for source in sources])
         noise = torch.stack([torch.randn(clean.shape[1:], generator=source) for source in sources])
         if config.latent == "sample":
