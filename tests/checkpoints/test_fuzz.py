@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from imprompt.checkpoints.checkpoint import convert, inspect, read
+from imprompt.checkpoints.checkpoint import read
+from imprompt.checkpoints.convert import convert
+from imprompt.checkpoints.inspect import inspect
 from imprompt.errors import ImpromptError
 from layouts import SMALL, SMALL_TRANSFORMERS, small
 

@@ -24,7 +24,7 @@ from diffusers import (
 from PIL import Image
 
 from imprompt.adapter.ipadapter import IPAdapter
-from imprompt.checkpoints.checkpoint import convert
+from imprompt.checkpoints.convert import convert
 from imprompt.schema.prompt import ImagePrompt
 from layouts import face
 from tiny import PICTURE, StateDict, picture, random_adapter_state, tiny_encoder, tiny_sd, tiny_sdxl

@@ -17,7 +17,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 from facemodels import photo, recogniser, scrfd
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.app import cli
-from imprompt.checkpoints.checkpoint import convert
+from imprompt.checkpoints.convert import convert
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.face import OnnxFaces
 from imprompt.errors import AdapterMismatch, ModelError

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from imprompt.catalog import adapters
-    from imprompt.checkpoints.checkpoint import convert
+    from imprompt.checkpoints.convert import convert
 
     source = args.source
     if source.lower().endswith(".ipadpt"):

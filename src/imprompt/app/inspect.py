@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from imprompt.catalog import bases_for
-    from imprompt.checkpoints.checkpoint import inspect
+    from imprompt.checkpoints.inspect import inspect
     from imprompt.checkpoints.locate import locate
 
     file = locate(args.file)[0] if Path(args.file).is_dir() else args.file

@@ -1,15 +1,13 @@
-"""Adapter files: say what one is, read it with every check, write and convert it.
+"""Adapter files: read with every check, and written.
 
 In: a ``.safetensors`` file or a state dict in a published layout. Out: a :class:`Checkpoint` in one form for
-all layouts, or one :class:`ModelError` that names the file, what is wrong and what to do. Pickles are opened
-by :func:`convert` alone. What exists is in the catalogue, how it is named in
-:mod:`imprompt.checkpoints.layouts`.
+all layouts, or one :class:`ModelError` that names the file, what is wrong and what to do. What exists is in
+the catalogue, how it is named in :mod:`imprompt.checkpoints.layouts`.
 """
 
-import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
@@ -18,42 +16,17 @@ from torch import Tensor
 
 from imprompt.catalog import AdapterRow, Backbone, families, licences
 from imprompt.catalog.variants import Variant
-from imprompt.checkpoints.identify import (
-    FOREIGN,
-    LORA,
-    NOTED_PUBLISHED,
-    NOTED_VARIANT,
-    Shape,
-    Structure,
-    either,
-    encoder_of,
-    examine,
-    identify,
-    some,
-)
-from imprompt.checkpoints.layouts import LAYOUTS, SECTIONS, Layout, our_form, published_form
+from imprompt.checkpoints.identify import NOTED_PUBLISHED, NOTED_VARIANT, Identity, identify
+from imprompt.checkpoints.layouts import LAYOUTS, SECTIONS, our_form, published_form
+from imprompt.checkpoints.structure import FOREIGN, LORA, Shape, Structure, either, examine, some
 from imprompt.errors import ModelError, UsageError
-from imprompt.io import sha256
-from imprompt.weights import (
-    flatten,
-    iter_tensors,
-    load_pickle,
-    load_tensors,
-    not_finite,
-    read_header,
-    save_tensors,
-)
+from imprompt.weights import flatten, load_tensors, not_finite, read_header, save_tensors
 
 StateDict: TypeAlias = dict[str, dict[str, Tensor]]
 """``{"image_proj": {...}, "ip_adapter": {...}}``."""
 
-_PROCESSOR = re.compile(
-    r"unet\.(?P<stage>down_blocks|up_blocks|mid_block)\.(?P<path>.+)\.attn(?P<kind>[12])\.processor\."
-    r"(?P<rest>to_[kv]_ip\.weight|to_(q|k|v|out)_lora\.(down|up)\.weight)"
-)
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _STATE_DICT = "the adapter's state dict"
-_SOURCE = "imprompt.source_sha256"
 T = TypeVar("T")
 
 
@@ -88,7 +61,7 @@ class Checkpoint:
     @property
     def backbone(self) -> Backbone:
         """The architecture that its sites are numbered in."""
-        return _layout(self.layout).backbone
+        return LAYOUTS[self.layout].backbone
 
     @property
     def base_title(self) -> str:
@@ -114,64 +87,59 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Inspection:
-    """What a file is, for people (``str``) and programs (``to_dict``)."""
+class Contents:
+    """What a file or state dict holds, without its weights."""
 
+    file: Path | None
     name: str
-    path: str
-    bytes: int
-    variant: str
-    """Name in :data:`imprompt.catalog.variants.VARIANTS`; two joined by ``or`` where the file is silent."""
-    evidence: str
-    """What that rests on: sha256, metadata, dtypes, file name, variant=, or keys and shapes."""
-    published: tuple[str, ...]
-    """Published files it may be; several have the same shapes, then ``differs`` says how they differ."""
-    differs: tuple[str, ...]
-    base: str
-    """Base family it is for, by its name in the catalogue; ``other``: none of them."""
-    backbone: str
-    layers: int
-    """Number of its attention sites."""
-    cross_dim: int
-    tokens: int
-    feature: str
-    feature_width: int
-    encoder: str
-    face: str | None
-    """Face embedding it reads: model pack and whether L2-normalised."""
-    negative: str
-    lora_rank: int | None
-    parameters: dict[str, int]
-    dtypes: tuple[str, ...]
-    finite: bool | None
-    """``None``: not looked at."""
-    not_finite: tuple[str, ...] = ()
+    structure: Structure
+    shapes: dict[str, dict[str, Shape]]
+    """By section."""
+    dtypes: dict[str, str]
+    """By key, in our form."""
+    metadata: dict[str, str]
 
-    def to_dict(self) -> dict[str, object]:
-        """Plain lists, dicts, strings and numbers, ready for JSON."""
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+    @classmethod
+    def of_file(cls, path: Path, name: str | None = None) -> "Contents":
+        """Of a ``.safetensors`` file, by its header. Raises :class:`ModelError`."""
+        header, metadata = read_header(path)
+        return cls._examined(header, metadata, name or path.stem, path)
 
-    def __str__(self) -> str:
-        total = sum(self.parameters.values())
-        parts = ", ".join(f"{part} {count:,}" for part, count in self.parameters.items() if count)
-        finite = {None: "not checked", True: "yes", False: f"NO: {some(self.not_finite)}"}[self.finite]
-        rows = {
-            "adapter": f"{self.name} ({self.bytes:,} bytes)",
-            "variant": f"{self.variant} (by {self.evidence})",
-            "published as": " or ".join(self.published) or "nothing known",
-            "difference": "; ".join(self.differs) if len(self.published) > 1 else "",
-            "base": f"{self.base} ({self.backbone}): {self.layers} attention sites of width {self.cross_dim}",
-            "tokens": str(self.tokens),
-            "reads": f"{self.feature} features of width {self.feature_width}",
-            "encoder": self.encoder,
-            "face": self.face or "",
-            "without image": self.negative,
-            "LoRA": f"rank {self.lora_rank}" if self.lora_rank else "",
-            "parameters": f"{total:,} ({parts})",
-            "dtypes": ", ".join(self.dtypes),
-            "finite": finite,
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], name: str, file: Path | None = None) -> "Contents":
+        """Of tensors under their published names; ``file`` is what they were read from, if anything."""
+        header = {
+            key: (_DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+            for key, tensor in tensors.items()
         }
-        return "\n".join(f"{label:<14}{value}" for label, value in rows.items() if value)
+        return cls._examined(header, {}, name, file)
+
+    @classmethod
+    def _examined(
+        cls,
+        header: Mapping[str, tuple[str, Shape]],
+        metadata: dict[str, str],
+        name: str,
+        file: Path | None,
+    ) -> "Contents":
+        for pattern, what in FOREIGN:
+            if any(re.match(pattern, key) for key in header):
+                raise ModelError(f"'{name}' is no adapter that can be read here, it is {what}.")
+        ours, layout = our_form(header)
+        odd = [f"{key} ({dtype})" for key, (dtype, _) in ours.items() if dtype not in _DTYPES.values()]
+        shapes = _sections({key: shape for key, (_, shape) in ours.items()}, name)
+        if odd:
+            raise ModelError(
+                f"adapter '{name}' has weights that are not {either(_DTYPES.values())}: {some(odd)}."
+            )
+        dtypes = {key: dtype for key, (dtype, _) in ours.items()}
+        return cls(file, name, examine(shapes, layout, name), shapes, dtypes, metadata)
+
+    def identify(self, variant: str | None, *, hashed: bool = True) -> Identity:
+        """Which adapter it is, see :func:`imprompt.checkpoints.identify.identify`; ``hashed=False`` reads no
+        weights for it."""
+        file = self.file if hashed else None
+        return identify(self.structure, self.name, variant, self.metadata, self.dtypes, file)
 
 
 def read(
@@ -184,25 +152,28 @@ def read(
     are not copied, those of a file are in own memory. Raises :class:`ModelError` for what is missing,
     damaged, not finite or no adapter, and where the variant stays open between two that draw differently.
     """
-    contents = _open(source, name)
-    structure, name = contents.structure, contents.name
-    identity = identify(structure, name, variant, contents.metadata, contents.dtypes, contents.file)
+    if isinstance(source, Mapping):
+        tensors = flatten(source, _STATE_DICT)
+        return checkpoint_of(Contents.of_tensors(tensors, name or "adapter"), tensors, variant)
+    contents = Contents.of_file(Path(source), name)
+    return checkpoint_of(contents, load_tensors(Path(source)), variant)
+
+
+def checkpoint_of(contents: Contents, published: Mapping[str, Tensor], variant: str | None) -> Checkpoint:
+    """The checkpoint of tensors under their published names. Raises as :func:`read`."""
+    name, structure, identity = contents.name, contents.structure, contents.identify(variant)
     if len(identity.variants) > 1:
         raise ModelError(
             f"adapter '{name}' may be {either(v.name for v in identity.variants)}; the file does not tell. "
             f"They differ: {'; '.join(f'{v.name}: {v.about}' for v in identity.variants)}. Say variant=."
         )
-    if isinstance(source, Mapping):
-        tensors, _ = our_form(flatten(source, _STATE_DICT))
-    else:
-        tensors, _ = our_form(load_tensors(Path(source)))
+    tensors, _ = our_form(published)
     if bad := [key for key, tensor in tensors.items() if not_finite(tensor)]:
         raise ModelError(f"adapter '{name}' has NaN or infinite weights in {some(bad)}. Get the file again.")
     state = _sections(tensors, name)
-    lora = {key: tensor for key, tensor in state["ip_adapter"].items() if LORA.fullmatch(key)}
-    sites = {key: tensor for key, tensor in state["ip_adapter"].items() if key not in lora}
+    lora = {key: state["ip_adapter"].pop(key) for key in list(state["ip_adapter"]) if LORA.fullmatch(key)}
     return Checkpoint(
-        state={"image_proj": state["image_proj"], "ip_adapter": sites},
+        state=state,
         variant=identity.variants[0],
         tokens=structure.tokens,
         cross_dim=structure.cross_dim,
@@ -234,151 +205,11 @@ def write(checkpoint: Checkpoint, path: str | Path) -> None:
         raise ModelError(
             f"adapter '{checkpoint.name}' has NaN or infinite weights in {some(bad)}; not saved."
         )
-    names = published_form(tensors, _layout(checkpoint.layout))
+    names = published_form(tensors, LAYOUTS[checkpoint.layout])
     metadata = checkpoint.metadata | {"format": "pt", NOTED_VARIANT: checkpoint.variant.name}
     if checkpoint.published is not None:
         metadata[NOTED_PUBLISHED] = checkpoint.published.published
     save_tensors({names[key]: value for key, value in tensors.items()}, metadata, path)
-
-
-def convert(source: str | Path, target: str | Path, *, variant: str | None = None) -> Inspection:
-    """Convert a ``.bin``, ``.ckpt`` or ``.pt`` (or a training script's whole-model checkpoint) to
-    ``.safetensors``.
-
-    Unpickles data only, never code. The result is written whole or not at all, and read back. Raises
-    :class:`ModelError` for what :func:`read` refuses, too.
-    """
-    source, target = Path(source), Path(target)
-    if source.resolve() == target.resolve():
-        raise UsageError(f"convert needs another target than the source '{source}'.")
-    tensors = load_tensors(source) if source.suffix == ".safetensors" else load_pickle(source)
-    tensors = _trained(tensors)
-    contents = _contents(_shapes(tensors), _dtype_names(tensors), {}, source.stem, source)
-    identity = identify(contents.structure, source.stem, variant, {}, contents.dtypes, source)
-    chosen: str | None = (
-        identity.published[0].published if len(identity.published) == 1 else identity.variants[0].name
-    )
-    if len(identity.variants) > 1:
-        chosen = None  # read says which two
-    checkpoint = read(tensors, variant=chosen, name=source.stem)
-    checkpoint.metadata = {_SOURCE: sha256(source)}
-    write(checkpoint, target)
-    again = read(target)
-    for section, expected in checkpoint.state.items():
-        for key, value in expected.items():
-            if not torch.equal(again.state[section][key], value):
-                raise ModelError(f"'{target}' does not read back as written: '{section}.{key}' differs.")
-    return inspect(target)
-
-
-def inspect(path: str | Path, *, variant: str | None = None, weights: bool = True) -> Inspection:
-    """Say what a ``.safetensors`` adapter is. ``weights=False`` reads its header only and skips ``finite``.
-
-    Raises :class:`ModelError` for what is damaged or no adapter; weights that are not finite, or a variant
-    that stays open, are told in the result.
-    """
-    file = Path(path)
-    contents = _open(file, None)
-    structure = contents.structure
-    identity = identify(
-        structure, file.stem, variant, contents.metadata, contents.dtypes, file if weights else None
-    )
-    bad = tuple(key for key, tensor in iter_tensors(file) if not_finite(tensor)) if weights else ()
-    kind = identity.variants[0]
-    packs = sorted({row.face_pack for row in identity.published if row.face_pack})
-    face = None
-    if kind.embedding:
-        face = (
-            f"InsightFace {either(packs) or 'or other'} embedding, {kind.embedding} (non-commercial weights)"
-        )
-    sizes = {section: _count(shapes.values()) for section, shapes in contents.shapes.items()}
-    lora = _count(shape for key, shape in contents.shapes["ip_adapter"].items() if LORA.fullmatch(key))
-    return Inspection(
-        name=file.stem,
-        path=str(file),
-        bytes=file.stat().st_size,
-        variant=" or ".join(each.name for each in identity.variants),
-        evidence=identity.evidence,
-        published=tuple(row.published for row in identity.published),
-        differs=tuple(f"{row.published}: {row.differs or row.note}" for row in identity.published),
-        base=structure.family,
-        backbone=structure.backbone,
-        layers=len(structure.layers),
-        cross_dim=structure.cross_dim,
-        tokens=structure.tokens,
-        feature=kind.feature,
-        feature_width=structure.feature_width,
-        encoder=encoder_of(kind, structure),
-        face=face,
-        negative=kind.negative,
-        lora_rank=structure.lora_rank,
-        parameters={
-            "projection": sizes["image_proj"],
-            "keys and values": sizes["ip_adapter"] - lora,
-            "LoRA": lora,
-        },
-        dtypes=tuple(sorted(set(contents.dtypes.values()))),
-        finite=not bad if weights else None,
-        not_finite=bad,
-    )
-
-
-# ---- containers
-
-
-@dataclass(frozen=True)
-class _Contents:
-    """What a file or state dict holds, without its weights."""
-
-    file: Path | None
-    name: str
-    structure: Structure
-    shapes: dict[str, dict[str, Shape]]
-    """By section."""
-    dtypes: dict[str, str]
-    """By key, in our form."""
-    metadata: dict[str, str]
-
-
-def _open(source: str | Path | Mapping[str, object], name: str | None) -> _Contents:
-    if isinstance(source, Mapping):
-        tensors = flatten(source, _STATE_DICT)
-        return _contents(_shapes(tensors), _dtype_names(tensors), {}, name or "adapter", None)
-    path = Path(source)
-    header, metadata = read_header(path)
-    shapes = {key: shape for key, (_, shape) in header.items()}
-    dtypes = {key: dtype for key, (dtype, _) in header.items()}
-    return _contents(shapes, dtypes, metadata, name or path.stem, path)
-
-
-def _contents(
-    flat: Mapping[str, Shape],
-    dtypes: Mapping[str, str],
-    metadata: dict[str, str],
-    name: str,
-    file: Path | None,
-) -> _Contents:
-    """Keys and shapes examined. Raises :class:`ModelError` that says what the file is if it is no adapter."""
-    for pattern, what in FOREIGN:
-        if any(re.match(pattern, key) for key in flat):
-            raise ModelError(f"'{name}' is no adapter that can be read here, it is {what}.")
-    renamed, layout = our_form(flat)
-    shapes = _sections(renamed, name)
-    odd = [f"{key} ({kind})" for key, kind in dtypes.items() if kind not in _DTYPES.values()]
-    if odd:
-        raise ModelError(
-            f"adapter '{name}' has weights that are not {either(_DTYPES.values())}: {some(odd)}."
-        )
-    structure = examine(shapes, layout, name)
-    return _Contents(file, name, structure, shapes, our_form(dtypes)[0], metadata)
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
-    return {key: tuple(value.shape) for key, value in tensors.items()}
-
-
-def _dtype_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    return {key: _DTYPES.get(value.dtype, str(value.dtype)) for key, value in tensors.items()}
 
 
 def _sections(flat: Mapping[str, T], name: str) -> dict[str, dict[str, T]]:
@@ -396,41 +227,3 @@ def _sections(flat: Mapping[str, T], name: str) -> dict[str, dict[str, T]]:
             f"'{name}' is no adapter: beside 'image_proj.…' and 'ip_adapter.…' it has {some(extra)}."
         )
     return sections
-
-
-def _layout(name: str) -> Layout:
-    return next(layout for layout in LAYOUTS if layout.name == name)
-
-
-def _trained(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The adapter in a whole-model checkpoint of the reference training scripts; anything else unchanged.
-
-    Their UNet holds the very modules of ``adapter_modules``, and some ways of saving keep shared tensors only
-    under the UNet's names, which are numbered here as ``unet.attn_processors`` are.
-    """
-    named = {key.removeprefix("module."): value for key, value in tensors.items()}
-    if not any(key.startswith("image_proj_model.") for key in named):
-        return dict(tensors)
-    processors = {key: match for key in named if (match := _PROCESSOR.fullmatch(key))}
-    # Every attention block has both kinds, so that one of them is enough to count it.
-    order = sorted({_block_order(match) for match in processors.values()})
-    adapter: dict[str, Tensor] = {}
-    for key, match in processors.items():
-        number = 2 * order.index(_block_order(match)) + int(match["kind"]) - 1
-        adapter[f"ip_adapter.{number}.{match['rest']}"] = named[key]
-    for key, value in named.items():
-        section, _, rest = key.partition(".")
-        if section == "image_proj_model":
-            adapter[f"image_proj.{rest}"] = value
-        elif section == "adapter_modules":
-            adapter[f"ip_adapter.{rest}"] = value
-    return adapter
-
-
-def _block_order(match: re.Match[str]) -> tuple[int, ...]:
-    stage = ("down_blocks", "up_blocks", "mid_block").index(match["stage"])
-    return stage, *(int(number) for number in re.findall(r"\d+", match["path"]))
-
-
-def _count(shapes: Iterable[Shape]) -> int:
-    return sum(math.prod(shape) for shape in shapes)

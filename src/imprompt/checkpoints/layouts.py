@@ -13,6 +13,7 @@ from imprompt.catalog import Backbone
 
 SECTIONS = ("image_proj", "ip_adapter")
 T = TypeVar("T")
+_KEY_VALUE = (("to_k_ip.weight", ("width", "cross")), ("to_v_ip.weight", ("width", "cross")))
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,9 @@ class Layout:
     """Sites are 1, 3, 5, … (UNets, where even numbers are self-attention), 0, 1, 2, …, or absent."""
     variants: tuple[tuple[str, tuple[str, ...]], ...]
     """(a key of ``image_proj``, the variants whose projection has it); the first match counts."""
-    weights: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    """What each site has beside ``to_k_ip.weight`` and ``to_v_ip.weight``: name and dimensions. ``width`` is
-    that of the site, ``cross`` of the tokens, ``time`` of the projection's embedded timestep; others are
-    the same at all sites."""
+    weights: tuple[tuple[str, tuple[str, ...]], ...] = _KEY_VALUE
+    """The weights of each site: name and dimensions. ``width`` is that of the site, ``cross`` of the tokens,
+    ``time`` of the projection's embedded timestep; others are the same at all sites."""
     names: tuple[tuple[str, str, str, str], ...] = ()
     """Published names: (pattern, our form, pattern of our form, published form), for ``re.sub``."""
     mark: str = ""
@@ -43,14 +43,15 @@ _PLAIN = (
     ("proj.0.weight", ("faceid",)),
     ("proj.weight", ("linear",)),
 )
-LAYOUTS = (
+_LAYOUTS = (
     Layout(
-        "redux", "flux", "none", (("redux_up.weight", ("redux",)),), mark="image_proj.redux_up.weight",
+        "redux", "flux", "none", (("redux_up.weight", ("redux",)),), (), mark="image_proj.redux_up.weight",
         names=((r"redux_(up|down)\.", r"image_proj.redux_\1.", r"image_proj\.redux_", "redux_"),),
     ),
     Layout(
         "instantx-sd3", "sd3", "consecutive", (("time_embedding.linear_1.weight", ("instantx-sd3",)),),
         (
+            *_KEY_VALUE,
             ("norm_ip.linear.weight", ("2·cross", "time")), ("norm_ip.linear.bias", ("2·cross",)),
             ("norm_q.weight", ("head",)), ("norm_k.weight", ("head",)), ("norm_ip_k.weight", ("head",)),
         ),
@@ -58,7 +59,7 @@ LAYOUTS = (
     ),
     Layout(
         "xlabs", "flux", "consecutive", (("proj.weight", ("xlabs",)),),
-        (("to_k_ip.bias", ("width",)), ("to_v_ip.bias", ("width",))),
+        (*_KEY_VALUE, ("to_k_ip.bias", ("width",)), ("to_v_ip.bias", ("width",))),
         mark="ip_adapter.0.to_k_ip.bias",
         names=(
             (
@@ -77,18 +78,19 @@ LAYOUTS = (
     # Kolors' FaceID-Plus has its keys and values under adapter_modules.
     Layout("unet", "unet", "odd", _PLAIN, names=((r"adapter_modules\.", "ip_adapter.", "^$", ""),)),
 )  # fmt: skip
-"""In the order in which they are recognised. Sources: the reference IP-Adapter, XLabs, InstantX, Black Forest
-Labs, each in its published files."""
+LAYOUTS = {layout.name: layout for layout in _LAYOUTS}
+"""By name, in the order in which they are recognised. Sources: the published files of the reference IP-Adapter,
+XLabs, InstantX and Black Forest Labs."""
 
 
 def our_form(flat: Mapping[str, T]) -> tuple[dict[str, T], Layout]:
     """The tensors under our names, and the layout that the keys have."""
-    patterns = [(re.compile(published), ours) for each in LAYOUTS for published, ours, _, _ in each.names]
+    patterns = [(re.compile(published), ours) for each in _LAYOUTS for published, ours, _, _ in each.names]
     renamed: dict[str, T] = {}
     for key, value in flat.items():
         name = next((new for pattern, ours in patterns if (new := pattern.sub(ours, key)) != key), key)
         renamed[name if name not in renamed else key] = value
-    layout = next(each for each in LAYOUTS if each.mark in renamed or each.name == "unet")
+    layout = next(each for each in _LAYOUTS if each.mark in renamed or each.name == "unet")
     return renamed, layout
 
 
@@ -96,9 +98,6 @@ def published_form(keys: Iterable[str], layout: Layout) -> dict[str, str]:
     """Our name → the name it is published under."""
     names = {}
     for key in keys:
-        names[key] = key
-        for _, _, pattern, published in layout.names:
-            if (new := re.sub(f"^{pattern}", published, key)) != key:
-                names[key] = new
-                break
+        renamed = (re.sub(f"^{pattern}", published, key) for _, _, pattern, published in layout.names)
+        names[key] = next((name for name in renamed if name != key), key)
     return names

@@ -1,0 +1,72 @@
+"""Convert pickled adapters, and whole training checkpoints, to ``.safetensors``."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from imprompt.checkpoints.checkpoint import Contents, checkpoint_of, read, write
+from imprompt.checkpoints.inspect import Inspection, inspect
+from imprompt.errors import ModelError, UsageError
+from imprompt.io import sha256
+from imprompt.weights import load_pickle, load_tensors
+
+_PROCESSOR = re.compile(
+    r"unet\.(?P<stage>down_blocks|up_blocks|mid_block)\.(?P<path>.+)\.attn(?P<kind>[12])\.processor\."
+    r"(?P<rest>to_[kv]_ip\.weight|to_(q|k|v|out)_lora\.(down|up)\.weight)"
+)
+_SOURCE = "imprompt.source_sha256"
+
+
+def convert(source: str | Path, target: str | Path, *, variant: str | None = None) -> Inspection:
+    """Convert a ``.bin``, ``.ckpt`` or ``.pt`` (or a training script's whole-model checkpoint) to
+    ``.safetensors``.
+
+    Unpickles data only, never code. The result is written whole or not at all, and read back. Raises
+    :class:`ModelError` for what :func:`~imprompt.checkpoints.checkpoint.read` refuses, too.
+    """
+    source, target = Path(source), Path(target)
+    if source.resolve() == target.resolve():
+        raise UsageError(f"convert needs another target than the source '{source}'.")
+    tensors = _trained(load_tensors(source) if source.suffix == ".safetensors" else load_pickle(source))
+    checkpoint = checkpoint_of(Contents.of_tensors(tensors, source.stem, source), tensors, variant)
+    checkpoint.metadata = {_SOURCE: sha256(source)}
+    write(checkpoint, target)
+    again = read(target)
+    for section, expected in checkpoint.state.items():
+        for key, value in expected.items():
+            if not torch.equal(again.state[section][key], value):
+                raise ModelError(f"'{target}' does not read back as written: '{section}.{key}' differs.")
+    return inspect(target)
+
+
+def _trained(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter in a whole-model checkpoint of the reference training scripts; anything else unchanged.
+
+    Their UNet holds the very modules of ``adapter_modules``, and some ways of saving keep shared tensors only
+    under the UNet's names, which are numbered here as ``unet.attn_processors`` are.
+    """
+    named = {key.removeprefix("module."): value for key, value in tensors.items()}
+    if not any(key.startswith("image_proj_model.") for key in named):
+        return dict(tensors)
+    processors = {key: match for key in named if (match := _PROCESSOR.fullmatch(key))}
+    # Every attention block has both kinds, so that one of them is enough to count it.
+    order = sorted({_block_order(match) for match in processors.values()})
+    adapter: dict[str, Tensor] = {}
+    for key, match in processors.items():
+        number = 2 * order.index(_block_order(match)) + int(match["kind"]) - 1
+        adapter[f"ip_adapter.{number}.{match['rest']}"] = named[key]
+    for key, value in named.items():
+        section, _, rest = key.partition(".")
+        if section == "image_proj_model":
+            adapter[f"image_proj.{rest}"] = value
+        elif section == "adapter_modules":
+            adapter[f"ip_adapter.{rest}"] = value
+    return adapter
+
+
+def _block_order(match: re.Match[str]) -> tuple[int, ...]:
+    stage = ("down_blocks", "up_blocks", "mid_block").index(match["stage"])
+    return stage, *(int(number) for number in re.findall(r"\d+", match["path"]))

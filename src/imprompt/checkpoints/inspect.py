@@ -1,0 +1,140 @@
+"""Say what an adapter file is, for people and programs."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from imprompt.catalog import AdapterRow, encoder_with
+from imprompt.catalog.variants import Variant
+from imprompt.checkpoints.checkpoint import Contents
+from imprompt.checkpoints.structure import LORA, Shapes, Structure, either, some
+from imprompt.weights import iter_tensors, not_finite
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a file is, for people (``str``) and programs (``to_dict``)."""
+
+    name: str
+    path: str
+    bytes: int
+    variant: str
+    """Name in :data:`imprompt.catalog.variants.VARIANTS`; two joined by ``or`` where the file is silent."""
+    evidence: str
+    """What that rests on: sha256, metadata, dtypes, file name, variant=, or keys and shapes."""
+    published: tuple[str, ...]
+    """Published files it may be; several have the same shapes, then ``differs`` says how they differ."""
+    differs: tuple[str, ...]
+    base: str
+    """Base family it is for, by its name in the catalogue; ``other``: none of them."""
+    backbone: str
+    layers: int
+    """Number of its attention sites."""
+    cross_dim: int
+    tokens: int
+    feature: str
+    feature_width: int
+    encoder: str
+    face: str | None
+    """Face embedding it reads: model pack and whether L2-normalised."""
+    negative: str
+    lora_rank: int | None
+    parameters: dict[str, int]
+    dtypes: tuple[str, ...]
+    finite: bool | None
+    """``None``: not looked at."""
+    not_finite: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain lists, dicts, strings and numbers, ready for JSON."""
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+
+    def __str__(self) -> str:
+        total = sum(self.parameters.values())
+        parts = ", ".join(f"{part} {count:,}" for part, count in self.parameters.items() if count)
+        finite = {None: "not checked", True: "yes", False: f"NO: {some(self.not_finite)}"}[self.finite]
+        rows = {
+            "adapter": f"{self.name} ({self.bytes:,} bytes)",
+            "variant": f"{self.variant} (by {self.evidence})",
+            "published as": " or ".join(self.published) or "nothing known",
+            "difference": "; ".join(self.differs) if len(self.published) > 1 else "",
+            "base": f"{self.base} ({self.backbone}): {self.layers} attention sites of width {self.cross_dim}",
+            "tokens": str(self.tokens),
+            "reads": f"{self.feature} features of width {self.feature_width}",
+            "encoder": self.encoder,
+            "face": self.face or "",
+            "without image": self.negative,
+            "LoRA": f"rank {self.lora_rank}" if self.lora_rank else "",
+            "parameters": f"{total:,} ({parts})",
+            "dtypes": ", ".join(self.dtypes),
+            "finite": finite,
+        }
+        return "\n".join(f"{label:<14}{value}" for label, value in rows.items() if value)
+
+
+def inspect(path: str | Path, *, variant: str | None = None, weights: bool = True) -> Inspection:
+    """Say what a ``.safetensors`` adapter is. ``weights=False`` reads its header only and skips ``finite``.
+
+    Raises :class:`ModelError` for what is damaged or no adapter; weights that are not finite, or a variant
+    that stays open, are told in the result.
+    """
+    file = Path(path)
+    contents = Contents.of_file(file)
+    structure, identity = contents.structure, contents.identify(variant, hashed=weights)
+    bad = tuple(key for key, tensor in iter_tensors(file) if not_finite(tensor)) if weights else ()
+    kind = identity.variants[0]
+    return Inspection(
+        name=contents.name,
+        path=str(file),
+        bytes=file.stat().st_size,
+        variant=" or ".join(each.name for each in identity.variants),
+        evidence=identity.evidence,
+        published=tuple(row.published for row in identity.published),
+        differs=tuple(f"{row.published}: {row.differs or row.note}" for row in identity.published),
+        base=structure.family,
+        backbone=structure.backbone,
+        layers=len(structure.layers),
+        cross_dim=structure.cross_dim,
+        tokens=structure.tokens,
+        feature=kind.feature,
+        feature_width=structure.feature_width,
+        encoder=_encoder(kind, structure),
+        face=_face(kind, identity.published),
+        negative=kind.negative,
+        lora_rank=structure.lora_rank,
+        parameters=_parameters(contents.shapes),
+        dtypes=tuple(sorted(set(contents.dtypes.values()))),
+        finite=not bad if weights else None,
+        not_finite=bad,
+    )
+
+
+def _encoder(variant: Variant, structure: Structure) -> str:
+    """The image encoder that a variant needs, in words."""
+    if variant.feature == "face":
+        return "none"
+    kind: Literal["pooled", "hidden"] = "pooled" if variant.feature == "pooled" else "hidden"
+    width = structure.patch_width or structure.feature_width
+    return encoder_with(kind, width) or f"one with {kind} width {width}"
+
+
+def _face(variant: Variant, published: Sequence[AdapterRow]) -> str | None:
+    """The face embedding that a variant reads, in words; ``None`` if it reads none."""
+    if variant.embedding is None:
+        return None
+    packs = sorted({row.face_pack for row in published if row.face_pack})
+    return (
+        f"InsightFace {either(packs) or 'or other'} embedding, {variant.embedding} (non-commercial weights)"
+    )
+
+
+def _parameters(shapes: Shapes) -> dict[str, int]:
+    """Number of weights by part."""
+    counts = {"projection": 0, "keys and values": 0, "LoRA": 0}
+    for section, keys in shapes.items():
+        for key, shape in keys.items():
+            layer = "LoRA" if LORA.fullmatch(key) else "keys and values"
+            counts["projection" if section == "image_proj" else layer] += math.prod(shape)
+    return counts
