@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from imprompt.adapter.attention import SiteProcessor
 from imprompt.adapter.backbones.unet import cross_attentions
-from imprompt.adapter.batch import PromptSource, TrainingTokens
 from imprompt.adapter.injection import Injection
 from imprompt.adapter.key_value import KeyValue
 from imprompt.adapter.prompt import CompiledPrompt
+from imprompt.adapter.source import PromptSource, TrainingTokens
 from imprompt.errors import AdapterMismatch, UsageError
 from tiny import TEXT_WIDTH, random_adapter_state, tiny_unet
 

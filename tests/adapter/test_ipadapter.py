@@ -316,7 +316,7 @@ def test_a_bare_unet_is_told_its_batch(adapter: IPAdapter) -> None:
         swapped = unet(sample.repeat(2, 1, 1, 1), 500, states.repeat(2, 1, 1)).sample
     torch.testing.assert_close(both[1:], shown)
     torch.testing.assert_close(swapped, both.flip(0))
-    with pytest.raises(UsageError, match="parts of a batch"):
+    with pytest.raises(UsageError, match="a sequence of 'uncond' and 'cond'"):
         adapter.batch(guidance=())
 
 

@@ -166,7 +166,7 @@ def test_a_lora_of_another_base_or_for_fused_attention_is_refused_and_nothing_ch
     }
     before, found = draw(pipe), dict(pipe.unet.attn_processors)
     spoiled = {"image_proj": state["image_proj"], "ip_adapter": state["ip_adapter"] | wrong}
-    with pytest.raises(AdapterMismatch, match="brings a LoRA for 8 attentions"):
+    with pytest.raises(AdapterMismatch, match="has a LoRA for 8 attentions"):
         IPAdapter.from_state_dict(spoiled).attach(pipe)
     assert pipe.unet.attn_processors == found
     assert np.array_equal(draw(pipe), before)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from imprompt.adapter.batch import split_strength, with_strength
+from imprompt.adapter.scaling import split_strength, with_strength
 from imprompt.schema.options import SCALINGS, canonical
 
 S, H, T, D = 3, 2, 5, 8

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from imprompt.catalog import ASSETS
-from imprompt.data.rows import Row, read_dataset, write_rows
+from imprompt.data.rows import read_dataset
 from imprompt.errors import InputError
 
 
@@ -144,14 +144,3 @@ def test_rows_can_be_chosen_by_a_tag(folder):
 def test_nothing_to_read_is_an_error_that_says_what_is_expected(folder, make):
     with pytest.raises(InputError, match=r"metadata\.jsonl"):
         read_dataset(make(folder))
-
-
-def test_rows_survive_writing_and_reading(folder):
-    rows = [
-        Row(
-            folder / "a.png", {"full": ("a cat", "the cat")}, {"concept": "cat"}, "train", frozenset({"core"})
-        ),
-        Row(folder / "b.png", {}, {}, "held_out_concept"),
-    ]
-    write_rows(rows, folder / "metadata.jsonl")
-    assert read_dataset(folder).rows == rows

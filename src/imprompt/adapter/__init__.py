@@ -1,5 +1,6 @@
-"""The core: a picture's tokens become keys and values beside the text's in every cross-attention layer.
+"""The core: image prompts in the attention of a diffusion model.
 
-``layers`` lists where, ``weighting`` how much in each, ``prompt`` what, ``attention`` reads it, ``adapter``
-owns the weights and puts it on a model. Knows no task, no pipeline class and no command line.
+``ipadapter`` is the public class. ``encoding`` turns prompts into features, ``prompt`` into tokens, ``batch``
+into keys and values, ``attention`` adds them; ``injection`` installs all this in a model, ``backbones`` knows
+the models. No task, no pipeline class and no command line is known here.
 """

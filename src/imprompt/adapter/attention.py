@@ -112,3 +112,19 @@ def split_heads(x: Float[Tensor, "B T HD"], heads: int) -> Float[Tensor, "B H T 
 def merge_heads(x: Float[Tensor, "B H T D"]) -> Float[Tensor, "B T HD"]:
     """The inverse of :func:`split_heads`."""
     return x.transpose(1, 2).flatten(2)
+
+
+def query_key_value(attn: Any, states: Float[Tensor, "B L C"]) -> tuple[Tensor, Tensor, Tensor]:
+    """The base's query, key and value of its image stream, before norms, ``(B, L, H·D)``."""
+    if getattr(attn, "fused_projections", False):
+        query, key, value = attn.to_qkv(states).chunk(3, dim=-1)
+        return query, key, value
+    return attn.to_q(states), attn.to_k(states), attn.to_v(states)
+
+
+def text_query_key_value(attn: Any, text: Float[Tensor, "B T C"]) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of a joint attention's text stream, ``(B, T, H·D)``."""
+    if getattr(attn, "fused_projections", False) and hasattr(attn, "to_added_qkv"):
+        query, key, value = attn.to_added_qkv(text).chunk(3, dim=-1)
+        return query, key, value
+    return attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)

@@ -1,12 +1,12 @@
-"""Several pictures in one prompt: their features made one, or weighted; and what lies between two.
+"""Combine the features of several pictures into one prompt: concatenate, average, interpolate, and so on.
 
-Features go in and features come out, before the projection; nothing here knows an encoder or a layer. The
-formulas are those of ComfyUI_IPAdapter_plus's combiners, with two deliberate differences: ``average`` divides
-by the sum of the weights rather than by their number (the same for equal weights), and in ``concat``, where
-one softmax is shared, a weight is a picture's share of attention: 2 is exactly showing it twice, 0 not at
-all. Scaling a feature there would do next to nothing, for the projection ends in a LayerNorm.
+Works on features, before the projection. The formulas are those of ComfyUI_IPAdapter_plus, with two
+differences: ``average`` divides by the sum of the weights instead of their number (the same for equal
+weights), and in ``concat`` a weight is the picture's share of attention: weight 2 equals giving the picture
+twice, weight 0 leaves it out. Scaling the features would do almost nothing there, since the projection ends
+in a LayerNorm.
 
-Dimensions: ``N`` pictures; the rest (``E``, or ``P W``) is the feature's own.
+Dimensions: N pictures; the rest (E, or P W) are the dimensions of one picture's features.
 """
 
 import math
@@ -34,8 +34,8 @@ def _subtract(x: Tensor, w: Tensor) -> Tensor:
 
 
 def _norm_average(x: Tensor, w: Tensor) -> Tensor:
-    # The norm runs across the pictures, for each number on its own: published so, and kept. Each number is
-    # then a direction cosine, and where all pictures are 0 there is no direction.
+    # As published, the norm runs over the pictures, separately for each component. Components that are 0 in
+    # all pictures stay 0.
     weighted = w * x
     norm = weighted.norm(dim=0, keepdim=True)
     return torch.where(norm > 0, weighted / norm.clamp_min(torch.finfo(x.dtype).tiny), 0).mean(
@@ -62,14 +62,14 @@ _RULES: dict[str, Rule] = {
 def combine(
     features: Float[Tensor, "N ..."], rule: str = "concat", weights: Sequence[float] | None = None
 ) -> Float[Tensor, "M ..."]:
-    """The features of ``N`` pictures as those of one, by a rule of ``words.COMBINES``.
+    """Combine the features of ``N`` pictures by one of :data:`imprompt.schema.options.COMBINES`.
 
-    ``concat`` leaves out those with weight 0 and changes nothing else (see :func:`log_weight_bias`).
+    ``concat`` leaves out pictures of weight 0; other weights act in the attention (:func:`log_weight_bias`).
 
     ``add``: Σwᵢeᵢ; ``subtract``: w₀e₀ minus the mean of the other wᵢeᵢ; ``average``: Σwᵢeᵢ/Σwᵢ;
     ``norm-average``: mean of wᵢeᵢ/‖we‖ with the norm across pictures; ``max``, ``min`` of wᵢeᵢ; ``slerp`` of
-    two, at w₁/(w₀+w₁) of the way. Computed in float32 at least. Raises :class:`UsageError` for an unknown
-    rule and for weights or a number of pictures it cannot take, :class:`InputError` for NaN.
+    two pictures at w₁/(w₀+w₁). Computed in float32 or finer. Raises :class:`UsageError` for an unknown rule,
+    or weights or a number of pictures that the rule does not take, :class:`InputError` for NaN.
     """
     name = canonical("combine", rule, COMBINES)
     count = features.shape[0]
@@ -85,10 +85,10 @@ def combine(
 
 
 def log_weight_bias(weights: Sequence[float], tokens: int) -> Float[Tensor, "T"] | None:
-    """What is added to the attention logits of concatenated pictures of ``tokens`` tokens each: log wᵢ.
+    """Bias for the attention logits of concatenated pictures of ``tokens`` tokens each: log wᵢ.
 
-    A softmax over a key shown w times is the softmax with log w added to its logit. Pictures of weight 0 are
-    left out, as :func:`combine` leaves them out. ``None`` when all weigh the same: then nothing changes.
+    A softmax in which a key occurs w times equals one with log w added to its logit. Pictures of weight 0 are
+    skipped, as in :func:`combine`. ``None`` if all weights are equal, where the bias has no effect.
     """
     kept = [weight for weight in weights if weight > 0]
     if len(set(kept)) <= 1:
@@ -97,17 +97,17 @@ def log_weight_bias(weights: Sequence[float], tokens: int) -> Float[Tensor, "T"]
 
 
 def slerp(a: Float[Tensor, "..."], b: Float[Tensor, "..."], t: float) -> Float[Tensor, "..."]:
-    """From ``a`` (``t`` = 0) to ``b`` (1) along the great circle, for each vector of the last dimension.
+    """Spherical interpolation from ``a`` (``t`` = 0) to ``b`` (``t`` = 1), over the last dimension.
 
-    The direction turns evenly (Shoemake 1985) and the length changes evenly. Vectors within a thousandth of a
-    radian of parallel are interpolated straight. Raises :class:`InputError` for other shapes and for opposite
-    vectors, between which there is no shortest way; :class:`UsageError` for ``t`` outside 0 to 1.
+    Directions are interpolated on the great circle (Shoemake 1985), lengths linearly. Vectors less than 0.001
+    radians apart are interpolated linearly. Raises :class:`InputError` for different shapes and for opposite
+    vectors, :class:`UsageError` for ``t`` outside 0 to 1.
     """
     if not 0 <= t <= 1:
-        raise UsageError(f"slerp at {t}; from 0 (the first) to 1 (the second) is expected.")
+        raise UsageError(f"slerp: t is {t}; a number from 0 (the first) to 1 (the second) is expected.")
     if a.shape != b.shape:
         raise InputError(
-            f"slerp between shapes {tuple(a.shape)} and {tuple(b.shape)}; they must be the same."
+            f"slerp: shapes {tuple(a.shape)} and {tuple(b.shape)} differ; give features of one shape."
         )
     x, y = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (a, b))
     long_x, long_y = (v.norm(dim=-1, keepdim=True) for v in (x, y))
@@ -119,7 +119,7 @@ def slerp(a: Float[Tensor, "..."], b: Float[Tensor, "..."], t: float) -> Float[T
     )
     angle = torch.where((long_x > 0) & (long_y > 0), angle, 0)
     if bool((angle > math.pi - 1e-3).any()):
-        raise InputError("slerp: the two features point in opposite directions; no direction lies between.")
+        raise InputError("slerp: the two features point in opposite directions; use average instead.")
     near = angle < 1e-3
     sine = torch.where(near, 1, angle.sin())
     turned = (((1 - t) * angle).sin() * unit_x + (t * angle).sin() * unit_y) / sine

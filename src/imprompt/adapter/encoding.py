@@ -1,14 +1,14 @@
-"""Image prompts → what an adapter's projection reads: the one way from pictures to features.
+"""Encode image prompts: pictures to the features that an adapter's projection reads.
 
-A :class:`PromptEncoder` belongs to one adapter. It knows which features the adapter was trained on, finds the
-image encoder or face model that makes them, and remembers features by the pictures' content. Whoever sets a
-prompt (Python, the command line, a request) comes through :meth:`PromptEncoder.encode`.
+Each adapter has a :class:`PromptEncoder`. It knows which features the adapter was trained on, finds the image
+encoder or face model that makes them, and caches features by the pictures' content. All prompts, from Python,
+the command line or a request, are encoded by :meth:`PromptEncoder.encode`.
 
 Dimensions: N pictures, E pooled width, P patches and class token, W hidden width, T tokens, C token width.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -22,8 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from imprompt.adapter.faces import FaceInput
+from imprompt.catalog.resolve import Source
 from imprompt.checkpoints.checkpoint import Checkpoint
-from imprompt.checkpoints.locate import EncoderPlace, published_encoders
+from imprompt.checkpoints.locate import encoder_source, encoder_widths, published_encoders
 from imprompt.encoders import features as saved
 from imprompt.encoders import framing
 from imprompt.encoders.clip import Features, ImageEncoder
@@ -42,7 +43,7 @@ Encoded: TypeAlias = Features | Faces
 
 
 class FeatureCache:
-    """Features by encoder, settings and pictures' content; the least recently used are forgotten."""
+    """Least recently used cache of features, by encoder, settings and content of the pictures."""
 
     def __init__(self, limit: int = 256 * 1024 * 1024, store: FeatureStore | None = None) -> None:
         self._store = store
@@ -57,7 +58,7 @@ class FeatureCache:
     def get(
         self, key: Hashable, make: Callable[[], Encoded], lasting: Mapping[str, object] | None = None
     ) -> Encoded:
-        """The features of ``key``, made if they are not remembered; ``lasting`` is their key in the store."""
+        """The features of ``key``, made by ``make`` if they are not cached; ``lasting`` is their key in the store."""
         with self._lock:
             if key in self._kept:
                 self.hits += 1
@@ -77,35 +78,35 @@ class FeatureCache:
         return made
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Empty the cache."""
         with self._lock:
             self._kept.clear()
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedPrompt:
-    """An image prompt with its features, before the projection. Shapes are those the projection reads."""
+    """An image prompt and its features, in the shapes that the projection reads."""
 
     prompt: ImagePrompt
     features: Tensor | None
-    """``N …``; ``None`` when tokens are given."""
+    """``N …``; ``None`` if tokens are given."""
     patches: Tensor | None
     """``N P W``: the face crops' hidden states, for FaceID-Plus."""
     zeros: Tensor | None
-    """What the negative is made of by the variant's rule: hidden states ``1 P W`` of an all-zero input, or
-    pooled features ``1 E`` of a black picture."""
+    """Features for the variant's default negative: hidden states ``1 P W`` of an all-zero input, or pooled
+    features ``1 E`` of a black picture."""
     tokens: Tensor | None
-    """``N T C``, when they are given."""
+    """``N T C``, if they are given."""
     negative: tuple[Tensor, Tensor | None] | Tensor | None
-    """Features and patches to avoid, or tokens; ``None``: by the variant's rule."""
+    """Features and patches to avoid, or tokens; ``None``: the variant's default."""
     weights: tuple[float, ...]
-    """One a picture; a file of several pictures counts as so many."""
+    """One per picture; a file of saved features may hold several pictures."""
     at: tuple[int, ...] | None
     """The frame of each picture."""
 
 
 class PromptEncoder:
-    """The way into one adapter: encodes prompts with the image encoder or face model that fits."""
+    """Encodes the prompts of one adapter with the image encoder or face model that it needs."""
 
     def __init__(
         self, checkpoint: Checkpoint, projection: ImageProjection, image_encoder: EncoderLike
@@ -113,19 +114,18 @@ class PromptEncoder:
         self.name = checkpoint.name
         self._projection = projection
         self.face = None if checkpoint.variant.embedding is None else FaceInput(checkpoint)
-        """What reads faces, of an adapter that does."""
+        """Reads faces, if the adapter does."""
         self.cache = FeatureCache()
-        self.places: tuple[EncoderPlace, ...] = ()
-        """Where an image encoder may be found when one is needed."""
+        self.places: tuple[Source, ...] = ()
+        """Where to look for an image encoder."""
         self.borrowed: ImageEncoder | None = None
-        """The pipeline's own image encoder, where it fits."""
+        """The pipeline's image encoder, if it fits."""
         self.encoder: ImageEncoder | None = None
-        """The given or loaded one."""
-        self.beside: WeakSet[PromptEncoder] = WeakSet()
-        """Those of other adapters on the same UNet, with which a loaded encoder is shared."""
+        """The image encoder that was given or loaded."""
+        self._beside: WeakSet[PromptEncoder] = WeakSet()
         if isinstance(image_encoder, str | Path):
-            self.places = (EncoderPlace.named(image_encoder),)
-            self._check_widths(*self.places[0].widths(), str(image_encoder))
+            self.places = (encoder_source(image_encoder),)
+            self._check_widths(*encoder_widths(self.places[0]), str(image_encoder))
         elif image_encoder is not None:
             self.use(image_encoder)
 
@@ -137,8 +137,14 @@ class PromptEncoder:
             self._check_widths(encoder.pooled_width, encoder.hidden_width, encoder.name)
         self.encoder = encoder
 
+    def share_with(self, encoders: Iterable["PromptEncoder"]) -> None:
+        """Share loaded image encoders with the other adapters on the same UNet, and with no others."""
+        self._beside = WeakSet(other for other in encoders if other is not self)
+        for other in self._beside:
+            other._beside.add(self)
+
     def borrow_from(self, pipe: object) -> ImageEncoder | None:
-        """The pipeline's own image encoder, when it has one that fits."""
+        """The pipeline's image encoder, or ``None`` if it has none that fits."""
         model, processor = getattr(pipe, "image_encoder", None), getattr(pipe, "feature_extractor", None)
         if model is None or processor is None:
             return None
@@ -157,30 +163,27 @@ class PromptEncoder:
         return self.encoder or self.borrowed
 
     def _load(self) -> ImageEncoder | None:
-        cached = (place for place in published_encoders() if place.cached)
-        for place in (*self.places, *cached):
-            if not self.fits(*place.widths()):
-                continue
-            for other in self.beside:
-                if other.encoder is not None and other.encoder.name == str(place):
-                    return other.encoder
-            weight = next(self._projection.parameters())
-            dtype = weight.dtype if weight.device.type != "cpu" else torch.float32
-            return ImageEncoder.from_pretrained(
-                place.source, subfolder=place.subfolder, torch_dtype=dtype, device=weight.device
-            )
-        found = "; ".join(f"{place}: {place.widths()}" for place in self.places if any(place.widths()))
+        places = (*self.places, *published_encoders(here=True))
+        place = next((place for place in places if self.fits(*encoder_widths(place))), None)
+        if place is None:
+            self._refuse_others()
+            return None
+        beside = (other.encoder for other in self._beside if other.encoder is not None)
+        if shared := next((encoder for encoder in beside if encoder.name == str(place)), None):
+            return shared
+        weight = next(self._projection.parameters())
+        dtype = weight.dtype if weight.device.type != "cpu" else torch.float32
+        return ImageEncoder.from_pretrained(place, torch_dtype=dtype, device=weight.device)
+
+    def _refuse_others(self) -> None:
+        """Raise :class:`EncoderMismatch` when the image encoders beside the weights do not fit."""
+        widths = {str(place): encoder_widths(place) for place in self.places}
+        found = "; ".join(f"{place}: {width}" for place, width in widths.items() if any(width))
         if found:
             raise EncoderMismatch(
                 f"adapter '{self.name}' needs an image encoder with {self.needs}; next to it there are only "
                 f"others (pooled, hidden width): {found}. Pass image_encoder=."
             )
-        return None
-
-    @property
-    def published(self) -> EncoderPlace | None:
-        """Where an image encoder that fits is published; the hub is not asked."""
-        return next((place for place, widths in published_encoders().items() if self.fits(*widths)), None)
 
     @property
     def needs(self) -> str:
@@ -210,10 +213,8 @@ class PromptEncoder:
 
     def _needed_encoder(self) -> ImageEncoder:
         if (encoder := self.image_encoder) is None:
-            place = self.published
-            fetch = (
-                "" if place is None else f", or: hf download {place.source} --include '{place.subfolder}/*'"
-            )
+            places = (place for place in published_encoders() if self.fits(*encoder_widths(place)))
+            fetch = next((f", or: hf download {p.repo} --include '{p.inside}/*'" for p in places), "")
             raise EncoderMismatch(
                 f"adapter '{self.name}' needs {self.needs} and has no image encoder: none that fits lies "
                 "next to it, comes with the base, or is in the hub's cache. Pass image_encoder= (an encoder, "
@@ -225,33 +226,18 @@ class PromptEncoder:
     # ---- pictures to features
 
     def encode(self, prompt: ImagePrompt) -> EncodedPrompt:
-        """Everything about a prompt that does not depend on the adapter's weights.
+        """Encode a prompt; the result does not depend on the adapter's weights.
 
         Raises :class:`UsageError` for fields without effect on this adapter, :class:`EncoderMismatch` without
         an encoder or face model, or for features of another kind, :class:`InputError` for pictures that
         cannot be read, or have no such face.
         """
         self._check_fields(prompt)
-        features = patches = zeros = tokens = None
-        counts: list[int] = []
-        if prompt.tokens is not None:
-            tokens = self._given_tokens(prompt.tokens)
-        elif prompt.features is not None:
-            features, patches, zeros = self._split(prompt.features)
-        else:
-            pictures = prompt.pictures
-            if prompt.at == "each":
-                pictures = tuple(load_frames(pictures[0])[0])
-            found, counts = self.read(pictures, prompt)
-            features, patches, zeros = self._split(found)
-        if features is not None and self._projection.variant.negative == "black_picture":
-            zeros = self._black_picture()
+        given, weights = self._given(prompt)
+        tokens = None if prompt.tokens is None else self._given_tokens(prompt.tokens)
+        features, patches, zeros = (None, None, None) if given is None else self._split(given)
         shown = tokens if features is None else features
         assert shown is not None
-        count = len(shown)
-        weights = prompt.weights
-        if weights is not None and counts:
-            weights = tuple(w for w, n in zip(weights, counts, strict=True) for _ in range(n))
         return EncodedPrompt(
             prompt,
             features,
@@ -259,13 +245,23 @@ class PromptEncoder:
             zeros,
             tokens,
             self._negative(prompt),
-            options.read_weights(prompt.combine, count, weights),
-            tuple(range(count)) if prompt.at == "each" else prompt.at,
+            options.read_weights(prompt.combine, len(shown), weights),
+            tuple(range(len(shown))) if prompt.at == "each" else prompt.at,
         )
 
+    def _given(self, prompt: ImagePrompt) -> tuple[Tensor | Encoded | None, tuple[float, ...] | None]:
+        """The prompt's features, encoded from its pictures if need be, and their weights."""
+        if prompt.image is None:
+            return prompt.features, prompt.weights
+        each = prompt.at == "each"
+        found, counts = self.read(load_frames(prompt.pictures[0])[0] if each else prompt.pictures, prompt)
+        if prompt.weights is None:
+            return found, None
+        return found, tuple(w for w, n in zip(prompt.weights, counts, strict=True) for _ in range(n))
+
     def read(self, pictures: Sequence[Picture], prompt: ImagePrompt) -> tuple[Encoded, list[int]]:
-        """Features of ``pictures`` as ``prompt`` has them framed, sharpened and so on, and how many pictures
-        each of them holds: a file of saved features may hold several."""
+        """Features of ``pictures``, framed and sharpened as ``prompt`` says, and the number of pictures that
+        each stands for: a file of saved features may hold several."""
         parts: list[Encoded] = []
         counts: list[int] = []
         for stored, some in groupby(pictures, is_saved):
@@ -324,7 +320,7 @@ class PromptEncoder:
         return found.pooled if isinstance(found, Features) else None
 
     def _negative(self, prompt: ImagePrompt) -> tuple[Tensor, Tensor | None] | Tensor | None:
-        """What the unconditional half sees, encoded as the prompt's own pictures are."""
+        """The prompt's negative, encoded like its pictures; ``None`` if it has none."""
         given = prompt.negative
         if prompt.noise is not None:
             picture = prompt.pictures[0]
@@ -337,38 +333,40 @@ class PromptEncoder:
             return self._given_tokens(given)
         if not isinstance(given, Tensor | Features | Faces):
             given, _ = self.read((given,), prompt)
-        features, patches, _ = self._split(given, negative=True)
-        return features, patches
+        return self._split(given, negative=True)[:2]
 
     def _split(
         self, given: Tensor | Encoded, *, negative: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(features, patches, zeros) as the projection reads them. Raises for those of another kind."""
-        patches: Tensor | None = None
-        zeros: Tensor | None = None
-        hidden = self._projection.feature == "hidden"
+        """(features, patches, zeros) as the projection reads them. Raises :class:`EncoderMismatch` for
+        features of another kind, :class:`InputError` for NaN."""
+        parts: tuple[Tensor, Tensor | None, Tensor | None]
         if isinstance(given, Tensor):
-            features = given[None] if given.ndim == (2 if hidden else 1) else given
-            if self.face is not None and not negative:
-                self.face.check_length(features)
+            parts = self._bare(given, check_length=not negative), None, None
         elif self.face is not None:
-            if not isinstance(given, Faces):
-                raise EncoderMismatch(
-                    f"adapter '{self.name}' reads a face's embedding, and was given features of whole "
-                    "pictures. Give a photo, or what 'imprompt embed' made with this adapter."
-                )
-            features, patches, zeros = self.face.features(given)
+            parts = self.face.features(given)
         elif isinstance(given, Faces):
             raise EncoderMismatch(f"adapter '{self.name}' needs {self.needs}, and was given face embeddings.")
-        elif hidden:
+        elif self._projection.feature == "hidden":
             # Files of other programs may lack the negative's, as a tensor of width 0.
-            features, zeros = given.hidden, given.negative_hidden if given.negative_hidden.numel() else None
+            zeros = given.negative_hidden if given.negative_hidden.numel() else None
+            parts = given.hidden, None, zeros
         else:
-            features = given.pooled
-        for each in (features, patches, zeros):
-            if each is not None and not bool(torch.isfinite(each).all()):
-                raise InputError("image features contain NaN or infinite values.")
+            parts = given.pooled, None, None
+        if any(part is not None and not bool(torch.isfinite(part).all()) for part in parts):
+            raise InputError("image features contain NaN or infinite values.")
+        features, patches, zeros = parts
+        if self._projection.variant.negative == "black_picture":
+            zeros = self._black_picture()
         return features.detach(), patches, zeros
+
+    def _bare(self, features: Tensor, *, check_length: bool) -> Tensor:
+        """Features given as a tensor, with the picture dimension added if it was left out."""
+        one = 2 if self._projection.feature == "hidden" else 1
+        features = features[None] if features.ndim == one else features
+        if self.face is not None and check_length:
+            self.face.check_length(features)
+        return features
 
     def _given_tokens(self, tokens: Tensor) -> Tensor:
         check_tokens(tokens, self._projection.cross_dim, self.name)

@@ -1,7 +1,7 @@
-"""What a face adapter reads: photos, embeddings or saved faces become its features, or are refused.
+"""Features for face adapters, from photos, embeddings or saved faces.
 
-An adapter understands only the embeddings it was trained on: those of one face model, normalised or raw.
-That is checked here as far as the input tells. :mod:`imprompt.encoders.face` finds the faces.
+A face adapter understands the embeddings of one face model only, normalised or raw. Others are refused as far
+as they can be told apart. :mod:`imprompt.encoders.face` finds the faces.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from imprompt.checkpoints.checkpoint import Checkpoint
 from imprompt.encoders import face as faces
-from imprompt.encoders.clip import ImageEncoder
+from imprompt.encoders.clip import Features, ImageEncoder
 from imprompt.encoders.face import FaceEmbedder, Faces, OnnxFaces
 from imprompt.errors import EncoderMismatch, UsageError
 from imprompt.schema import options
@@ -26,7 +26,7 @@ _UNIT = 0.02  # how far from 1 a normalised embedding's length may be: fp16 and 
 
 
 class FaceInput:
-    """The way into one face adapter."""
+    """Reads faces for one face adapter."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._name, self._variant = checkpoint.name, checkpoint.variant
@@ -42,7 +42,8 @@ class FaceInput:
 
     @property
     def reader(self) -> FaceEmbedder | None:
-        """The given one, else the pack that the adapter was trained with, if InsightFace keeps it here."""
+        """The face model that was given, else the installed InsightFace pack that the adapter was trained
+        with, if any."""
         if self._reader is None:
             self._reader = faces.installed(self._packs())
         return self._reader
@@ -58,7 +59,7 @@ class FaceInput:
     def read(
         self, images: Sequence[Image.Image], names: Sequence[str], face: str, encoder: ImageEncoder | None
     ) -> Faces:
-        """The face in each picture; with ``encoder`` the features of its crop too.
+        """The face in each picture; with ``encoder`` also the features of its crop.
 
         Raises :class:`EncoderMismatch` without a face model, :class:`InputError` where there is no such face.
         """
@@ -75,8 +76,17 @@ class FaceInput:
             ]
         )
 
-    def features(self, found: Faces) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(embeddings as the adapter was trained on them, crops' patches, those of a zero picture)."""
+    def features(self, found: Faces | Features) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(embeddings, normalised if the adapter reads them so; patches of the crops; patches of an all-zero
+        input).
+
+        Raises :class:`EncoderMismatch` for features of whole pictures, or of another face model.
+        """
+        if not isinstance(found, Faces):
+            raise EncoderMismatch(
+                f"adapter '{self._name}' reads a face's embedding, and was given features of whole "
+                "pictures. Give a photo, or what 'imprompt embed' made with this adapter."
+            )
         self._check_space(found.space)
         embedding = found.embedding.float()
         if self._variant.embedding == "normed":
@@ -109,7 +119,7 @@ class FaceInput:
         )
 
     def check_fields(self, prompt: ImagePrompt) -> None:
-        """Raises :class:`UsageError` for what has no effect on a face."""
+        """Raise :class:`UsageError` for fields that have no effect on this adapter."""
         for name in ("framing", "sharpen"):
             if getattr(prompt, name) != ImagePrompt.model_fields[name].default:
                 raise UsageError(
@@ -122,15 +132,15 @@ class FaceInput:
             )
 
     def _packs(self) -> tuple[str, ...]:
-        """Face packs whose embeddings it was trained on, as far as that is known."""
+        """The face packs that it may have been trained with, if known."""
         if self._pack is not None:
             return (self._pack,)
         return ("buffalo_l",) if self._variant.embedding == "normed" else ()
 
     def _check_space(self, space: str) -> None:
-        """Refuse embeddings of another face model: their numbers mean other things."""
+        """Raise :class:`EncoderMismatch` for embeddings of another face model."""
         if self._pack is not None and space not in ("unknown", self._pack):
             raise EncoderMismatch(
-                f"adapter '{self._name}' was trained on face embeddings of {self._pack}; those of {space} "
-                f"mean other things, though they may have the same width. Use {self._pack}."
+                f"adapter '{self._name}' was trained on face embeddings of {self._pack} and cannot read "
+                f"those of {space}, even if they have the same width. Use {self._pack}."
             )

@@ -1,4 +1,4 @@
-"""Whether an adapter was made for a model: its architecture, its family, and the shapes of its layers."""
+"""Check that an adapter fits a model: architecture, base family, and shapes of the attention sites."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,8 +14,8 @@ from imprompt.errors import AdapterMismatch
 def check_family(
     checkpoint: Checkpoint, token_width: int, backbone: Backbone, model: nn.Module, name: str
 ) -> None:
-    """Raises :class:`AdapterMismatch` for layers of the same shapes that mean other things (SDXL's and
-    Kolors'), and for tokens that no projection of the model's text takes. ``name`` is the model's in
+    """Raise :class:`AdapterMismatch` for an adapter of another family whose layers have the same shapes (SDXL
+    and Kolors), and for tokens that the model's text projection cannot read. ``name`` is the model's name in
     messages."""
     mine = f"adapter '{checkpoint.name}'"
     text: Any = backbone.text_projection(model)
@@ -23,8 +23,8 @@ def check_family(
     if checkpoint.base in ("kolors", "sdxl") and checkpoint.base != family:
         raise AdapterMismatch(
             f"{mine} was made for a UNet of {checkpoint.base_title}, {name} has one of "
-            f"{families()[family].title}: layers of the same shapes that mean other things. Use an adapter "
-            "trained for this base."
+            f"{families()[family].title}, whose layers have the same shapes but other weights. Use an "
+            "adapter trained for this base."
         )
     reads_text = checkpoint.variant.uses_text_projection
     if reads_text and (text is None or text.in_features != token_width):
@@ -41,10 +41,10 @@ def check_sites(
     model: nn.Module,
     name: str,
 ) -> None:
-    """Raises :class:`AdapterMismatch` for another architecture, and where the model's attention sites are not
-    those of the adapter.
+    """Raise :class:`AdapterMismatch` if the model has another architecture, or other attention sites than the
+    adapter.
 
-    ``mine`` are the shapes of its keys by the site's published number. A UNet's sites must all be there.
+    ``mine``: number of a site → shape of the adapter's ``to_k_ip``. On a UNet they must cover all sites.
     """
     if checkpoint.backbone != backbone.name:
         made_for = checkpoint.base_title or checkpoint.backbone

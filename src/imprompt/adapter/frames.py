@@ -1,9 +1,8 @@
-"""Image prompts in time: how one prompt varies over the frames of a video.
+"""How an image prompt changes over the frames of a video.
 
-A :class:`Track` says at which frames a prompt's pictures stand, how its strength changes from frame to frame,
-and its mask in each. A prompt with a track becomes one ordinary prompt a frame
-(``CompiledPrompt.over_frames``), so that to the attention frames are
-rows of the one table of keys and values, like samples.
+A :class:`Track` holds the frame of each picture, a strength curve over the clip, and a mask for each frame.
+``CompiledPrompt.over_frames`` turns a prompt with a track into one prompt per frame; the attention then
+treats frames as batch rows, like samples.
 
 Dimensions: K key pictures, T tokens of each, C token width, F frames.
 """
@@ -24,15 +23,15 @@ from imprompt.schema.options import Points
 
 @dataclass(frozen=True, eq=False)
 class Track:
-    """How a prompt varies over frames. Raises :class:`UsageError` when ``at`` is not as it says."""
+    """How a prompt changes over frames. Raises :class:`UsageError` unless ``at`` is ascending."""
 
     at: tuple[int, ...] | None = None
-    """The frame of each picture, from 0 and ascending. Between two, their tokens are interpolated; before the
-    first and after the last they stay. ``None``: all frames see the same."""
+    """The frame of each picture, counted from 0, ascending. Tokens are interpolated linearly between two
+    pictures and constant before the first and after the last. ``None``: the same in all frames."""
     curve: Points = ((0.0, 1.0),)
-    """A factor of the strength over the clip: 0 is its first frame, 1 its last."""
+    """Strength factor over the clip: position 0 is the first frame, 1 the last."""
     masks: tuple[Float[Tensor, "1 1 H W"], ...] | None = None
-    """One mask a frame."""
+    """One mask per frame."""
 
     def __post_init__(self) -> None:
         if self.at is None:
@@ -47,11 +46,11 @@ class Track:
 
     @property
     def static(self) -> bool:
-        """Whether all frames are the same."""
+        """Whether all frames get the same prompt."""
         return self.at is None and self.masks is None and all(factor == 1 for _, factor in self.curve)
 
     def check(self, frames: int) -> None:
-        """Raises :class:`UsageError` when a clip of ``frames`` frames cannot follow it."""
+        """Raise :class:`UsageError` if the track does not fit a clip of ``frames`` frames."""
         if frames == 1:
             raise UsageError(
                 "an image prompt varies over frames, but stills are drawn; attach the adapter to a video "
@@ -67,13 +66,13 @@ class Track:
             )
 
     def factors(self, frames: int) -> list[float]:
-        """The strength's factor in each frame."""
+        """The strength factor of each frame."""
         places, factors = (torch.tensor([[p[i] for p in self.curve]]).expand(frames, -1) for i in (0, 1))
         values: list[float] = evaluate(places, factors, torch.linspace(0, 1, frames)).tolist()
         return values
 
     def tokens(self, tokens: Float[Tensor, "KT C"], frame: int) -> Float[Tensor, "T C"]:
-        """What ``frame`` sees of the tokens of all pictures, one after the other."""
+        """The tokens of ``frame``, given those of all pictures in a row."""
         if self.at is None:
             return tokens
         keys = tokens.unflatten(0, (len(self.at), -1))
@@ -93,11 +92,14 @@ def track_of(
     pictures: int,
     plain: bool,
 ) -> Track | None:
-    """The track of a prompt of ``pictures`` pictures, which are ``plain`` when they are neither combined nor
-    weighted; ``None`` when all frames see the same. Raises :class:`UsageError` for what does not fit."""
+    """The track of a prompt, or ``None`` if all frames get the same.
+
+    ``pictures`` is the number of its pictures; ``plain`` says that they are neither combined nor weighted.
+    Raises :class:`UsageError` if ``at`` does not match the pictures.
+    """
     track = Track(None if at is None else tuple(at), curve, masks)
     if track.at is not None and len(track.at) != pictures:
         raise UsageError(f"at: {len(track.at)} frames are given for {pictures} pictures; give one a picture.")
     if track.at is not None and not plain:
-        raise UsageError("at: pictures at frames of their own can be neither combined nor weighted.")
+        raise UsageError("at: pictures with a frame each can be neither combined nor weighted.")
     return None if track.static else track

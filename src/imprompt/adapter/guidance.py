@@ -1,10 +1,9 @@
-"""A guidance scale of the image's own: ``e = e∅ + s_text (e_text − e∅) + s_image (e_both − e_text)``.
+"""Separate guidance scale for the image: ``e = e∅ + s_text (e_text − e∅) + s_image (e_both − e_text)``.
 
-Ordinary guidance pulls towards text and image together, ``e∅ + s (e_both − e∅)``; this is the same when both
-scales are equal (Brooks et al. 2023, eq. 3, with the text first). The denoiser is called with one more CFG
-branch, ``text``, which has the cond text and the uncond image tokens, and its output for the cond rows
-becomes ``e_text + (s_image / s_text)(e_both − e_text)``. A pipeline, which then does ``e∅ + s_text (cond −
-e∅)``, needs to know nothing of it; without guidance of its own s_text is 1.
+Equal scales give ordinary guidance, ``e∅ + s (e_both − e∅)`` (Brooks et al. 2023, eq. 3, with the text
+first). The denoiser is called with one more CFG branch, ``text``, which has the cond text and the uncond
+image tokens, and its output for the cond rows becomes ``e_text + (s_image / s_text)(e_both − e_text)``. The
+pipeline then computes ``e∅ + s_text (cond − e∅)`` as ever; without guidance of its own s_text is 1.
 
 Dimensions: B batch rows.
 """
@@ -21,12 +20,12 @@ WIDENED: dict[tuple[Branch, ...], tuple[Branch, ...]] = {
     ("uncond", "cond"): ("uncond", "text", "cond"),
     ("cond",): ("text", "cond"),
 }
-"""The batch's branches → those with the text alone, just before what it is compared with."""
+"""The batch's branches → the same with the branch ``text`` added."""
 
 
 def widened(value: Any, rows: Collection[int], branches: int) -> Any:
-    """``value`` with the last of ``branches`` equal parts doubled, in all tensors that have one of ``rows``
-    rows, inside lists, tuples and mappings too; anything else as it is."""
+    """Repeat the last of ``branches`` equal parts in every tensor with a number of rows in ``rows``, also
+    inside lists, tuples and dicts. Everything else is returned unchanged."""
     if isinstance(value, Tensor):
         if value.ndim == 0 or value.shape[0] not in rows:
             return value
@@ -39,8 +38,8 @@ def widened(value: Any, rows: Collection[int], branches: int) -> Any:
 
 
 def merged(output: Any, branches: int, ratio: float) -> Any:
-    """The output for a batch widened to ``branches``, brought back: the last two parts become
-    ``text + ratio (both − text)``. ``output`` is a tuple or diffusers' record with ``sample``."""
+    """Merge the last two of ``branches`` parts of the denoiser's output: ``text + ratio (both − text)``.
+    ``output`` is a tuple or a diffusers output with ``sample``."""
     sample = output[0]
     *before, text, both = sample.chunk(branches)
     guided = torch.lerp(text, both, ratio)  # exactly `both` at 1

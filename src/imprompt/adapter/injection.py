@@ -1,8 +1,8 @@
-"""The image prompts' place in one denoiser: processors at its attention sites, and a hook around its calls.
+"""Install image prompts in one denoiser: processors at its attention sites, and hooks around its calls.
 
-:class:`Injection` is shared by all adapters on a denoiser and is gone with the last. Before each call its
-hook reads the layout of the batch (:mod:`imprompt.adapter.backbones`), sees that the processors are still
-there and that their tensors fit the call (:mod:`imprompt.adapter.batch`), and sets the factors of this step.
+All adapters on a denoiser share an :class:`Injection`; it is removed with the last of them. Before each call
+its hook reads the layout of the batch (:mod:`imprompt.adapter.backbones`), checks that the processors are
+still installed, updates their tensors (:mod:`imprompt.adapter.batch`) and sets the factors of the step.
 """
 
 import weakref
@@ -26,11 +26,12 @@ from imprompt.adapter.backbones.base import (
     find_caller,
 )
 from imprompt.adapter.backbones.table import BACKBONES
-from imprompt.adapter.batch import Batch, PromptSource
+from imprompt.adapter.batch import Batch
 from imprompt.adapter.guidance import WIDENED, merged, widened
 from imprompt.adapter.recorder import Recorder
 from imprompt.adapter.regional import encode_text, project_text, text_options
 from imprompt.adapter.schedule import Clock
+from imprompt.adapter.source import PromptSource
 from imprompt.adapter.threads import Drawing
 from imprompt.errors import AdapterMismatch, UsageError
 
@@ -49,16 +50,18 @@ def find_denoiser(target: object) -> tuple[Backbone, nn.Module] | None:
 
 
 def placement(model: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-    """Device and number format for weights beside ``model``: ``None`` where its own say nothing (weights
-    that an offloading hook keeps on meta, quantised and float8 storage)."""
+    """Device and dtype for weights that work with ``model``; ``None`` where the model's own do not tell:
+    weights on meta, kept there by an offloading hook, and quantised or float8 storage."""
     weight = next(model.parameters())
     computes = weight.is_floating_point() and weight.dtype.itemsize > 1
     return None if weight.is_meta else weight.device, weight.dtype if computes else None
 
 
 class Injection:
-    """References run from the denoiser to here and never back, so that dropping a pipeline frees
-    everything."""
+    """The processors and hooks of one denoiser, and the prompt sources that share them.
+
+    It holds only weak references to the denoiser, so that dropping a pipeline frees everything.
+    """
 
     def __init__(self, backbone: Backbone, model: nn.Module, sites: tuple[Site, ...]) -> None:
         self.backbone, self.sites = backbone, sites
@@ -73,20 +76,20 @@ class Injection:
         self._stale: set[Call] = set()
         self._shown: Batch | None = None
         self._merge: tuple[int, float] | None = None
-        """Number of branches of a widened batch and the ratio to merge it with; ``None``: as it was
-        called."""
+        """Number of branches of a widened batch and the ratio to merge it with; ``None`` if not widened."""
         self._last: LastCall = None
         self._grid: tuple[Any, Any] | None = None
         self._run: tuple[Any, Any] | None = None
-        """Scheduler and timesteps of the run that is drawn; a new run has new ones."""
+        """Scheduler and timesteps of the run; a new run has new ones."""
         self._clock: tuple[Any, Any, Clock] | None = None
         self._hooks: list[Any] = []
 
     @classmethod
     def into(cls, model: nn.Module, pipe: object | None) -> "Injection":
-        """The denoiser's injection: the one that is there, or a new one. ``pipe`` is who will call it.
+        """The injection of a denoiser, installed if there is none. ``pipe`` is the pipeline that will call
+        it.
 
-        Raises :class:`AdapterMismatch`, with nothing changed, when a site's processor cannot be combined.
+        Raises :class:`AdapterMismatch`, with nothing changed, for attention processors that it cannot wrap.
         """
         found = find_denoiser(model)
         if found is None:
@@ -123,7 +126,7 @@ class Injection:
 
     @property
     def pipe(self) -> object | None:
-        """The pipeline it was attached to, if that still exists."""
+        """The pipeline that the adapter was attached to, if it still exists."""
         return None if self._pipe is None else self._pipe()
 
     @property
@@ -133,8 +136,8 @@ class Injection:
         return None if model is None else self.backbone.text_projection(model)
 
     def encode_text(self, text: str | Tensor, caller: Caller | None = None) -> Float[Tensor, "T C"]:
-        """A text as the cross-attentions read the prompt; with the options of a pipeline that is drawing.
-        Raises :class:`UsageError` for transformers."""
+        """Encode a text for the cross-attentions, with the options of the pipeline that is running, if any.
+        Raises :class:`UsageError` on transformers."""
         if self.backbone.name != "unet":
             raise UsageError(
                 f"regional text is not supported on a {self.backbone.noun}: its text stream reads the image "
@@ -147,11 +150,11 @@ class Injection:
         return project_text(projection, encode_text(pipe, text, width, **options))
 
     def serves(self, model: nn.Module) -> bool:
-        """Whether it sits in ``model``."""
+        """Whether it is installed in ``model``."""
         return self._model() is getattr(model, "_orig_mod", model)
 
     def remove(self, source: PromptSource) -> None:
-        """Take one adapter away; with the last, put back the very processors that were found."""
+        """Remove one source; with the last, restore the processors that were found."""
         self.sources = [other for other in self.sources if other is not source]
         self.invalidate()
         self._batches.clear()
@@ -165,7 +168,7 @@ class Injection:
                 attention.set_processor(attention.processor.previous)
 
     def invalidate(self) -> None:
-        """Say that prompts have changed: the next call takes them over, into the same tensors if they fit."""
+        """Mark prompts as changed: the next call updates the tensors, in place if shapes allow."""
         self._stale = set(self._batches)
         self._shown = None
         for source in self.sources:
@@ -193,7 +196,7 @@ class Injection:
     def _before(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The forward pre-hook: see that everything fits this call, and set the factors of this step."""
+        """The forward pre-hook: update tensors for this call, and set the factors of this step."""
         self._merge = None
         caller = find_caller()
         if not self._enter(model if caller is None else caller.pipe):
@@ -216,8 +219,8 @@ class Injection:
         return None if ratio is None else (args, kwargs)
 
     def _enter(self, owner: object) -> bool:
-        """This thread calls the denoiser, in a method of ``owner``; whether anything is prompted. Raises
-        :class:`UsageError` where another thread draws with it, or replaced this one's prompt."""
+        """Note that this thread calls the denoiser in a method of ``owner``; returns whether there is a
+        prompt. Raises :class:`UsageError` if another thread is drawing, or has replaced this one's prompt."""
         if not any(source.training is not None or source.samples for source in self.sources):
             self.drawing.note(owner)
             return False
@@ -229,8 +232,8 @@ class Injection:
         return True
 
     def _begin_run(self, caller: Caller | None) -> None:
-        """At the first call of a run, let the sources encode their texts as the pipeline encodes its prompt
-        now: its text encoder may have changed since they were set."""
+        """At the first call of a run, let the sources encode their texts again, as the pipeline encodes its
+        prompt now: its text encoder may have changed since they were set."""
         scheduler = getattr(self.pipe if caller is None else caller.pipe, "scheduler", None)
         run = scheduler, getattr(scheduler, "timesteps", None)
         if self._run is None or any(a is not b for a, b in zip(run, self._run, strict=True)):
@@ -240,13 +243,13 @@ class Injection:
                 source.begin_run(encode_text)
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """The forward hook: of a widened batch give back what was called for."""
+        """The forward hook: merge the output of a widened batch."""
         return output if self._merge is None else merged(output, *self._merge)
 
     def _keep_processors(self) -> None:
-        """Put our processors back where others were installed since: attention slicing, xFormers, fused
-        projections, ``set_attn_processor``. Raises :class:`AdapterMismatch` for what computes something else,
-        before anything is drawn."""
+        """Reinstall our processors where others have replaced them: attention slicing, xFormers, fused
+        projections, ``set_attn_processor``. Raises :class:`AdapterMismatch` for those that cannot be
+        wrapped."""
         for site, attention in zip(self.sites, self._live_attentions(), strict=True):
             processor = attention.processor
             if isinstance(processor, SiteProcessor) and processor.injection is self:
@@ -278,7 +281,7 @@ class Injection:
         )
 
     def _grid_of(self, model: nn.Module, inputs: Inputs, kwargs: dict[str, Any]) -> Any:
-        """The grid; FLUX's is read from position ids, which stay one object for a run."""
+        """The grid of the call; FLUX's is cached by its position ids, one object per run."""
         ids = kwargs.get("img_ids")
         if ids is None:
             return self.backbone.grid(model, inputs, kwargs)
@@ -287,7 +290,7 @@ class Injection:
         return self._grid[1]
 
     def _branches(self, inputs: Inputs, caller: Caller | None) -> tuple[Branch, ...]:
-        """The CFG branches of this call: as stated, else as the pipeline that is calling has them."""
+        """The CFG branches of this call: as the user stated, else as the calling pipeline has them."""
         for source in self.sources:
             if source.branches is not None:
                 return source.branches
@@ -298,8 +301,8 @@ class Injection:
         return self.backbone.branches(inputs, caller, self._last)
 
     def _absent_caller(self) -> Caller | None:
-        """Who counts as calling where no diffusers pipeline does: the object attached to, if it is the
-        user's own. A pipeline's flags are left over from its last run and say nothing of this call."""
+        """The object attached to, if it is the user's own and no diffusers pipeline is calling. A pipeline's
+        flags would be those of its last run."""
         if self._pipe is None:
             return None
         pipe = self._pipe()
@@ -316,7 +319,7 @@ class Injection:
         return Caller(pipe, {})
 
     def _guidance(self, call: Call, caller: Caller | None) -> float | None:
-        """The ratio of the image's guidance to the text's; ``None`` without a guidance of the image's own."""
+        """Image guidance scale over text guidance scale; ``None`` without a separate image scale."""
         stated = {source.guidance for source in self.sources if source.guidance is not None}
         if not stated or call.branches == ("uncond",):
             return None
@@ -336,7 +339,7 @@ class Injection:
         return image / text
 
     def _text_guidance(self, call: Call, caller: Caller | None) -> float:
-        """The scale with which the pipeline guides towards its text; 1 where it does not."""
+        """The pipeline's guidance scale; 1 without guidance."""
         pipe = Caller(self.pipe, {}) if caller is None and self.pipe is not None else caller
         if "uncond" not in call.branches:
             true_cfg = bool(pipe is not None and pipe.variables.get("do_true_cfg"))
@@ -356,7 +359,7 @@ class Injection:
         return args, kwargs, replace(call, batch=call.batch + call.samples, branches=WIDENED[call.branches])
 
     def _batch(self, call: Call, training: bool) -> Batch:
-        """The tensors for ``call``, up to date and shown to the processors."""
+        """The tensors for ``call``, updated and handed to the processors."""
         batch = self._batches.get(call)
         if batch is None:
             heads = {s.name: a.heads for s, a in zip(self.sites, self._live_attentions(), strict=True)}
@@ -388,7 +391,7 @@ class Injection:
         self._stale.discard(batch.call)
 
     def _clock_of(self, caller: Caller | None, device: torch.device) -> Clock:
-        """The clock of the run: made anew when the scheduler or its timesteps are other objects."""
+        """The clock of the run; a new one when the scheduler or its timesteps are other objects."""
         pipe = self.pipe if caller is None else caller.pipe
         scheduler = getattr(pipe, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
@@ -398,7 +401,7 @@ class Injection:
 
 
 def _own(processor: Any) -> Any:
-    """The base's own processor under those of injections that are gone."""
+    """The base's own processor, unwrapped from those of removed injections."""
     while isinstance(processor, SiteProcessor):
         processor = processor.previous
     return processor

@@ -1,8 +1,8 @@
-"""An adapter's keys and values at one site, under their published names.
+"""The key and value layers of an adapter at one site, under their published names.
 
-:class:`KeyValue` is two linear layers, with biases where the file has them (FLUX, XLabs).
-:class:`NormedKeyValue` also norms keys without weights (FLUX, InstantX); :class:`TimedKeyValue` modulates
-tokens by the timestep and brings norms of its own (SD3.5, InstantX).
+:class:`KeyValue` is two linear layers, with biases if the file has them (FLUX, XLabs).
+:class:`NormedKeyValue` adds a norm of the keys without weights (FLUX, InstantX); :class:`TimedKeyValue`
+modulates tokens by the timestep and has norms of its own (SD3.5, InstantX).
 
 Dimensions: S token sequences, T tokens, C token width, W site width, H heads, D head width, E time width.
 """
@@ -32,23 +32,23 @@ class KeyValue(nn.Module):
         dtype: torch.dtype,
         temb: Float[Tensor, "1 E"] | None = None,
     ) -> tuple[Float[Tensor, "S H T D"], Float[Tensor, "S H T D"]]:
-        """Keys and values on the tokens' device, in the more precise of the weights' format and ``dtype``."""
+        """Keys and values on the tokens' device, in the finer of the weights' dtype and ``dtype``."""
         dtype = precise(self.to_k_ip.weight.dtype, dtype)
         tokens = self.modulate(tokens.to(dtype), temb)
         key, value = (split_heads(linear(tokens, layer), heads) for layer in (self.to_k_ip, self.to_v_ip))
         return self.norm_key(key), value
 
     def modulate(self, tokens: Tensor, temb: Tensor | None) -> Tensor:
-        """The tokens as keys and values read them."""
+        """Modulate the tokens before the linear layers."""
         return tokens
 
     def norm_key(self, key: Tensor) -> Tensor:
-        """The keys as the softmax reads them."""
+        """Norm the keys after the linear layer."""
         return key
 
     @property
     def joint_norms(self) -> JointNorms | None:
-        """Norms for queries and image keys that the site's attention needs as well (SD3.5)."""
+        """Norms of the queries and image keys at this site (SD3.5)."""
         return None
 
 
@@ -84,10 +84,10 @@ class TimedKeyValue(KeyValue):
 
 
 def key_value_of(weights: Mapping[str, Tensor], *, normed: bool = False) -> KeyValue:
-    """The module for one site's published weights, told by what the site has.
+    """The module for the published weights of one site.
 
-    ``normed`` is InstantX's rule for FLUX, whose norm has no weights. The tensors themselves become the
-    parameters: SDXL's 682 MB are not held twice.
+    ``normed`` selects InstantX's norm for FLUX, which has no weights. The tensors become the parameters
+    without a copy.
     """
     to_k, to_v = (linear_of(weights, name) for name in ("to_k_ip", "to_v_ip"))
     if "norm_ip.linear.weight" in weights:
@@ -121,7 +121,7 @@ def rms(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, layer: Any) -> Tensor:
-    """``layer`` on ``x``, with its weights streamed to ``x``'s device and format: they may lie elsewhere."""
+    """``layer(x)`` on the device and in the dtype of ``x``; the weights may be elsewhere."""
     weight, bias = layer.weight, layer.bias
     return F.linear(
         x,
@@ -131,7 +131,7 @@ def linear(x: Tensor, layer: Any) -> Tensor:
 
 
 def precise(stored: torch.dtype, compute: torch.dtype) -> torch.dtype:
-    """The finer of two formats; float8 and integers are formats of storage only and give way."""
+    """The finer of two dtypes; float8 and integers only store weights and do not count."""
     return (
         torch.promote_types(stored, compute) if stored.is_floating_point and stored.itemsize > 1 else compute
     )

@@ -1,10 +1,10 @@
-"""A face adapter's LoRA: low-rank additions to the UNet's own attention while a face is shown.
+"""The LoRA of a FaceID adapter, active while a face prompt is set.
 
-Published FaceID files hold, for every attention ``N`` (self-attention even, cross-attention odd), the halves
-``N.to_{q,k,v,out}_lora.{down,up}.weight``: ``y = W·x + up(down(x))``. They are added by forward hooks on the
-four linear layers. Compared with installing them through peft, the user's own LoRAs are never switched or
-renamed, no module of the UNet is replaced, quantised layers are left as they are, and taking the hooks off
-is exact. What a prompt of scale 0, or none, draws is the base's picture to the bit.
+Published FaceID files hold ``N.to_{q,k,v,out}_lora.{down,up}.weight`` for every attention ``N``
+(self-attention even, cross-attention odd): ``y = W·x + up(down(x))``. Forward hooks on the four linear layers
+add it. Unlike a LoRA installed by peft, this leaves the user's own LoRAs and quantised layers alone, replaces
+no module, and removing the hooks restores the UNet exactly. Without a prompt, or with one of scale 0, the
+base draws the same picture bit for bit.
 
 Dimensions: B rows of the UNet's batch, L tokens, I and O widths of a layer.
 """
@@ -17,45 +17,63 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from imprompt.adapter.backbones.base import Call, Site
+from imprompt.adapter.key_value import linear_of
 from imprompt.adapter.prompt import CompiledPrompt
 from imprompt.errors import AdapterMismatch, UsageError
 
 PARTS = ("q", "k", "v", "out")
+_HALVES = ("down", "up")
 
 
 class LowRank(nn.Module):
-    """``up(down(x))``, under its published names."""
+    """One LoRA, ``up(down(x))``; parameters have their published names."""
 
     def __init__(self, down: nn.Linear, up: nn.Linear) -> None:
         super().__init__()
         self.down, self.up = down, up
 
     def forward(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
-        """The addition, in ``x``'s place and number format."""
+        """``up(down(x))`` on the device and in the dtype of ``x``."""
         for half in (self.down, self.up):
             x = nn.functional.linear(x, half.weight.to(x.device, x.dtype))
         return x
 
 
 class FaceLora:
-    """All additions of one adapter; in a UNet between :meth:`into` and :meth:`remove`."""
+    """All LoRAs of one adapter; :meth:`into` puts them on a UNet, :meth:`remove` takes them off."""
 
     def __init__(self, layers: Mapping[int, Mapping[str, LowRank]]) -> None:
         self.layers = layers
-        """Published number of an attention → part (``q``, ``k``, ``v``, ``out``) → its addition."""
+        """Published number of an attention → ``q``, ``k``, ``v`` or ``out`` → LoRA."""
         self.scale = 1.0
-        """Strength, read at every call; published adapters are meant for 1."""
+        """Strength, read at every call; published adapters were trained with 1."""
         self._factor: float | Tensor = 0.0
         self._handles: list[Any] = []
 
+    @classmethod
+    def among(cls, numbered: nn.ModuleDict, weights: Mapping[str, Tensor]) -> "FaceLora":
+        """A checkpoint's LoRA, whose modules join the ``numbered`` attentions under their published names."""
+        layers: dict[int, dict[str, LowRank]] = {}
+        for number in sorted({int(key.partition(".")[0]) for key in weights}):
+            if str(number) not in numbered:
+                numbered[str(number)] = nn.Module()
+            prefix = f"{number}.to_{{part}}_lora.{{half}}"
+            layers[number] = {
+                part: LowRank(*(linear_of(weights, prefix.format(part=part, half=half)) for half in _HALVES))
+                for part in PARTS
+            }
+            for part, low in layers[number].items():
+                numbered[str(number)].add_module(f"to_{part}_lora", low)
+        return cls(layers)
+
     def check(self, unet: Any, layers: Sequence[Site], name: str) -> None:
-        """Raise :class:`AdapterMismatch` where an addition has no layer of its widths to add to."""
+        """Raise :class:`AdapterMismatch` unless the UNet has a layer of the same widths for each LoRA."""
         found = {}
         for number, attention in _attentions(unet, layers):
             if getattr(attention, "fused_projections", False):
                 raise AdapterMismatch(
-                    f"adapter '{name}' adds to q, k and v of each attention, which are fused in this UNet; "
-                    "call pipe.unfuse_qkv_projections() first."
+                    f"adapter '{name}' has a LoRA for q, k and v of each attention, which are fused in this "
+                    "UNet; call pipe.unfuse_qkv_projections() first."
                 )
             found[number] = {part: _widths(_linear(attention, part)) for part in PARTS}
         mine = {
@@ -65,13 +83,13 @@ class FaceLora:
         if mine != found:
             where = next((n for n in sorted(mine.keys() | found.keys()) if mine.get(n) != found.get(n)), 0)
             raise AdapterMismatch(
-                f"adapter '{name}' brings a LoRA for {len(mine)} attentions, the UNet has {len(found)}; "
-                f"first differing {where}: {mine.get(where)}, not {found.get(where)} (widths in and out). "
-                "Use an adapter trained for this base."
+                f"adapter '{name}' has a LoRA for {len(mine)} attentions, the UNet has {len(found)}; the "
+                f"first that differs is {where}: {mine.get(where)}, not {found.get(where)} (widths in and "
+                "out). Use an adapter trained for this base."
             )
 
     def into(self, unet: Any, layers: Sequence[Site]) -> None:
-        """Put the additions on the UNet's layers, resting until :meth:`show`; twice is once."""
+        """Add hooks to the UNet's layers, inactive until :meth:`show`; a second call does nothing."""
         if self._handles:
             return
         for number, attention in _attentions(unet, layers):
@@ -80,18 +98,18 @@ class FaceLora:
                 self._handles.append(_linear(attention, part).register_forward_hook(hook))
 
     def remove(self) -> None:
-        """Take them off again."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self.rest()
 
     def rest(self) -> None:
-        """Add nothing until :meth:`show`."""
+        """Be inactive until :meth:`show`."""
         self._factor = 0.0
 
     def show(self, samples: Sequence[Sequence[CompiledPrompt]] | None, call: Call) -> None:
-        """Add in the rows whose sample has a prompt that acts; ``None``: in all."""
+        """Be active in the rows whose sample has a prompt that acts; ``None``: in all rows."""
         acting = [True] if samples is None else [any(row.acts for row in rows) for rows in samples]
         if len(set(acting)) < 2:
             self._factor = float(any(acting))
@@ -108,8 +126,9 @@ class FaceLora:
                     return None
             elif len(factor) != len(output):
                 raise UsageError(
-                    f"some samples show a face and some none, but an attention gets {len(output)} of "
-                    f"{len(factor)} rows, which a LoRA cannot be told apart in; show all samples a face."
+                    f"some samples have a face prompt and some none, but an attention is called with "
+                    f"{len(output)} of {len(factor)} rows, so that the LoRA cannot tell which; give all "
+                    "samples a face prompt."
                 )
             else:
                 factor = factor.to(output.dtype)
@@ -131,7 +150,7 @@ def _attentions(unet: Any, layers: Sequence[Site]) -> list[tuple[int, Any]]:
 
 
 def _linear(attention: Any, part: str) -> Any:
-    """The layer an addition goes to: under the user's own LoRA wrappers, which may come and go."""
+    """The layer that a LoRA hooks: the one inside the user's own LoRA wrappers, which may come and go."""
     layer = attention.to_out[0] if part == "out" else getattr(attention, f"to_{part}")
     while hasattr(layer, "base_layer"):
         layer = layer.base_layer

@@ -1,6 +1,6 @@
-"""Masks: pictures and tensors of any size become floats in [0, 1], softened, and each layer's grid.
+"""Masks of image prompts and text regions: read, feather, and resize them to a layer's grid.
 
-Masks of image prompts and text regions are read by :func:`imprompt.encoders.masks.mask_tensor`.
+Values are read by :func:`imprompt.encoders.masks.mask_tensor`.
 """
 
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ _FINE = 256  # pixels that the shorter side of a mask has at least when it is fe
 
 
 def read_mask(mask: MaskLike, feather: float = 0.0, *, empty: bool = False) -> Float[Tensor, "1 1 H W"]:
-    """One mask with edges ``feather`` wide (a fraction of its shorter side).
+    """Read one mask, with edges feathered to a width of ``feather`` (a fraction of its shorter side).
 
-    Values are read by :func:`imprompt.encoders.masks.mask_tensor`. Raises :class:`InputError` when it is no
-    mask or, unless ``empty`` is allowed, covers nothing.
+    Raises :class:`InputError` for what is no mask and, unless ``empty`` is allowed, for one that is 0
+    everywhere.
     """
     values = mask_tensor(mask)
     if not empty and not values.any():
@@ -38,7 +38,7 @@ def read_mask(mask: MaskLike, feather: float = 0.0, *, empty: bool = False) -> F
 def read_masks(
     mask: MaskLike | Sequence[MaskLike] | None, feather: float = 0.0
 ) -> tuple[Float[Tensor, "1 1 H W"] | None, tuple[Float[Tensor, "1 1 H W"], ...] | None]:
-    """(one mask for all frames, or else masks of single frames, of which some may be empty).
+    """(mask for all frames, ``None``) or (``None``, masks of the frames, some of which may be 0 everywhere).
 
     Raises :class:`InputError` as :func:`read_mask`.
     """
@@ -55,10 +55,10 @@ def read_masks(
 
 
 def feathered(mask: Float[Tensor, "1 1 h w"], width: float) -> Float[Tensor, "1 1 H W"]:
-    """The mask with each edge a straight ramp of ``width`` (of its shorter side), centred on the edge.
+    """Turn each edge into a linear ramp of ``width`` (of the mask's shorter side), centred on the edge.
 
-    A box average: what lies half a width away from an edge is untouched, complementary masks stay so, and the
-    picture's own border is no edge. A mask too coarse for that comes back finer.
+    A box filter: values half a width away from an edge do not change, complementary masks stay complementary,
+    and the border of the picture is no edge. A coarse mask is enlarged first.
     """
     if width == 0:
         return mask
@@ -73,9 +73,9 @@ def feathered(mask: Float[Tensor, "1 1 h w"], width: float) -> Float[Tensor, "1 
 
 
 def resize_mask(mask: Float[Tensor, "1 1 H W"], size: tuple[int, int]) -> Float[Tensor, "1 1 h w"]:
-    """The mask on a layer's grid: exact area averages where it shrinks, bilinear where it grows.
+    """Resize a mask to a layer's grid: area averages to shrink it, bilinear to enlarge it.
 
-    Area averages keep what no pixel of the mask touches at exactly 0, and complementary masks complementary.
+    With area averages, cells outside the mask are exactly 0, and complementary masks stay complementary.
     """
     if size[0] <= mask.shape[-2] and size[1] <= mask.shape[-1]:
         return F.interpolate(mask, size, mode="area")

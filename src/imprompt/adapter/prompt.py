@@ -1,13 +1,13 @@
-"""Image prompts made ready for attention: the short forms, and the step from features to tokens.
+"""Compile image prompts: features to tokens, with everything that steers them.
 
-:func:`as_prompts` reads what :meth:`IPAdapter.set_prompt` takes. :func:`compile_prompt` projects an encoded
-prompt and puts what steers it beside its tokens. The contributions of several prompts add up; several
-pictures of one prompt share a softmax.
+:func:`as_prompts` reads the short forms that :meth:`IPAdapter.set_prompt` takes. :func:`compile_prompt`
+projects an encoded prompt. Several prompts add up; several pictures of one prompt share a softmax.
 
 Dimensions: N pictures, T tokens, C token width, D text width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -45,38 +45,37 @@ PromptLike: TypeAlias = (
     | Sequence[str | Path | bytes | Image.Image]
     | Sequence[Tensor]
 )
-"""A prompt, a picture or features. A list of pictures is ONE prompt of several pictures (one softmax, as in
-diffusers without masks), a list of prompts is several prompts (a softmax each, added)."""
+"""A prompt, a picture or features. A list of pictures is one prompt with several pictures (one softmax, as in
+diffusers without masks); a list of prompts is several prompts (one softmax each, added up)."""
 
 
 def as_prompts(value: PromptLike, fields: Mapping[str, object]) -> tuple[ImagePrompt, ...]:
-    """The prompts that a short form means, with ``fields`` set on each. Raises :class:`UsageError`."""
-    if isinstance(value, ImagePrompt):
-        return (value.replace(**fields),)
+    """Read a short form; ``fields`` are set on each prompt. Raises :class:`UsageError` for anything else."""
     if isinstance(value, Tensor | Features | Faces):
         return (ImagePrompt(features=value, **fields),)
-    if isinstance(value, str | Path | bytes | Image.Image):
-        return (ImagePrompt(value, **fields),)
-    if isinstance(value, list | tuple) and value:
-        if all(isinstance(item, ImagePrompt) for item in value):
-            return tuple(item.replace(**fields) for item in value if isinstance(item, ImagePrompt))
-        if all(isinstance(item, Tensor) for item in value):
-            return (ImagePrompt(features=_joined(value), **fields),)
-        if not any(isinstance(item, ImagePrompt) for item in value):
-            return (ImagePrompt(value, **fields),)
-    raise UsageError(
-        f"an image prompt cannot be {_described(value)}; give a path, a PIL image, a features tensor, an "
-        "ImagePrompt, or a list of either prompts or pictures. clear_prompt() removes what was set."
-    )
+    alone = isinstance(value, ImagePrompt | str | Path | bytes | Image.Image)
+    items: list[object] = [value] if alone else list(value) if isinstance(value, list | tuple) else []
+    prompts = [item for item in items if isinstance(item, ImagePrompt)]
+    if not items or 0 < len(prompts) < len(items):
+        raise UsageError(
+            f"an image prompt cannot be {_described(value)}; give a path, a PIL image, a features tensor, an "
+            "ImagePrompt, or a list of either prompts or pictures. clear_prompt() removes what was set."
+        )
+    if prompts:
+        return tuple(prompt.replace(**fields) for prompt in prompts)
+    tensors = [item for item in items if isinstance(item, Tensor)]
+    if len(tensors) == len(items):
+        return (ImagePrompt(features=_joined(tensors), **fields),)
+    return (ImagePrompt(tuple(items), **fields),)
 
 
 @dataclass(frozen=True, eq=False)
 class CompiledPrompt:
-    """An image prompt made ready: the tokens of one softmax and what steers them."""
+    """An image prompt as the attention reads it: the tokens of one softmax, and what steers them."""
 
     tokens: Float[Tensor, "T C"]
     negative: Float[Tensor, "Tn C"] | None
-    """``None`` when it is not known; needed only with guidance."""
+    """``None`` if unknown; needed only with guidance."""
     scale: float
     profile: Profile
     start: float
@@ -85,47 +84,45 @@ class CompiledPrompt:
     curve: Points = ((0.0, 1.0),)
     scaling: str = "v-only"
     log_weight_bias: Float[Tensor, "T"] | None = None
-    """Added to the tokens' logits, see :func:`imprompt.adapter.combine.log_weight_bias`."""
+    """Bias of the tokens' logits, see :func:`imprompt.adapter.combine.log_weight_bias`."""
     text: Float[Tensor, "Tt D"] | None = None
-    """Embeddings of what is said inside the mask, see :mod:`imprompt.adapter.regions`; as wide as the
+    """Embeddings of the text inside the mask, see :mod:`imprompt.adapter.regional`; as wide as the
     cross-attention."""
     track: Track | None = None
-    """How it varies over the frames of a video."""
+    """How it changes over the frames of a video."""
     pictures: int = 1
-    """Number of pictures in :attr:`tokens` (timed adapters: in the features that stand there)."""
+    """Number of pictures in :attr:`tokens`. (Of timed adapters, ``tokens`` are features.)"""
 
     def layer_weights(self, layers: Sequence[Site]) -> LayerWeights:
-        """Scale times profile for each layer; exactly 0 where the prompt does not act at all."""
+        """Scale times profile for each layer; 0 if the prompt never acts."""
         spread = layer_weights(self.profile, layers)
         scale = self.scale if self.acts else 0.0
         return LayerWeights(tuple(scale * weight for weight in spread.weights), spread.negated)
 
     @property
     def acts(self) -> bool:
-        """Whether it does anything at any time."""
+        """Whether it has an effect at any time."""
         return self.scale != 0.0 and not self.when.never
 
     @property
     def when(self) -> When:
-        """Its place in time."""
+        """When it acts."""
         return When(self.start, self.end, self.curve)
 
     def over_frames(self, frames: int) -> "list[CompiledPrompt]":
-        """The row of each frame of a clip. Raises :class:`UsageError` when the clip cannot follow the
-        track."""
+        """One prompt per frame of a clip. Raises :class:`UsageError` if the track does not fit the clip."""
         track = self.track
         if track is None:
             return [self] * frames
         track.check(frames)
-        # A negative that is the same for all pictures is repeated in the row, one length for both kinds.
-        paired = self.negative is not None and len(self.negative) == len(self.tokens)
+        # A negative is interpolated as well if it has tokens for each picture.
+        negative = self.negative
+        paired = negative is not None and len(negative) == len(self.tokens)
         return [
             replace(
                 self,
                 tokens=track.tokens(self.tokens, frame),
-                negative=track.tokens(self.negative, frame)
-                if paired and self.negative is not None
-                else self.negative,
+                negative=track.tokens(negative, frame) if paired and negative is not None else negative,
                 scale=self.scale * factor,
                 mask=self.mask if track.masks is None else track.masks[frame],
                 track=None,
@@ -137,15 +134,15 @@ class CompiledPrompt:
 def compile_prompt(
     encoded: EncodedPrompt, projection: ImageProjection, text: Tensor | None
 ) -> CompiledPrompt:
-    """Tokens of an encoded prompt by the adapter's weights as they are now, on their device.
+    """Project an encoded prompt with the adapter's present weights, on their device.
 
-    ``text`` are the embeddings of the prompt's own text. Raises :class:`InputError` for a mask that is none
-    and for features so large that the projection overflows, :class:`UsageError` for tokens or frames that do
-    not exist.
+    ``text`` are the embeddings of the prompt's regional text. Raises :class:`InputError` for an invalid mask
+    and features that overflow in the projection, :class:`UsageError` for tokens or frames that do not exist.
     """
     prompt = encoded.prompt
-    sets = _token_sets(encoded, projection)
-    negative = _negative(encoded, projection)
+    with _s_scale(projection, prompt.s_scale):
+        sets = _token_sets(encoded, projection)
+        negative = _negative(encoded, projection)
     if prompt.select is not None:
         chosen = list(options.read_selection(prompt.select, sets.shape[1]))
         if negative is not None and not isinstance(encoded.negative, Tensor):
@@ -184,7 +181,7 @@ def compile_prompt(
 
 
 def _token_sets(encoded: EncodedPrompt, projection: ImageProjection) -> Float[Tensor, "N T C"]:
-    """Each picture's tokens, or those of all combined; of a timed adapter the features they are made of."""
+    """The tokens of each picture, or of all combined; of a timed adapter the features."""
     rule = encoded.prompt.combine
     if encoded.features is None:
         assert encoded.tokens is not None
@@ -199,42 +196,44 @@ def _token_sets(encoded: EncodedPrompt, projection: ImageProjection) -> Float[Te
     patches = encoded.patches
     if patches is not None:
         patches = combine(_placed(patches, projection), rule, encoded.weights)
-    return _project(projection, features, patches, encoded.prompt.s_scale)
+    return projection(features, patches)
 
 
 def _negative(encoded: EncodedPrompt, projection: ImageProjection) -> Float[Tensor, "T C"] | None:
-    """Tokens of the unconditional half: as given, else by the variant's rule; ``None`` if unknown."""
-    given, zeros, s_scale = encoded.negative, encoded.zeros, encoded.prompt.s_scale
+    """Tokens of the uncond branch: the prompt's negative, else the variant's default; ``None`` if unknown."""
+    given = encoded.negative
+    if given is None:
+        return _learned_negative(encoded, projection)
     if isinstance(given, Tensor):
         return _placed(given, projection).flatten(0, 1)
-    if given is not None:
-        features, patches = (None if part is None else _placed(part, projection) for part in given)
-        assert features is not None
-        if projection.variant.timed:
-            return features.flatten(0, 1)
-        return _project(projection, features, patches, s_scale).flatten(0, 1)
-    with_face = projection.feature == "face+hidden"
-    rule = projection.variant.negative
+    features, patches = given
+    features = _placed(features, projection)
+    if not projection.variant.timed:
+        features = projection(features, None if patches is None else _placed(patches, projection))
+    return features.flatten(0, 1)
+
+
+def _learned_negative(encoded: EncodedPrompt, projection: ImageProjection) -> Float[Tensor, "T C"] | None:
+    """The variant's default negative: the tokens (timed adapters: features) it was trained with as no
+    picture."""
     if projection.variant.timed:
         assert encoded.features is not None
         return torch.zeros_like(_placed(encoded.features[0], projection))
-    if rule == "zero_features" and not with_face:
+    rule = projection.variant.negative
+    if rule == "zero_features" and projection.feature != "face+hidden":
         return projection.negative()[0]
-    if zeros is None or rule == "none":
+    if encoded.zeros is None or rule == "none":
         return None
-    zeros = _placed(zeros, projection)
-    nobody = zeros.new_zeros(1, projection.feature_width)
-    return _project(projection, nobody if with_face else zeros, zeros if with_face else None, s_scale)[0]
+    return projection.negative(_placed(encoded.zeros, projection))[0]
 
 
-def _project(
-    projection: ImageProjection, features: Tensor, patches: Tensor | None, s_scale: float | None
-) -> Float[Tensor, "N T C"]:
-    if s_scale is None:
-        return projection(features, patches)
-    usual, projection.s_scale = projection.s_scale, s_scale
+@contextmanager
+def _s_scale(projection: ImageProjection, value: float | None) -> Iterator[None]:
+    """Set FaceID-PlusV2's ``s_scale`` inside the block; ``None`` leaves the projection's own."""
+    usual = projection.s_scale
+    projection.s_scale = usual if value is None else value
     try:
-        return projection(features, patches)
+        yield
     finally:
         projection.s_scale = usual
 

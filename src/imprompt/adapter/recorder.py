@@ -1,8 +1,8 @@
-"""Where, in which layers and at which steps each image prompt acts, measured while a picture is drawn.
+"""Measure where, in which layers and at which steps each image prompt acts while a picture is drawn.
 
-At every query: the length of what the prompt adds to the residual stream (strength, window, curve and mask
-inside), relative to the mean length of what the base's own attention adds there. The picture is bit for bit
-the one drawn without recording.
+Measured at every query: the norm of the prompt's contribution to the residual stream (with strength, window,
+curve and mask), relative to the mean norm of the base's own attention output. Recording does not change the
+picture.
 
 Dimensions: B batch rows, H heads, L queries, D head width, C stream width; G prompts, S calls, N sites.
 """
@@ -22,22 +22,22 @@ from imprompt.errors import UsageError
 
 @dataclass(frozen=True, eq=False)
 class Attribution:
-    """What was measured; prompts in the order in which they were set, layers in execution order."""
+    """The measurements; prompts in the order in which they were set, layers in execution order."""
 
     layers: tuple[Site, ...]
     steps: tuple[float, ...]
-    """The share of the schedule at each call of the denoiser, 0 for pure noise."""
+    """Position in the schedule at each call of the denoiser, from 0 (pure noise) to 1."""
     strength: Float[Tensor, "G S N"]
-    """Mean length of the prompt's contribution over the base's; 0 where it does not act."""
+    """Mean norm of the prompt's contribution over that of the base's; 0 where it does not act."""
     maps: Float[Tensor, "G h w"]
-    """The same at each place of the latent, averaged over steps and layers."""
+    """The same for each position of the latent, averaged over steps and layers."""
 
 
 @dataclass(eq=False)
 class Recorder:
-    """Measures every prompt while it is :attr:`imprompt.adapter.injection.Injection.recorder`.
+    """Measures all prompts while it is :attr:`imprompt.adapter.injection.Injection.recorder`.
 
-    Of guided batches the cond rows count. Draw, then ask for :meth:`result`.
+    With guidance, only cond rows are measured. Draw, then call :meth:`result`.
     """
 
     _call: Call | None = None
@@ -47,8 +47,8 @@ class Recorder:
     _maps: dict[int, Tensor] = field(default_factory=dict)
 
     def step(self, position: Tensor, call: Call, layers: Sequence[Site]) -> None:
-        """The denoiser is about to run at ``position``, a share of the schedule. Raises :class:`UsageError`
-        when the drawn size changed meanwhile."""
+        """Begin a call of the denoiser at ``position`` of the schedule (0 to 1). Raises :class:`UsageError`
+        if the size has changed."""
         if self._call is not None and self._size(call) != self._size(self._call):
             raise UsageError("the size of what is drawn changed; explain one picture at a time.")
         self._call, self._layers = call, tuple(layers)
@@ -64,7 +64,7 @@ class Recorder:
         project: Callable[[Tensor], Tensor] | None,
         beside: Float[Tensor, "B L C"] | None,
     ) -> Float[Tensor, "B H L D"]:
-        """``out`` plus what the prompts contribute, in the order in which it is always added up."""
+        """``out`` plus the contributions of the prompts, added in the same order as without a recorder."""
         own = self._length(merge_heads(out), project) if beside is None else self._length(beside, None)
         for kv in kvs:
             image = attend(kv)
@@ -76,7 +76,7 @@ class Recorder:
         return out
 
     def result(self) -> Attribution:
-        """What was measured until now. Raises :class:`UsageError` when nothing was drawn with a prompt."""
+        """The measurements so far. Raises :class:`UsageError` if no prompt acted."""
         if self._call is None or not self._maps:
             raise UsageError("there is nothing to explain: no image prompt acted while this was recorded.")
         layers = tuple(sorted(self._layers, key=lambda layer: layer.block_index))
@@ -105,7 +105,7 @@ class Recorder:
     def _length(
         self, values: Float[Tensor, "B L C"], project: Callable[[Tensor], Tensor] | None
     ) -> Float[Tensor, "L"]:
-        """Lengths behind the output projection (without its bias), averaged over the cond rows."""
+        """Norms after the output projection (without its bias), averaged over the cond rows."""
         assert self._call is not None
         branches = self._call.branches
         cond = [i for i, branch in enumerate(branches) if branch == "cond"] or list(range(len(branches)))

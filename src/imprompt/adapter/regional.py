@@ -1,4 +1,4 @@
-"""Regional text: inside a prompt's mask its own text is read instead of the pipeline's prompt.
+"""Regional text: inside a mask, another text is read instead of the pipeline's prompt.
 
 At every query, ``text = (1 − Σ sᵢ) · A(q, prompt) + Σ sᵢ · A(q, textᵢ)`` with ``sᵢ = mᵢ / max(1, Σ m)``: the
 masks' shares, made to add up to 1 where masks overlap, and 0 in the uncond rows. Outside all masks the
@@ -9,7 +9,7 @@ Dimensions: B batch rows, H heads, L queries, D head width, T tokens, C token wi
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,25 +20,25 @@ from torch import Tensor
 
 from imprompt.adapter.attention import split_heads
 from imprompt.adapter.backbones.base import Caller
-from imprompt.adapter.prompt import CompiledPrompt
+from imprompt.adapter.slots import Slot, padded
 from imprompt.errors import InputError, UsageError
 
 
 @dataclass(frozen=True, eq=False)
 class Regional:
-    """The regional texts of one layer and how much of each every query reads."""
+    """The regional texts of one layer, and the share of each at every query."""
 
     texts: tuple[Float[Tensor, "B _ C"], ...]
     biases: tuple[Float[Tensor, "B 1 1 _"] | None, ...]
     shares: tuple[Float[Tensor, "B 1 L 1"], ...]
     rest: Float[Tensor, "B 1 L 1"]
-    """What is left to the pipeline's prompt."""
+    """The share of the pipeline's prompt."""
 
     def read(
         self, attn: Attention, query: Float[Tensor, "B H L D"], prompt: Float[Tensor, "B H L D"]
     ) -> Float[Tensor, "B H L D"]:
-        """Text attention, given that of the pipeline's prompt. Keys are the layer's own, made here so that
-        LoRAs and offloading act on them as on the prompt's."""
+        """The text attention, given that of the pipeline's prompt. Keys and values come from the layer's own
+        modules, so that LoRAs and offloading apply."""
         out = prompt * self.rest
         for text, bias, share in zip(self.texts, self.biases, self.shares, strict=True):
             states = attn.norm_encoder_hidden_states(text) if attn.norm_cross else text
@@ -52,49 +52,38 @@ class Regional:
         return out
 
 
-@dataclass(eq=False)
 class Regions:
     """All regional texts of one call; layers of one size share their :class:`Regional`."""
 
-    _texts: list[Tensor] = field(default_factory=list)
-    _biases: list[Tensor | None] = field(default_factory=list)
-    _grids: list[tuple[Any, Tensor]] = field(default_factory=list)
-    _made: dict[tuple[int, int], Regional] = field(default_factory=dict)
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self._slots: list[tuple[Slot, Float[Tensor, "B 1 1 1"]]] = []
+        """Those with texts, and which rows of the batch read them."""
+        self._texts: list[Tensor] = []
+        self._biases: list[Tensor | None] = []
+        self._made: dict[tuple[int, int], Regional] = {}
+        for slot in slots:
+            given = [prompt.text for prompt in slot.prompts if prompt.text is not None]
+            if given:
+                self._add(slot, torch.zeros_like(max(given, key=len)))
 
-    def add(
-        self,
-        prompts: Sequence[CompiledPrompt | None],
-        picks: Sequence[int],
-        active: Sequence[bool],
-        masks: Any,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        """Add one slot: batch row ``b`` has prompt ``picks[b]``, and reads its text where ``active[b]``."""
-        texts = [None if prompt is None else prompt.text for prompt in prompts]
-        given = [text for text in texts if text is not None]
-        if not given:
-            return
-        longest = max(len(text) for text in given)
-        stack = torch.zeros(len(prompts), longest, given[0].shape[-1], device=device, dtype=dtype)
-        bias = torch.zeros(len(prompts), 1, 1, longest, device=device, dtype=dtype)
-        for m, text in enumerate(texts):
-            if text is not None:
-                stack[m, : len(text)] = text.to(device, dtype)
-                bias[m, ..., len(text) :] = float("-inf")
-        order = list(picks)
-        reads = [on and texts[m] is not None for m, on in zip(picks, active, strict=True)]
-        padded = any(text is not None and len(text) < longest for text in texts)
-        self._texts.append(stack[order])
-        self._biases.append(bias[order] if padded else None)
-        self._grids.append((masks, torch.tensor(reads, device=device).to(dtype)[:, None, None, None]))
+    def _add(self, slot: Slot, blank: Float[Tensor, "T C"]) -> None:
+        """Add the texts of a slot; the uncond rows read none. ``blank`` stands in for those without."""
+        call, texts = slot.call, [prompt.text for prompt in slot.prompts]
+        sequences = [(blank if text is None else text).to(call.device, call.dtype) for text in texts]
+        stack, bias = padded(sequences, [None] * len(texts))
+        cond = torch.tensor([branch != "uncond" for branch in call.branches])
+        spoken = torch.tensor([text is not None for text in texts])[slot.rows]
+        reads = spoken & cond.repeat_interleave(len(slot.rows) // len(cond))
+        self._texts.append(stack[slot.rows])
+        self._biases.append(None if bias is None else bias[slot.rows].to(call.dtype))
+        self._slots.append((slot, reads.to(call.device, call.dtype)[:, None, None, None]))
 
     def at(self, size: tuple[int, int]) -> Regional | None:
         """The regional texts for a layer of ``size`` (height, width); ``None`` when there are none."""
-        if not self._texts:
+        if not self._slots:
             return None
         if size not in self._made:
-            placed = [grid * reads for masks, reads in self._grids if (grid := masks.at(size)) is not None]
+            placed = [grid * reads for slot, reads in self._slots if (grid := slot.mask(size)) is not None]
             covered = torch.stack(placed).sum(0)
             shares = tuple(share / covered.clamp_min(1) for share in placed)
             rest = (1 - covered).clamp_min(0)
@@ -117,7 +106,8 @@ def project_text(projection: Any | None, states: Float[Tensor, "*B E"]) -> Float
 
 
 def text_options(caller: Caller) -> dict[str, Any]:
-    """The options of a pipeline's call that change how its prompt is encoded, where it knows them."""
+    """The options of the pipeline's call that its ``encode_prompt`` takes: ``clip_skip`` and
+    ``lora_scale``."""
     known = inspect.signature(caller.pipe.encode_prompt).parameters
     of_layers = caller.value("cross_attention_kwargs") or {}
     stated = {"clip_skip": caller.value("clip_skip"), "lora_scale": of_layers.get("scale")}
@@ -125,10 +115,10 @@ def text_options(caller: Caller) -> dict[str, Any]:
 
 
 def encode_text(pipe: Any, text: str | Tensor, width: int, **options: Any) -> Float[Tensor, "T C"]:
-    """A text's embeddings as the pipeline makes them of its prompt, with ``options`` of its own encoding.
+    """Encode a text with the pipeline's ``encode_prompt``; embeddings are checked and returned.
 
-    Embeddings are only checked: ``(T, C)`` or ``(1, T, C)``, finite, ``C`` being ``width``. Raises
-    :class:`UsageError` for words without a pipeline, :class:`InputError` for other embeddings.
+    Embeddings are ``(T, C)`` or ``(1, T, C)`` with ``C`` equal to ``width``. Raises :class:`UsageError` for a
+    text without a pipeline, :class:`InputError` for embeddings of another shape or with NaN.
     """
     if isinstance(text, Tensor):
         states = text

@@ -1,23 +1,21 @@
-"""Regional prompts without a picture: several texts in one drawing, each inside its own mask.
+"""Regional text prompts: several texts in one picture, each inside its own mask.
 
-:class:`TextRegions` sits on a UNet beside image prompt adapters, or alone where there is none, and hands its
-texts to the same attention (:mod:`imprompt.adapter.regional`). A region that has a picture too is an
-``ImagePrompt`` with ``mask`` and ``text``; both kinds share overlaps.
+:class:`TextRegions` is attached like an adapter, beside others or alone; :mod:`imprompt.adapter.regional`
+reads the texts. A region with a picture is an ``ImagePrompt`` with ``mask`` and ``text``. Where masks
+overlap, both kinds share the place.
 """
 
-import weakref
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from imprompt.adapter.batch import PromptSource
 from imprompt.adapter.frames import track_of
 from imprompt.adapter.injection import Injection, find_denoiser
 from imprompt.adapter.masks import read_masks
 from imprompt.adapter.prompt import CompiledPrompt
+from imprompt.adapter.source import PromptSource
 from imprompt.errors import AdapterMismatch, UsageError
 from imprompt.schema.prompt import TextRegion
 
@@ -30,37 +28,32 @@ class TextRegions(PromptSource):
     """
 
     def __init__(self) -> None:
-        self._injection: weakref.ref[Injection] | None = None
         self._words: tuple[str | Tensor, ...] = ()
 
     def attach(self, target: object) -> "TextRegions":
-        """Sit on the UNet of the pipeline that will be called. Raises :class:`AdapterMismatch` for what has
-        none, :class:`UsageError` while on another."""
+        """Attach to the pipeline that you will call. Raises :class:`AdapterMismatch` if it has no UNet,
+        :class:`UsageError` while attached to another UNet."""
         found = find_denoiser(target)
         if found is None or found[0].name != "unet":
             raise AdapterMismatch(f"regional texts need a diffusers UNet; {type(target).__name__} has none.")
         unet = found[1]
-        before = None if self._injection is None else self._injection()
-        if before is not None and not before.serves(unet):
+        if self.injection is not None and not self.injection.serves(unet):
             raise UsageError("these regions are attached to another UNet; detach() them first.")
-        injection = Injection.into(unet, None if isinstance(target, nn.Module) else target)
-        if not any(source is self for source in injection.sources):
-            injection.sources.append(self)
-        self._injection = weakref.ref(injection)
+        self._enter(Injection.into(unet, None if isinstance(target, nn.Module) else target))
         return self
 
     def set(self, regions: Sequence[TextRegion]) -> None:
-        """Say these in every sample that is drawn, until something else is set; none: the prompt alone.
+        """Set the regions for all samples; an empty list removes them.
 
-        Raises :class:`UsageError` before :meth:`attach`, :class:`InputError` for what is no mask or covers
-        nothing, and keeps the previous ones then.
+        Raises :class:`UsageError` before :meth:`attach`, :class:`InputError` for an invalid or empty mask;
+        the previous regions are kept then.
         """
         self.set_batch([regions])
 
     def set_batch(self, samples: Sequence[Sequence[TextRegion]]) -> None:
-        """Say in each sample of a batch what is its own; the pipeline's batch is a multiple of them.
-        Raises as :meth:`set`."""
-        injection = None if self._injection is None else self._injection()
+        """Set the regions of each sample; the pipeline's batch must be a multiple of their number. Raises as
+        :meth:`set`."""
+        injection = self.injection
         if injection is None:
             raise UsageError("attach() the regions to a pipeline first, which encodes their words.")
         with torch.inference_mode(False), torch.no_grad():
@@ -68,14 +61,14 @@ class TextRegions(PromptSource):
                 tuple(_row(region, injection.encode_text(region.text)) for region in regions)
                 for regions in samples
             )
-        with injection.drawing.undisturbed():
+        with self._undisturbed():
             self._samples = rows if any(rows) else ()
             self._words = tuple(region.text for regions in samples for region in regions)
             injection.invalidate()
 
     def begin_run(self, encode_text: Callable[[str], Tensor]) -> None:
-        """Encode the words anew, as the pipeline has just encoded its prompt."""
-        injection = None if self._injection is None else self._injection()
+        """Encode the words again, as the pipeline has just encoded its prompt."""
+        injection = self.injection
         if injection is None or not any(isinstance(text, str) for text in self._words):
             return
         words = iter(self._words)
@@ -90,12 +83,10 @@ class TextRegions(PromptSource):
         injection.invalidate()
 
     def detach(self) -> None:
-        """Leave the UNet as it was found."""
-        injection = None if self._injection is None else self._injection()
-        with nullcontext() if injection is None else injection.drawing.undisturbed():
-            self._injection, self._samples, self._words = None, (), ()
-            if injection is not None:
-                injection.remove(self)
+        """Detach from the UNet, which is restored."""
+        with self._undisturbed():
+            self._samples, self._words = (), ()
+            self._leave()
 
 
 def _row(region: TextRegion, text: Tensor) -> CompiledPrompt:

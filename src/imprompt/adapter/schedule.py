@@ -1,8 +1,8 @@
-"""When an image prompt acts: windows and curves over the noise schedule.
+"""Windows and curves over the noise schedule: when an image prompt acts.
 
-A position in the schedule is a share from 0 (pure noise) to 1 (finished picture). :class:`Clock` turns a
-timestep into a position, whatever the scheduler counts in; :class:`Gate` turns a position into one factor per
-batch row, in a tensor that stays the same object.
+Positions run from 0 (pure noise) to 1 (finished picture). :class:`Clock` converts a scheduler's timesteps to
+positions; :class:`Gate` converts a position to one factor per batch row, in a tensor that is written in
+place.
 
 Dimensions: R rows, K control points, N timesteps of a run.
 """
@@ -22,7 +22,7 @@ _TRAINING_STEPS = 1000  # where there is no scheduler to ask
 
 @dataclass(frozen=True)
 class When:
-    """One row's place in time: the window [start, end) and the factor inside it."""
+    """When a row acts: the window [start, end), and a curve of factors."""
 
     start: float = 0.0
     end: float = 1.0
@@ -30,23 +30,27 @@ class When:
 
     @property
     def always(self) -> bool:
-        """Whether it acts with its full strength throughout."""
-        return self.start == 0 and self.end == 1 and all(factor == 1 for _, factor in self.curve)
+        """Whether its factor is always 1."""
+        return self.start == 0 and self.end == 1 and not self.curved
+
+    @property
+    def curved(self) -> bool:
+        """Whether its curve has factors other than 1."""
+        return any(factor != 1 for _, factor in self.curve)
 
     @property
     def never(self) -> bool:
-        """Whether there is no time at which it acts."""
+        """Whether its factor is always 0."""
         return self.start == self.end or not any(factor for _, factor in self.curve)
 
 
 @dataclass(frozen=True, eq=False)
 class Clock:
-    """Positions of timesteps, counted from pure noise in units of which the schedule has :attr:`length`.
+    """Positions of timesteps, from 0 (pure noise) to :attr:`length`.
 
-    Schedulers that count training steps (DDIM, DPM++, Euler, UniPC, LCM, …) give ``T - t`` of ``T``, hence
-    the same for any number of steps. For all others (EDM, continuous, flow matching, with any shift)
-    timesteps are no shares of anything: the position is the number of the nearest entry in the run's own
-    table, so that ``end=0.5`` is half of the steps.
+    For schedulers that count training steps (DDIM, DPM++, Euler, UniPC, LCM, …) the position is ``T - t`` of
+    ``T``, independent of the number of steps. For others (EDM, continuous, flow matching, with any shift) it
+    is the index of the nearest timestep of the run, so that ``end=0.5`` is half of the steps.
     """
 
     length: int
@@ -63,7 +67,7 @@ class Clock:
         return cls(len(steps), torch.tensor(steps, device=device, dtype=torch.float32))
 
     def position(self, timestep: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        """Position of ``timestep``, from 0 to :attr:`length`. No synchronisation with the device."""
+        """Position of ``timestep``, without synchronising with the device."""
         if self.table is None:
             return self.length - timestep
         # Nearest, not equal: FLUX is given t/1000 in the latents' precision (bf16 keeps 8 bits).
@@ -81,7 +85,7 @@ def _counts_training_steps(scheduler: Any) -> bool:
 
 
 class Gate:
-    """The factors of a batch's rows at the present step."""
+    """One factor per batch row, at the present step."""
 
     def __init__(self, rows: Sequence[When], device: torch.device, dtype: torch.dtype) -> None:
         self.factor: Float[Tensor, R] = torch.ones(len(rows), device=device, dtype=dtype)
@@ -97,35 +101,37 @@ class Gate:
             position = position.repeat_interleave(len(self._rows) // len(position))
         factor = ((position >= self._first) & (position < self._last)).to(torch.float32)
         if self._curves is not None:
-            factor = factor * evaluate(*self._curves, position.expand(len(self._rows)))
+            places, factors = self._curves
+            factor = factor * evaluate(places, factors, position.expand(len(self._rows)))
         self.factor.copy_(factor)
 
     def _measure(self, length: int) -> None:
-        """Windows and curves in units of the clock, where float32 holds their edges exactly."""
+        """Convert windows and curves to the clock's units, in which float32 holds their edges exactly."""
 
-        def table(values: Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
+        def table(values: Sequence[Sequence[object]]) -> Tensor:
             return torch.tensor(values, device=self.factor.device, dtype=torch.float32)
 
-        infinity = float("inf")
-        self._first = table([-infinity if row.start == 0 else length * row.start for row in self._rows])
-        self._last = table([infinity if row.end == 1 else length * row.end for row in self._rows])
-        self._curves: tuple[Tensor, Tensor] | None = None
-        if any(factor != 1 for row in self._rows for _, factor in row.curve):
+        never, ever = float("-inf"), float("inf")
+        self._first, self._last = table(
+            [
+                (length * row.start if row.start else never, length * row.end if row.end < 1 else ever)
+                for row in self._rows
+            ]
+        ).unbind(1)
+        self._curves: tuple[Tensor, ...] | None = None
+        if any(row.curved for row in self._rows):
             longest = max(len(row.curve) for row in self._rows)
             curves = [[*row.curve, *[row.curve[-1]] * (longest - len(row.curve))] for row in self._rows]
-            self._curves = (
-                table([[length * x for x, _ in points] for points in curves]),
-                table([[y for _, y in points] for points in curves]),
-            )
+            self._curves = table([[(length * x, y) for x, y in points] for points in curves]).unbind(-1)
         self._length = length
 
 
 def evaluate(
     places: Float[Tensor, "R K"], factors: Float[Tensor, "R K"], at: Float[Tensor, "R"]
 ) -> Float[Tensor, "R"]:
-    """Each row's curve at its own place: straight between control points, constant beyond the ends.
+    """Evaluate each row's curve: linear between control points, constant beyond the ends.
 
-    Of two points at one place the later holds from there on. No branch on values, no synchronisation.
+    Of two points at one position, the later holds from there on. No branch on values, no synchronisation.
     """
     passed = (at[:, None] >= places).sum(1, keepdim=True)
     before, after = (passed - 1).clamp_min(0), passed.clamp_max(places.shape[1] - 1)

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from imprompt.catalog.variants import VARIANTS, Variant
+from imprompt.catalog.variants import VARIANTS
 from imprompt.errors import UsageError
 
 Backbone = Literal["unet", "flux", "sd3"]
@@ -284,8 +284,3 @@ def _rows(table: str, kind: type[Row]) -> Mapping[str, Row]:
         assert given.keys() <= known, f"catalog.toml: {table}.{name} has unknown fields"
         rows[name] = kind(**given)
     return rows
-
-
-def variant_of(row: AdapterRow) -> Variant:
-    """How an adapter makes its tokens."""
-    return VARIANTS[row.variant]

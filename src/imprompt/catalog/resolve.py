@@ -18,6 +18,7 @@ from imprompt.io import check_path, read_json
 
 _PART = r"[A-Za-z0-9][\w.-]*"
 _HUB_ID = re.compile(rf"{_PART}/{_PART}(/[\w. -]+)*")
+_ENDING = re.compile(r"\.[A-Za-z]\w{1,11}$")  # of a file of weights, or a picture
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx")
 
 
@@ -37,6 +38,9 @@ class Source:
     """Its record, if it is in the catalogue."""
     kind: str = ""
     """Names it in messages: "base", "adapter", …"""
+
+    def __str__(self) -> str:
+        return self.folder + (f":{self.inside}" if self.inside else "")
 
     @property
     def is_file(self) -> bool:
@@ -104,43 +108,55 @@ def resolve(name: str | Path, kind: str, table: Mapping[str, Entry], others: str
     forbids.
     """
     text = str(name)
-    if text in table:
-        row = table[text]
-        check(f"{kind} '{text}'", row.licence)
-        inside = _inside(row)
-        if not row.bundled:
-            return Source(text, None, row.repo, inside, getattr(row, "revision", None), row, kind)
-        path = ASSETS / inside
-        if not path.exists():
-            raise ModelError(
-                f"the bundled {kind} is incomplete: '{path.name}' is missing. Install imprompt again."
-            )
-        return Source(text, path, row=row, kind=kind)
-    explicit = text.startswith("hf:")
-    if not explicit:
-        path = check_path(text, kind)
-        if path.exists():
-            return Source(text, path, kind=kind)
-    found = text.removeprefix("hf:").replace(":", "/", 1)
-    if _HUB_ID.fullmatch(found) and (explicit or not _looks_like_a_path(found)):
-        owner, repo, *rest = found.split("/", 2)
-        known = _known(found, table)
-        return Source(text, None, f"{owner}/{repo}", rest[0] if rest else "", None, known, kind)
-    if "/" in text or "\\" in text or _has_ending(text) or not table:
-        what = others or "a file, a folder or a hub id (owner/name)"
-        raise ModelError(f"there is no {kind} at '{text}'; {what} is expected.")
-    lookup(table, text, kind, others or "a file, a folder or a hub id (owner/name)")
+    found = _in_catalogue(text, kind, table) or _on_this_machine(text, kind) or _on_hub(text, kind, table)
+    if found is not None:
+        return found
+    others = others or "a file, a folder or a hub id (owner/name)"
+    if "/" in text or "\\" in text or _ENDING.search(text) or not table:
+        raise ModelError(f"there is no {kind} at '{text}'; {others} is expected.")
+    lookup(table, text, kind, others)
     raise AssertionError("lookup raises for a name that is not in the table")
 
 
-def _has_ending(name: str) -> bool:
-    """Whether a name ends as a file of weights or a picture does."""
-    return bool(re.search(r"\.[A-Za-z]\w{1,11}$", name))
+def _in_catalogue(name: str, kind: str, table: Mapping[str, Entry]) -> Source | None:
+    row = table.get(name)
+    if row is None:
+        return None
+    check(f"{kind} '{name}'", row.licence)
+    inside = _inside(row)
+    if not row.bundled:
+        return Source(name, None, row.repo, inside, getattr(row, "revision", None), row, kind)
+    path = ASSETS / inside
+    if not path.exists():
+        raise ModelError(
+            f"the bundled {kind} is incomplete: '{path.name}' is missing. Install imprompt again."
+        )
+    return Source(name, path, row=row, kind=kind)
+
+
+def _on_this_machine(name: str, kind: str) -> Source | None:
+    """A path, or a folder and a path in it: ``folder:inside``."""
+    if name.startswith("hf:"):
+        return None
+    path = check_path(name, kind)
+    folder, _, inside = name.partition(":")
+    if not path.exists() and inside:
+        path = Path(folder, inside)
+    return Source(name, path, kind=kind) if path.exists() else None
+
+
+def _on_hub(name: str, kind: str, table: Mapping[str, Entry]) -> Source | None:
+    hub_id = name.removeprefix("hf:").replace(":", "/", 1)
+    if not _HUB_ID.fullmatch(hub_id) or (hub_id == name and _looks_like_a_path(name)):
+        return None
+    owner, repo, *inside = hub_id.split("/", 2)
+    row = next((row for row in table.values() if row.repo == hub_id and not _inside(row)), None)
+    return Source(name, None, f"{owner}/{repo}", "".join(inside), None, row, kind)
 
 
 def is_here(row: Entry) -> bool:
     """Whether a model of the catalogue is on this machine; the hub is not asked."""
-    names = {AdapterRow: "", BaseRow: "model_index.json"}
+    names = {AdapterRow: "", BaseRow: "model_index.json", EncoderRow: "model.safetensors"}
     file = "/".join(part for part in (_inside(row), names.get(type(row), "config.json")) if part)
     revision = getattr(row, "revision", None)
     return row.bundled or hub.cached_file(row.repo, file, revision) is not None
@@ -165,11 +181,6 @@ def _inside(row: Entry) -> str:
         case MotionRow(bundled=True):
             return "motion"
     return ""
-
-
-def _known(hub_id: str, table: Mapping[str, Entry]) -> Entry | None:
-    """The record of a repository that is given by its id."""
-    return next((row for row in table.values() if row.repo == hub_id and not _inside(row)), None)
 
 
 def _looks_like_a_path(name: str) -> bool:

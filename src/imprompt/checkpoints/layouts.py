@@ -79,8 +79,8 @@ _LAYOUTS = (
     Layout("unet", "unet", "odd", _PLAIN, names=((r"adapter_modules\.", "ip_adapter.", "^$", ""),)),
 )  # fmt: skip
 LAYOUTS = {layout.name: layout for layout in _LAYOUTS}
-"""By name, in the order in which they are recognised. Sources: the published files of the reference IP-Adapter,
-XLabs, InstantX and Black Forest Labs."""
+"""By name, in the order in which they are recognised. Sources: the published files of the reference
+IP-Adapter, XLabs, InstantX and Black Forest Labs."""
 
 
 def our_form(flat: Mapping[str, T]) -> tuple[dict[str, T], Layout]:

@@ -1,14 +1,13 @@
 """Where an adapter's files are: from a name to its weights and the image encoders that may go with them."""
 
-import os
+import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from imprompt import hub
 from imprompt.catalog import AdapterRow, EncoderRow, adapters, encoders
-from imprompt.catalog.resolve import Source, resolve
-from imprompt.errors import ModelError, UsageError
+from imprompt.catalog.resolve import Source, is_here, resolve
+from imprompt.errors import ImpromptError, ModelError, UsageError
 
 _UNFINISHED = "checkpoint-"
 """Prefix of the files that a training run goes on from; they lie beside the adapter it made."""
@@ -18,79 +17,53 @@ NOTED_ENCODER = "imprompt.image_encoder"
 """Metadata of a trained adapter's file: the folder or repository of its image encoder."""
 
 
-@dataclass(frozen=True)
-class EncoderPlace:
-    """Where an image encoder may be: a local folder or hub repository, and a folder in it."""
-
-    source: str
-    subfolder: str | None = None
-
-    @classmethod
-    def named(cls, name: str | Path) -> "EncoderPlace":
-        """An alias, a folder, ``owner/name[/folder]`` or ``owner/name:folder``. Raises :class:`ModelError` if
-        there is no image encoder."""
-        place = cls.of(resolve(name, "image encoder", encoders(), "a folder or a hub id (owner/name/folder)"))
-        if not any(place.widths()):
-            raise ModelError(
-                f"no image encoder (config.json with hidden_size and projection_dim) at '{name}'."
-            )
-        return place
-
-    @classmethod
-    def of(cls, source: Source) -> "EncoderPlace":
-        """The place of a resolved name."""
-        return cls(source.folder, source.inside or None)
-
-    @classmethod
-    def noted(cls, metadata: Mapping[str, str]) -> "tuple[EncoderPlace, ...]":
-        """Where the trainer of an adapter file says its encoder is; empty if it says nothing or a folder that
-        is not here."""
-        name = metadata.get(NOTED_ENCODER, "")
-        if os.path.exists(name):  # noqa: PTH110  # also for what is no valid path
-            return (cls(name),)
-        source, _, subfolder = name.partition(":")
-        return (cls(source, subfolder or None),) if source.count("/") == 1 and source[0] not in "./~" else ()
-
-    @property
-    def cached(self) -> bool:
-        """Whether it is a repository whose encoder is in the hub's cache; the hub is not asked."""
-        return hub.cached_file(self.source, self._inside("model.safetensors")) is not None
-
-    def widths(self) -> tuple[int, int]:
-        """(pooled, hidden) width by its configuration; zeros when there is none."""
-        if os.path.exists(self.source):  # noqa: PTH110  # also for what is no valid path
-            source = Source(self.source, Path(self.source))
-        else:
-            source = Source(self.source, None, self.source)
-            known = published_encoders().get(self)
-            if known is not None and hub.cached_file(self.source, self._inside("config.json")) is None:
-                return known  # the hub need not be asked for what the catalogue says
-        try:
-            config = source.config(self._inside("config.json"))
-        except ModelError:
-            if source.path is not None:
-                raise
-            return 0, 0
-        config = config.get("vision_config", config)
-        hidden = int(config.get("hidden_size", 0))
-        unprojected = hidden if "siglip" in str(config.get("model_type")) else 0
-        return int(config.get("projection_dim") or unprojected), hidden
-
-    def _inside(self, name: str) -> str:
-        return f"{self.subfolder}/{name}" if self.subfolder else name
-
-    def __str__(self) -> str:
-        return self.source + (f":{self.subfolder}" if self.subfolder else "")
+def encoder_source(name: str | Path) -> Source:
+    """The image encoder of an alias, a folder, ``owner/name[/folder]`` or ``owner/name:folder``. Raises
+    :class:`ModelError` if there is none."""
+    source = resolve(name, "image encoder", encoders(), "a folder or a hub id (owner/name/folder)")
+    if not any(encoder_widths(source)):
+        raise ModelError(f"no image encoder (config.json with hidden_size and projection_dim) at '{name}'.")
+    return source
 
 
-def published_encoders() -> dict[EncoderPlace, tuple[int, int]]:
-    """The encoders of the catalogue that are on the hub, with their (pooled, hidden) widths."""
-    return {_place_of(row): (row.pooled, row.hidden) for row in encoders().values() if not row.bundled}
+def noted_encoder(metadata: Mapping[str, str]) -> tuple[Source, ...]:
+    """Where an adapter file's metadata says its encoder is; empty if it says nothing, or a folder that is not
+    here."""
+    try:
+        return (resolve(metadata.get(NOTED_ENCODER, ""), "image encoder", {}),)
+    except ImpromptError:
+        return ()
+
+
+def published_encoders(*, here: bool = False) -> tuple[Source, ...]:
+    """The encoders of the catalogue that are on the hub; with ``here`` those that are in its cache, too."""
+    rows = (row for row in encoders().values() if not row.bundled)
+    return tuple(_source_of(row) for row in rows if not here or is_here(row))
+
+
+def encoder_widths(source: Source) -> tuple[int, int]:
+    """(pooled, hidden) width of an image encoder; zeros when there is none.
+
+    By the catalogue, else by its configuration. Raises :class:`ModelError` for a damaged one on this machine.
+    """
+    for row in encoders().values():
+        if (row.repo, row.folder) == (source.repo, source.inside):
+            return row.pooled, row.hidden
+    try:
+        config = source.config()
+    except ModelError:
+        if source.path is not None:
+            raise
+        return 0, 0
+    config = config.get("vision_config", config)
+    hidden = int(config.get("hidden_size", 0))
+    unprojected = hidden if "siglip" in str(config.get("model_type")) else 0
+    return int(config.get("projection_dim") or unprojected), hidden
 
 
 def locate(
     name: str, subfolder: str | None = None, weight_name: str | None = None
-) -> tuple[Path, tuple[EncoderPlace, ...]]:
+) -> tuple[Path, tuple[Source, ...]]:
     """The adapter's file, fetched if need be, and where its image encoder may be.
 
     ``name`` is an alias of the catalogue, a file, a folder, or ``owner/name[/folder]/file`` of the hub;
@@ -101,10 +74,18 @@ def locate(
     source = resolve(
         name, "adapter", adapters(), "a file, a folder or owner/name/file.safetensors of the hub"
     )
-    if isinstance(source.row, AdapterRow) and source.path is None:
-        return _published(source, source.row), _places_of(source.row)
     if source.path is not None:
         return _local(source.path, subfolder, weight_name)
+    if isinstance(source.row, AdapterRow):
+        encoder = source.row.encoder
+        places = () if encoder is None else (_source_of(encoders()[encoder]),)
+        return _published(source, source.row), places
+    return _on_hub(source, subfolder, weight_name)
+
+
+def _on_hub(
+    source: Source, subfolder: str | None, weight_name: str | None
+) -> tuple[Path, tuple[Source, ...]]:
     inside = "/".join(part for part in (source.inside, subfolder, weight_name) if part)
     if not inside or (weight_name is None and not source.is_file):
         raise UsageError(
@@ -112,16 +93,13 @@ def locate(
             "weight_name=."
         )
     folder = inside.rpartition("/")[0]
-    places = [f"{folder}/image_encoder"] if folder else []
-    places += [each for each in _encoder_folders() if each not in places]
-    found = tuple(EncoderPlace(source.repo, each) for each in places)
-    what = f"adapter '{name}'"
+    folders = dict.fromkeys([*([f"{folder}/image_encoder"] if folder else []), *_encoder_folders()])
+    places = tuple(Source(f"{source.repo}:{each}", None, source.repo, each) for each in folders)
     if inside.endswith(".bin"):
-        try:
-            return hub.fetch(source.repo, inside.removesuffix(".bin") + ".safetensors", what=what), found
-        except ModelError:
-            pass  # no twin: fetch what was named, and let the reader say what to do with it
-    return hub.fetch(source.repo, inside, what=what), found
+        with contextlib.suppress(ModelError):  # no twin: let the reader say what to do with a pickle
+            twin = inside.removesuffix(".bin") + ".safetensors"
+            return hub.fetch(source.repo, twin, what=source.title), places
+    return hub.fetch(source.repo, inside, what=source.title), places
 
 
 def _published(source: Source, row: AdapterRow) -> Path:
@@ -135,17 +113,11 @@ def _published(source: Source, row: AdapterRow) -> Path:
     return source.file(what=f"adapter '{row.name}'")
 
 
-def _places_of(row: AdapterRow) -> tuple[EncoderPlace, ...]:
-    return () if row.encoder is None else (_place_of(encoders()[row.encoder]),)
+def _source_of(row: EncoderRow) -> Source:
+    return Source(row.name, None, row.repo, row.folder, row=row, kind="image encoder")
 
 
-def _place_of(row: EncoderRow) -> EncoderPlace:
-    return EncoderPlace(row.repo, row.folder or None)
-
-
-def _local(
-    root: Path, subfolder: str | None, weight_name: str | None
-) -> tuple[Path, tuple[EncoderPlace, ...]]:
+def _local(root: Path, subfolder: str | None, weight_name: str | None) -> tuple[Path, tuple[Source, ...]]:
     if root.is_file():
         if subfolder or weight_name:
             raise UsageError(f"'{root}' is a file; subfolder and weight_name go with a folder or repository.")
@@ -173,9 +145,9 @@ def _safe_twin(path: Path) -> Path:
     return twin if path.suffix == ".bin" and twin.is_file() else path
 
 
-def _places_around(folder: Path) -> tuple[EncoderPlace, ...]:
+def _places_around(folder: Path) -> tuple[Source, ...]:
     return tuple(
-        EncoderPlace(str(base / inner))
+        Source(str(base / inner), base / inner)
         for base in (folder, folder.parent)
         for inner in _encoder_folders()
         if (base / inner / "config.json").is_file()

@@ -133,19 +133,6 @@ def read_dataset(
     return replace(data, rows=rows, notes=notes)
 
 
-def write_rows(rows: Sequence[Row], path: Path) -> None:
-    """Write rows as a ``metadata.jsonl`` whose file names are relative to the file's own folder."""
-    with path.open("w", encoding="utf-8") as handle:
-        for row in rows:
-            record = {
-                "file_name": row.file.relative_to(path.parent).as_posix(),
-                "captions": {kind: list(texts) for kind, texts in row.captions.items()},
-                "groups": row.groups,
-                "split": row.split,
-            } | dict.fromkeys(sorted(row.tags), True)
-            handle.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
 # ---- which form it is
 
 
@@ -185,7 +172,7 @@ def _jsonl(path: Path) -> Dataset:
         with path.open("rb") as handle:
             for number, line in enumerate(handle, 1):
                 if line.strip():
-                    yield f"{path.name}:{number}", partial(_loads, line)
+                    yield f"{path.name}:{number}", partial(json.loads, line)
 
     return _records(records(), path.parent)
 
@@ -207,10 +194,6 @@ def _csv(path: Path) -> Dataset:
         raise InputError(f"'{path}' is no CSV in UTF-8: {error}.") from error
     stated = [{key: value for key, value in line.items() if value not in (None, "")} for line in lines]
     return _records(((f"{path.name}:{n}", record) for n, record in enumerate(stated, 2)), path.parent)
-
-
-def _loads(line: bytes) -> Any:
-    return json.loads(line)
 
 
 def _records(records: Iterator[tuple[str, Any]], folder: Path) -> Dataset:
@@ -397,6 +380,26 @@ def _cell(path: Path, box: tuple[int, int, int, int]) -> bytes:
 
 def _hugging_face(name: str) -> Dataset:
     """A dataset of the package ``datasets``; its pictures stay encoded until they are read."""
+    stored, picture = _hf_table(name)
+    caption = next((key for key in CAPTION_FIELDS if key in stored.column_names), None)
+    if picture is None or caption is None:
+        raise InputError(
+            f"dataset '{name}' has the columns {', '.join(stored.column_names)}; one of pictures and one "
+            f"named {', '.join(CAPTION_FIELDS[:3])} are expected."
+        )
+    rows = [
+        Row(
+            Path(name, f"{n:08d}"),
+            {"full": _texts(text or "")},
+            content=partial(_hf_bytes, stored, picture, n),
+        )
+        for n, text in enumerate(stored.select_columns([caption])[caption])
+    ]
+    return Dataset(rows, notes=[f"pictures are read from '{picture}', captions from '{caption}'"])
+
+
+def _hf_table(name: str) -> tuple[Any, str | None]:
+    """The training split of a stored or published dataset, and its column of pictures, if it has one."""
     if find_spec("datasets") is None:
         raise InputError(f"'{name}' is a Hugging Face dataset, read by datasets: pip install datasets.")
     import datasets
@@ -408,22 +411,9 @@ def _hugging_face(name: str) -> Dataset:
     if isinstance(stored, dict):
         stored = stored["train"] if "train" in stored else next(iter(stored.values()))
     picture = next((key for key, kind in stored.features.items() if isinstance(kind, datasets.Image)), None)
-    caption = next((key for key in CAPTION_FIELDS if key in stored.features), None)
-    if picture is None or caption is None:
-        raise InputError(
-            f"dataset '{name}' has the columns {', '.join(stored.features)}; one of pictures and one named "
-            f"{', '.join(CAPTION_FIELDS[:3])} are expected."
-        )
-    stored = stored.cast_column(picture, datasets.Image(decode=False))
-    rows = [
-        Row(
-            Path(name, f"{n:08d}"),
-            {"full": _texts(text or "")},
-            content=partial(_hf_bytes, stored, picture, n),
-        )
-        for n, text in enumerate(stored.select_columns([caption])[caption])
-    ]
-    return Dataset(rows, notes=[f"pictures are read from '{picture}', captions from '{caption}'"])
+    if picture is not None:
+        stored = stored.cast_column(picture, datasets.Image(decode=False))
+    return stored, picture
 
 
 def _hf_bytes(stored: Any, column: str, index: int) -> bytes:

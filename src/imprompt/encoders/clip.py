@@ -73,7 +73,7 @@ class ImageEncoder:
     @classmethod
     def from_pretrained(
         cls,
-        source: str | Path,
+        source: str | Path | Source,
         subfolder: str | None = None,
         torch_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -85,23 +85,25 @@ class ImageEncoder:
         dtype. Only safetensors are read. Raises :class:`ModelError` when it is not there, incomplete, or no
         CLIP vision tower with projection or SigLIP.
         """
-        place = _locate(source, subfolder)
+        name = f"{source}:{subfolder}" if subfolder else str(source)
+        others = "a folder or a hub id (owner/name/folder)"
+        place = source if isinstance(source, Source) else resolve(name, "image encoder", encoders(), others)
         config = place.config()
         if not config:
-            raise ModelError(f"no image encoder at '{place.name}': there is no config.json.")
+            raise ModelError(f"no image encoder at '{name}': there is no config.json.")
         try:
             model, info = _load(place, config, torch_dtype)
         except Exception as error:  # transformers raises nearly anything on damaged or absent files
             if place.path is None:
-                raise hub.failure(f"image encoder '{place.name}'", place.repo, error) from error
-            raise ModelError(f"image encoder '{place.name}' cannot be loaded: {first_line(error)}") from error
+                raise hub.failure(f"image encoder '{name}'", place.repo, error) from error
+            raise ModelError(f"image encoder '{name}' cannot be loaded: {first_line(error)}") from error
         absent = sorted(key for key in info["missing_keys"] if not key.endswith("position_ids"))
         if absent:
             raise ModelError(
-                f"'{place.name}' is no whole CLIP vision tower with projection: {len(absent)} weights are "
+                f"'{name}' is no whole CLIP vision tower with projection: {len(absent)} weights are "
                 f"missing, such as '{absent[0]}'."
             )
-        encoder = cls(model.requires_grad_(False).eval(), _settings(place), name=place.name)
+        encoder = cls(model.requires_grad_(False).eval(), _settings(place), name=name)
         encoder.files = place.weights
         return encoder if device is None else encoder.to(device, None)
 
@@ -188,20 +190,6 @@ def _bounded(image: Image.Image, size: int) -> Image.Image:
         return image
     left, top = (max(0, (side - keep) // 2) for side in image.size)
     return image.crop((left, top, left + min(image.width, keep), top + min(image.height, keep)))
-
-
-def _locate(source: str | Path, subfolder: str | None) -> Source:
-    name = f"{source}:{subfolder}" if subfolder else str(source)
-    if Path(source).exists():
-        return Source(name, Path(source, subfolder or ""))
-    folder, _, inside = str(source).partition(":")
-    if Path(folder).is_dir():
-        return Source(name, Path(folder, inside))
-    place = resolve(str(source), "image encoder", encoders(), "a folder or a hub id (owner/name/folder)")
-    if place.path is not None or not subfolder:
-        return place
-    inside = "/".join(part for part in (place.inside, subfolder) if part)
-    return Source(name, None, place.repo, inside, kind="image encoder")
 
 
 def _load(place: Source, config: Mapping[str, Any], dtype: torch.dtype | None) -> Any:

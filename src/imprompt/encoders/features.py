@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from imprompt.encoders.clip import Features
 from imprompt.errors import InputError
 from imprompt.io import check_path, read_json
+from imprompt.schema.prompt import is_saved
 from imprompt.weights import not_finite, open_tensors, save_tensors
 
 _FORMAT = "imprompt-features-1"
@@ -36,11 +37,6 @@ class Saved:
     pictures: tuple[str, ...]
     """SHA-256 of each picture's pixels."""
     framing: str
-
-
-def is_saved(picture: object) -> bool:
-    """Whether something given as a picture is a file of features: a path that ends in ``.safetensors``."""
-    return isinstance(picture, str | Path) and str(picture).lower().endswith(".safetensors")
 
 
 def shown_name(encoder: str) -> str:
@@ -88,7 +84,7 @@ def load(path: str | Path) -> Saved:
 def write_file(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Path:
     """Write a ``.safetensors`` file whole or not at all. Raises :class:`InputError`."""
     path = check_path(path)
-    if not is_saved(path):
+    if not is_saved(str(path)):
         raise InputError(f"'{path}': features are written as .safetensors.")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, metadata, path, error=InputError)
@@ -107,25 +103,14 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-class Parts(Protocol):
-    """Features by their attributes alone."""
-
-    @property
-    def pooled(self) -> Tensor: ...
-    @property
-    def hidden(self) -> Tensor: ...
-    @property
-    def negative_hidden(self) -> Tensor: ...
-
-
-def joined(parts: Sequence[Parts]) -> Features:
+def joined(parts: Sequence[Features]) -> Features:
     """Several pictures' features as one. Raises :class:`InputError` when their widths differ, as those of
     different encoders do."""
     shapes = {tuple(part.hidden.shape[1:]) + tuple(part.pooled.shape[1:]) for part in parts}
     if len(shapes) != 1:
         raise InputError("the pictures of one prompt have features of different encoders; use one for all.")
     like = parts[0].pooled
-    last = [part.last.to(like) for part in parts if isinstance(part, Features) and part.last is not None]
+    last = [part.last.to(like) for part in parts if part.last is not None]
     return Features(
         torch.cat([part.pooled.to(like) for part in parts]),
         torch.cat([part.hidden.to(like) for part in parts]),

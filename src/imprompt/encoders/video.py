@@ -4,8 +4,8 @@ Only the container formats named here are opened, and only the file itself is re
 of a video names no further files. Animated pictures are read by :mod:`imprompt.encoders.images`.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import av
 from PIL import Image
@@ -13,6 +13,9 @@ from PIL import Image
 from imprompt.encoders.images import MAX_FRAMES, MAX_PIXELS, Budget, frame_count, load_frames
 from imprompt.errors import InputError, first_line
 from imprompt.io import check_file, printable
+
+Clip: TypeAlias = Path | bytes | Image.Image | list[Image.Image] | tuple[Image.Image, ...]
+"""A file, a folder, the bytes of a picture, or frames."""
 
 SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm")
 """Endings of video files."""
@@ -48,7 +51,7 @@ def read_video(
 
 
 def read_clip(
-    source: Path | bytes | Image.Image | Sequence[Image.Image], name: str, budget: Budget | None = None
+    source: Clip, name: str, budget: Budget | None = None
 ) -> tuple[list[Image.Image], float | None]:
     """All frames of a video, an animated picture, a folder or a list of pictures, and how many there are a
     second, if it says so.
@@ -59,7 +62,7 @@ def read_clip(
         return [frame.convert("RGB") for frame in source], None
     if isinstance(source, Path) and source.suffix.lower() in SUFFIXES:
         return read_video(source, budget=budget)
-    frames, fps = load_frames(source, budget=budget)  # type: ignore[arg-type]
+    frames, fps = load_frames(source, budget=budget)
     if len(frames) == 1:
         raise InputError(
             f"'{name}' is a still, and frames are needed here; give an animated picture, a folder or a "
@@ -68,11 +71,11 @@ def read_clip(
     return frames, fps
 
 
-def is_clip(source: Path | bytes | Image.Image | Sequence[Image.Image]) -> bool:
+def is_clip(source: Clip) -> bool:
     """Whether :func:`read_clip` would find frames: it is no still, and nothing that cannot be read."""
     if isinstance(source, Path) and (source.is_dir() or source.suffix.lower() in SUFFIXES):
         return True
-    return isinstance(source, list | tuple) or frame_count(source) > 1  # type: ignore[arg-type]
+    return isinstance(source, list | tuple) or frame_count(source) > 1
 
 
 def _container(start: bytes) -> str | None:

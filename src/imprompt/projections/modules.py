@@ -19,6 +19,14 @@ from imprompt.catalog.variants import Feature, Variant
 from imprompt.errors import EncoderMismatch, ModelError, UsageError
 
 Shapes = Mapping[str, Sequence[int]]
+_SHAPES: dict[Feature, tuple[str, tuple[int, ...]]] = {
+    "pooled": ("N E", (2,)),
+    "hidden": ("N P W", (3,)),
+    "last": ("N P W", (3,)),
+    "face": ("N E or N F E", (2, 3)),
+    "face+hidden": ("N E or N F E", (2, 3)),
+}
+"""Feature → its shape in words, and numbers of dimensions."""
 
 
 class ImageProjection(nn.Module):
@@ -60,6 +68,11 @@ class ImageProjection(nn.Module):
         ``N F P W``) is FaceID-Plus's second input. ``timestep`` (0 to 1000) is read by timed kinds. Raises
         :class:`EncoderMismatch` for features of another width or kind.
         """
+        self._check(features, patches)
+        return self._tokens(features)
+
+    def _tokens(self, features: Tensor) -> Float[Tensor, "N T C"]:
+        """Tokens of features that are checked, of kinds that read nothing else."""
         raise NotImplementedError
 
     def negative(
@@ -96,20 +109,16 @@ class ImageProjection(nn.Module):
     def _zeros(self) -> Tensor:
         return next(self.parameters()).new_zeros(1, self.feature_width)
 
-    def _check(
-        self, features: Tensor, layout: str, *, dims: tuple[int, ...], width: int | None = None
-    ) -> None:
-        width = width or self.feature_width
-        if features.ndim not in dims or features.shape[-1] != width:
-            raise EncoderMismatch(
-                f"this {self.variant.name} projection reads {self.feature} features shaped {layout} of width "
-                f"{width}, got shape {tuple(features.shape)}."
-            )
-
-    def _no_patches(self, patches: Tensor | None) -> None:
-        if patches is not None:
+    def _check(self, features: Tensor, patches: Tensor | None) -> None:
+        if patches is not None and self.patch_width is None:
             raise EncoderMismatch(
                 f"a {self.variant.name} projection has no second input; got patches as well."
+            )
+        layout, dims = _SHAPES[self.feature]
+        if features.ndim not in dims or features.shape[-1] != self.feature_width:
+            raise EncoderMismatch(
+                f"this {self.variant.name} projection reads {self.feature} features shaped {layout} of width "
+                f"{self.feature_width}, got shape {tuple(features.shape)}."
             )
 
 
@@ -127,11 +136,7 @@ class LinearProjection(ImageProjection):
         (cross_dim,) = shape_of(shapes, "norm.weight", 1)
         return cls(variant, ratio(rows, cross_dim, "proj.weight", "norm.weight"), cross_dim, feature_width)
 
-    def forward(
-        self, features: Tensor, patches: Tensor | None = None, timestep: Tensor | None = None
-    ) -> Float[Tensor, "N T C"]:
-        self._no_patches(patches)
-        self._check(features, "N E", dims=(2,))
+    def _tokens(self, features: Tensor) -> Float[Tensor, "N T C"]:
         tokens: Tensor = self.norm(self.proj(features).unflatten(-1, (self.tokens, self.cross_dim)))
         return tokens
 
@@ -151,11 +156,7 @@ class PatchMLPProjection(ImageProjection):
         (cross_dim,) = shape_of(shapes, "proj.3.weight", 1)
         return cls(variant, cross_dim, feature_width, inner)
 
-    def forward(
-        self, features: Tensor, patches: Tensor | None = None, timestep: Tensor | None = None
-    ) -> Float[Tensor, "N T C"]:
-        self._no_patches(patches)
-        self._check(features, "N P W", dims=(3,))
+    def _tokens(self, features: Tensor) -> Float[Tensor, "N T C"]:
         tokens: Tensor = self.proj(features)
         return tokens
 
@@ -178,11 +179,7 @@ class MLPProjection(ImageProjection):
         tokens = ratio(rows, cross_dim, "proj.2.weight", "norm.weight")
         return cls(variant, tokens, cross_dim, feature_width, inner)
 
-    def forward(
-        self, features: Tensor, patches: Tensor | None = None, timestep: Tensor | None = None
-    ) -> Float[Tensor, "N T C"]:
-        self._no_patches(patches)
-        self._check(features, "N E or N F E", dims=(2, 3) if self.feature == "face" else (2,))
+    def _tokens(self, features: Tensor) -> Float[Tensor, "N T C"]:
         tokens: Tensor = self.norm(self.proj(features).unflatten(-1, (self.tokens, self.cross_dim)))
         return tokens.flatten(1, -2)
 
@@ -201,11 +198,7 @@ class ReduxProjection(ImageProjection):
         cross_dim, _ = shape_of(shapes, "redux_down.weight", 2)
         return cls(variant, cross_dim, feature_width, inner)
 
-    def forward(
-        self, features: Tensor, patches: Tensor | None = None, timestep: Tensor | None = None
-    ) -> Float[Tensor, "N T C"]:
-        self._no_patches(patches)
-        self._check(features, "N P W", dims=(3,))
+    def _tokens(self, features: Tensor) -> Float[Tensor, "N T C"]:
         tokens: Tensor = self.redux_down(functional.silu(self.redux_up(features)))
         return tokens
 

@@ -40,16 +40,9 @@ class ResamplerProjection(ImageProjection):
         cross_dim, _ = shape_of(shapes, "proj_out.weight", 2)
         return cls(variant, tokens, cross_dim, feature_width, Widths.of(shapes))
 
-    def forward(
-        self, features: Tensor, patches: Tensor | None = None, timestep: Tensor | None = None
-    ) -> Float[Tensor, "N T C"]:
-        self._no_patches(patches)
-        if self.feature == "face":  # each embedding is a sequence of one
-            self._check(features, "N E or N F E", dims=(2, 3))
-            sequence = features.reshape(-1, 1, self.feature_width)
-        else:
-            self._check(features, "N P W", dims=(3,))
-            sequence = features
+    def _tokens(self, features: Tensor) -> Float[Tensor, "N T C"]:
+        # Each face embedding is a sequence of one.
+        sequence = features.reshape(-1, 1, self.feature_width) if self.feature == "face" else features
         tokens = _resample(self, self.latents.expand(len(sequence), -1, -1), sequence)
         return tokens.reshape(len(features), -1, self.cross_dim)
 
@@ -101,8 +94,7 @@ class TimedResamplerProjection(ResamplerProjection):
     def forward(
         self, features: Tensor, patches: Tensor | None = None, timestep: Tensor | None = None
     ) -> Float[Tensor, "N T C"]:
-        self._no_patches(patches)
-        self._check(features, "N P W", dims=(3,))
+        self._check(features, patches)
         if timestep is None:
             raise UsageError(
                 f"a {self.variant.name} projection makes other tokens at each step: pass timestep=."
@@ -160,17 +152,17 @@ class FaceResamplerProjection(ImageProjection):
     def forward(
         self, features: Tensor, patches: Tensor | None = None, timestep: Tensor | None = None
     ) -> Float[Tensor, "N T C"]:
-        self._check(features, "N E or N F E", dims=(2, 3))
+        self._check(features, patches)
         if patches is None:
             raise EncoderMismatch(
                 f"a {self.variant.name} projection needs the face crop's hidden states (width "
                 f"{self.patch_width}) beside the face embedding: pass patches=."
             )
-        self._check(patches, "N P W or N F P W", dims=(features.ndim + 1,), width=self.patch_width)
-        if patches.shape[:-2] not in (features.shape[:-1], (1,) * (features.ndim - 1)):
+        of_faces = (features.shape[:-1], (1,) * (features.ndim - 1))
+        if patches.shape[-1] != self.patch_width or patches.shape[:-2] not in of_faces:
             raise EncoderMismatch(
-                f"{tuple(features.shape[:-1])} face embeddings need as many crops, "
-                f"got {tuple(patches.shape[:-2])}."
+                f"{tuple(features.shape[:-1])} face embeddings need as many crops, each with features of "
+                f"width {self.patch_width}, got shape {tuple(patches.shape)}."
             )
         faces = self.norm(self.proj(features).reshape(-1, self.tokens, self.norm.normalized_shape[0]))
         sequence = patches.flatten(0, -3).expand(len(faces), -1, -1)

@@ -171,32 +171,33 @@ def batched_branches(inputs: Inputs, caller: Caller, last: LastCall) -> tuple[Br
     (self-attention guidance, attend-and-excite, skip-layer guidance): which one is told by comparing text.
     Raises :class:`UsageError` where the pipeline does not say whether guidance is on, or none compares equal.
     """
+    branches = _branches_of(caller)
+    whole, text = caller.variables.get("prompt_embeds"), inputs.text
+    if not isinstance(whole, Tensor) or text is None or len(branches) == 1 or len(text) >= len(whole):
+        return branches
+    parts = whole.chunk(len(branches)) if len(whole) == len(branches) * len(text) else ()
+    alike = {b for b, part in zip(branches, parts, strict=False) if torch.equal(part, text)}
+    if len(alike) != 1:
+        raise UsageError(
+            f"{type(caller.pipe).__name__} calls its denoiser with {len(text)} rows of text beside a guided "
+            f"batch of {len(whole)}, and its cond and uncond rows cannot be told apart; state the layout "
+            "with adapter.batch(guidance=…)."
+        )
+    return (alike.pop(),)
+
+
+def _branches_of(caller: Caller) -> tuple[Branch, ...]:
+    """The CFG branches in the batches of the pipeline that is running."""
     guided = caller.value("do_classifier_free_guidance")
     if guided is None:
         raise UsageError(
             f"{type(caller.pipe).__name__} does not say whether guidance is on; state the layout of its "
             "batch with adapter.batch(guidance=…)."
         )
-    if (
-        guided and caller.value("image_guidance_scale") is not None
-    ):  # InstructPix2Pix: text+image, image, none
+    if guided and caller.value("image_guidance_scale") is not None:  # InstructPix2Pix
         return ("cond", "uncond", "uncond")
     branches: tuple[Branch, ...] = ("uncond", "cond") if guided else ("cond",)
     if caller.value("do_perturbed_attention_guidance"):
         branches += ("cond",)
-    if guided and (views := caller.value("vb_size")):  # Panorama's views, each with both branches
-        branches *= int(views)
-    whole, text = caller.variables.get("prompt_embeds"), inputs.text
-    if not isinstance(whole, Tensor) or text is None or len(branches) == 1 or len(text) >= len(whole):
-        return branches
-    parts = whole.chunk(len(branches)) if len(whole) == len(branches) * len(text) else ()
-    alike = [
-        b for b, part in zip(branches, parts, strict=False) if part.shape == text.shape and part.equal(text)
-    ]
-    if not alike or len(set(alike)) > 1:
-        raise UsageError(
-            f"{type(caller.pipe).__name__} calls its denoiser with {len(text)} rows of text beside a guided "
-            f"batch of {len(whole)}, and its cond and uncond rows cannot be told apart; state the layout "
-            "with adapter.batch(guidance=…)."
-        )
-    return (alike[0],)
+    views = caller.value("vb_size") if guided else None  # Panorama's views, each with both branches
+    return branches * int(views) if views else branches

@@ -13,7 +13,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 
-from imprompt.adapter.attention import SiteProcessor, merge_heads
+from imprompt.adapter.attention import SiteProcessor, merge_heads, query_key_value, text_query_key_value
 from imprompt.adapter.backbones.base import Backbone, Branch, Caller, Grid, Inputs, LastCall, Site
 
 
@@ -50,11 +50,13 @@ class FluxProcessor(SiteProcessor):
         text = encoder_hidden_states
         if self.idle:
             return self.previous(attn, hidden_states, text, attention_mask, image_rotary_emb)
-        query, key, value = _projected(attn, hidden_states, text is not None)
+        heads = (-1, attn.head_dim)
+        query, key, value = (x.unflatten(-1, heads) for x in query_key_value(attn, hidden_states))
         query, key = attn.norm_q(query), attn.norm_k(key)
         image_query = query.transpose(1, 2)
         if text is not None:
-            text_query, text_key, text_value = _text_projected(attn, text)
+            of_text = text_query_key_value(attn, text)
+            text_query, text_key, text_value = (x.unflatten(-1, heads) for x in of_text)
             query = torch.cat([attn.norm_added_q(text_query), query], dim=1)
             key = torch.cat([attn.norm_added_k(text_key), key], dim=1)
             value = torch.cat([text_value, value], dim=1)
@@ -89,25 +91,6 @@ class FluxProcessor(SiteProcessor):
             return image, text_out
         extra = self.add_images(torch.zeros_like(query), lambda kv: kv.attend(query), beside=image, kvs=after)
         return image, text_out, merge_heads(extra)
-
-
-def _projected(attn: Any, states: Tensor, double: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value with heads apart, ``(B, L, H, D)``, before norms."""
-    if attn.fused_projections:
-        parts = attn.to_qkv(states).chunk(3, dim=-1)
-    else:
-        parts = attn.to_q(states), attn.to_k(states), attn.to_v(states)
-    query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in parts)
-    return query, key, value
-
-
-def _text_projected(attn: Any, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if attn.fused_projections and hasattr(attn, "to_added_qkv"):
-        parts = attn.to_added_qkv(text).chunk(3, dim=-1)
-    else:
-        parts = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
-    query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in parts)
-    return query, key, value
 
 
 def attention_sites(transformer: Any) -> tuple[Site, ...]:

@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 from torch import Tensor, nn
 
-from imprompt.adapter.attention import ImageKV, SiteProcessor, merge_heads, split_heads
+from imprompt.adapter.attention import (
+    ImageKV,
+    SiteProcessor,
+    merge_heads,
+    query_key_value,
+    split_heads,
+    text_query_key_value,
+)
 from imprompt.adapter.backbones.base import Backbone, Grid, Inputs, Site, batched_branches
 from imprompt.adapter.key_value import rms
 
@@ -30,7 +37,7 @@ class JointProcessor(SiteProcessor):
         text = encoder_hidden_states
         if self.idle:
             return self.previous(attn, hidden_states, text, attention_mask)
-        raw = [split_heads(part, attn.heads) for part in _projected(attn, hidden_states)]
+        raw = [split_heads(part, attn.heads) for part in query_key_value(attn, hidden_states)]
         query, key, value = raw
         query = query if attn.norm_q is None else attn.norm_q(query)
         key = key if attn.norm_k is None else attn.norm_k(key)
@@ -58,20 +65,9 @@ def _attend(kv: ImageKV, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return image if kv.mask is None else image * kv.mask
 
 
-def _projected(attn: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if getattr(attn, "fused_projections", False):
-        query, key, value = attn.to_qkv(states).chunk(3, dim=-1)
-        return query, key, value
-    return attn.to_q(states), attn.to_k(states), attn.to_v(states)
-
-
 def _text(attn: Any, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The text stream's query, key and value under the base's norms, ``(B, H, T, D)``."""
-    if getattr(attn, "fused_projections", False) and hasattr(attn, "to_added_qkv"):
-        parts = attn.to_added_qkv(text).chunk(3, dim=-1)
-    else:
-        parts = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
-    query, key, value = (split_heads(part, attn.heads) for part in parts)
+    query, key, value = (split_heads(part, attn.heads) for part in text_query_key_value(attn, text))
     query = query if attn.norm_added_q is None else attn.norm_added_q(query)
     return query, key if attn.norm_added_k is None else attn.norm_added_k(key), value
 

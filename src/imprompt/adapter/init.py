@@ -1,0 +1,49 @@
+"""Weights of a new adapter for training."""
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from imprompt.adapter.injection import find_denoiser
+from imprompt.checkpoints.checkpoint import StateDict
+from imprompt.encoders.clip import ImageEncoder
+from imprompt.errors import UsageError
+from imprompt.projections import new_linear, new_resampler
+
+
+def initial_weights(
+    model: nn.Module,
+    kind: Literal["linear", "resampler"],
+    features: int | ImageEncoder | None,
+    tokens: int | None,
+    depth: int,
+    width: int | None,
+) -> StateDict:
+    """A random projection, and the text's own keys and values for the image.
+
+    ``features`` is the width of the encoder's features, or the encoder. Raises :class:`UsageError` where a
+    width cannot be known or does not fit.
+    """
+    found = find_denoiser(model)
+    if found is None:
+        raise UsageError(f"a {type(model).__name__} is no denoiser that an adapter can be made for.")
+    if features is None:
+        raise UsageError("a new adapter needs feature_width= or an image encoder object to read it from.")
+    if isinstance(features, ImageEncoder):
+        features = features.pooled_width if kind == "linear" else features.hidden_width
+    sites = found[0].sites(model)
+    cross_dim = sites[0].cross_dim
+    if kind == "linear":
+        projection = new_linear(features, tokens or 4, cross_dim)
+    else:
+        projection = new_resampler(
+            features, tokens or 16, cross_dim, width or -(-cross_dim // 64) * 64, depth
+        )
+    weights = {
+        f"{site.index}.to_{part}_ip.weight": model.get_parameter(f"{site.name}.to_{part}.weight")
+        for site in sites
+        for part in "kv"
+    }
+    copies = {name: weight.detach().to("cpu", torch.float32, copy=True) for name, weight in weights.items()}
+    return {"image_proj": projection, "ip_adapter": copies}

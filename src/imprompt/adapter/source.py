@@ -1,0 +1,91 @@
+"""What can sit in a denoiser's injection and show it image tokens or texts: :class:`PromptSource`."""
+
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float
+from torch import Tensor
+
+from imprompt.adapter.backbones.base import Branch
+from imprompt.adapter.key_value import KeyValue
+from imprompt.adapter.lora import FaceLora
+from imprompt.adapter.prompt import CompiledPrompt
+from imprompt.adapter.threads import Prompter
+
+if TYPE_CHECKING:
+    from imprompt.adapter.injection import Injection
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingTokens:
+    """Tokens in training: one set for each row of the batch, with the graph kept."""
+
+    tokens: Float[Tensor, "B T C"]
+    scale: Float[Tensor, "B"] | float = 1.0
+
+
+class PromptSource:
+    """Base of what sits in a denoiser's injection: adapters and text regions."""
+
+    training: TrainingTokens | None = None
+    branches: tuple[Branch, ...] | None = None
+    """The layout of the batch, when the user stated it."""
+    guidance: tuple[float, float | None] | None = None
+    """Guidance scales of image and text, where the image has its own; ``None`` text: the pipeline's."""
+    lora: FaceLora | None = None
+    prompter: Prompter | None = None
+    """Which thread set the prompt, where that matters."""
+    after_block: bool = False
+    """See :attr:`imprompt.adapter.attention.ImageKV.after_block`."""
+    timed: bool = False
+    """Whether tokens are made anew at every timestep; ``CompiledPrompt.tokens`` are features then."""
+    token_count: int = 0
+    """Timed sources: number of tokens that the features of one picture become."""
+    shows_uncond: bool = True
+    """Whether the uncond branch has image tokens at all (FLUX InstantX was published without)."""
+    uses_text_projection: bool = False
+    """Whether its tokens go through the UNet's own text projection (Kolors' FaceID-Plus)."""
+    _samples: tuple[tuple[CompiledPrompt, ...], ...] = ()
+    _injection: "weakref.ref[Injection] | None" = None
+
+    @property
+    def injection(self) -> "Injection | None":
+        """The denoiser's injection that it sits in, if that still exists."""
+        return None if self._injection is None else self._injection()
+
+    def _undisturbed(self) -> AbstractContextManager[None]:
+        """Keep other threads from drawing. Raises :class:`UsageError` while one draws with this source."""
+        return nullcontext() if self.injection is None else self.injection.drawing.undisturbed()
+
+    def _enter(self, injection: "Injection") -> None:
+        if not any(source is self for source in injection.sources):
+            injection.sources.append(self)
+        self._injection = weakref.ref(injection)
+
+    def _leave(self) -> None:
+        injection, self._injection = self.injection, None
+        if injection is not None:
+            injection.remove(self)
+
+    @property
+    def samples(self) -> tuple[tuple[CompiledPrompt, ...], ...]:
+        """The prompts of each sample; one sample stands for all, none means that nothing is set."""
+        return self._samples
+
+    def begin_run(self, encode_text: Callable[[str], Tensor]) -> None:
+        """A run begins: encode texts that were given as words again."""
+
+    def has_site(self, index: int) -> bool:
+        """Whether it has keys and values for the site with published number ``index``."""
+        return True
+
+    def key_value(self, index: int) -> KeyValue:
+        """The keys and values of the site with published number ``index``."""
+        raise NotImplementedError
+
+    def tokens_at(self, features: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Timed sources: features ``(S, P, W)`` to tokens ``(S, T, C)`` and the time embedding ``(1, E)``."""
+        raise NotImplementedError

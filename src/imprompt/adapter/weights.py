@@ -1,0 +1,100 @@
+"""The weights of an adapter: a projection, keys and values of each attention site, perhaps a LoRA."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from imprompt.adapter.key_value import KeyValue, key_value_of
+from imprompt.adapter.lora import FaceLora
+from imprompt.adapter.source import PromptSource
+from imprompt.checkpoints.checkpoint import Checkpoint, StateDict, write
+from imprompt.projections import build_projection
+from imprompt.projections.modules import ImageProjection
+from imprompt.projections.resamplers import TimedResamplerProjection
+
+
+class AdapterWeights(PromptSource):
+    """What :class:`~imprompt.adapter.ipadapter.IPAdapter` owns.
+
+    ``projection`` turns an image encoder's features into tokens; ``module`` holds all weights, under their
+    published names; ``checkpoint`` says what they are (its tensors live in ``module``).
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.projection: ImageProjection = build_projection(
+            checkpoint.variant, checkpoint.state["image_proj"]
+        )
+        variant = checkpoint.variant
+        self.timed, self.token_count = variant.timed, self.projection.tokens
+        self.after_block = checkpoint.layout == "xlabs"
+        self.shows_uncond = variant.negative != "none"
+        self.uses_text_projection = variant.uses_text_projection
+        normed = checkpoint.layout == "instantx-flux"
+        self._layers = {n: key_value_of(checkpoint.site(n), normed=normed) for n in checkpoint.layers}
+        numbered = nn.ModuleDict({str(n): layer for n, layer in self._layers.items()})
+        self.lora: FaceLora | None = FaceLora.among(numbered, checkpoint.lora) if checkpoint.lora else None
+        """A FaceID file's additions to the UNet's own attention, with their ``scale``; else ``None``."""
+        self.module = nn.ModuleDict({"image_proj": self.projection, "ip_adapter": numbered})
+        self.module.requires_grad_(False).eval()
+        self.checkpoint = replace(checkpoint, state={"image_proj": {}, "ip_adapter": {}}, lora={})
+        self._slots = [
+            (part._parameters, name) for part in self.module.modules() for name in part._parameters
+        ]
+
+    def state_dict(self) -> StateDict:
+        """The weights in the published nested form (the live tensors, not copies)."""
+        nested: StateDict = {"image_proj": {}, "ip_adapter": {}}
+        for name, tensor in self.module.state_dict().items():
+            part, key = name.split(".", 1)
+            nested[part][key] = tensor
+        return nested
+
+    def save_pretrained(self, folder: str | Path, weight_name: str = "ip-adapter.safetensors") -> Path:
+        """Write the published layout into ``folder``; returns the file's path."""
+        path = Path(folder) / weight_name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(replace(self.checkpoint, state=self.state_dict()), path)
+        return path
+
+    def tokens_at(self, features: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Timed adapters: features ``(N, P, W)`` to tokens ``(N, T, C)``, and the embedded timestep."""
+        assert isinstance(self.projection, TimedResamplerProjection)
+        return self.projection(features, timestep=timestep), self.projection.embed_time(timestep)
+
+    def has_site(self, index: int) -> bool:
+        """Whether it has keys and values for the site with published number ``index``."""
+        return index in self._layers
+
+    def key_value(self, index: int) -> KeyValue:
+        """The keys and values of the site with published number ``index``."""
+        return self._layers[index]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All trainable weights."""
+        return self.module.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All weights with their published flat names."""
+        return self.module.named_parameters()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the adapter's weights are."""
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the adapter's weights."""
+        return next(self.module.parameters()).dtype
+
+    def versions(self) -> tuple[object, ...]:
+        """What differs when a weight or the LoRA's scale has changed."""
+        found = [
+            (id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+            for table, name in self._slots
+            if (weight := table[name]) is not None
+        ]
+        return (None if self.lora is None else self.lora.scale, *found)
