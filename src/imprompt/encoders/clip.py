@@ -1,7 +1,7 @@
-"""Image encoders: pictures in, features for an adapter out.
+"""Image encoders: pictures to features for an adapter.
 
-transformers' models run underneath: CLIP vision towers with projection, and SigLIP's. Pictures are prepared
-by its Pillow processors, so that no torchvision is needed and pixels are the same with it.
+The models are transformers' CLIP vision towers with projection, and SigLIP. Pictures are prepared by its
+Pillow processors, so that results do not depend on torchvision.
 
 Dimensions: ``N`` pictures, ``P`` tokens (patches, and CLIP's class token), ``E`` pooled width, ``W`` width of
 hidden states, ``S`` side of the model's input.
@@ -33,15 +33,15 @@ _LONGEST = 16_384  # pixels that a picture's long side may be scaled to before i
 
 @dataclass(frozen=True)
 class Features:
-    """An encoder's output for ``N`` pictures; what another program left out has width 0."""
+    """The output of an encoder for ``N`` pictures; a part that another program left out has width 0."""
 
     pooled: Float[Tensor, "N E"]
     """The projected embedding of each picture (``image_embeds``); of SigLIP ``pooler_output``."""
     hidden: Float[Tensor, "N P W"]
     """All tokens before the last block (``hidden_states[-2]``)."""
     negative_hidden: Float[Tensor, "1 P W"]
-    """The same of an all-zero *preprocessed* tensor, which is the mean colour: what plus adapters learned as
-    "no picture". Of SigLIP zeros, as its adapters learned."""
+    """The hidden states of an all-zero *preprocessed* tensor, with which plus adapters were trained as "no
+    picture". For SigLIP zeros, as its adapters were trained."""
     last: Float[Tensor, "N P W"] | None = None
     """The last hidden state, of SigLIP only (FLUX Redux reads it)."""
 
@@ -50,16 +50,16 @@ class ImageEncoder:
     """An image encoder and the processor that prepares its pictures.
 
     ``model`` is transformers' ``CLIPVisionModelWithProjection`` or ``SiglipVisionModel``; ``processor`` its
-    image processor, of which only the settings are used, or ``None`` for the usual one at the model's size. A
-    pipeline's objects will do: ``ImageEncoder(pipe.image_encoder, pipe.feature_extractor)``. The weights must
-    not change while in use. Raises :class:`ModelError` for settings that are not understood.
+    image processor, of which only the settings are used, or ``None`` for the default one at the model's size.
+    Those of a pipeline can be used: ``ImageEncoder(pipe.image_encoder, pipe.feature_extractor)``. The weights
+    must not change while in use. Raises :class:`ModelError` for settings that transformers does not accept.
     """
 
     def __init__(self, model: Any, processor: Any = None, *, name: str | None = None) -> None:
         config = getattr(model.config, "vision_config", model.config)
         self.model = model
         self.is_siglip = "siglip" in str(getattr(config, "model_type", ""))
-        """Whether it is SigLIP's, without a projection: pooled features are as wide as hidden ones."""
+        """Whether it is SigLIP, which has no projection: pooled features are as wide as hidden states."""
         self.hidden_width = int(config.hidden_size)
         self.pooled_width = self.hidden_width if self.is_siglip else int(config.projection_dim)
         self.size = int(config.image_size)
@@ -182,8 +182,8 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _bounded(image: Image.Image, size: int) -> Image.Image:
-    """The picture, or of a very long one the middle, which is all that a processor cuts out of it: it would
-    scale the whole to a strip of gigabytes first."""
+    """Crop a very long picture to its middle. The processor would scale all of it, perhaps to gigabytes, and
+    then crop the same middle."""
     short, long = sorted(image.size)
     keep = max(short, _LONGEST * short // size)
     if long <= keep:
@@ -193,7 +193,7 @@ def _bounded(image: Image.Image, size: int) -> Image.Image:
 
 
 def _load(place: Source, config: Mapping[str, Any], dtype: torch.dtype | None) -> Any:
-    """(model, loading info). Whatever transformers raises comes out."""
+    """(model, loading info). Errors of transformers are not caught."""
     import transformers
 
     siglip = "siglip" in str(config.get("model_type"))
@@ -209,7 +209,7 @@ def _load(place: Source, config: Mapping[str, Any], dtype: torch.dtype | None) -
 
 
 def _processor(given: Any, size: int, *, is_siglip: bool) -> Any:
-    """transformers' processor in its form that runs on Pillow, with the settings of ``given``."""
+    """transformers' Pillow processor with the settings of ``given``."""
     import transformers
 
     name = "SiglipImageProcessor" if is_siglip else "CLIPImageProcessor"
@@ -230,7 +230,7 @@ def _processor(given: Any, size: int, *, is_siglip: bool) -> Any:
 
 
 def _settings(place: Source) -> Mapping[str, Any] | None:
-    """The processor's settings, ``None`` where none are published."""
+    """The published settings of the processor, if any."""
     if place.path is None:
         try:
             path = place.file(_PREPROCESSING)

@@ -1,8 +1,8 @@
-"""Faces as prompts: a photo's face → what face adapters read, and files of that.
+"""Faces for face adapters: embed the face of a photo, save and load embeddings.
 
-An embedding says who it is, an image encoder's features of the face's crop how it looks. An adapter
-understands only the embeddings it was trained on, so these say which model made them. Models that find faces
-are in :mod:`imprompt.encoders.face_onnx`.
+The embedding identifies the person; image encoder features of the face's crop add the look. An adapter reads
+only embeddings of the face model it was trained with, so :class:`Faces` names the model. The models are in
+:mod:`imprompt.encoders.face_onnx`.
 
 Dimensions: ``N`` faces, ``E`` embedding, ``P`` patches and class token, ``W`` width of hidden states.
 """
@@ -36,21 +36,21 @@ _FORMAT = "imprompt-faces-1"
 
 @dataclass(frozen=True)
 class Faces:
-    """What adapters read of ``N`` faces."""
+    """Embeddings of ``N`` faces, and features of their crops."""
 
     embedding: Tensor
-    """``N E``, as the recogniser gives it: not normalised."""
+    """``N E``, not normalised."""
     space: str
-    """Which model's embedding it is: ``buffalo_l``, ``antelopev2``, …; ``unknown`` is believed to fit."""
+    """The face model: ``buffalo_l``, ``antelopev2``, …, or ``unknown``, which is not checked."""
     patches: Tensor | None = None
     """``N P W``: the image encoder's hidden states of each aligned crop, for FaceID-Plus."""
     negative_patches: Tensor | None = None
-    """``1 P W``: the same of an all-zero preprocessed tensor."""
+    """``1 P W``: the hidden states of an all-zero preprocessed tensor."""
 
 
 @runtime_checkable
 class FaceEmbedder(Protocol):
-    """A model that finds faces in an RGB picture and embeds them: :class:`OnnxFaces`, or the user's own."""
+    """A model that finds and embeds faces: :class:`OnnxFaces`, or the user's own."""
 
     @property
     def name(self) -> str: ...
@@ -71,10 +71,10 @@ def read(
     name: str = "the picture",
     crop: Literal["aligned", "square"] = "aligned",
 ) -> Faces:
-    """Face ``number`` of a picture (0 is the largest); with ``encoder`` also the features of its crop: of the
-    upright face, or of the square around its box (black where the picture ends, as Kolors has it).
+    """Read face ``number`` of a picture (0 is the largest), with ``encoder`` also the features of its crop:
+    the aligned face, or the square around its box (black outside of the picture, as Kolors does it).
 
-    Raises :class:`InputError` when there is no such face, saying what was tried.
+    Raises :class:`InputError` if there is no such face.
     """
     found = reader.find(image)
     if not found:
@@ -97,7 +97,7 @@ def read(
 
 
 def joined(parts: Sequence[Faces]) -> Faces:
-    """Several faces as one record. Raises :class:`InputError` for those of different models."""
+    """Join several faces. Raises :class:`InputError` for faces of different models."""
     spaces = {part.space for part in parts}
     if len(spaces) != 1 or len({part.embedding.shape[-1] for part in parts}) != 1:
         raise InputError(f"faces of one prompt are of different face models ({', '.join(sorted(spaces))}).")
@@ -113,8 +113,8 @@ def joined(parts: Sequence[Faces]) -> Faces:
 
 
 def save(faces: Faces, path: str | Path, pictures: Sequence[str] = ()) -> Path:
-    """Write faces as ``.safetensors``; ``pictures`` are hashes of what they were made of. The file appears
-    whole or not at all. Raises :class:`InputError`."""
+    """Write faces as ``.safetensors``, whole or not at all; ``pictures`` are hashes of their pictures. Raises
+    :class:`InputError`."""
     tensors = {"embedding": faces.embedding}
     if faces.patches is not None and faces.negative_patches is not None:
         tensors |= {"patches": faces.patches, "negative_patches": faces.negative_patches}

@@ -1,4 +1,4 @@
-"""Faces as geometry: where they are in a picture, which of them overlap, and how one is aligned."""
+"""Geometry of faces: boxes, landmarks, overlap and alignment."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 TEMPLATE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
 )
-"""Positions of the eyes, the nose and the corners of the mouth in ArcFace's training pictures of 112×112."""
+"""Positions of the eyes, the nose and the corners of the mouth in ArcFace's pictures of 112×112."""
 OVERLAP = 0.4
-"""Share of two boxes' union from which they are taken for one face; as InsightFace has it."""
+"""Intersection over union from which two boxes count as one face; InsightFace's."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class Face:
         return x - half, y - half, x + half, y + half
 
     def scaled(self, across: float, down: float) -> "Face":
-        """The same face in a picture that is so many times as wide and high."""
+        """The face in a picture scaled by ``across`` and ``down``."""
         left, top, right, bottom = self.box
         box = (left * across, top * down, right * across, bottom * down)
         return Face(box, self.score, self.landmarks * np.array([across, down]))
 
 
 def similarity(points: Array, targets: Array) -> Array:
-    """The ``(2, 3)`` rotation, scale and shift that bring ``points`` nearest to ``targets`` (Umeyama 1991,
-    eq. 40–42, least squares). Raises :class:`InputError` when all points are one."""
+    """The ``(2, 3)`` similarity transform from ``points`` to ``targets`` by least squares (Umeyama 1991, eq.
+    40–42). Raises :class:`InputError` if all points are equal."""
     centre, target = points.mean(0), targets.mean(0)
     centred, wanted = points - centre, targets - target
     variance = (centred**2).sum() / len(points)
@@ -66,8 +66,8 @@ def similarity(points: Array, targets: Array) -> Array:
 
 
 def align(image: Image.Image, landmarks: Array, size: int = 112) -> Image.Image:
-    """The face upright and filling a square of ``size`` pixels as in ArcFace's training pictures; black where
-    the picture ends. Bilinear, as InsightFace's ``norm_crop``."""
+    """Align a face to ArcFace's template in a square of ``size`` pixels, black outside of the picture;
+    bilinear, like InsightFace's ``norm_crop``."""
     matrix = similarity(np.asarray(landmarks, np.float64), TEMPLATE * size / 112)
     back = np.linalg.inv(matrix[:, :2])
     shift = -back @ matrix[:, 2]
@@ -83,8 +83,8 @@ def align(image: Image.Image, landmarks: Array, size: int = 112) -> Image.Image:
 
 
 def nms(faces: Sequence[Face], overlap: float = OVERLAP) -> list[Face]:
-    """Non-maximum suppression: the faces without those that overlap a better one by more than ``overlap`` (of
-    their union), largest first."""
+    """Non-maximum suppression: remove faces that overlap a better one by more than ``overlap`` (intersection
+    over union). Returns the rest, largest first."""
     kept: list[Face] = []
     for face in sorted(faces, key=lambda each: -each.score):
         if all(_intersection_over_union(face, other) <= overlap for other in kept):

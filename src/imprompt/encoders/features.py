@@ -1,8 +1,8 @@
-"""Features as files: encoded once, used wherever a picture is, without the encoder in memory.
+"""Save and load features of pictures, which can then be used in place of the pictures.
 
-A safetensors file with ``pooled``, ``hidden`` and ``negative_hidden`` (of width 0 where another program saved
-only some of them), and ``last`` of SigLIP; its metadata says which encoder made them, so that features for
-another adapter's encoder are refused by name instead of failing in a matrix product.
+A safetensors file with ``pooled``, ``hidden`` and ``negative_hidden`` (of width 0 if another program left one
+out), and ``last`` of SigLIP. Its metadata name the encoder, so that features of another encoder are refused
+with a clear message.
 """
 
 import hashlib
@@ -27,11 +27,11 @@ _PARTS = ("pooled", "hidden", "negative_hidden")
 
 @dataclass(frozen=True)
 class Saved:
-    """A file's features and where they come from."""
+    """The content of a file of features."""
 
     features: Features
     encoder: str
-    """Its name."""
+    """Name of the encoder."""
     fingerprint: str
     """Of the encoder's weights, see :func:`fingerprint`."""
     pictures: tuple[str, ...]
@@ -40,8 +40,8 @@ class Saved:
 
 
 def shown_name(encoder: str) -> str:
-    """An encoder's name for files that are passed on: of an absolute path the last two parts only, since the
-    rest is about this machine and its user."""
+    """An encoder's name for files that are passed on: of an absolute path only the last two parts, since the
+    others may name the user."""
     return "/".join(Path(encoder).parts[-2:]) if Path(encoder).is_absolute() else encoder
 
 
@@ -120,8 +120,8 @@ def joined(parts: Sequence[Features]) -> Features:
 
 
 def fingerprint(model: Any) -> str:
-    """Tells encoders apart: SHA-256 of every weight's name, shape and first 16 numbers in half precision, so
-    that it does not depend on the dtype in which the weights are loaded."""
+    """Identify an encoder: SHA-256 of each weight's name, shape and first 16 values in half precision, so
+    that it does not depend on the dtype of the loaded weights."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(weight.shape)}\n".encode())

@@ -1,7 +1,7 @@
-"""Make an image encoder's square of a picture that is not square: crop, pad, squash, or encode in tiles.
+"""Fit a picture to the square input of an image encoder: crop, pad, squash, or encode in tiles.
 
-``crop`` leaves the picture to the encoder's own centre crop, which is what adapters were trained with. Tiles
-are encoded one by one and their features merged. Sharpening and noise for image prompts are here as well.
+``crop`` is the encoder's own centre crop, with which adapters were trained. Tiles are encoded one by one and
+their features merged. Sharpening and noise for image prompts are here as well.
 
 Dimensions: ``N`` pictures, ``P`` patches and class token, ``G`` patches along a side (``P = 1 + G·G``), ``W``
 and ``E`` widths of features.
@@ -22,7 +22,7 @@ from imprompt.errors import InputError
 from imprompt.schema.options import FRAMINGS, NOISES, canonical
 
 MEAN_COLOUR = (123, 117, 104)
-"""Mean of CLIP's training pictures: the encoder normalises it to 0, so a border of it says least."""
+"""Mean of CLIP's training pictures, which the encoder normalises to 0."""
 
 _MAX_TILES = 16
 
@@ -35,7 +35,7 @@ def encode(
     detail: float = 0.5,
     sharpen: float = 0.0,
 ) -> Features:
-    """Features of ``pictures``, each framed as one of :data:`imprompt.schema.options.FRAMINGS`.
+    """Encode ``pictures``, framed by one of :data:`imprompt.schema.options.FRAMINGS`.
 
     In ``tile``, ``detail`` (0 to 1) is the weight of the tiles against the whole picture. ``sharpen`` (0 to
     1) sharpens each picture at the encoder's size, see :func:`sharpened`. A square picture (for tiles: of
@@ -72,7 +72,7 @@ def encode(
 def frame(
     image: Image.Image, framing: str, side: int, border: tuple[int, int, int] = MEAN_COLOUR
 ) -> Image.Image:
-    """The picture as one square.
+    """Make a picture square.
 
     ``crop`` keeps the centre, ``top``, ``bottom``, ``left`` and ``right`` keep that end of the longer side
     (an end of the shorter side means the centre), ``pad`` adds a border of the colour ``border``, ``squash``
@@ -101,7 +101,7 @@ def frame(
 
 
 def tiles(image: Image.Image, side: int) -> tuple[list[Image.Image], int, int]:
-    """Squares that cover the picture, row by row, and the numbers of rows and columns.
+    """Cut a picture into square tiles; returns them row by row, and the numbers of rows and columns.
 
     A tile's side is the short side of the picture, or half of it if that is at least ``side``, the encoder's
     size. Tiles are spaced evenly and may overlap; together they cover every pixel. Raises
@@ -126,11 +126,11 @@ def tiles(image: Image.Image, side: int) -> tuple[list[Image.Image], int, int]:
 
 
 def merge_hidden(hidden: Float[Tensor, "N P W"], rows: int, columns: int) -> Float[Tensor, "P W"]:
-    """Hidden states of tiles as those of one picture: the grids of patches are joined and averaged down to
-    one grid, the class tokens are averaged (ComfyUI_IPAdapter_plus, vision enhancer).
+    """Merge the hidden states of tiles: the grids of patches are joined and averaged down to one grid, the
+    class tokens are averaged (ComfyUI_IPAdapter_plus, vision enhancer).
 
-    ``N`` is ``rows·columns``, row by row. Raises :class:`InputError` for another number of tiles, or states
-    that are no class token and square grid.
+    ``N`` is ``rows·columns``, row by row. Raises :class:`InputError` for another number of tiles, and for
+    states that are not a class token and a square grid.
     """
     grid = math.isqrt(hidden.shape[1] - 1)
     if grid * grid != hidden.shape[1] - 1 or hidden.shape[0] != rows * columns:
@@ -146,7 +146,7 @@ def merge_hidden(hidden: Float[Tensor, "N P W"], rows: int, columns: int) -> Flo
 
 
 def sharpened(image: Image.Image, amount: float, side: int) -> Image.Image:
-    """A square picture resized to ``side`` pixels and sharpened where it is soft, after AMD's FidelityFX
+    """Resize a square picture to ``side`` pixels and sharpen it by AMD's FidelityFX
     contrast adaptive sharpening: ``(x + w·Σ neighbours) / (1 + 4w)`` with ``w = −amount/5 · √(min(m, 1 − M) /
     M)``, ``m`` and ``M`` the least and the largest of the pixel and its four neighbours, for each colour.
 
@@ -169,7 +169,7 @@ def sharpened(image: Image.Image, amount: float, side: int) -> Image.Image:
 
 
 def noisy(image: Image.Image, kind: str, strength: float, seed: int = 0) -> Image.Image:
-    """The picture with noise of ``strength`` 0 to 1; equal seeds give equal noise.
+    """Add noise of ``strength`` 0 to 1; equal seeds give equal noise.
 
     ``fade``: (1−s)x + sU; ``dissolve``: a share s of the pixels replaced by U; ``gaussian``: x + sN;
     ``shuffle``: displaced smoothly, flipped both ways, and x(1−n) + n with n = 0.75s·N, all clamped to 0–1

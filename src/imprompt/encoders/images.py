@@ -1,8 +1,8 @@
-"""The one door for pixels: a file, bytes or PIL image goes in, an upright 8-bit sRGB picture comes out.
+"""Read pictures: a file, bytes or a PIL image to an upright 8-bit sRGB picture.
 
-Size is checked from the header before anything is decoded, and everything is decoded before it is returned,
-so that no broken picture gets further than here. Nothing is repaired silently: what cannot be read as the
-picture its author saw is an :class:`InputError` that names the file.
+All pictures are read here. The size in the header is checked before anything is decoded, and pictures are
+decoded completely, so that a broken one is found here. Whatever cannot be read as its author saw it raises
+:class:`InputError`, which names the file; nothing is repaired silently.
 """
 
 import hashlib
@@ -22,13 +22,13 @@ from imprompt.io import check_file, printable
 Source: TypeAlias = str | Path | bytes | Image.Image
 
 MAX_PIXELS = 64 * 1024 * 1024
-"""Default cap on width × height, as stated by the header: 192 MB once decoded to RGB."""
+"""Default limit of width × height, by the header: 192 MB decoded to RGB."""
 
 MAX_FRAMES = 512
-"""Default cap on the frames of a clip."""
+"""Default limit of frames per clip."""
 
 MAX_BYTES = 1024 * 1024 * 1024
-"""Default cap on what all pictures and clips of one request take once decoded."""
+"""Default limit of the decoded size of all pictures and clips of a request, in bytes."""
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of pictures in a folder of frames
 # Formats of still pictures, without the ones that run an interpreter (EPS, WMF) or guess from nothing (TGA).
@@ -38,13 +38,14 @@ _ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
 class Budget:
-    """Bytes that may be decoded; one object for all pictures and clips of a request."""
+    """Number of bytes that may still be decoded, shared by all pictures and clips of a request."""
 
     def __init__(self, limit: int = MAX_BYTES) -> None:
         self.limit, self.left = limit, limit
 
     def take(self, size: int, name: str) -> None:
-        """Count ``size`` bytes of the file ``name``. Raises :class:`InputError` when they are too many."""
+        """Take ``size`` bytes for the file ``name``. Raises :class:`InputError` if they exceed what is
+        left."""
         self.left -= size
         if self.left < 0:
             raise InputError(
@@ -60,13 +61,13 @@ def load_image(
     background: tuple[int, int, int] = (255, 255, 255),
     budget: Budget | None = None,
 ) -> Image.Image:
-    """A picture as upright 8-bit sRGB.
+    """Read a picture as upright 8-bit sRGB.
 
-    EXIF orientation is applied; an embedded colour profile is converted to sRGB; transparency is composited
-    on ``background``, so that colours hidden under it do not show; 16-bit values are scaled by 1/257. Grey
-    floats are 0 to 1, or, when larger values occur, 0 to 255 or 0 to 65535. Of an animation the first frame
-    is taken. Raises :class:`InputError` for what is missing, unreadable, no picture, truncated, larger than
-    ``max_pixels`` or what is left of ``budget``, or holds NaN or values of no known range.
+    Applies the EXIF orientation, converts an embedded colour profile to sRGB, and composites transparency on
+    ``background``. 16-bit values are scaled by 1/257. Grey floats are 0 to 1, or, if larger values occur, 0
+    to 255 or 0 to 65535. Of an animation, the first frame is read. Raises :class:`InputError` for a file that
+    is missing, unreadable, no picture, truncated, larger than ``max_pixels`` or ``budget``, or has NaN or
+    values of an unknown range.
     """
     with _opened(source, max_pixels) as (image, name):
         _load(image, name, budget)
@@ -80,11 +81,11 @@ def load_mask(
     budget: Budget | None = None,
     notes: list[str] | None = None,
 ) -> Image.Image:
-    """A mask as upright 8-bit grey: white is inside, black and transparent are outside.
+    """Read a mask as upright 8-bit grey: white is inside, black and transparent are outside.
 
-    The same door as :func:`load_image`, except that a colour profile is left alone: a mask's values are
-    weights, not colours. Where no value is above 1 in 255, as many segmentation tools write masks, 1 is
-    white, and ``notes`` gets a line that says so.
+    Like :func:`load_image`, but colour profiles are ignored, since a mask's values are weights and not
+    colours. If no value is above 1 of 255, as in masks of many segmentation tools, 1 counts as white, and a
+    line that says so is added to ``notes``.
     """
     with _opened(source, max_pixels) as (image, name):
         _load(image, name, budget)
@@ -145,7 +146,7 @@ def _folder_frames(folder: Path, max_frames: int, max_pixels: int, budget: Budge
 
 
 def frame_count(source: Source) -> int:
-    """The number of frames of a picture; 1 for a still and for what :func:`load_image` refuses."""
+    """Number of frames of a picture; 1 for stills, and for files that :func:`load_image` refuses."""
     if isinstance(source, Image.Image):
         return int(getattr(source, "n_frames", 1))
     try:
@@ -157,7 +158,7 @@ def frame_count(source: Source) -> int:
 
 
 def content_hash(image: Image.Image) -> str:
-    """SHA-256 of a picture's mode, size and pixels: equal exactly for equal pictures."""
+    """SHA-256 of a picture's mode, size and pixels."""
     digest = hashlib.sha256(f"{image.mode} {image.width}x{image.height}\n".encode())
     digest.update(image.tobytes())
     return digest.hexdigest()
@@ -165,8 +166,8 @@ def content_hash(image: Image.Image) -> str:
 
 @contextmanager
 def _opened(source: Source, max_pixels: int) -> Iterator[tuple[Image.Image, str]]:
-    """The picture, whose header is checked, and its name for messages; any failure inside becomes an
-    :class:`InputError`."""
+    """Open a picture and check its header; yields it with its name for messages. Any error inside is raised
+    as :class:`InputError`."""
     stream, name = _stream(source)
     try:
         with warnings.catch_warnings():
@@ -200,7 +201,7 @@ def _opened(source: Source, max_pixels: int) -> Iterator[tuple[Image.Image, str]
 
 
 def _stream(source: Source) -> tuple[IO[bytes] | None, str]:
-    """What to read, ``None`` for a PIL image, and its name for messages."""
+    """The stream to read (``None`` for a PIL image), and the name for messages."""
     if isinstance(source, Image.Image):
         return None, "the given PIL image"
     if isinstance(source, bytes):
@@ -240,7 +241,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _eight_bit(image: Image.Image, name: str) -> Image.Image:
-    """Grey of 16 bit, 32 bit or floats as 8 bit; Pillow's own conversion clips it to white or black."""
+    """Convert 16-bit, 32-bit or float grey to 8 bit. (Pillow's conversion would clip it.)"""
     if not image.mode.startswith(("I", "F")):
         return image
     values = np.asarray(image, dtype=np.float64)
@@ -266,7 +267,7 @@ def _eight_bit(image: Image.Image, name: str) -> Image.Image:
 
 
 def _srgb(image: Image.Image) -> Image.Image:
-    """Colours of an embedded profile as sRGB; without one they are sRGB (CMYK: by the plain formula)."""
+    """Convert the colours of an embedded profile to sRGB. Without a profile they are taken for sRGB."""
     srgb = ImageCms.createProfile("sRGB")
     if image.mode == "LAB":
         converted = ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), srgb, outputMode="RGB")
@@ -298,7 +299,7 @@ _GREY = ("1", "L", "LA", "La")
 
 
 def _flattened(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """RGB without transparency and without metadata."""
+    """Convert to RGB without transparency and metadata."""
     if image.mode in _ALPHA or "transparency" in image.info:
         layered = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, (*background, 255))

@@ -1,7 +1,6 @@
-"""The one door for masks: a file, picture, array or tensor goes in, floats in [0, 1] come out.
+"""Read masks: a file, picture, array or tensor to floats in [0, 1], where 1 is inside.
 
-1 is inside, where something acts or is drawn anew. Pictures are read by
-:func:`imprompt.encoders.images.load_mask`; this adds numbers, with the same rule for masks of 0 and 1.
+Pictures are read by :func:`imprompt.encoders.images.load_mask`; arrays and tensors follow the same rules.
 """
 
 from typing import Any
@@ -18,11 +17,11 @@ from imprompt.errors import InputError
 def mask_tensor(
     mask: "Source | Tensor | np.ndarray[Any, Any]", notes: list[str] | None = None
 ) -> Float[Tensor, "H W"]:
-    """A mask as float32 in [0, 1].
+    """Read a mask as float32 in [0, 1].
 
-    Booleans are 0 and 1, floats are taken as they are, integers of any type are divided by 255, unless none
-    is above 1: then 1 is inside, and ``notes`` gets a line that says so. Raises :class:`InputError` for
-    another shape than one picture (H, W), values outside, NaN, and complex numbers.
+    Booleans are 0 and 1, floats are unchanged, integers are divided by 255. If no integer is above 1, 1
+    counts as inside, and a line that says so is added to ``notes``. Raises :class:`InputError` for other
+    shapes than (H, W), values outside the range, NaN, and complex numbers.
     """
     if not isinstance(mask, Tensor | np.ndarray):
         mask = np.array(load_mask(mask, notes=notes))
@@ -45,7 +44,7 @@ def mask_tensor(
 
 
 def _plane(mask: "Tensor | np.ndarray[Any, Any]") -> Tensor:
-    """The numbers as a tensor (H, W) of their own type. Raises :class:`InputError`."""
+    """Convert to a tensor (H, W), with the dtype kept. Raises :class:`InputError`."""
     try:
         values = torch.as_tensor(mask).detach()
     except TypeError as error:  # a number format that torch lacks, or objects

@@ -1,7 +1,7 @@
 """Video files (MP4, MOV, Matroska, WebM) as frames, decoded by PyAV.
 
-Only the container formats named here are opened, and only the file itself is read: a playlist under the name
-of a video names no further files. Animated pictures are read by :mod:`imprompt.encoders.images`.
+Only these container formats are opened, and only the file itself is read, so that a playlist with the name of
+a video cannot open other files. :mod:`imprompt.encoders.images` reads animated pictures.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ _MATROSKA = b"\x1a\x45\xdf\xa3"
 def read_video(
     path: str | Path, *, max_frames: int = MAX_FRAMES, budget: Budget | None = None
 ) -> tuple[list[Image.Image], float]:
-    """All frames of a video file, upright and in RGB, and how many there are a second.
+    """Read all frames of a video file, upright and in RGB, and the frames per second.
 
     Raises :class:`InputError` when it is missing, no video, longer than ``max_frames``, or larger than what
     is left of ``budget``.
@@ -53,8 +53,8 @@ def read_video(
 def read_clip(
     source: Clip, name: str, budget: Budget | None = None
 ) -> tuple[list[Image.Image], float | None]:
-    """All frames of a video, an animated picture, a folder or a list of pictures, and how many there are a
-    second, if it says so.
+    """Read all frames of a video, an animated picture, a folder or a list of pictures, and the frames per
+    second, if known.
 
     Raises :class:`InputError` for what cannot be read, and for a still.
     """
@@ -72,7 +72,7 @@ def read_clip(
 
 
 def is_clip(source: Clip) -> bool:
-    """Whether :func:`read_clip` would find frames: it is no still, and nothing that cannot be read."""
+    """Whether :func:`read_clip` can read it: no still, and nothing unreadable."""
     if isinstance(source, Path) and (source.is_dir() or source.suffix.lower() in SUFFIXES):
         return True
     return isinstance(source, list | tuple) or frame_count(source) > 1
@@ -110,7 +110,7 @@ def _frames(
 
 
 def _check_claims(stream: av.VideoStream, name: str, max_frames: int, budget: Budget) -> None:
-    """Refuse by its header what would be refused while it is decoded."""
+    """Raise by the header what decoding would raise later."""
     width, height, count = stream.codec_context.width, stream.codec_context.height, stream.frames
     if count > max_frames:
         raise InputError(f"{name} has {count} frames; at most {max_frames} are read. Cut it first.")
