@@ -49,14 +49,6 @@ def find_denoiser(target: object) -> tuple[Backbone, nn.Module] | None:
     return None
 
 
-def placement(model: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-    """Device and dtype for weights that work with ``model``; ``None`` where the model's own do not tell:
-    weights on meta, kept there by an offloading hook, and quantised or float8 storage."""
-    weight = next(model.parameters())
-    computes = weight.is_floating_point() and weight.dtype.itemsize > 1
-    return None if weight.is_meta else weight.device, weight.dtype if computes else None
-
-
 class Injection:
     """The processors and hooks of one denoiser, and the prompt sources that share them.
 

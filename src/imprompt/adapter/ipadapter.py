@@ -21,8 +21,8 @@ from imprompt.adapter.encoding import EncodedPrompt, EncoderLike, PromptEncoder,
 from imprompt.adapter.faces import FaceReaderLike
 from imprompt.adapter.fit import check_family, check_sites
 from imprompt.adapter.init import initial_weights
-from imprompt.adapter.injection import Injection, find_denoiser, placement
-from imprompt.adapter.key_value import precise
+from imprompt.adapter.injection import Injection, find_denoiser
+from imprompt.adapter.key_value import placement, precise
 from imprompt.adapter.prompt import CompiledPrompt, PromptLike, as_prompts, compile_prompt
 from imprompt.adapter.recorder import Recorder
 from imprompt.adapter.regional import encode_text
@@ -351,23 +351,11 @@ class IPAdapter(AdapterWeights):
         return self._samples
 
     def begin_run(self, encode_text: Callable[[str], Tensor]) -> None:
-        """Encode the words of regional texts again, as the pipeline has just encoded its prompt."""
-        if not any(isinstance(prompt.prompt.text, str) for sample in self._encoded for prompt, _ in sample):
-            return
-        with torch.inference_mode(False), torch.no_grad():
-            encoded = tuple(
-                tuple(
-                    (prompt, encode_text(words) if isinstance(words := prompt.prompt.text, str) else text)
-                    for prompt, text in sample
-                )
-                for sample in self._encoded
-            )
-        self._samples = tuple(
-            tuple(replace(made, text=text) for made, (_, text) in zip(sample, given, strict=True))
-            for sample, given in zip(self.samples, encoded, strict=True)
+        super().begin_run(encode_text)
+        self._encoded = tuple(
+            tuple((prompt, made.text) for (prompt, _), made in zip(given, sample, strict=True))
+            for given, sample in zip(self._encoded, self._samples, strict=False)
         )
-        self._encoded = encoded
-        self._invalidate()
 
     def _check_target(self) -> None:
         """Raise :class:`UsageError` if the pipeline has got another denoiser since it was attached to."""
@@ -426,7 +414,3 @@ class IPAdapter(AdapterWeights):
             self.lora.check(model, sites, self.checkpoint.name)
         for prompt in (prompt for sample in self._samples for prompt in sample):
             prompt.layer_weights(self._sites(sites))
-
-    def _invalidate(self) -> None:
-        if self.injection is not None:
-            self.injection.invalidate()

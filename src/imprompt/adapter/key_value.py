@@ -132,6 +132,16 @@ def linear(x: Tensor, layer: Any) -> Tensor:
 
 def precise(stored: torch.dtype, compute: torch.dtype) -> torch.dtype:
     """The finer of two dtypes; float8 and integers only store weights and do not count."""
-    return (
-        torch.promote_types(stored, compute) if stored.is_floating_point and stored.itemsize > 1 else compute
-    )
+    return torch.promote_types(stored, compute) if computes(stored) else compute
+
+
+def computes(dtype: torch.dtype) -> bool:
+    """Whether layers compute in this dtype; quantised and float8 weights are stored in theirs only."""
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
+def placement(layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    """Device and dtype for tensors that work with ``layer``; ``None`` where its weights do not tell: those on
+    meta, kept there by an offloading hook that moves its inputs itself, and those that are only stored."""
+    weight = next(layer.parameters())
+    return None if weight.is_meta else weight.device, weight.dtype if computes(weight.dtype) else None

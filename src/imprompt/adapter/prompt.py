@@ -85,6 +85,8 @@ class CompiledPrompt:
     scaling: str = "v-only"
     log_weight_bias: Float[Tensor, "T"] | None = None
     """Bias of the tokens' logits, see :func:`imprompt.adapter.combine.log_weight_bias`."""
+    words: str | None = None
+    """The text inside the mask, if it was given as words."""
     text: Float[Tensor, "Tt D"] | None = None
     """Embeddings of the text inside the mask, see :mod:`imprompt.adapter.regional`; as wide as the
     cross-attention."""
@@ -168,6 +170,7 @@ def compile_prompt(
         curve=options.read_curve(prompt.curve),
         scaling=prompt.scaling,
         log_weight_bias=log_weight_bias(encoded.weights, each) if joined else None,
+        words=prompt.text if isinstance(prompt.text, str) else None,
         text=text,
         track=track_of(
             encoded.at,

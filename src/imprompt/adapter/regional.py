@@ -20,6 +20,7 @@ from torch import Tensor
 
 from imprompt.adapter.attention import split_heads
 from imprompt.adapter.backbones.base import Caller
+from imprompt.adapter.key_value import placement
 from imprompt.adapter.slots import Slot, padded
 from imprompt.errors import InputError, UsageError
 
@@ -96,12 +97,8 @@ def project_text(projection: Any | None, states: Float[Tensor, "*B E"]) -> Float
     one."""
     if projection is None:
         return states
-    weight = projection.weight
-    # A weight on meta belongs to an offloading hook, which moves what comes in itself. Quantised and float8
-    # layers compute in the format of the states.
-    computes = weight.is_floating_point() and weight.dtype.itemsize > 1
-    states = states.to(None if weight.is_meta else weight.device, weight.dtype if computes else None)
-    projected: Tensor = projection(states)
+    device, dtype = placement(projection)
+    projected: Tensor = projection(states.to(device=device, dtype=dtype))
     return projected
 
 

@@ -5,8 +5,7 @@ reads the texts. A region with a picture is an ``ImagePrompt`` with ``mask`` and
 overlap, both kinds share the place.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +25,6 @@ class TextRegions(PromptSource):
     At every query ``text = (1 − Σ sᵢ) · A(q, prompt) + Σ sᵢ · A(q, textᵢ)``: outside all masks the prompt is
     read bit for bit as without, and the uncond rows always are.
     """
-
-    def __init__(self) -> None:
-        self._words: tuple[str | Tensor, ...] = ()
 
     def attach(self, target: object) -> "TextRegions":
         """Attach to the pipeline that you will call. Raises :class:`AdapterMismatch` if it has no UNet,
@@ -63,29 +59,12 @@ class TextRegions(PromptSource):
             )
         with self._undisturbed():
             self._samples = rows if any(rows) else ()
-            self._words = tuple(region.text for regions in samples for region in regions)
-            injection.invalidate()
-
-    def begin_run(self, encode_text: Callable[[str], Tensor]) -> None:
-        """Encode the words again, as the pipeline has just encoded its prompt."""
-        injection = self.injection
-        if injection is None or not any(isinstance(text, str) for text in self._words):
-            return
-        words = iter(self._words)
-        with torch.inference_mode(False), torch.no_grad():
-            self._samples = tuple(
-                tuple(
-                    replace(row, text=encode_text(text)) if isinstance(text := next(words), str) else row
-                    for row in sample
-                )
-                for sample in self._samples
-            )
-        injection.invalidate()
+            self._invalidate()
 
     def detach(self) -> None:
         """Detach from the UNet, which is restored."""
         with self._undisturbed():
-            self._samples, self._words = (), ()
+            self._samples = ()
             self._leave()
 
 
@@ -100,6 +79,7 @@ def _row(region: TextRegion, text: Tensor) -> CompiledPrompt:
         start=0.0,
         end=1.0,
         mask=mask,
+        words=region.text if isinstance(region.text, str) else None,
         text=text,
         track=track_of(None, ((0.0, 1.0),), masks, pictures=1, plain=True),
     )

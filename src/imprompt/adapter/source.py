@@ -3,9 +3,10 @@
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -76,7 +77,19 @@ class PromptSource:
         return self._samples
 
     def begin_run(self, encode_text: Callable[[str], Tensor]) -> None:
-        """A run begins: encode texts that were given as words again."""
+        """Encode texts that were given as words again, as the pipeline has just encoded its prompt."""
+        if not any(prompt.words for sample in self.samples for prompt in sample):
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            self._samples = tuple(
+                tuple(replace(p, text=encode_text(p.words)) if p.words else p for p in sample)
+                for sample in self.samples
+            )
+        self._invalidate()
+
+    def _invalidate(self) -> None:
+        if self.injection is not None:
+            self.injection.invalidate()
 
     def has_site(self, index: int) -> bool:
         """Whether it has keys and values for the site with published number ``index``."""
