@@ -1,7 +1,7 @@
-"""From a name to a place: one way for bases, adapters, encoders, controls, motion adapters, LoRAs and words.
+"""Resolve the name of a base, adapter, encoder, control, motion adapter, LoRA or embedding.
 
-A name is an alias of the catalogue, a local file or folder, or ``owner/name[/folder][/file]`` of the hub
-(``hf:`` in front says that it is). A name that looks like a path never goes to the hub.
+A name is an alias of the catalogue, a local file or folder, or ``owner/name[/folder][/file]`` of the hub, if
+need be with the prefix ``hf:``. Names that look like a path are not looked for on the hub.
 """
 
 import re
@@ -24,10 +24,10 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is: a local file or folder, or a file or folder of a hub repository."""
+    """A model's place: a local file or folder, or a file or folder of a hub repository."""
 
     name: str
-    """As it was asked for."""
+    """The name that was resolved."""
     path: Path | None = None
     """The local file or folder; ``None``: it is on the hub."""
     repo: str = ""
@@ -37,25 +37,25 @@ class Source:
     row: Entry | None = None
     """Its record, if it is in the catalogue."""
     kind: str = ""
-    """Names it in messages: "base", "adapter", …"""
+    """What it is, in messages: "base", "adapter", …"""
 
     def __str__(self) -> str:
         return self.folder + (f":{self.inside}" if self.inside else "")
 
     @property
     def is_file(self) -> bool:
-        """Whether it is one file, by its name if it is on the hub."""
+        """Whether it is a file; told by its name if it is on the hub."""
         return self.inside.endswith(_WEIGHTS) if self.path is None else self.path.is_file()
 
     @property
     def folder(self) -> str:
-        """What ``from_pretrained`` is given: the local path, or the repository."""
+        """The local path or the repository, for ``from_pretrained``."""
         return self.repo if self.path is None else str(self.path)
 
     def file(self, name: str = "", *, what: str = "") -> Path:
-        """A file in it, fetched if it is on the hub; without ``name`` the source itself.
+        """Path of a file in it, or of the source itself, downloaded if it is on the hub.
 
-        Raises :class:`ModelError` when it is not there.
+        Raises :class:`ModelError` if there is none.
         """
         if self.path is None:
             inside = "/".join(part for part in (self.inside, name) if part)
@@ -68,9 +68,9 @@ class Source:
         return path
 
     def config(self, name: str = "config.json") -> Mapping[str, Any]:
-        """A JSON file in it as a table; empty if a local folder has no such file.
+        """Read a JSON file in it; empty if a local folder has no such file.
 
-        Raises :class:`ModelError` if it is damaged, or is on the hub and cannot be had.
+        Raises :class:`ModelError` for a damaged file, and one that cannot be downloaded.
         """
         if self.path is not None and not (self.path / name).is_file():
             return {}
@@ -90,21 +90,21 @@ class Source:
 
     @property
     def title(self) -> str:
-        """What it is, and its name in quotes."""
+        """Its kind, and its name in quotes."""
         return f"{self.kind} '{self.name}'".lstrip()
 
     @property
     def about(self) -> str:
-        """Size and licence of what is in the catalogue, for messages."""
+        """Size and licence by the catalogue, for messages; empty if it is not in it."""
         return "" if self.row is None else f"{size_of(self.row)}licence {self.row.licence}"
 
 
 def resolve(name: str | Path, kind: str, table: Mapping[str, Entry], others: str = "") -> Source:
-    """What a name stands for. Only this machine is looked at.
+    """Resolve a name, without asking the hub.
 
-    ``kind`` names it in messages ("base", "adapter", …), ``table`` is the part of the catalogue to look in
-    (may be empty), ``others`` what may be given instead of an alias. Raises :class:`UsageError` for an
-    unknown alias, :class:`ModelError` for a path at which there is nothing, or a licence that the switch
+    ``kind`` is what it is, in messages ("base", "adapter", …); ``table`` the aliases to look in, which may be
+    empty; ``others`` says what may be given instead of an alias. Raises :class:`UsageError` for an unknown
+    alias, :class:`ModelError` for a path that does not exist, and a licence that ``IMPROMPT_COMMERCIAL``
     forbids.
     """
     text = str(name)
@@ -135,7 +135,7 @@ def _in_catalogue(name: str, kind: str, table: Mapping[str, Entry]) -> Source | 
 
 
 def _on_this_machine(name: str, kind: str) -> Source | None:
-    """A path, or a folder and a path in it: ``folder:inside``."""
+    """A path, or ``folder:inside``."""
     if name.startswith("hf:"):
         return None
     path = check_path(name, kind)
@@ -155,7 +155,7 @@ def _on_hub(name: str, kind: str, table: Mapping[str, Entry]) -> Source | None:
 
 
 def is_here(row: Entry) -> bool:
-    """Whether a model of the catalogue is on this machine; the hub is not asked."""
+    """Whether a model of the catalogue is on this machine, without asking the hub."""
     names = {AdapterRow: "", BaseRow: "model_index.json", EncoderRow: "model.safetensors"}
     file = "/".join(part for part in (_inside(row), names.get(type(row), "config.json")) if part)
     revision = getattr(row, "revision", None)
@@ -163,7 +163,7 @@ def is_here(row: Entry) -> bool:
 
 
 def size_of(row: Entry) -> str:
-    """The download's size in words, with a comma after it; empty if it is not known."""
+    """Size of the download followed by a comma, for messages; empty if unknown."""
     match row:
         case BaseRow(gigabytes=size) if size:
             return f"{size:g} GB, "
@@ -184,6 +184,7 @@ def _inside(row: Entry) -> str:
 
 
 def _looks_like_a_path(name: str) -> bool:
-    """Whether it is rather a mistyped path: of two parts and with a file's ending, or in a folder here."""
+    """Whether it is probably a mistyped path: in a folder that exists, or of two parts with a file's
+    suffix."""
     owner, *rest = name.split("/")
     return Path(owner).is_dir() or (len(rest) == 1 and rest[0].endswith(_WEIGHTS))

@@ -32,26 +32,26 @@ T = TypeVar("T")
 
 @dataclass
 class Checkpoint:
-    """An adapter's weights and what they are. All tensors have been checked against the layout."""
+    """An adapter's weights, and what they are. All shapes have been checked."""
 
     state: StateDict
-    """Weights without the LoRA's: ``image_proj`` under its published names, ``ip_adapter`` as
-    ``N.to_k_ip.weight`` and so on for attention site ``N``, whatever the layout."""
+    """Weights without the LoRA: ``image_proj`` under its published names, ``ip_adapter`` as
+    ``N.to_k_ip.weight`` and so on for attention site ``N``, for all layouts."""
     variant: Variant
     tokens: int
-    """Tokens of one picture; nominal (257, 729) where there is one of each patch."""
+    """Tokens of one picture; nominal (257, 729) for kinds that make one per patch."""
     cross_dim: int
-    """Width of the tokens that the attention sites read."""
+    """Width of the tokens."""
     feature_width: int
     layers: tuple[int, ...]
     """Numbers of the attention sites, ascending: 1, 3, 5, … on UNets, 0, 1, 2, … on transformers."""
     name: str
     source: str | None = None
-    """Path it was read from."""
+    """Path of its file."""
     published: AdapterRow | None = None
-    """The published file that it is, if that is known."""
+    """The published file, if it is one."""
     base: str = "other"
-    """Base family it was made for (a name in the catalogue); ``other``: none of them."""
+    """Base family by its name in the catalogue, or ``other``."""
     lora: dict[str, Tensor] = field(default_factory=dict)
     """FaceID's LoRA, ``N.to_{q,k,v,out}_lora.{down,up}.weight`` for every attention ``N``; else empty."""
     metadata: dict[str, str] = field(default_factory=dict)
@@ -60,24 +60,24 @@ class Checkpoint:
 
     @property
     def backbone(self) -> Backbone:
-        """The architecture that its sites are numbered in."""
+        """The architecture it is for."""
         return LAYOUTS[self.layout].backbone
 
     @property
     def base_title(self) -> str:
-        """The base family's name in messages; empty if it is none of the catalogue."""
+        """The base family's name in messages; empty for ``other``."""
         return families()[self.base].title if self.base in families() else ""
 
     @property
     def licence(self) -> str:
-        """What is known of it by the layout alone: that of published face adapters, or of Kolors."""
+        """The licence of published adapters of this kind, if it is not free; else empty."""
         if self.variant.embedding is not None and self.base != "other":
             return licences.FACES
         return licences.KOLORS if self.base == "kolors" else ""
 
     def site(self, number: int) -> dict[str, Tensor]:
-        """The weights of one attention site by name: ``to_k_ip.weight``, ``to_v_ip.weight``, and what its
-        layout has besides (``to_k_ip.bias``, ``norm_ip.linear.weight``, …)."""
+        """The weights of one attention site by name: ``to_k_ip.weight``, ``to_v_ip.weight``, and others of
+        its layout (``to_k_ip.bias``, ``norm_ip.linear.weight``, …)."""
         prefix = f"{number}."
         return {
             key.removeprefix(prefix): value
@@ -88,7 +88,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file or state dict holds, without its weights."""
+    """Keys, shapes, dtypes and metadata of a file or state dict."""
 
     file: Path | None
     name: str
@@ -101,13 +101,13 @@ class Contents:
 
     @classmethod
     def of_file(cls, path: Path, name: str | None = None) -> "Contents":
-        """Of a ``.safetensors`` file, by its header. Raises :class:`ModelError`."""
+        """Read the header of a ``.safetensors`` file. Raises :class:`ModelError`."""
         header, metadata = read_header(path)
         return cls._examined(header, metadata, name or path.stem, path)
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor], name: str, file: Path | None = None) -> "Contents":
-        """Of tensors under their published names; ``file`` is what they were read from, if anything."""
+        """Examine tensors with their published names; ``file`` is their file, if any."""
         header = {
             key: (_DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
             for key, tensor in tensors.items()
@@ -136,8 +136,8 @@ class Contents:
         return cls(file, name, examine(shapes, layout, name), shapes, dtypes, metadata)
 
     def identify(self, variant: str | None, *, hashed: bool = True) -> Identity:
-        """Which adapter it is, see :func:`imprompt.checkpoints.identify.identify`; ``hashed=False`` reads no
-        weights for it."""
+        """See :func:`imprompt.checkpoints.identify.identify`; ``hashed=False`` does not read the whole
+        file."""
         file = self.file if hashed else None
         return identify(self.structure, self.name, variant, self.metadata, self.dtypes, file)
 
@@ -147,10 +147,10 @@ def read(
 ) -> Checkpoint:
     """Read an adapter from a ``.safetensors`` file, or a state dict, nested or flat.
 
-    The variant is found by the file's SHA-256, its keys and shapes, metadata, dtypes and name, in this order
-    of trust; ``variant`` (of :data:`VARIANTS`, or a published file's name) overrules. Tensors of a state dict
-    are not copied, those of a file are in own memory. Raises :class:`ModelError` for what is missing,
-    damaged, not finite or no adapter, and where the variant stays open between two that draw differently.
+    The variant is ``variant`` (a name of :data:`VARIANTS`, or of a published file), else told by the file's
+    SHA-256, metadata, keys and shapes, dtypes, and name. Tensors of a state dict are not copied. Raises
+    :class:`ModelError` for a file that is missing, damaged, not finite or no adapter, and if two variants
+    remain.
     """
     if isinstance(source, Mapping):
         tensors = flatten(source, _STATE_DICT)
@@ -160,7 +160,7 @@ def read(
 
 
 def checkpoint_of(contents: Contents, published: Mapping[str, Tensor], variant: str | None) -> Checkpoint:
-    """The checkpoint of tensors under their published names. Raises as :func:`read`."""
+    """The checkpoint of tensors with their published names. Raises as :func:`read`."""
     name, structure, identity = contents.name, contents.structure, contents.identify(variant)
     if len(identity.variants) > 1:
         raise ModelError(
@@ -190,10 +190,10 @@ def checkpoint_of(contents: Contents, published: Mapping[str, Tensor], variant: 
 
 
 def write(checkpoint: Checkpoint, path: str | Path) -> None:
-    """Write a ``.safetensors`` file under the published names; the variant goes into the metadata.
+    """Write a ``.safetensors`` file with the published names, and the variant in its metadata.
 
-    The file appears whole or not at all. Raises :class:`ModelError` for weights that are not finite, and if
-    it cannot be written.
+    It is written whole or not at all. Raises :class:`ModelError` for weights that are not finite, and if it
+    cannot be written.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -213,7 +213,7 @@ def write(checkpoint: Checkpoint, path: str | Path) -> None:
 
 
 def _sections(flat: Mapping[str, T], name: str) -> dict[str, dict[str, T]]:
-    """Keys by their section. Raises :class:`ModelError` for keys of neither."""
+    """Sort keys by section. Raises :class:`ModelError` for keys of another."""
     sections: dict[str, dict[str, T]] = {section: {} for section in SECTIONS}
     extra = []
     for key, value in flat.items():

@@ -21,11 +21,10 @@ _SOURCE = "imprompt.source_sha256"
 
 
 def convert(source: str | Path, target: str | Path, *, variant: str | None = None) -> Inspection:
-    """Convert a ``.bin``, ``.ckpt`` or ``.pt`` (or a training script's whole-model checkpoint) to
-    ``.safetensors``.
+    """Convert a ``.bin``, ``.ckpt`` or ``.pt``, or a training script's whole-model checkpoint.
 
-    Unpickles data only, never code. The result is written whole or not at all, and read back. Raises
-    :class:`ModelError` for what :func:`~imprompt.checkpoints.checkpoint.read` refuses, too.
+    Only tensors are unpickled, never code. The result is written whole or not at all, and read back to check
+    it. Raises :class:`ModelError` as :func:`~imprompt.checkpoints.checkpoint.read` does.
     """
     source, target = Path(source), Path(target)
     if source.resolve() == target.resolve():
@@ -43,10 +42,11 @@ def convert(source: str | Path, target: str | Path, *, variant: str | None = Non
 
 
 def _trained(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The adapter in a whole-model checkpoint of the reference training scripts; anything else unchanged.
+    """Take the adapter out of a whole-model checkpoint of the reference training scripts.
 
-    Their UNet holds the very modules of ``adapter_modules``, and some ways of saving keep shared tensors only
-    under the UNet's names, which are numbered here as ``unet.attn_processors`` are.
+    Anything else is returned unchanged. Their UNet shares its modules with ``adapter_modules``, and some ways
+    of saving keep shared tensors only under the UNet's names, which are numbered like
+    ``unet.attn_processors``.
     """
     named = {key.removeprefix("module."): value for key, value in tensors.items()}
     if not any(key.startswith("image_proj_model.") for key in named):

@@ -1,4 +1,4 @@
-"""Which adapter it is: those of the same shapes told apart by hash, metadata, number formats and name."""
+"""Tell adapters of the same shapes apart: by hash, metadata, dtypes and file name."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ NOTED_VARIANT, NOTED_PUBLISHED = "imprompt.variant", "imprompt.published"
 
 @dataclass(frozen=True)
 class Identity:
-    """What an adapter is, as far as the evidence goes; several where it does not tell them apart."""
+    """The variants and published files that an adapter may be; one of each if the evidence suffices."""
 
     variants: tuple[Variant, ...]
     published: tuple[AdapterRow, ...]
@@ -32,10 +32,10 @@ def identify(
     dtypes: Mapping[str, str],
     file: Path | None,
 ) -> Identity:
-    """Variant and published file, by the most trustworthy evidence there is.
+    """Identify an adapter by the most reliable evidence there is.
 
-    ``file`` is hashed only where shapes leave a question and its size is a published one. Raises
-    :class:`UsageError` for an ``asked`` variant that is none, :class:`ModelError` for one with other weights.
+    ``file`` is hashed only if several published files have its shapes, and one of them its size. Raises
+    :class:`UsageError` for an unknown ``asked`` variant, :class:`ModelError` for one with other weights.
     """
     rows = [row for row in adapters().values() if not row.bundled and _could_be(row, structure)]
     if asked is not None:
@@ -94,7 +94,7 @@ def _by_metadata(
 def _by_elimination(
     structure: Structure, rows: Sequence[AdapterRow], name: str, dtypes: Mapping[str, str]
 ) -> Identity:
-    """The variants and published files that number formats and the file's name leave."""
+    """The variants and published files that agree with the dtypes and the file's name."""
     evidence, stem = "keys and shapes", _plain(name)
     for clue, left in (("dtypes", _of_dtypes(rows, dtypes)), ("file name", _named_in(stem, rows))):
         if len(left) < len(rows):
@@ -107,14 +107,14 @@ def _by_elimination(
 
 
 def _plus_or_v2(stem: str) -> Variant | None:
-    """FaceID-Plus or PlusV2 by the file's name: their weights have the same shapes."""
+    """FaceID-Plus or PlusV2, by the file's name; their weights have the same shapes."""
     if "faceid" not in stem or "plus" not in stem:
         return None
     return VARIANTS["faceid-plusv2" if "plusv2" in stem or "plus_v2" in stem else "faceid-plus"]
 
 
 def _of_dtypes(rows: Sequence[AdapterRow], dtypes: Mapping[str, str]) -> Sequence[AdapterRow]:
-    """Portrait-unnorm mixes a float32 projection with float16 layers; InstantID is float32 throughout."""
+    """Portrait-unnorm has a float32 projection and float16 layers; InstantID has float32 in both."""
     if {row.variant for row in rows} != {"faceid-raw"}:
         return rows
     projection, layers = (
@@ -127,14 +127,14 @@ def _of_dtypes(rows: Sequence[AdapterRow], dtypes: Mapping[str, str]) -> Sequenc
 
 
 def _named_in(stem: str, rows: Sequence[AdapterRow]) -> Sequence[AdapterRow]:
-    """The published files whose name is in the file's; of several the longest name."""
+    """The rows with the longest published name that the file's name contains."""
     found = [row for row in rows if _plain(row.published) in stem]
     longest = max((len(row.published) for row in found), default=0)
     return [row for row in found if len(row.published) == longest] or rows
 
 
 def _has_weights_of(structure: Structure, variant: Variant) -> bool:
-    """Whether a variant has the same weights, so that the adapter may be read as it."""
+    """Whether an adapter of this structure can be read as ``variant``."""
     mine = structure.variants[0]
     return (mine.projection, mine.uses_text_projection) == (variant.projection, variant.uses_text_projection)
 

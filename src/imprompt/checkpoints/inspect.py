@@ -1,4 +1,4 @@
-"""Say what an adapter file is, for people and programs."""
+"""Describe an adapter file."""
 
 import math
 from collections.abc import Sequence
@@ -15,40 +15,40 @@ from imprompt.weights import iter_tensors, not_finite
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a file is, for people (``str``) and programs (``to_dict``)."""
+    """Description of an adapter file; ``str`` gives a table, :meth:`to_dict` JSON."""
 
     name: str
     path: str
     bytes: int
     variant: str
-    """Name in :data:`imprompt.catalog.variants.VARIANTS`; two joined by ``or`` where the file is silent."""
+    """Name in :data:`imprompt.catalog.variants.VARIANTS`; two joined by ``or`` if the file does not tell."""
     evidence: str
-    """What that rests on: sha256, metadata, dtypes, file name, variant=, or keys and shapes."""
+    """How the variant was found: sha256, metadata, dtypes, file name, variant=, or keys and shapes."""
     published: tuple[str, ...]
-    """Published files it may be; several have the same shapes, then ``differs`` says how they differ."""
+    """Published files that it may be; if several, ``differs`` says how they differ."""
     differs: tuple[str, ...]
     base: str
-    """Base family it is for, by its name in the catalogue; ``other``: none of them."""
+    """Base family by its name in the catalogue, or ``other``."""
     backbone: str
     layers: int
-    """Number of its attention sites."""
+    """Number of attention sites."""
     cross_dim: int
     tokens: int
     feature: str
     feature_width: int
     encoder: str
     face: str | None
-    """Face embedding it reads: model pack and whether L2-normalised."""
+    """The face embedding it reads, if any: model pack, and whether normalised."""
     negative: str
     lora_rank: int | None
     parameters: dict[str, int]
     dtypes: tuple[str, ...]
     finite: bool | None
-    """``None``: not looked at."""
+    """``None``: not checked."""
     not_finite: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
-        """Plain lists, dicts, strings and numbers, ready for JSON."""
+        """The fields as lists, dicts, strings and numbers."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
 
     def __str__(self) -> str:
@@ -75,10 +75,11 @@ class Inspection:
 
 
 def inspect(path: str | Path, *, variant: str | None = None, weights: bool = True) -> Inspection:
-    """Say what a ``.safetensors`` adapter is. ``weights=False`` reads its header only and skips ``finite``.
+    """Describe a ``.safetensors`` adapter. ``weights=False`` reads only the header, and leaves ``finite``
+    open.
 
-    Raises :class:`ModelError` for what is damaged or no adapter; weights that are not finite, or a variant
-    that stays open, are told in the result.
+    Raises :class:`ModelError` for a file that is damaged or no adapter. Weights that are not finite, and
+    several possible variants, are reported in the result.
     """
     file = Path(path)
     contents = Contents.of_file(file)

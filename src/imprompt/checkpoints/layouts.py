@@ -1,6 +1,6 @@
-"""Published layouts of adapter files, as rows of a table: how keys are named, numbered, and what a site has.
+"""Table of the published layouts of adapter files: names and numbers of keys, weights of a site.
 
-In memory there is one form for all: ``image_proj.…`` for the projection and ``ip_adapter.N.to_k_ip.weight``
+In memory all layouts have one form: ``image_proj.…`` for the projection and ``ip_adapter.N.to_k_ip.weight``
 and so on for attention site ``N``, numbered as published. Files keep their published names.
 """
 
@@ -18,11 +18,11 @@ _KEY_VALUE = (("to_k_ip.weight", ("width", "cross")), ("to_v_ip.weight", ("width
 
 @dataclass(frozen=True)
 class Layout:
-    """One way in which adapters are published."""
+    """A published layout."""
 
     name: str
     backbone: Backbone
-    """The architecture whose attention sites it numbers."""
+    """The architecture it is for."""
     numbering: Literal["odd", "consecutive", "none"]
     """Sites are 1, 3, 5, … (UNets, where even numbers are self-attention), 0, 1, 2, …, or absent."""
     variants: tuple[tuple[str, tuple[str, ...]], ...]
@@ -84,7 +84,7 @@ IP-Adapter, XLabs, InstantX and Black Forest Labs."""
 
 
 def our_form(flat: Mapping[str, T]) -> tuple[dict[str, T], Layout]:
-    """The tensors under our names, and the layout that the keys have."""
+    """Rename keys to our form; returns them and the layout they had."""
     patterns = [(re.compile(published), ours) for each in _LAYOUTS for published, ours, _, _ in each.names]
     renamed: dict[str, T] = {}
     for key, value in flat.items():
@@ -95,7 +95,7 @@ def our_form(flat: Mapping[str, T]) -> tuple[dict[str, T], Layout]:
 
 
 def published_form(keys: Iterable[str], layout: Layout) -> dict[str, str]:
-    """Our name → the name it is published under."""
+    """Our name → published name."""
     names = {}
     for key in keys:
         renamed = (re.sub(f"^{pattern}", published, key) for _, _, pattern, published in layout.names)

@@ -1,4 +1,4 @@
-"""Where an adapter's files are: from a name to its weights and the image encoders that may go with them."""
+"""Find an adapter's file by its name, and the image encoders that may belong to it."""
 
 import contextlib
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from imprompt.catalog.resolve import Source, is_here, resolve
 from imprompt.errors import ImpromptError, ModelError, UsageError
 
 _UNFINISHED = "checkpoint-"
-"""Prefix of the files that a training run goes on from; they lie beside the adapter it made."""
+"""Prefix of a training run's checkpoints, which lie beside the adapter."""
 
 
 NOTED_ENCODER = "imprompt.image_encoder"
@@ -18,7 +18,7 @@ NOTED_ENCODER = "imprompt.image_encoder"
 
 
 def encoder_source(name: str | Path) -> Source:
-    """The image encoder of an alias, a folder, ``owner/name[/folder]`` or ``owner/name:folder``. Raises
+    """Find an image encoder by an alias, a folder, ``owner/name[/folder]`` or ``owner/name:folder``. Raises
     :class:`ModelError` if there is none."""
     source = resolve(name, "image encoder", encoders(), "a folder or a hub id (owner/name/folder)")
     if not any(encoder_widths(source)):
@@ -27,8 +27,7 @@ def encoder_source(name: str | Path) -> Source:
 
 
 def noted_encoder(metadata: Mapping[str, str]) -> tuple[Source, ...]:
-    """Where an adapter file's metadata says its encoder is; empty if it says nothing, or a folder that is not
-    here."""
+    """The image encoder that the metadata of an adapter file name, if it can be found."""
     try:
         return (resolve(metadata.get(NOTED_ENCODER, ""), "image encoder", {}),)
     except ImpromptError:
@@ -36,15 +35,15 @@ def noted_encoder(metadata: Mapping[str, str]) -> tuple[Source, ...]:
 
 
 def published_encoders(*, here: bool = False) -> tuple[Source, ...]:
-    """The encoders of the catalogue that are on the hub; with ``here`` those that are in its cache, too."""
+    """The encoders of the catalogue that are on the hub; with ``here``, those in the local cache."""
     rows = (row for row in encoders().values() if not row.bundled)
     return tuple(_source_of(row) for row in rows if not here or is_here(row))
 
 
 def encoder_widths(source: Source) -> tuple[int, int]:
-    """(pooled, hidden) width of an image encoder; zeros when there is none.
+    """(pooled, hidden) width of an image encoder, by the catalogue or its ``config.json``; zeros without one.
 
-    By the catalogue, else by its configuration. Raises :class:`ModelError` for a damaged one on this machine.
+    Raises :class:`ModelError` for a damaged local file.
     """
     for row in encoders().values():
         if (row.repo, row.folder) == (source.repo, source.inside):
@@ -64,12 +63,12 @@ def encoder_widths(source: Source) -> tuple[int, int]:
 def locate(
     name: str, subfolder: str | None = None, weight_name: str | None = None
 ) -> tuple[Path, tuple[Source, ...]]:
-    """The adapter's file, fetched if need be, and where its image encoder may be.
+    """Find an adapter's file, downloaded if need be, and the places of its image encoder.
 
     ``name`` is an alias of the catalogue, a file, a folder, or ``owner/name[/folder]/file`` of the hub;
-    ``subfolder`` and ``weight_name`` say the file of a folder or repository. Raises :class:`ModelError` when
-    there is none or several, or when it is a pickle without a ``.safetensors`` twin; :class:`UsageError` for
-    what names a file twice.
+    ``subfolder`` and ``weight_name`` choose a file of a folder or repository. Raises :class:`ModelError` if
+    there is no file or several, or only a pickle; :class:`UsageError` if ``weight_name`` is given for a file,
+    or missing for a repository.
     """
     source = resolve(
         name, "adapter", adapters(), "a file, a folder or owner/name/file.safetensors of the hub"
@@ -140,7 +139,7 @@ def _local(root: Path, subfolder: str | None, weight_name: str | None) -> tuple[
 
 
 def _safe_twin(path: Path) -> Path:
-    """The ``.safetensors`` beside a pickled ``.bin``, which holds the same weights and runs no code."""
+    """The ``.safetensors`` file beside a pickled ``.bin``, if there is one."""
     twin = path.with_suffix(".safetensors")
     return twin if path.suffix == ".bin" and twin.is_file() else path
 
@@ -155,7 +154,7 @@ def _places_around(folder: Path) -> tuple[Source, ...]:
 
 
 def _encoder_folders() -> tuple[str, ...]:
-    """The folders in which image encoders are published beside adapters."""
+    """Folders in which image encoders are published beside adapters."""
     return tuple(dict.fromkeys(["image_encoder", *(row.folder for row in encoders().values() if row.folder)]))
 
 

@@ -1,4 +1,4 @@
-"""What an adapter's keys and shapes say: its projection, its attention sites and its LoRA.
+"""Check an adapter's keys and shapes: its projection, its attention sites and its LoRA.
 
 In: shapes by section. Out: a :class:`Structure`, or one :class:`ModelError` that names what is wrong. No
 tensor is read here. :mod:`imprompt.checkpoints.identify` tells adapters of the same shapes apart.
@@ -45,33 +45,33 @@ FOREIGN = (
     (r"(text_encoder\.)?text_model\.", "a text encoder"),
     (r"emb_params$|string_to_param|clip_[lg]$|<.*>$", "a textual inversion embedding"),
 )  # fmt: skip
-"""(what one of its keys matches from the start, what a file with it is). The first match counts."""
+"""(pattern of a key, what a file with such a key is). The first match counts."""
 
 
 @dataclass(frozen=True)
 class Structure:
-    """What keys and shapes say of an adapter; widths are of one token or feature."""
+    """What is known of an adapter from its keys and shapes."""
 
     layout: Layout
     variants: tuple[Variant, ...]
-    """Those with these keys and shapes."""
+    """The variants with these keys and shapes."""
     tokens: int
     cross_dim: int
-    """Width that the attention sites read."""
+    """Width of the tokens that the attention sites read."""
     feature_width: int
     patch_width: int | None
     layers: tuple[int, ...]
-    """Numbers of its attention sites, ascending."""
+    """Numbers of the attention sites, ascending."""
     lora_rank: int | None
 
     @property
     def backbone(self) -> Backbone:
-        """The architecture that it is for."""
+        """The architecture it is for."""
         return self.layout.backbone
 
     @property
     def family(self) -> str:
-        """The base family of the catalogue that it is for, ``other`` for none of them."""
+        """Base family by its name in the catalogue, or ``other``."""
         if self.cross_dim == families()["kolors"].cross_dim and (
             self.variants[0].uses_text_projection
             or (self.variants[0].name == "resampler" and self.feature_width == 1024)
@@ -84,7 +84,7 @@ class Structure:
 
 
 def examine(shapes: Shapes, layout: Layout, name: str) -> Structure:
-    """The structure of an adapter of that layout, every key and shape checked. Raises :class:`ModelError`."""
+    """Check every key and shape of an adapter of that layout. Raises :class:`ModelError`."""
     image_proj, ip_adapter = shapes["image_proj"], shapes["ip_adapter"]
     variants, module = _projection(image_proj, layout, name)
     cross_dim = module.cross_dim
@@ -115,7 +115,7 @@ def examine(shapes: Shapes, layout: Layout, name: str) -> Structure:
 def _projection(
     image_proj: Mapping[str, Shape], layout: Layout, name: str
 ) -> tuple[tuple[str, ...], ImageProjection]:
-    """Names of the variants with this projection, and the projection without memory."""
+    """Names of the variants with this projection, and the projection on the meta device."""
     if not image_proj:
         raise ModelError(f"adapter '{name}' has an empty 'image_proj': no projection to make tokens with.")
     variants = next((variants for key, variants in layout.variants if key in image_proj), None)
@@ -137,7 +137,7 @@ def _projection(
 
 
 def _layers(sites: Mapping[str, Shape], layout: Layout, name: str) -> tuple[int, ...]:
-    """The numbers of the attention sites: all of the layout's up to the highest that is there."""
+    """Numbers of the attention sites: all that the layout has up to the highest one found."""
     if layout.numbering == "none":
         return ()
     found = {int(match[1]) for key in sites if (match := _KEY_OR_VALUE.fullmatch(key))}
@@ -155,10 +155,9 @@ def _layers(sites: Mapping[str, Shape], layout: Layout, name: str) -> tuple[int,
 def _check_sites(
     sites: Mapping[str, Shape], layers: Sequence[int], layout: Layout, sizes: dict[str, int], name: str
 ) -> None:
-    """Raise :class:`ModelError` unless every site has the layout's weights, of shapes that agree.
+    """Raise :class:`ModelError` unless every site has the layout's weights, with shapes that agree.
 
-    ``sizes`` are the dimensions that the projection sets; others are read from the first weight that has
-    them.
+    ``sizes`` are the dimensions given by the projection; others are read from the first weight that has them.
     """
     widths = {shape[-1] for key, shape in sites.items() if _KEY_OR_VALUE.fullmatch(key) and shape}
     if widths and widths != {sizes["cross"]}:
@@ -179,7 +178,7 @@ def _check_sites(
 
 
 def _lora_rank(lora: Mapping[str, Shape], layers: Sequence[int], name: str) -> int:
-    """The LoRA's rank; every attention (even numbers too) has all eight weights."""
+    """The rank of a LoRA, which must have all eight weights for every attention, even numbers too."""
     expected = {
         f"{n}.to_{part}_lora.{half}.weight": lora.get(f"{n}.to_{part}_lora.{half}.weight", ())
         for n in range(layers[-1] + 1)
@@ -212,13 +211,13 @@ def _compare(given: Mapping[str, Shape], expected: Mapping[str, Shape], what: st
 
 
 def some(names: Iterable[str]) -> str:
-    """The first names, quoted, and how many more there are."""
+    """The first three names in quotes, and the number of the others."""
     names = list(names)
     shown = ", ".join(f"'{name}'" for name in names[:3])
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def either(names: Iterable[str]) -> str:
-    """The names as ``a, b or c``."""
+    """Join names as ``a, b or c``."""
     *most, last = list(names) or [""]
     return f"{', '.join(most)} or {last}" if most else last

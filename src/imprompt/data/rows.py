@@ -1,4 +1,4 @@
-"""Captioned pictures in the forms people have, as one list of rows for training and evaluation.
+"""Read captioned pictures in the usual forms, as rows for training and evaluation.
 
 =====================================================  ================================================
 folder with ``metadata.jsonl``, ``.csv`` or ``.json``  Hugging Face's imagefolder; the file itself will do
@@ -10,10 +10,10 @@ folder of ``10_name`` folders                          kohya's: repeats and, wit
 folder of ``save_to_disk``, or ``hf:owner/name``       Hugging Face datasets (needs the package)
 =====================================================  ================================================
 
-A record names its picture (``file_name``, ``image_file``, …) and its caption (``text``, ``caption``,
-``prompt``, …; ``captions`` by kind); which field was taken is said in :attr:`Dataset.notes`. It may have
-``group`` or ``groups`` by kind, ``split`` (only ``train`` is trained on),
-``repeats``, and fields that are ``true``, which are tags. Pictures are not decoded here.
+A record has a picture (``file_name``, ``image_file``, …) and a caption (``text``, ``caption``, ``prompt``, …,
+or ``captions`` by kind); :attr:`Dataset.notes` says which field was used. It may have ``group`` or ``groups``
+by kind, ``split`` (only ``train`` is trained on), ``repeats``, and tags, which are fields that are ``true``.
+Pictures are not decoded here.
 """
 
 from __future__ import annotations
@@ -62,17 +62,17 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Folder and file name: short, and the same wherever the data lie."""
+        """Name of its folder and file."""
         return f"{self.file.parent.name}/{self.file.name}"
 
     @property
     def trainable(self) -> bool:
-        """Whether training may see this picture at all."""
+        """Whether it may be used for training."""
         return self.split in _TRAINED
 
     @property
     def caption(self) -> str:
-        """The first caption, of the kind ``full`` if there is one; empty without any."""
+        """The first caption, of kind ``full`` if there is one; empty without captions."""
         kinds = ("full", *self.captions)
         return next((self.captions[kind][0] for kind in kinds if self.captions.get(kind)), "")
 
@@ -83,7 +83,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A record or picture that cannot be used, and why; collected instead of stopping a run."""
+    """A record or picture that cannot be used, and the reason."""
 
     where: str
     reason: str
@@ -94,7 +94,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Dataset:
-    """All usable rows in the source's order, what was left out, and what was guessed in reading it."""
+    """The usable rows in the source's order, those left out, and notes on how it was read."""
 
     rows: list[Row]
     rejected: list[Rejected] = field(default_factory=list)
@@ -104,12 +104,11 @@ class Dataset:
 def read_dataset(
     source: str | Path, *, only: str | None = None, captions: Literal["required", "optional"] = "required"
 ) -> Dataset:
-    """Read captioned pictures of any form listed above.
+    """Read captioned pictures in any form listed above.
 
-    ``only`` is a tag: rows without it are passed over. ``captions`` ``"required"`` rejects a picture of a
-    plain folder that has none, and a source of which no row has any. A damaged record, an unknown shape of
-    caption or a missing picture becomes a :class:`Rejected`. Raises :class:`InputError` when ``source`` does
-    not exist or holds no usable row at all.
+    ``only`` is a tag; rows without it are skipped. ``captions="required"`` rejects pictures of a plain folder
+    without a caption, and sources without any. Damaged records and missing pictures are collected as
+    :class:`Rejected`. Raises :class:`InputError` if ``source`` does not exist or has no usable row.
     """
     data = _read(source, captions == "required")
     rows = data.rows
@@ -283,13 +282,14 @@ def _pictures(folder: Path, required: bool) -> Dataset:
 
 
 def _kohya_row(file: Path, text: str, folder: re.Match[str]) -> Row:
-    """A picture of a ``10_name`` folder: shown so often, and named by the folder if by nothing else."""
+    """A picture of a folder ``10_name``: 10 repeats; without a caption of its own it gets the folder's
+    name."""
     said = text or folder[2].replace("_", " ")
     return Row(file, {"full": (said,)}, {"group": folder[2]}, repeats=max(1, int(folder[1])))
 
 
 def _sidecar(file: Path) -> str:
-    """The caption beside a picture; empty when there is none."""
+    """The caption in the file beside a picture; empty if there is none."""
     found = next(
         (file.with_suffix(suffix) for suffix in SIDECARS if file.with_suffix(suffix).is_file()), None
     )
@@ -300,7 +300,7 @@ def _sidecar(file: Path) -> str:
 
 
 def _shards(paths: Sequence[Path]) -> Dataset:
-    """WebDataset: members of one key, which is the name up to the first dot, make a row."""
+    """Read WebDataset shards: members with the same name up to the first dot make a row."""
     rows: list[Row] = []
     rejected: list[Rejected] = []
     taken: dict[str, int] = {}
@@ -348,7 +348,7 @@ def _member(path: Path, member: tarfile.TarInfo) -> bytes:
 
 
 def _sheet(folder: Path) -> Dataset:
-    """Square cells of one picture, row by row; ``eval.json`` says how large and what each shows."""
+    """Read pictures from the square cells of one sheet; ``eval.json`` has their size and captions."""
     try:
         about = json.loads((folder / "eval.json").read_bytes())
         cell, columns = int(about["cell"]), int(about["columns"])
@@ -379,7 +379,7 @@ def _cell(path: Path, box: tuple[int, int, int, int]) -> bytes:
 
 
 def _hugging_face(name: str) -> Dataset:
-    """A dataset of the package ``datasets``; its pictures stay encoded until they are read."""
+    """Read a dataset of the package ``datasets``; pictures are not decoded."""
     stored, picture = _hf_table(name)
     caption = next((key for key in CAPTION_FIELDS if key in stored.column_names), None)
     if picture is None or caption is None:
@@ -399,7 +399,7 @@ def _hugging_face(name: str) -> Dataset:
 
 
 def _hf_table(name: str) -> tuple[Any, str | None]:
-    """The training split of a stored or published dataset, and its column of pictures, if it has one."""
+    """The training split of a saved or published dataset, and the name of its column of pictures, if any."""
     if find_spec("datasets") is None:
         raise InputError(f"'{name}' is a Hugging Face dataset, read by datasets: pip install datasets.")
     import datasets
