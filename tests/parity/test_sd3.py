@@ -137,6 +137,19 @@ def test_a_prompt_may_begin_in_mid_run() -> None:
     assert not torch.equal(late, draw(pipe))
 
 
+def test_strength_may_act_on_the_keys_too() -> None:
+    """The keys are made anew at each step."""
+    pipe = tinydit.sd3()
+    adapter = ours(pipe)
+    drawn: dict[tuple[str, float], Tensor] = {}
+    for scaling in ("v-only", "k+v"):
+        for scale in (1.0, 0.5):
+            adapter.set_prompt(features(1), scale=scale, scaling=scaling)
+            drawn[scaling, scale] = draw(pipe)
+    assert torch.equal(drawn["k+v", 1.0], drawn["v-only", 1.0])
+    assert (drawn["k+v", 0.5] - drawn["v-only", 0.5]).abs().max() > 1e-6
+
+
 def test_two_kinds_of_pipelines_share_the_formula(tmp_path: Path) -> None:
     kind = diffusers.StableDiffusion3Img2ImgPipeline
     pipe, oracle = tinydit.sd3(kind), theirs(tinydit.sd3(kind), tmp_path, 0.8)
