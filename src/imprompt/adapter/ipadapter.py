@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from imprompt.adapter.backbones.base import Backbone, Branch, Site
 from imprompt.adapter.encoding import EncodedPrompt, EncoderLike, PromptEncoder, check_tokens
 from imprompt.adapter.faces import FaceReaderLike
-from imprompt.adapter.fit import check_family, check_sites
+from imprompt.adapter.fit import check_fits
 from imprompt.adapter.init import initial_weights
 from imprompt.adapter.injection import Injection, find_denoiser
 from imprompt.adapter.key_value import placement, precise
@@ -407,8 +407,7 @@ class IPAdapter(AdapterWeights):
     def _check_fits(self, backbone: Backbone, model: nn.Module, name: str) -> None:
         """Raises :class:`AdapterMismatch` when the adapter was made for another model than ``model``."""
         shapes = {n: tuple(layer.to_k_ip.weight.shape) for n, layer in self._layers.items()}
-        check_sites(self.checkpoint, shapes, backbone, model, name)
-        check_family(self.checkpoint, self.projection.cross_dim, backbone, model, name)
+        check_fits(self.checkpoint, shapes, self.projection.cross_dim, backbone, model, name)
         sites = backbone.sites(model)
         if self.lora is not None:
             self.lora.check(model, sites, self.checkpoint.name)

@@ -80,23 +80,15 @@ class Recorder:
         if self._call is None or not self._maps:
             raise UsageError("there is nothing to explain: no image prompt acted while this was recorded.")
         layers = tuple(sorted(self._layers, key=lambda layer: layer.block_index))
-        prompts = range(1 + max(self._maps))
-        zero = torch.zeros(())
-        strength = [
-            [
-                [self._strength.get((g, s, x.name), zero).cpu() for x in layers]
-                for s in range(len(self._steps))
-            ]
-            for g in prompts
-        ]
-        blank = torch.zeros(self._size(self._call))
-        maps = [self._maps.get(g, blank).cpu() / (len(self._steps) * len(layers)) for g in prompts]
-        return Attribution(
-            layers,
-            tuple(float(step) for step in self._steps),
-            torch.stack([torch.stack([torch.stack(row) for row in table]) for table in strength]),
-            torch.stack(maps),
-        )
+        numbers = {layer.name: n for n, layer in enumerate(layers)}
+        prompts, steps = 1 + max(self._maps), tuple(map(float, self._steps))
+        strength = torch.zeros(prompts, len(steps), len(layers))
+        for (prompt, step, name), value in self._strength.items():
+            strength[prompt, step, numbers[name]] = value.cpu()
+        maps = torch.zeros(prompts, *self._size(self._call))
+        for prompt, value in self._maps.items():
+            maps[prompt] = value.cpu() / (len(steps) * len(layers))
+        return Attribution(layers, steps, strength, maps)
 
     @staticmethod
     def _size(call: Call) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from imprompt.catalog import encoders
 from imprompt.catalog.resolve import Source, resolve
 from imprompt.encoders.images import load_image
 from imprompt.errors import InputError, ModelError, first_line
-from imprompt.io import fingerprint, read_json
+from imprompt.io import fingerprint
 from imprompt.weights import silence_library_logging
 
 _PREPROCESSING = "preprocessor_config.json"
@@ -233,15 +233,9 @@ def _settings(place: Source) -> Mapping[str, Any] | None:
     """The published settings of the processor, if any."""
     if place.path is None:
         try:
-            path = place.file(_PREPROCESSING)
+            place.file(_PREPROCESSING)
         except ModelError:  # most published encoders have none
             return None
-    else:
-        folder = place.path.resolve()
-        places = (folder / _PREPROCESSING, folder.parent / "feature_extractor" / _PREPROCESSING)
-        found = next((each for each in places if each.is_file()), None)
-        if found is None:
-            return None
-        path = found
-    settings: Mapping[str, Any] = read_json(path, f"'{path}'", error=ModelError)
-    return settings
+        return place.config(_PREPROCESSING)
+    beside = Source(place.name, place.path.resolve().parent / "feature_extractor")
+    return place.config(_PREPROCESSING) or beside.config(_PREPROCESSING) or None

@@ -4,7 +4,7 @@ Dimensions as in :mod:`imprompt.projections.modules`; ``D`` is the resampler's w
 """
 
 import math
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from jaxtyping import Float
@@ -35,10 +35,7 @@ class ResamplerProjection(ImageProjection):
 
     @classmethod
     def from_shapes(cls, variant: Variant, shapes: Shapes) -> Self:
-        _, tokens, _ = shape_of(shapes, "latents", 3)
-        _, feature_width = shape_of(shapes, "proj_in.weight", 2)
-        cross_dim, _ = shape_of(shapes, "proj_out.weight", 2)
-        return cls(variant, tokens, cross_dim, feature_width, Widths.of(shapes))
+        return cls(variant, *_outer_sizes(shapes), Widths.of(shapes))
 
     def _tokens(self, features: Tensor) -> Float[Tensor, "N T C"]:
         # Each face embedding is a sequence of one.
@@ -80,11 +77,8 @@ class TimedResamplerProjection(ResamplerProjection):
 
     @classmethod
     def from_shapes(cls, variant: Variant, shapes: Shapes) -> Self:
-        _, tokens, _ = shape_of(shapes, "latents", 3)
-        _, feature_width = shape_of(shapes, "proj_in.weight", 2)
-        cross_dim, _ = shape_of(shapes, "proj_out.weight", 2)
         _, frequencies = shape_of(shapes, "time_embedding.linear_1.weight", 2)
-        return cls(variant, tokens, cross_dim, feature_width, Widths.of(shapes), frequencies)
+        return cls(variant, *_outer_sizes(shapes), Widths.of(shapes), frequencies)
 
     def embed_time(self, timestep: Float[Tensor, "N"]) -> Float[Tensor, "N D"]:
         """The embedded timestep, which the adapter's layers read as well; ``timestep`` is in 0 to 1000."""
@@ -182,11 +176,13 @@ class FaceResamplerProjection(ImageProjection):
         return self(self._zeros(), features)
 
 
-class Widths:
+class Widths(NamedTuple):
     """Inner sizes of a resampler: width ``D``, depth, heads' total width, and each feed-forward's width."""
 
-    def __init__(self, width: int, depth: int, inner: int, hidden: int) -> None:
-        self.width, self.depth, self.inner, self.hidden = width, depth, inner, hidden
+    width: int
+    depth: int
+    inner: int
+    hidden: int
 
     @classmethod
     def of(cls, shapes: Shapes, width: int | None = None) -> Self:
@@ -204,6 +200,13 @@ class Widths:
                 f"'layers.0.0.to_q.weight' has {inner} rows, not a multiple of {HEAD_WIDTH}, a head's width."
             )
         return cls(width or columns, depth, inner, hidden)
+
+
+def _outer_sizes(shapes: Shapes) -> tuple[int, int, int]:
+    """Tokens, cross-attention width and feature width of a resampler."""
+    _, tokens, _ = shape_of(shapes, "latents", 3)
+    cross_dim, _ = shape_of(shapes, "proj_out.weight", 2)
+    return tokens, cross_dim, shape_of(shapes, "proj_in.weight", 2)[1]
 
 
 class _TimeEmbedding(nn.Module):
