@@ -34,21 +34,15 @@ from imprompt.errors import UsageError
 class _Keys:
     """Keys, values and biases of one slot at all its sites, and what they were made of."""
 
-    tensors: list[object] = field(default_factory=list)
-    """Compared by identity, never by value."""
-    settings: object = None
-    """Compared by value."""
     at: dict[str, tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=dict)
+    parts: list[object] = field(default_factory=list)
+    """The source and its prompts' tensors."""
+    settings: object = None
 
-    def made_of(self, tensors: list[object], settings: object) -> bool:
-        """Whether they were made of the very same; takes note of these."""
-        same = (
-            self.settings == settings
-            and len(self.tensors) == len(tensors)
-            and all(map(is_, self.tensors, tensors))
-        )
-        self.tensors, self.settings = tensors, settings
-        return same
+    def made_of(self, parts: list[object], settings: object) -> bool:
+        """Whether they were made of the same objects (never compared by value) and equal settings."""
+        alike = len(self.parts) == len(parts) and all(map(is_, self.parts, parts))
+        return alike and self.settings == settings
 
 
 class _Added(NamedTuple):
@@ -200,13 +194,15 @@ class Batch:
 
     def _make_keys(self, source: PromptSource, slot: Slot, sites: list[SlotSite], keys: _Keys) -> None:
         """Keys and values of a slot at its sites, unless they were made of the very same already."""
-        modes = [prompt.scaling for prompt in slot.prompts if prompt.scaling != "v-only"]
-        settings = (modes, slot.order, [(x.site.name, x.negated, modes and x.strengths) for x in sites])
-        tensors = [x for p in slot.prompts for x in (p.tokens, p.negative, p.log_weight_bias)]
-        if keys.made_of([source, *tensors], settings):
+        modes = [prompt.scaling for prompt in slot.prompts]
+        inside = any(mode != "v-only" for mode in modes)
+        acting = [(at.site.name, at.negated, at.strengths if inside else None) for at in sites]
+        settings = (modes if inside else None, slot.order, acting)
+        parts = [source, *(x for p in slot.prompts for x in (p.tokens, p.negative, p.log_weight_bias))]
+        if keys.made_of(parts, settings):
             return
         stacks: dict[tuple[bool, ...], tuple[Tensor, Tensor | None]] = {}
-        before, keys.at = keys.at, {}
+        made: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
         for at in sites:
             if at.negated not in stacks:
                 stacks[at.negated] = self._stack(source, slot, at.negated)
@@ -214,12 +210,13 @@ class Batch:
             bias = None if bias is None else bias[slot.order].to(self.call.dtype)
             key, value = (each[slot.order] for each in self._key_value(source, at.site, tokens))
             key, value = slot.scaled(key, value, bias, at)
-            old = before.get(at.site.name, (None, None, None))
-            keys.at[at.site.name] = (
+            old = keys.at.get(at.site.name, (None, None, None))
+            made[at.site.name] = (
                 _written(old[0], key.to(self.call.dtype)),
                 _written(old[1], value.to(self.call.dtype)),
                 None if bias is None else _written(old[2], bias),
             )
+        keys.at, keys.parts, keys.settings = made, parts, settings
 
     def _stack(
         self, source: PromptSource, slot: Slot, negated: Sequence[bool]

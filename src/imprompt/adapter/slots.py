@@ -87,7 +87,7 @@ class Slot:
 
     def scaled(self, key: Tensor, value: Tensor, bias: Tensor | None, at: SlotSite) -> tuple[Tensor, Tensor]:
         """Each row's keys and values with the part of the strength that acts inside the softmax."""
-        modes = [self.sequences[i][0].scaling for i in self.order]
+        modes = [self.prompts[row].scaling for row in self.rows]
         if all(mode == "v-only" for mode in modes):
             return key, value
         there = None if bias is None else (bias != float("-inf")).transpose(-1, -2)

@@ -59,7 +59,8 @@ class PromptSource:
 
     def _undisturbed(self) -> AbstractContextManager[None]:
         """Keep other threads from drawing. Raises :class:`UsageError` while one draws with this source."""
-        return nullcontext() if self.injection is None else self.injection.drawing.undisturbed()
+        injection = self.injection
+        return nullcontext() if injection is None else injection.drawing.undisturbed()
 
     def _enter(self, injection: "Injection") -> None:
         if not any(source is self for source in injection.sources):
@@ -88,8 +89,9 @@ class PromptSource:
         self._invalidate()
 
     def _invalidate(self) -> None:
-        if self.injection is not None:
-            self.injection.invalidate()
+        injection = self.injection
+        if injection is not None:
+            injection.invalidate()
 
     def has_site(self, index: int) -> bool:
         """Whether it has keys and values for the site with published number ``index``."""
