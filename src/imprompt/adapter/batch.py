@@ -35,11 +35,10 @@ class _Keys:
     """Keys, values and biases of one slot at all its sites, and what they were made of."""
 
     at: dict[str, tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=dict)
-    parts: list[object] = field(default_factory=list)
-    """The source and its prompts' tensors."""
-    settings: object = None
+    parts: tuple[object, ...] = ()
+    settings: tuple[object, ...] = ()
 
-    def made_of(self, parts: list[object], settings: object) -> bool:
+    def made_of(self, parts: tuple[object, ...], settings: tuple[object, ...]) -> bool:
         """Whether they were made of the same objects (never compared by value) and equal settings."""
         alike = len(self.parts) == len(parts) and all(map(is_, self.parts, parts))
         return alike and self.settings == settings
@@ -194,11 +193,7 @@ class Batch:
 
     def _make_keys(self, source: PromptSource, slot: Slot, sites: list[SlotSite], keys: _Keys) -> None:
         """Keys and values of a slot at its sites, unless they were made of the very same already."""
-        modes = [prompt.scaling for prompt in slot.prompts]
-        inside = any(mode != "v-only" for mode in modes)
-        acting = [(at.site.name, at.negated, at.strengths if inside else None) for at in sites]
-        settings = (modes if inside else None, slot.order, acting)
-        parts = [source, *(x for p in slot.prompts for x in (p.tokens, p.negative, p.log_weight_bias))]
+        parts, settings = _ingredients(source, slot, sites)
         if keys.made_of(parts, settings):
             return
         stacks: dict[tuple[bool, ...], tuple[Tensor, Tensor | None]] = {}
@@ -268,6 +263,17 @@ def _written(old: Tensor | None, new: Tensor) -> Tensor:
     if old is None or (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
         return new
     return old.copy_(new)
+
+
+def _ingredients(
+    source: PromptSource, slot: Slot, sites: list[SlotSite]
+) -> tuple[tuple[object, ...], tuple[object, ...]]:
+    """What keys are made of: the source and its prompts' tensors, and settings that are compared by value."""
+    modes = [prompt.scaling for prompt in slot.prompts]
+    inside = any(mode != "v-only" for mode in modes)
+    acting = [(at.site.name, at.negated, at.strengths if inside else None) for at in sites]
+    tensors = (x for p in slot.prompts for x in (p.tokens, p.negative, p.log_weight_bias))
+    return (source, *tensors), (modes if inside else None, slot.order, acting)
 
 
 def _tokens(prompt: CompiledPrompt, *, negative: bool) -> Tensor:
