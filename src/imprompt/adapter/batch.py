@@ -134,10 +134,7 @@ class Batch:
             for prompts in prompt_slots(() if training else source.samples)
         ]
         made: dict[str, list[ImageKV]] = {site.name: [] for site in self.sites}
-        for source, tokens in training:
-            for site in self._sites_of(source):
-                made[site.name].append(self._training_kv(source, tokens, site))
-        for site, kv in self._prompt_kvs(slots):
+        for site, kv in (*self._training_kvs(training), *self._prompt_kvs(slots)):
             made[site.name].append(kv)
         self.image_kvs = {name: tuple(kvs) for name, kvs in made.items()}
         regions, grid = Regions([slot for _, slot in slots]), self.call.grid
@@ -236,6 +233,15 @@ class Batch:
             return empty, empty
         key, value = source.key_value(site.index)(tokens, heads, self.call.dtype)
         return key, value
+
+    def _training_kvs(
+        self, training: list[tuple[PromptSource, TrainingTokens]]
+    ) -> list[tuple[Site, ImageKV]]:
+        return [
+            (site, self._training_kv(source, tokens, site))
+            for source, tokens in training
+            for site in self._sites_of(source)
+        ]
 
     def _training_kv(self, source: PromptSource, live: TrainingTokens, site: Site) -> ImageKV:
         if live.tokens.shape[0] != self.call.batch:

@@ -53,8 +53,7 @@ def as_prompts(value: PromptLike, fields: Mapping[str, object]) -> tuple[ImagePr
     """Read a short form; ``fields`` are set on each prompt. Raises :class:`UsageError` for anything else."""
     if isinstance(value, Tensor | Features | Faces):
         return (ImagePrompt(features=value, **fields),)
-    alone = isinstance(value, ImagePrompt | str | Path | bytes | Image.Image)
-    items: list[object] = [value] if alone else list(value) if isinstance(value, list | tuple) else []
+    items = _items(value)
     prompts = [item for item in items if isinstance(item, ImagePrompt)]
     if not items or 0 < len(prompts) < len(items):
         raise UsageError(
@@ -67,6 +66,13 @@ def as_prompts(value: PromptLike, fields: Mapping[str, object]) -> tuple[ImagePr
     if len(tensors) == len(items):
         return (ImagePrompt(features=_joined(tensors), **fields),)
     return (ImagePrompt(tuple(items), **fields),)
+
+
+def _items(value: object) -> list[object]:
+    """The prompts or pictures that a short form lists; empty if it is no short form."""
+    if isinstance(value, list | tuple):
+        return list(value)
+    return [value] if isinstance(value, ImagePrompt | str | Path | bytes | Image.Image) else []
 
 
 @dataclass(frozen=True, eq=False)
