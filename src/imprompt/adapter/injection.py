@@ -73,7 +73,8 @@ class Injection:
         self._grid: tuple[Any, Any] | None = None
         self._run: tuple[Any, Any] | None = None
         """Scheduler and timesteps of the run; a new run has new ones."""
-        self._clock: tuple[Any, Any, Clock] | None = None
+        self._clock: Clock | None = None
+        """That of the run."""
         self._hooks: list[Any] = []
 
     @classmethod
@@ -204,7 +205,7 @@ class Injection:
         batch = self._batch(call, training)
         timestep = inputs.timestep.to(call.device, torch.float32)
         if batch.gated or self.recorder is not None:
-            clock = self._clock_of(caller, call.device)
+            clock = self._clock = self._clock or Clock.of(self._scheduler(caller), call.device)
             batch.step(clock, timestep)
             if self.recorder is not None:
                 self.recorder.step(clock.position(timestep).mean() / clock.length, call, self.sites)
@@ -226,10 +227,10 @@ class Injection:
     def _begin_run(self, caller: Caller | None) -> None:
         """At the first call of a run, let the sources encode their texts again, as the pipeline encodes its
         prompt now: its text encoder may have changed since they were set."""
-        scheduler = getattr(self.pipe if caller is None else caller.pipe, "scheduler", None)
+        scheduler = self._scheduler(caller)
         run = scheduler, getattr(scheduler, "timesteps", None)
         if self._run is None or any(a is not b for a, b in zip(run, self._run, strict=True)):
-            self._run = run
+            self._run, self._clock = run, None
             encode_text = cache(partial(self.encode_text, caller=caller))
             for source in self.sources:
                 source.begin_run(encode_text)
@@ -382,14 +383,8 @@ class Injection:
             batch.update(self.sources, self.text_projection)
         self._stale.discard(batch.call)
 
-    def _clock_of(self, caller: Caller | None, device: torch.device) -> Clock:
-        """The clock of the run; a new one when the scheduler or its timesteps are other objects."""
-        pipe = self.pipe if caller is None else caller.pipe
-        scheduler = getattr(pipe, "scheduler", None)
-        timesteps = getattr(scheduler, "timesteps", None)
-        if self._clock is None or self._clock[0] is not scheduler or self._clock[1] is not timesteps:
-            self._clock = scheduler, timesteps, Clock.of(scheduler, device)
-        return self._clock[2]
+    def _scheduler(self, caller: Caller | None) -> Any:
+        return getattr(self.pipe if caller is None else caller.pipe, "scheduler", None)
 
 
 def _own(processor: Any) -> Any:
