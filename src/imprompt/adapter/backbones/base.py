@@ -8,6 +8,7 @@ CFG branches) and which processor adds the image prompts at a site.
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -118,14 +119,14 @@ class Caller:
 
 def find_caller() -> Caller | None:
     """The diffusers pipeline nearest on the call stack; ``None`` in a loop of the user's own."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_argcount and code.co_varnames[0] == "self":
             owner = frame.f_locals.get("self")
             if isinstance(owner, DiffusionPipeline):
                 return Caller(owner, frame.f_locals)
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 
