@@ -82,12 +82,12 @@ def align(image: Image.Image, landmarks: Array, size: int = 112) -> Image.Image:
     )
 
 
-def nms(faces: Sequence[Face], overlap: float = OVERLAP) -> list[Face]:
-    """Non-maximum suppression: remove faces that overlap a better one by more than ``overlap`` (intersection
-    over union). Returns the rest, largest first."""
+def nms(faces: Sequence[Face]) -> list[Face]:
+    """Non-maximum suppression: remove faces that overlap a better one by more than :data:`OVERLAP`
+    (intersection over union). Returns the rest, largest first."""
     kept: list[Face] = []
     for face in sorted(faces, key=lambda each: -each.score):
-        if all(_intersection_over_union(face, other) <= overlap for other in kept):
+        if all(_intersection_over_union(face, other) <= OVERLAP for other in kept):
             kept.append(face)
     return sorted(kept, key=lambda each: -each.area)
 

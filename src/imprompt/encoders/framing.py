@@ -69,13 +69,11 @@ def encode(
     return Features(torch.stack(pooled), torch.stack(hidden), whole.negative_hidden)
 
 
-def frame(
-    image: Image.Image, framing: str, side: int, border: tuple[int, int, int] = MEAN_COLOUR
-) -> Image.Image:
+def frame(image: Image.Image, framing: str, side: int) -> Image.Image:
     """Make a picture square.
 
     ``crop`` keeps the centre, ``top``, ``bottom``, ``left`` and ``right`` keep that end of the longer side
-    (an end of the shorter side means the centre), ``pad`` adds a border of the colour ``border``, ``squash``
+    (an end of the shorter side means the centre), ``pad`` adds a border of :data:`MEAN_COLOUR`, ``squash``
     scales to ``side`` × ``side`` pixels. All but ``squash`` leave the scaling to the encoder.
     """
     framing = canonical("framing", framing, FRAMINGS)
@@ -91,7 +89,7 @@ def frame(
             shrink = long / max(width, height)
             width, height = max(1, round(width * shrink)), max(1, round(height * shrink))
             image = image.resize((width, height), Image.Resampling.BICUBIC)
-        square = Image.new("RGB", (long, long), border)
+        square = Image.new("RGB", (long, long), MEAN_COLOUR)
         square.paste(image, ((long - width) // 2, (long - height) // 2))
         return square
     short = min(width, height)

@@ -74,20 +74,14 @@ def load_image(
         return _flattened(_srgb(_eight_bit(_upright(image), name)), background)
 
 
-def load_mask(
-    source: Source,
-    *,
-    max_pixels: int = MAX_PIXELS,
-    budget: Budget | None = None,
-    notes: list[str] | None = None,
-) -> Image.Image:
+def load_mask(source: Source, *, budget: Budget | None = None, notes: list[str] | None = None) -> Image.Image:
     """Read a mask as upright 8-bit grey: white is inside, black and transparent are outside.
 
     Like :func:`load_image`, but colour profiles are ignored, since a mask's values are weights and not
     colours. If no value is above 1 of 255, as in masks of many segmentation tools, 1 counts as white, and a
     line that says so is added to ``notes``.
     """
-    with _opened(source, max_pixels) as (image, name):
+    with _opened(source, MAX_PIXELS) as (image, name):
         _load(image, name, budget)
         image = _upright(image)
         if image.mode.startswith("I") and image.getextrema() == (0, 1):
@@ -100,27 +94,21 @@ def load_mask(
         return mask.point(lambda value: 255 * value)
 
 
-def load_frames(
-    source: Source,
-    *,
-    max_frames: int = MAX_FRAMES,
-    max_pixels: int = MAX_PIXELS,
-    budget: Budget | None = None,
-) -> tuple[list[Image.Image], float | None]:
-    """All frames of an animated picture (GIF, WebP, PNG, AVIF) as :func:`load_image` gives one, and how many
-    there are a second; of a folder, its pictures in the order of their names, and ``None``.
+def load_frames(source: Source, *, budget: Budget | None = None) -> tuple[list[Image.Image], float | None]:
+    """Read all frames of an animated picture (GIF, WebP, PNG, AVIF), and the frames per second; of a folder,
+    its pictures in the order of their names, and ``None``.
 
-    A still is one frame. Raises :class:`InputError` as :func:`load_image`, for more than ``max_frames``
+    A still has one frame. Raises :class:`InputError` as :func:`load_image`, for more than :data:`MAX_FRAMES`
     frames, and for frames of different sizes.
     """
     budget = budget or Budget()
     if isinstance(source, str | Path) and check_file(source, folder=True).is_dir():
-        return _folder_frames(Path(source), max_frames, max_pixels, budget), None
+        return _folder_frames(Path(source), budget), None
     frames, milliseconds = [], 0.0
-    with _opened(source, max_pixels) as (image, name):
+    with _opened(source, MAX_PIXELS) as (image, name):
         count = int(getattr(image, "n_frames", 1))
-        if count > max_frames:
-            raise InputError(f"{name} has {count} frames; at most {max_frames} are read.")
+        if count > MAX_FRAMES:
+            raise InputError(f"{name} has {count} frames; at most {MAX_FRAMES} are read.")
         budget.take(3 * image.width * image.height * count, name)
         for number in range(count):
             if count > 1:
@@ -132,14 +120,14 @@ def load_frames(
     return frames, 1000 * count / milliseconds if milliseconds else None
 
 
-def _folder_frames(folder: Path, max_frames: int, max_pixels: int, budget: Budget) -> list[Image.Image]:
+def _folder_frames(folder: Path, budget: Budget) -> list[Image.Image]:
     folder = check_file(folder, folder=True)
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
     if not paths:
         raise InputError(f"folder '{folder}' holds no pictures ({', '.join(_SUFFIXES)}).")
-    if len(paths) > max_frames:
-        raise InputError(f"'{folder}' has {len(paths)} frames; at most {max_frames} are read.")
-    frames = [load_image(path, max_pixels=max_pixels, budget=budget) for path in paths]
+    if len(paths) > MAX_FRAMES:
+        raise InputError(f"'{folder}' has {len(paths)} frames; at most {MAX_FRAMES} are read.")
+    frames = [load_image(path, budget=budget) for path in paths]
     if len({frame.size for frame in frames}) > 1:
         raise InputError(f"the pictures in '{folder}' have different sizes; frames of a clip have one.")
     return frames
