@@ -151,9 +151,6 @@ class Batch:
         for timed in self._timed:
             timed.write(timestep.reshape(-1)[:1], self.heads)
 
-    def _sites_of(self, source: PromptSource) -> list[Site]:
-        return [site for site in self.sites if source.has_site(site.index)]
-
     def _prompt_kvs(self, slots: list[tuple[PromptSource, Slot]]) -> list[tuple[Site, ImageKV]]:
         """What all slots add, with their factors."""
         self._keys = [*self._keys[: len(slots)], *(_Keys() for _ in slots[len(self._keys) :])]
@@ -176,7 +173,7 @@ class Batch:
 
     def _added(self, source: PromptSource, slot: Slot, number: int) -> list[_Added]:
         """What one slot adds at each site where it acts."""
-        sites, keys = list(slot.acting(source, self._sites_of(source))), self._keys[number]
+        sites, keys = list(slot.acting(source, source.sites_of(self.sites))), self._keys[number]
         self._make_keys(source, slot, sites, keys)
         modes = [prompt.scaling for prompt, _ in slot.sequences]
         added = []
@@ -240,7 +237,7 @@ class Batch:
         return [
             (site, self._training_kv(source, tokens, site))
             for source, tokens in training
-            for site in self._sites_of(source)
+            for site in source.sites_of(self.sites)
         ]
 
     def _training_kv(self, source: PromptSource, live: TrainingTokens, site: Site) -> ImageKV:

@@ -103,6 +103,8 @@ class EncodedPrompt:
     """One per picture; a file of saved features may hold several pictures."""
     at: tuple[int, ...] | None
     """The frame of each picture."""
+    text: Tensor | None = None
+    """Embeddings of its regional text, ``Tt D``."""
 
 
 class PromptEncoder:

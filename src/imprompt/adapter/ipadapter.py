@@ -37,7 +37,7 @@ from imprompt.encoders.face import FaceEmbedder, Faces
 from imprompt.errors import AdapterMismatch, UsageError
 from imprompt.schema.prompt import ImagePrompt, Picture
 
-_Encoded: TypeAlias = tuple[tuple[tuple[EncodedPrompt, Tensor | None], ...], ...]
+_Encoded: TypeAlias = tuple[tuple[EncodedPrompt, ...], ...]
 
 
 class IPAdapter(AdapterWeights):
@@ -353,8 +353,8 @@ class IPAdapter(AdapterWeights):
     def begin_run(self, encode_text: Callable[[str], Tensor]) -> None:
         super().begin_run(encode_text)
         self._encoded = tuple(
-            tuple((prompt, made.text) for (prompt, _), made in zip(given, sample, strict=True))
-            for given, sample in zip(self._encoded, self._samples, strict=False)
+            tuple(replace(prompt, text=made.text) for prompt, made in zip(prompts, sample, strict=True))
+            for prompts, sample in zip(self._encoded, self._samples, strict=False)
         )
 
     def _check_target(self) -> None:
@@ -371,7 +371,7 @@ class IPAdapter(AdapterWeights):
         self._check_target()
         with torch.inference_mode(False), torch.no_grad():
             encoded = tuple(
-                tuple((self.prompt_encoder.encode(prompt), self._text(prompt.text)) for prompt in prompts)
+                tuple(replace(self.prompt_encoder.encode(p), text=self._text(p.text)) for p in prompts)
                 for prompts in samples
             )
         with self._undisturbed():
@@ -382,12 +382,10 @@ class IPAdapter(AdapterWeights):
         weights, injection = self.versions(), self.injection
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             samples = tuple(
-                tuple(compile_prompt(prompt, self.projection, text) for prompt, text in prompts)
-                for prompts in encoded
+                tuple(compile_prompt(prompt, self.projection) for prompt in prompts) for prompts in encoded
             )
         if injection is not None:
-            for prompt in (prompt for sample in samples for prompt in sample):
-                prompt.layer_weights(self._sites(injection.sites))  # a profile that does not fit is said now
+            self._check_profiles(samples, injection.sites)
         self._encoded, self._compiled_with = encoded, weights
         self._samples = samples if any(samples) else ()
         self._invalidate()
@@ -400,10 +398,6 @@ class IPAdapter(AdapterWeights):
             return encode_text(None, text, self.checkpoint.cross_dim)
         return injection.encode_text(text)
 
-    def _sites(self, sites: Sequence[Site]) -> list[Site]:
-        """Those of a denoiser's sites that it has keys and values for."""
-        return [site for site in sites if site.index in self._layers]
-
     def _check_fits(self, backbone: Backbone, model: nn.Module, name: str) -> None:
         """Raises :class:`AdapterMismatch` when the adapter was made for another model than ``model``."""
         shapes = {n: tuple(layer.to_k_ip.weight.shape) for n, layer in self._layers.items()}
@@ -411,5 +405,9 @@ class IPAdapter(AdapterWeights):
         sites = backbone.sites(model)
         if self.lora is not None:
             self.lora.check(model, sites, self.checkpoint.name)
-        for prompt in (prompt for sample in self._samples for prompt in sample):
-            prompt.layer_weights(self._sites(sites))
+        self._check_profiles(self._samples, sites)
+
+    def _check_profiles(self, samples: Sequence[Sequence[CompiledPrompt]], sites: Sequence[Site]) -> None:
+        """Raise :class:`UsageError` now for a profile that does not fit the sites."""
+        for prompt in (prompt for sample in samples for prompt in sample):
+            prompt.layer_weights(self.sites_of(sites))

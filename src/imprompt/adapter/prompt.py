@@ -139,13 +139,11 @@ class CompiledPrompt:
         ]
 
 
-def compile_prompt(
-    encoded: EncodedPrompt, projection: ImageProjection, text: Tensor | None
-) -> CompiledPrompt:
+def compile_prompt(encoded: EncodedPrompt, projection: ImageProjection) -> CompiledPrompt:
     """Project an encoded prompt with the adapter's present weights, on their device.
 
-    ``text`` are the embeddings of the prompt's regional text. Raises :class:`InputError` for an invalid mask
-    and features that overflow in the projection, :class:`UsageError` for tokens or frames that do not exist.
+    Raises :class:`InputError` for an invalid mask and features that overflow in the projection,
+    :class:`UsageError` for tokens or frames that do not exist.
     """
     prompt = encoded.prompt
     with _s_scale(projection, prompt.s_scale):
@@ -177,7 +175,7 @@ def compile_prompt(
         scaling=prompt.scaling,
         log_weight_bias=log_weight_bias(encoded.weights, each) if joined else None,
         words=prompt.text if isinstance(prompt.text, str) else None,
-        text=text,
+        text=encoded.text,
         track=track_of(
             encoded.at,
             options.read_curve(prompt.frame_curve),

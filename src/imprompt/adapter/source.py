@@ -1,7 +1,7 @@
 """What can sit in a denoiser's injection and show it image tokens or texts: :class:`PromptSource`."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from imprompt.adapter.backbones.base import Branch
+from imprompt.adapter.backbones.base import Branch, Site
 from imprompt.adapter.key_value import KeyValue
 from imprompt.adapter.lora import FaceLora
 from imprompt.adapter.prompt import CompiledPrompt
@@ -96,6 +96,10 @@ class PromptSource:
     def has_site(self, index: int) -> bool:
         """Whether it has keys and values for the site with published number ``index``."""
         return True
+
+    def sites_of(self, sites: Sequence[Site]) -> list[Site]:
+        """Those sites that it has keys and values for."""
+        return [site for site in sites if self.has_site(site.index)]
 
     def key_value(self, index: int) -> KeyValue:
         """The keys and values of the site with published number ``index``."""
