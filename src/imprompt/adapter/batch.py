@@ -1,9 +1,9 @@
-"""From compiled prompts to what attention reads: keys, values, masks and factors for one batch layout.
+"""Tensors that the attention reads: keys, values, masks and factors of all prompts for one batch layout.
 
-:class:`Batch` is made once for a :class:`~imprompt.adapter.backbones.base.Call` and then written in place: a
-new prompt of the same length, a new strength, mask or window changes no tensor object. Keys and values are
-computed again only when tokens or weights change; strength, window and curve are one small table, multiplied
-once per step for all sites.
+A :class:`Batch` is made once per :class:`~imprompt.adapter.backbones.base.Call` and then written in place: a
+new prompt of the same length, or a new strength, mask or window, changes no tensor object. Keys and values
+are computed again only if tokens or weights change. Strength, window and curve are one small table,
+multiplied once per step for all sites.
 
 Dimensions: S token sequences, T tokens of the longest, C token width, R batch rows (branches × samples ×
 images × frames), H heads, D head width.
@@ -45,12 +45,12 @@ class _Keys:
 
 
 class _Added(NamedTuple):
-    """What one slot adds at one site."""
+    """The contribution of one slot at one site."""
 
     at: SlotSite
     kv: ImageKV
     strengths: list[float]
-    """Of each row, outside the softmax."""
+    """Strength of each row, outside the softmax."""
 
 
 class _Timed(NamedTuple):
@@ -124,8 +124,8 @@ class Batch:
         self._factors = _Factors()
 
     def update(self, sources: Sequence[PromptSource], text_projection: nn.Module | None) -> None:
-        """Take over the sources' prompts, in place where shapes allow; while one is trained, its tokens
-        alone."""
+        """Read the sources' prompts, in place if shapes allow. While one is trained, only its tokens are
+        used."""
         self._projection = text_projection
         training = [(source, source.training) for source in sources if source.training is not None]
         slots = [
@@ -152,7 +152,7 @@ class Batch:
             timed.write(timestep.reshape(-1)[:1], self.heads)
 
     def _prompt_kvs(self, slots: list[tuple[PromptSource, Slot]]) -> list[tuple[Site, ImageKV]]:
-        """What all slots add, with their factors."""
+        """The contributions of all slots, with their factors."""
         self._keys = [*self._keys[: len(slots)], *(_Keys() for _ in slots[len(self._keys) :])]
         self._timed = []
         added, whens = list[_Added](), list[When]()
@@ -172,7 +172,7 @@ class Batch:
         ]
 
     def _added(self, source: PromptSource, slot: Slot, number: int) -> list[_Added]:
-        """What one slot adds at each site where it acts."""
+        """The contribution of one slot at each site where it acts."""
         sites, keys = list(slot.acting(source, source.sites_of(self.sites))), self._keys[number]
         self._make_keys(source, slot, sites, keys)
         modes = [prompt.scaling for prompt, _ in slot.sequences]
@@ -186,7 +186,7 @@ class Batch:
         return added
 
     def _make_keys(self, source: PromptSource, slot: Slot, sites: list[SlotSite], keys: _Keys) -> None:
-        """Keys and values of a slot at its sites, unless they were made of the very same already."""
+        """Make the keys and values of a slot at its sites, unless nothing they depend on has changed."""
         parts, settings = _ingredients(source, slot, sites)
         if keys.made_of(parts, settings):
             return
@@ -210,7 +210,7 @@ class Batch:
     def _stack(
         self, source: PromptSource, slot: Slot, negated: Sequence[bool]
     ) -> tuple[Float[Tensor, "S T C"], Float[Tensor, "S 1 1 T"] | None]:
-        """A slot's token sequences, and what is added to their logits."""
+        """A slot's token sequences, padded, and the bias of their logits."""
         sequences, biases = [], []
         for (prompt, branch), not_ in zip(slot.sequences, negated, strict=True):
             negative = branch == "uncond" and not not_
@@ -271,7 +271,7 @@ def _written(old: Tensor | None, new: Tensor) -> Tensor:
 def _ingredients(
     source: PromptSource, slot: Slot, sites: list[SlotSite]
 ) -> tuple[tuple[object, ...], tuple[object, ...]]:
-    """What keys are made of: the source and its prompts' tensors, and settings that are compared by value."""
+    """Everything that keys depend on: the source and its prompts' tensors, and settings compared by value."""
     modes = [prompt.scaling for prompt in slot.prompts]
     inside = any(mode != "v-only" for mode in modes)
     acting = [(at.site.name, at.negated, at.strengths if inside else None) for at in sites]

@@ -119,7 +119,7 @@ class PromptEncoder:
         """Reads faces, if the adapter does."""
         self.cache = FeatureCache()
         self.places: tuple[Source, ...] = ()
-        """Where to look for an image encoder."""
+        """Places to look for an image encoder."""
         self.borrowed: ImageEncoder | None = None
         """The pipeline's image encoder, if it fits."""
         self.encoder: ImageEncoder | None = None

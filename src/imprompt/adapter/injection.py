@@ -74,7 +74,7 @@ class Injection:
         self._run: tuple[Any, Any] | None = None
         """Scheduler and timesteps of the run; a new run has new ones."""
         self._clock: Clock | None = None
-        """That of the run."""
+        """The clock of the run."""
         self._hooks: list[Any] = []
 
     @classmethod

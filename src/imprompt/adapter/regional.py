@@ -58,7 +58,7 @@ class Regions:
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self._slots: list[tuple[Slot, Float[Tensor, "B 1 1 1"]]] = []
-        """Those with texts, and which rows of the batch read them."""
+        """The slots with texts, and the rows of the batch that read them."""
         self._texts: list[Tensor] = []
         self._biases: list[Tensor | None] = []
         self._made: dict[tuple[int, int], Regional] = {}

@@ -1,4 +1,5 @@
-"""Where a prompt's strength acts at a site: on the keys, on the values' mean, on the output.
+"""Scaling modes: how a prompt's strength is split into factors of the keys, of the values' mean, and of the
+output.
 
 Dimensions: S token sequences, H heads, T tokens, D head width.
 """

@@ -1,4 +1,4 @@
-"""What can sit in a denoiser's injection and show it image tokens or texts: :class:`PromptSource`."""
+"""Base class of adapters and text regions, as a denoiser's injection uses them."""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -29,13 +29,13 @@ class TrainingTokens:
 
 
 class PromptSource:
-    """Base of what sits in a denoiser's injection: adapters and text regions."""
+    """Something that adds image tokens or texts to a denoiser: an adapter, or text regions."""
 
     training: TrainingTokens | None = None
     branches: tuple[Branch, ...] | None = None
-    """The layout of the batch, when the user stated it."""
+    """The layout of the batch, if the user stated it."""
     guidance: tuple[float, float | None] | None = None
-    """Guidance scales of image and text, where the image has its own; ``None`` text: the pipeline's."""
+    """Guidance scales of image and text, if the image has its own; text ``None``: the pipeline's."""
     lora: FaceLora | None = None
     prompter: Prompter | None = None
     """Which thread set the prompt, where that matters."""
@@ -54,7 +54,7 @@ class PromptSource:
 
     @property
     def injection(self) -> "Injection | None":
-        """The denoiser's injection that it sits in, if that still exists."""
+        """The injection of the denoiser it is attached to, if that still exists."""
         return None if self._injection is None else self._injection()
 
     def _undisturbed(self) -> AbstractContextManager[None]:
@@ -98,7 +98,7 @@ class PromptSource:
         return True
 
     def sites_of(self, sites: Sequence[Site]) -> list[Site]:
-        """Those sites that it has keys and values for."""
+        """The sites that it has keys and values for."""
         return [site for site in sites if self.has_site(site.index)]
 
     def key_value(self, index: int) -> KeyValue:

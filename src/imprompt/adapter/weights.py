@@ -17,10 +17,10 @@ from imprompt.projections.resamplers import TimedResamplerProjection
 
 
 class AdapterWeights(PromptSource):
-    """What :class:`~imprompt.adapter.ipadapter.IPAdapter` owns.
+    """Base of :class:`~imprompt.adapter.ipadapter.IPAdapter`: its weights.
 
-    ``projection`` turns an image encoder's features into tokens; ``module`` holds all weights, under their
-    published names; ``checkpoint`` says what they are (its tensors live in ``module``).
+    ``projection`` turns an image encoder's features into tokens; ``module`` has all weights under their
+    published names; ``checkpoint`` describes them (its tensors are moved to ``module``).
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -82,16 +82,16 @@ class AdapterWeights(PromptSource):
 
     @property
     def device(self) -> torch.device:
-        """Where the adapter's weights are."""
+        """Device of the weights."""
         return next(self.module.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the adapter's weights."""
+        """Dtype of the weights."""
         return next(self.module.parameters()).dtype
 
     def versions(self) -> tuple[object, ...]:
-        """What differs when a weight or the LoRA's scale has changed."""
+        """A value that differs after any weight or the LoRA's scale has changed."""
         found = [
             (id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version)
             for table, name in self._slots

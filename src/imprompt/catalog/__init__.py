@@ -1,4 +1,4 @@
-"""The catalogue: every model that imprompt knows by name, as frozen records read from ``catalog.toml``.
+"""The catalogue of models with an alias, as frozen records read from ``catalog.toml``.
 
 :func:`bases`, :func:`adapters`, :func:`encoders`, :func:`controls` and :func:`motions` map names to records,
 :func:`families` describes the kinds of base. The file is read at the first call. Nothing is downloaded or
@@ -56,14 +56,14 @@ class FamilyRow:
 
 @dataclass(frozen=True)
 class Entry:
-    """What all models of the catalogue have in common."""
+    """Fields that all models of the catalogue have."""
 
     name: str
     """The name that is typed."""
     repo: str
     """Hub repository, or :data:`BUNDLED`."""
     licence: str
-    """As :func:`licence_terms` has it."""
+    """A name of :func:`licence_terms`."""
 
     @property
     def bundled(self) -> bool:
@@ -128,12 +128,12 @@ class AdapterRow(Entry):
     encoder: str | None = None
     """Name of its image encoder; ``None``: it reads face embeddings alone."""
     differs: str = ""
-    """What sets it apart from files of the same shapes."""
+    """How it differs from files of the same shapes."""
     bytes: int | None = None
     megabytes: int = 0
     sha256: str | None = None
     lora_sha256: str | None = None
-    """Of the LoRA that is published beside it."""
+    """SHA-256 of the LoRA that is published beside it."""
     face_pack: str | None = None
     """InsightFace's models that it reads photos with."""
     published: str = ""
@@ -160,7 +160,7 @@ class ControlRow(Entry):
 
     family: str
     megabytes: int
-    """Of the smallest file that is read: fp16 where the repository has it."""
+    """Size of the smallest file that can be used: fp16 if the repository has it."""
     modes: Mapping[str, int | None]
     """Kinds of control that it takes; in a union model, each with its number."""
     folder: str = ""
@@ -178,7 +178,7 @@ class MotionRow(Entry):
 
     family: str
     megabytes: int
-    """Of the file that is read: fp16 where there is one."""
+    """Size of the file that is used: fp16 if there is one."""
     note: str
     scheduler: str | None = None
     """Default scheduler of clips drawn with it; ``None``: the base's."""
@@ -225,8 +225,8 @@ def licence_terms() -> Mapping[str, bool]:
 
 
 def family_of(backbone: Backbone, sites: int, cross_dim: int) -> FamilyRow | None:
-    """The first family whose adapters have so many sites that read tokens of this width; FLUX adapters may
-    have fewer than all."""
+    """The family whose adapters have this number of sites and width of tokens, if any; adapters of
+    transformers may have fewer sites."""
     for row in families().values():
         fits = row.sites in (None, sites) or (backbone != "unet" and sites <= (row.sites or 0))
         if (row.backbone, row.cross_dim) == (backbone, cross_dim) and fits:
@@ -243,7 +243,7 @@ def bases_for(family: str) -> tuple[str, ...]:
 
 
 def encoder_with(feature: Literal["pooled", "hidden"], width: int) -> str | None:
-    """Titles of the encoders whose features of that kind are so wide, joined by ``or``; ``None`` if none."""
+    """Titles of the encoders with pooled or hidden features of this width, joined by ``or``, if any."""
     titles = dict.fromkeys(
         row.title for row in encoders().values() if not row.bundled and getattr(row, feature) == width
     )
@@ -251,8 +251,8 @@ def encoder_with(feature: Literal["pooled", "hidden"], width: int) -> str | None
 
 
 def lookup(table: Mapping[str, Row], name: str, kind: str, others: str) -> Row:
-    """The row of a name. Raises :class:`UsageError` that lists the nearest names, or all of them; ``others``
-    says what may be given in place of a name."""
+    """The row of a name. Raises :class:`UsageError` with similar names, or all; ``others`` says what may be
+    given instead of a name."""
     if name in table:
         return table[name]
     near = difflib.get_close_matches(name.lower(), table, n=3, cutoff=0.5)

@@ -1,7 +1,6 @@
-"""Commercial use: with ``IMPROMPT_COMMERCIAL=1`` set, anything that is not free for it is refused.
+"""Refuse models whose licence does not allow commercial use, if ``IMPROMPT_COMMERCIAL=1`` is set.
 
-This goes by the licences of the catalogue, and by what a file is recognised as; files of unknown origin are
-the user's own to judge.
+Licences are those of the catalogue; files that are not in it are not judged, except face and Kolors adapters.
 """
 
 import os
@@ -15,12 +14,12 @@ KOLORS = "Kolors licence (research; commercial on registration)"
 
 
 def commercial(licence: str) -> bool:
-    """Whether a licence allows commercial use without asking; one that the catalogue does not know, does."""
+    """Whether a licence allows commercial use; ``True`` for licences that the catalogue does not know."""
     return licence_terms().get(licence, True)
 
 
 def check(what: str, licence: str) -> None:
-    """Raise :class:`ModelError` if the switch is set and ``licence`` does not allow commercial use."""
+    """Raise :class:`ModelError` if ``licence`` does not allow commercial use, and the variable is set."""
     if os.environ.get(SWITCH, "0") not in ("", "0") and not commercial(licence):
         raise ModelError(
             f"{what} is not for commercial use ({licence}), and {SWITCH} is set. 'imprompt models "

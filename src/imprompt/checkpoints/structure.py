@@ -50,7 +50,7 @@ FOREIGN = (
 
 @dataclass(frozen=True)
 class Structure:
-    """What is known of an adapter from its keys and shapes."""
+    """An adapter's properties that follow from its keys and shapes."""
 
     layout: Layout
     variants: tuple[Variant, ...]

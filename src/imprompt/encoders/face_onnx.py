@@ -1,7 +1,7 @@
-"""Face models as ONNX files: a detector and a recogniser, run by onnxruntime (the extra ``face``) on the CPU.
+"""Face models as ONNX files: a detector and a recogniser, run by onnxruntime (extra ``face``) on the CPU.
 
-InsightFace's packs (SCRFD and ArcFace), or permissively licensed ones (YuNet and AuraFace). Nothing is
-downloaded that was not named.
+InsightFace's packs (SCRFD and ArcFace), or permissively licensed models (YuNet and AuraFace). Nothing is
+downloaded unless it is named.
 """
 
 import os
@@ -36,7 +36,7 @@ class OnnxFaces:
 
     def __init__(self, detector: str | Path, recogniser: str | Path, space: str) -> None:
         self.space = space
-        """Which model's embeddings these are."""
+        """Name of the face model whose embeddings these are."""
         self.files = Path(detector), Path(recogniser)
         self.name = f"{Path(detector).stem} with {Path(recogniser).stem}"
         self._detector, self._recogniser = _session(detector), _session(recogniser)
@@ -61,8 +61,8 @@ class OnnxFaces:
     def from_folder(cls, folder: str | Path, space: str | None = None) -> "OnnxFaces":
         """The detector and the recogniser in a folder, or a hub repository (``owner/name``).
 
-        ``space`` is told by the files' and the folder's names. Raises :class:`ModelError`, naming what is
-        there, when one is missing or several are.
+        ``space`` is told by the names of the files and the folder. Raises :class:`ModelError` unless there is
+        one of each.
         """
         files = sorted(_folder(str(folder)).glob("*.onnx"))
         chosen = []
@@ -81,11 +81,11 @@ class OnnxFaces:
 
     @property
     def tried(self) -> str:
-        """How faces are looked for, in words."""
+        """Sizes and threshold of the detection, for messages."""
         return f"at sizes {', '.join(map(str, _SIDES))} for scores from {_THRESHOLD}"
 
     def find(self, image: Image.Image) -> list[Face]:
-        """All faces, the largest first; smaller copies of the picture are looked at until there are some."""
+        """All faces, the largest first. The picture is tried at smaller sizes until there are some."""
         for side in _SIDES:
             scale = side / max(image.size)
             small = image.resize(
@@ -101,7 +101,7 @@ class OnnxFaces:
         return []
 
     def embed(self, image: Image.Image, face: Face) -> Array:
-        """``(512,)`` float32 of the aligned face. Raises :class:`ModelError` when the model gives NaN."""
+        """Embed the aligned face: ``(512,)`` float32. Raises :class:`ModelError` if the model returns NaN."""
         pixels = np.asarray(align(image, face.landmarks), np.float32).transpose(2, 0, 1)[None]
         entry, outlet = self._recogniser.get_inputs()[0], self._recogniser.get_outputs()[0]
         (embedding,) = self._recogniser.run([outlet.name], {entry.name: (pixels - 127.5) / 127.5})[0]
@@ -162,8 +162,8 @@ def _yunet_faces(outputs: Mapping[str, Array]) -> list[Face]:
 
 
 def installed(packs: Sequence[str]) -> OnnxFaces | None:
-    """The first of InsightFace's packs that is where InsightFace keeps them (``$INSIGHTFACE_HOME/models`` or
-    ``~/.insightface/models``); ``None`` when none is."""
+    """The first of these packs that is installed where InsightFace does (``$INSIGHTFACE_HOME/models`` or
+    ``~/.insightface/models``), if any."""
     for pack in packs:
         folder = home() / pack
         if any(folder.glob("*.onnx")):
@@ -172,19 +172,19 @@ def installed(packs: Sequence[str]) -> OnnxFaces | None:
 
 
 def home() -> Path:
-    """The folder in which InsightFace keeps its packs on this machine."""
+    """InsightFace's folder of packs."""
     return Path(os.environ.get("INSIGHTFACE_HOME", "~/.insightface")).expanduser() / "models"
 
 
 def licence_note(space: str) -> str | None:
-    """What a user must know before using a face model's embeddings; ``None`` where there is nothing."""
+    """A note on a face model's licence, if it is non-commercial."""
     if space not in _NON_COMMERCIAL:
         return None
     return f"the face models {space} are InsightFace's, whose weights are for non-commercial use only"
 
 
 def how_to_get(packs: Sequence[str]) -> str:
-    """What to do when there is no face model, in words."""
+    """How to install a face model, for messages."""
     pack = packs[0] if packs else "buffalo_l"
     return (
         f"put InsightFace's pack {pack} (.onnx files; non-commercial weights) into {home() / pack}, or name "
@@ -202,7 +202,8 @@ def _folder(name: str) -> Path:
 
 
 def _space(folder: str, recogniser: str) -> str:
-    """Whose embeddings a recogniser makes, by names: ``glintr100`` is antelopev2's and AuraFace's alike."""
+    """Name of the face model, by file and folder; ``glintr100`` is the file of both antelopev2 and
+    AuraFace."""
     for mark, space in _BY_FILE.items():
         if mark in recogniser.lower():
             return space

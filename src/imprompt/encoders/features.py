@@ -33,7 +33,7 @@ class Saved:
     encoder: str
     """Name of the encoder."""
     fingerprint: str
-    """Of the encoder's weights, see :func:`fingerprint`."""
+    """Fingerprint of the encoder's weights, see :func:`fingerprint`."""
     pictures: tuple[str, ...]
     """SHA-256 of each picture's pixels."""
     framing: str

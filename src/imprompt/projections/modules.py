@@ -1,7 +1,7 @@
-"""Projections: image features to image tokens, one small module for each published kind.
+"""Projections from image features to image tokens, one module for each published kind.
 
-Parameter names are the published ones, so that ``state_dict()`` is a checkpoint's ``image_proj``. The kinds
-with a resampler are in :mod:`imprompt.projections.resamplers`; :mod:`imprompt.projections` builds them.
+Parameters have their published names, so that ``state_dict()`` is a checkpoint's ``image_proj``. Those with a
+resampler are in :mod:`imprompt.projections.resamplers`; :mod:`imprompt.projections` builds them.
 
 Dimensions: ``N`` pictures, ``P`` patches (all tokens of the encoder), ``E`` width of a pooled or face
 embedding, ``W`` of hidden states, ``T`` tokens, ``C`` cross-attention width, ``F`` photos of one person.
@@ -30,38 +30,38 @@ _SHAPES: dict[Feature, tuple[str, tuple[int, ...]]] = {
 
 
 class ImageProjection(nn.Module):
-    """Base class: what goes in, how many tokens come out, and the rule for no picture."""
+    """Base class of projections."""
 
     patch_width: int | None = None
-    """Width of FaceID-Plus's second input, the face crop's hidden states; else ``None``."""
+    """Width of the second input of FaceID-Plus, hidden states of the face crop; else ``None``."""
     s_scale: float = 1.0
-    """FaceID-PlusV2's weight of the face crop beside the identity; no effect on other kinds."""
+    """FaceID-PlusV2: weight of the face crop; no effect on other kinds."""
 
     def __init__(self, variant: Variant, tokens: int, cross_dim: int, feature_width: int) -> None:
         super().__init__()
         self.variant = variant
         self.tokens = tokens
-        """Tokens of one picture. Kinds that make one of each patch have a nominal number here."""
+        """Tokens of one picture; nominal for kinds that make one per patch."""
         self.cross_dim = cross_dim
         self.feature_width = feature_width
 
     @property
     def feature(self) -> Feature:
-        """Which features ``forward`` reads, see :class:`~imprompt.catalog.variants.Variant`."""
+        """The features that it reads, see :class:`~imprompt.catalog.variants.Variant`."""
         return self.variant.feature
 
     @classmethod
     def from_shapes(cls, variant: Variant, shapes: Shapes) -> Self:
-        """The module with the widths of a published ``image_proj`` of these shapes.
+        """Make the module for the shapes of a published ``image_proj``.
 
-        Raises :class:`ModelError` for keys that are missing or do not go together.
+        Raises :class:`ModelError` for missing keys and shapes that do not agree.
         """
         raise NotImplementedError
 
     def forward(
         self, features: Tensor, patches: Tensor | None = None, timestep: Tensor | None = None
     ) -> Float[Tensor, "N T C"]:
-        """Image tokens.
+        """Project features to image tokens.
 
         ``features`` is ``N E`` (pooled), ``N P W`` (hidden, last) or ``N E`` / ``N F E`` (face), where the
         tokens of the ``F`` photos of a person follow one another: ``N F·T C``. ``patches`` (``N P W``, or
@@ -72,18 +72,18 @@ class ImageProjection(nn.Module):
         return self._tokens(features)
 
     def _tokens(self, features: Tensor) -> Float[Tensor, "N T C"]:
-        """Tokens of features that are checked, of kinds that read nothing else."""
+        """Project features that have been checked."""
         raise NotImplementedError
 
     def negative(
         self, features: Tensor | None = None, timestep: Tensor | None = None
     ) -> Float[Tensor, "1 T C"]:
-        """Tokens of the unconditional rows, by the variant's rule.
+        """Tokens of the uncond rows, by the variant's rule.
 
-        ``features`` is what the rule is about: the encoder's hidden states of an all-zero preprocessed tensor
-        (``encoded_zeros``), its pooled features of a black picture (``black_picture``), or, for
-        ``zero_features`` of more than one token, anything of the shape that the zeros shall have. Raises
-        :class:`UsageError` when they are needed and missing, and for a variant without such tokens.
+        ``features`` are the encoder's hidden states of an all-zero preprocessed tensor (``encoded_zeros``),
+        its pooled features of a black picture (``black_picture``), or, for ``zero_features`` of hidden
+        states, any of the same shape. Raises :class:`UsageError` if they are needed and missing, and for a
+        variant without negative tokens.
         """
         rule = self.variant.negative
         if rule == "none":

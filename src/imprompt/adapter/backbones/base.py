@@ -1,8 +1,8 @@
-"""What the core must know of a base architecture, as one row: :class:`Backbone`.
+"""Base architectures: :class:`Backbone` is one row of the table
+:data:`imprompt.adapter.backbones.table.BACKBONES`.
 
-A row says where the attention sites are, how a call of the denoiser is read (latents, text, timestep, grid,
-CFG branches) and which processor adds the image prompts at a site.
-:data:`imprompt.adapter.backbones.BACKBONES` lists the rows; a new architecture is a new row.
+A row has the attention sites, how to read a call of the denoiser (latents, text, timestep, grid, CFG
+branches), and the processor that adds image prompts at a site. A new architecture is a new row.
 """
 
 import sys
@@ -36,7 +36,7 @@ class Site:
     """Position of its block in execution order, from 0; several sites may share a block."""
     kind: BlockKind
     level: int
-    """How often the latent has been halved here, rounding up each time; 0 in transformers."""
+    """Number of times the latent has been halved, rounding up; 0 in transformers."""
     width: int
     """Width of keys and values, ``H·D``."""
     cross_dim: int
@@ -58,7 +58,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Grid:
-    """How the denoiser's tokens lie on the picture."""
+    """The layout of the denoiser's tokens on the picture."""
 
     height: int
     width: int
@@ -142,7 +142,7 @@ class Backbone:
     component: str
     """The attribute of a pipeline that holds the denoiser: ``unet`` or ``transformer``."""
     noun: str
-    """What error messages call it, e.g. ``UNet``."""
+    """Its name in messages, e.g. ``UNet``."""
     recognises: Callable[[object], bool]
     sites: Callable[[Any], tuple[Site, ...]]
     """All sites of a denoiser, in the order of published files."""
