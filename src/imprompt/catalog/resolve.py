@@ -140,8 +140,8 @@ def _on_this_machine(name: str, kind: str) -> Source | None:
         return None
     path = check_path(name, kind)
     folder, _, inside = name.partition(":")
-    if not path.exists() and inside:
-        path = Path(folder, inside)
+    if not path.exists() and folder and inside:
+        path = check_path(folder, kind) / inside
     return Source(name, path, kind=kind) if path.exists() else None
 
 
