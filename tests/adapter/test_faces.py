@@ -170,7 +170,9 @@ def test_another_face_models_embeddings_are_refused_though_they_are_as_wide(read
     known = replace(
         read(face_state(tiny_unet("sdxl"), "faceid-raw", rank=None), variant="faceid-raw"), published=row
     )
-    with pytest.raises(EncoderMismatch, match=r"face embeddings of antelopev2 and cannot read those of buffalo_l"):
+    with pytest.raises(
+        EncoderMismatch, match=r"face embeddings of antelopev2 and cannot read those of buffalo_l"
+    ):
         IPAdapter(known, face_embedder=reader)
     mine = IPAdapter(known)
     with pytest.raises(EncoderMismatch, match="those of auraface"):

@@ -58,7 +58,8 @@ class FeatureCache:
     def get(
         self, key: Hashable, make: Callable[[], Encoded], lasting: Mapping[str, object] | None = None
     ) -> Encoded:
-        """The features of ``key``, made by ``make`` if they are not cached; ``lasting`` is their key in the store."""
+        """The features of ``key``, made by ``make`` if they are not cached; ``lasting`` is their key in the
+        store."""
         with self._lock:
             if key in self._kept:
                 self.hits += 1
