@@ -16,7 +16,7 @@ from http.cookies import CookieError, SimpleCookie
 from typing import Any, TypeAlias
 
 import h11
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -82,11 +82,9 @@ class Guard:
 
     def _welcome(self, scope: Scope) -> Response | None:
         """``/?token=…`` in the browser: keep the token in a cookie and show the page."""
-        from urllib.parse import parse_qs
-
         if self._settings.token is None or scope["path"] != "/" or not scope["query_string"]:
             return None
-        given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
+        given = QueryParams(scope["query_string"]).get("token", "")
         if not self._matches(given):
             return None
         response = RedirectResponse("/", 303)

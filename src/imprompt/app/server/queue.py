@@ -20,7 +20,7 @@ from imprompt.app.server.jobs import Job, State, work_of
 from imprompt.app.server.metrics import Metrics
 from imprompt.app.server.problems import Problem
 from imprompt.app.server.settings import Settings
-from imprompt.app.server.store import Store
+from imprompt.app.server.store import Picture, Store
 from imprompt.app.server.workers import Worker
 from imprompt.schema.request import Request
 
@@ -73,8 +73,7 @@ class Queue:
         for device in self.settings.devices:
             setup = say.Setup(
                 self.store.pictures, self.settings.folder / "scratch", device, self.settings.dtype,
-                self.settings.offload, self.settings.base,
-                self.settings.names,
+                self.settings.offload, self.settings.base, self.settings.names,
             )  # fmt: skip
             worker = Worker(setup, self._heard, self._worker_died)
             worker.start()
@@ -248,9 +247,9 @@ class Queue:
         """Give every free worker something to draw."""
         if self.draining:
             return
-        for worker in sorted(self.workers, key=lambda worker: worker.jobs != ()):
+        for worker in self.workers:
             if worker.free and self._waiting:
-                batch = self._next_batch(worker)
+                batch = self._next_batch()
                 for job in batch:
                     self._waiting.remove(job)
                     job.state, job.started = "running", time.time()
@@ -259,14 +258,13 @@ class Queue:
                     self.metrics.waited.observe(job.started - job.created)
                     self._journal(job, "running")
                     job.changed()
-                worker.base = batch[0].request.base
                 self._served[batch[0].client] = time.monotonic()
                 self.metrics.batch_size.observe(len(batch))
                 worker.draw(tuple(job.task() for job in batch))
         for client in self._served.keys() - {job.client for job in self._active.values()}:
             del self._served[client]
 
-    def _next_batch(self, worker: Worker) -> list[Job]:
+    def _next_batch(self) -> list[Job]:
         """The next job in turn, and the others that can be drawn with it."""
         heads: dict[str, Job] = {}
         for job in self._waiting:
@@ -369,7 +367,7 @@ class Queue:
             try:
                 if state == "done":
                     for picture in job.pictures:
-                        await self.blocking(self.store.register_drawn, picture)
+                        await self.blocking(self.store.register, Picture(**picture))
                 await self.blocking(self.store.update, job.id, state, attempts, body)
             except Problem as problem:
                 log.error("cannot journal job %s: %s", job.id, problem.message)

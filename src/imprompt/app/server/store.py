@@ -231,10 +231,6 @@ class Store:
             )
         self._make_room()
 
-    def register_drawn(self, values: Mapping[str, Any]) -> None:
-        """:meth:`register` of a picture as a worker describes it."""
-        self.register(Picture(**values))
-
     def thumbnail(self, picture: str) -> bytes:
         """A small WebP of a picture's first frame."""
         return thumbnail(self.path(picture).read_bytes())

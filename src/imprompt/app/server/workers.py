@@ -29,12 +29,9 @@ class Worker:
         self.ready = False
         self.jobs: tuple[str, ...] = ()
         """What it is drawing."""
-        self.base: str | None = setup.base
-        """The base it last drew with, which it has loaded."""
         self.memory = 0
         self.cache_hits = 0
         self.cache_misses = 0
-        self.restarts = 0
         self._on_message, self._on_death = on_message, on_death
         self._loop = asyncio.get_running_loop()
         self._process: multiprocessing.process.BaseProcess | None = None
@@ -110,10 +107,9 @@ class Worker:
         if self._process is not None:
             self._process.join(5)
         code = self._process.exitcode if self._process else None
-        self.ready, self.base = False, self.setup.base
+        self.ready = False
         if self._stopping:
             return
-        self.restarts += 1
         log.error("worker %s died (exit code %s); another starts", self.setup.device, code)
         self._on_death(self)
         self.jobs = ()
