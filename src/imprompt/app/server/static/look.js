@@ -118,8 +118,9 @@ function renderLook() {
 
 function renderModel() {
   const row = baseRow();
-  $("model").replaceChildren(icon("model"), h("span", {}, t("modelNamed", { name: settings.adapter ? `${row.name} · ${settings.adapter}` : row.name })));
-  $("model").setAttribute("aria-label", `${t("model")}: ${row.name}`);
+  const name = t("modelNamed", { name: settings.adapter ? `${row.name} · ${settings.adapter}` : row.name });
+  $("model").replaceChildren(icon("model"), h("span", {}, name));
+  $("model").setAttribute("aria-label", `${name}. ${t("model")}`);
 }
 
 function modelRow(kind, row, chosen, command) {
