@@ -68,6 +68,12 @@ def test_inpainting_keeps_what_the_mask_does_not_cover(client: httpx.Client) -> 
     assert drawn.tobytes() != before.tobytes()
 
 
+def test_messages_name_pictures_by_the_first_digits_of_their_ids(client: httpx.Client) -> None:
+    source, nowhere = upload(client, picture("red")), upload(client, encoded(Image.new("L", (128, 128))))
+    job = wait(client, submit(client, task="inpaint", image=source["id"], mask=nowhere["id"])["id"])
+    assert f"'{nowhere['id'][:12]}…' is black everywhere" in job["error"]["message"]
+
+
 def test_a_clip_is_one_animated_picture(client: httpx.Client) -> None:
     job = wait(client, submit(client, task="animate", frames=4, steps=2)["id"])
     assert job["state"] == "done", job["error"]

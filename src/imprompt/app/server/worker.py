@@ -25,7 +25,7 @@ from PIL import Image
 
 from imprompt.app.server import messages as say
 from imprompt.app.server.problems import problem_of
-from imprompt.app.server.store import as_animation, describe, disk_problem, is_video
+from imprompt.app.server.store import ID, as_animation, describe, disk_problem, is_video
 from imprompt.errors import Cancelled, ImpromptError, InputError
 from imprompt.generation.engine import Engine, Result
 from imprompt.generation.steps import Step
@@ -181,15 +181,21 @@ class Worker:
             return
         self._pipe.send(
             say.Drawn(
-                task.id, tuple(pictures), shown.request.to_json(), result.notes, dict(result.timings), batch
-            )
+                task.id,
+                tuple(pictures),
+                shown.request.to_json(),
+                tuple(map(_short, result.notes)),
+                dict(result.timings),
+                batch,
+            )  # fmt: skip
         )
 
     def _fail(self, task: say.Task, error: ImpromptError) -> None:
         problem = problem_of(error)
         if isinstance(error, InputError) and isinstance(error.__cause__, OSError):
             problem = disk_problem(error)
-        self._pipe.send(say.Failed(task.id, problem.status, problem.code, problem.message, problem.field))
+        text = _short(problem.message)
+        self._pipe.send(say.Failed(task.id, problem.status, problem.code, text, problem.field))
 
     def _store(self, result: Result, suffix: str) -> list[dict[str, Any]]:
         """Write a result's pictures or clips into the store's folder under the names of their contents."""
@@ -256,6 +262,11 @@ def renamed(values: Mapping[str, Any], names: Mapping[str, Mapping[str, str]]) -
         {**lora, "path": loras.get(lora["path"], lora["path"])} for lora in changed.get("loras", ())
     ]
     return changed
+
+
+def _short(text: str) -> str:
+    """A message for people, with the first digits of pictures' ids."""
+    return ID.sub(lambda found: f"{found[0][:12]}…", text)
 
 
 def _small(image: Image.Image) -> bytes:

@@ -104,7 +104,7 @@ function renderLook() {
   const extras = Object.keys(settings.extra);
   $("look").replaceChildren(
     shapes(),
-    !clip && slider(t("count"), { value: settings.count, min: 1, max: Math.min(8, limits.count), step: 1, oninput: (count) => change({ count }) }),
+    clip ? "" : slider(t("count"), { value: settings.count, min: 1, max: Math.min(8, limits.count), step: 1, oninput: (count) => change({ count }) }),
     h("details", { open: Boolean(opened) }, h("summary", {}, t("moreSettings")), h("div", { class: "numbers" },
       seed(),
       number(t("steps"), "steps", { min: 1, max: limits.steps, placeholder: t("auto") }),
