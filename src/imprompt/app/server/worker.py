@@ -179,16 +179,9 @@ class Worker:
         except ImpromptError as error:
             self._fail(task, error)
             return
-        self._pipe.send(
-            say.Drawn(
-                task.id,
-                tuple(pictures),
-                shown.request.to_json(),
-                tuple(map(_short, result.notes)),
-                dict(result.timings),
-                batch,
-            )  # fmt: skip
-        )
+        notes, timings = tuple(map(_short, result.notes)), dict(result.timings)
+        record = shown.request.to_json()
+        self._pipe.send(say.Drawn(task.id, tuple(pictures), record, notes, timings, batch))
 
     def _fail(self, task: say.Task, error: ImpromptError) -> None:
         problem = problem_of(error)
