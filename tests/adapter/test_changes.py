@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from faces import face_state, person
 from imprompt.adapter.ipadapter import IPAdapter
@@ -140,6 +140,25 @@ def test_words_of_a_region_are_encoded_with_the_options_of_the_pipelines_call(ki
         drawn.append(run(pipe, clip_skip=1))
     assert torch.equal(skipped, drawn[0])
     assert not torch.equal(skipped, drawn[1])
+
+
+def test_what_several_samples_show_is_projected_once() -> None:
+    unet = tiny_unet()
+    adapter = IPAdapter.from_state_dict(random_adapter_state(unet)).attach(unet)
+    features, other = torch.ones(1, POOLED), torch.full((1, POOLED), 0.5)
+    seen: list[Tensor] = []
+    layer = next(module for module in adapter.projection.modules() if isinstance(module, nn.Linear))
+    layer.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    shown = [ImagePrompt(features=each, scale=scale) for each in (features, other) for scale in (0.3, 0.7, 1)]
+    adapter.set_batch(shown)
+    batch = [sample[0].tokens for sample in adapter.samples]
+    assert [sum(torch.equal(each, one) for one in seen) for each in (features, other)] == [1, 1]
+    for prompt, tokens in zip(shown, batch, strict=True):
+        adapter.set_prompt(prompt)
+        assert torch.equal(adapter.samples[0][0].tokens, tokens)
+    features.mul_(2)  # nothing is remembered from one prompt to the next
+    adapter.set_prompt(features)
+    assert not torch.equal(adapter.samples[0][0].tokens, batch[0])
 
 
 @pytest.mark.parametrize("kept", [True, False])

@@ -88,6 +88,8 @@ def test_the_switch_says_how_much_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert store is not None
     store.put(KEY, features())
     assert len(list((tmp_path / "imprompt" / "features").iterdir())) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-of-that-name/cache")
+    assert FeatureStore.of_user() is None
 
 
 class Tally(FeatureStore):

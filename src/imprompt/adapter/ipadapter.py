@@ -35,6 +35,7 @@ from imprompt.checkpoints.locate import locate, noted_encoder
 from imprompt.encoders.clip import Features, ImageEncoder
 from imprompt.encoders.face import FaceEmbedder, Faces
 from imprompt.errors import AdapterMismatch, UsageError
+from imprompt.projections.once import once_each
 from imprompt.schema.prompt import ImagePrompt, Picture
 
 _Encoded: TypeAlias = tuple[tuple[EncodedPrompt, ...], ...]
@@ -374,7 +375,7 @@ class IPAdapter(AdapterWeights):
                 tuple(replace(self.prompt_encoder.encode(p), text=self._text(p.text)) for p in prompts)
                 for prompts in samples
             )
-        with self._undisturbed():
+        with self._undisturbed(), once_each(self.projection):
             self._compile(encoded)
             self._prompter.set()
 

@@ -33,12 +33,15 @@ class FeatureStore:
 
     @classmethod
     def of_user(cls) -> "FeatureStore | None":
-        """The user's own, in ``~/.cache/imprompt``; ``None`` where it is switched off. Raises
-        :class:`UsageError` for a size that is no number."""
+        """The user's own, in ``~/.cache/imprompt``; ``None`` where it is switched off, or the user has no
+        home. Raises :class:`UsageError` for a size that is no number."""
         size = os.environ.get(SWITCH) or str(_DEFAULT_MB)
         if not size.isdecimal():
             raise UsageError(f"{SWITCH} is '{size}'; a size in MB is expected, 0 for none.")
-        return cls(cache_folder() / "features", int(size) * 1_000_000) if int(size) else None
+        try:
+            return cls(cache_folder() / "features", int(size) * 1_000_000) if int(size) else None
+        except RuntimeError:
+            return None
 
     def get(self, key: Mapping[str, object]) -> Features | None:
         """What was kept under ``key``; ``None`` when it is not there, or damaged."""
