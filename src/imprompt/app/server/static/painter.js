@@ -111,8 +111,10 @@ function show(title, under, surface, resolve) {
   const context = view.getContext("2d");
 
   const tint = h("canvas", { width, height }).getContext("2d");
+  const note = h("p", { class: "hint" });
 
   const draw = () => {
+    note.textContent = t("painterHint");
     context.clearRect(0, 0, width, height);
     if (under) context.drawImage(under, 0, 0, width, height);
     tint.globalCompositeOperation = "copy";
@@ -209,7 +211,6 @@ function show(title, under, surface, resolve) {
       surface.blob().then((blob) => { saved = blob; box.close(); });
     },
   }, icon("check"), t("useMask"));
-  const note = h("p", { class: "hint" }, t("painterHint"));
   const box = dialog(title, h("div", { class: "painter" },
     h("div", { class: "tools", role: "toolbar", "aria-label": t("tools") }, brush, eraser, size,
       iconButton("undo", t("undo"), undo), iconButton("redo", t("redo"), redo),
