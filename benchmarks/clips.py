@@ -1,9 +1,9 @@
-"""What a clip costs: 16 frames of 20 steps with the bundled model, its peak memory, and a picture a frame
-against one picture for all.
+"""Measure a clip of 16 frames and 20 steps with the bundled model: time, peak memory, and the cost of
+prompting each frame with a picture of its own against one picture for all frames.
 
-Prints JSON. The ratios are medians over interleaved rounds of one denoising step in processor time, so that
-other work on the machine disturbs them little; a clip's ratio adds what its pictures take to encode. ``wall``
-is what a user waits, ``cpu`` what all threads worked.
+Prints JSON. ``wall`` is the time a user waits, ``cpu`` the time of all threads. The ratios are medians over
+interleaved rounds of one denoising step in CPU time, so that other work on the machine matters little; the
+ratio of a whole clip includes the encoding of its pictures.
 
     python benchmarks/clips.py [--frames 16] [--steps 20] [--rounds 6]
 """
@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.encoders.framing import encode
 from imprompt.generation.engine import Engine
-from imprompt.generation.families import find_base, load, load_adapter
+from imprompt.generation.families import find_base
+from imprompt.generation.pipelines import load
 from imprompt.generation.video import find_motion, moving
 from imprompt.schema.prompt import ImagePrompt
 from imprompt.schema.request import Request
@@ -46,7 +48,7 @@ def main() -> None:
 
 
 def clip(picture: Image.Image, frames: int, steps: int) -> dict[str, float]:
-    """Seconds of a clip prompted by one picture, loading included, and the process's largest memory."""
+    """Seconds of a clip prompted by one picture, with loading, and the peak memory of the process."""
     request = Request(task="animate", prompt="a cat", images=["it"], frames=frames, steps=steps, seed=0)
     started = time.perf_counter()
     worked = seconds(lambda: Engine().run(request, pictures={"it": picture}))
@@ -57,11 +59,11 @@ def clip(picture: Image.Image, frames: int, steps: int) -> dict[str, float]:
 
 
 def ratios(pictures: list[Image.Image], steps: int, rounds: int) -> dict[str, float]:
-    """A step of a clip with guidance: CPU ms with one picture for all frames, and a picture a frame against
-    it."""
+    """CPU time of a step with guidance and one picture for all frames; ratio of a picture for each frame
+    to it."""
     base, frames = find_base("emoji"), len(pictures)
     pipe = moving(load(base, "generate", torch.float32), find_motion(None, base), base, torch.float32)
-    adapter = load_adapter("emoji-plus").attach(pipe)
+    adapter = IPAdapter.from_pretrained("emoji-plus").attach(pipe)
     adapter.batch(guidance=True)
     encoder = adapter.image_encoder
     shown = {"one": pictures[:1], "each": pictures}
@@ -81,7 +83,7 @@ def ratios(pictures: list[Image.Image], steps: int, rounds: int) -> dict[str, fl
         for number in range(rounds + 1):  # the first warms up
             for name in shown if number % 2 else reversed(shown):
                 prompted(name)
-                unet(sample, 500, text)  # builds the table of this prompt
+                unet(sample, 500, text)  # compiles this prompt
                 took = seconds(lambda: unet(sample, 499, text))
                 read = seconds(lambda some=shown[name]: encode(encoder, some))
                 if number:
@@ -94,15 +96,15 @@ def ratios(pictures: list[Image.Image], steps: int, rounds: int) -> dict[str, fl
     whole = (once * ratio * steps + read["each"]) / (once * steps + read["one"])
     return {
         "step_cpu_ms": round(1000 * once, 1),
-        "picture_a_frame_to_one_step": round(ratio, 3),
-        "picture_a_frame_to_one_clip": round(whole, 3),
+        "picture_per_frame_to_one_step": round(ratio, 3),
+        "picture_per_frame_to_one_clip": round(whole, 3),
         "encode_one_cpu_ms": round(1000 * read["one"], 1),
         "encode_each_cpu_ms": round(1000 * read["each"], 1),
     }
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Processor time of one call, all threads together."""
+    """CPU time of one call, all threads together."""
     started = time.process_time()
     work()
     return time.process_time() - started

@@ -1,7 +1,7 @@
-"""How long a newcomer waits: ``imprompt --help``, and a cold ``imprompt generate``, beside bare imports.
-
-Prints JSON: seconds (the fastest of some runs), and the whole generation as a ratio to importing torch and
+"""Measure the start-up time of ``imprompt --help`` and ``imprompt generate`` against importing torch and
 diffusers.
+
+Prints JSON: seconds, the fastest of several runs, and the ratio of a generation with 20 steps to the imports.
 
     python benchmarks/start.py [--runs 3]
 """
@@ -33,25 +33,13 @@ def main() -> None:
     runs = parser.parse_args().runs
     imprompt = str(Path(sys.executable).with_name("imprompt"))
     with tempfile.TemporaryDirectory() as folder:
-        out = str(Path(folder) / "cat.png")
+        cat, owl = (str(Path(folder) / name) for name in ("cat.png", "owl.png"))
+        draw = [imprompt, "generate", "--steps", "20"]
         figures = {
             "help_s": seconds([imprompt, "--help"], runs),
             "import_s": seconds([sys.executable, "-c", "import torch, diffusers"], runs),
-            "generate_20_steps_s": seconds([imprompt, "generate", "a cat", "--steps", "20", "-o", out], runs),
-            "repeat_with_image_s": seconds(
-                [
-                    imprompt,
-                    "generate",
-                    "an owl",
-                    "--image",
-                    out,
-                    "--steps",
-                    "20",
-                    "-o",
-                    str(Path(folder) / "owl.png"),
-                ],
-                runs,
-            ),
+            "generate_20_steps_s": seconds([*draw, "a cat", "-o", cat], runs),
+            "repeat_with_image_s": seconds([*draw, "an owl", "--image", cat, "-o", owl], runs),
         }
     figures["generate_to_import"] = round(figures["generate_20_steps_s"] / figures["import_s"], 2)
     print(json.dumps(figures, indent=2))

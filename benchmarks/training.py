@@ -24,7 +24,8 @@ from imprompt.catalog import ASSETS
 from imprompt.data.rows import read_dataset
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.images import load_image
-from imprompt.generation.families import find_base, load
+from imprompt.generation.families import find_base
+from imprompt.generation.pipelines import load
 from imprompt.training import TrainConfig
 from imprompt.training.folder import RunFolder
 from imprompt.training.launch import make_accelerator
@@ -74,9 +75,9 @@ def trainer(folder: Path, batch: int) -> Trainer:
     for row in rows:
         (pictures / row.file.name).write_bytes(row.read())
         (pictures / f"{row.file.stem}.txt").write_text(row.caption)
-    config = TrainConfig.checked(
-        {"data": str(pictures), "output": folder / "run", "batch": batch, "kind": "linear", "init": None,
-         "steps": 10**6, "device": "cpu", "trackers": (), "quiet": True}
+    config = TrainConfig(
+        data=str(pictures), output=folder / "run", batch=batch, kind="linear", init=None, steps=10**6,
+        device="cpu", trackers=(), quiet=True,
     )  # fmt: skip
     held = RunFolder(config.output, resume=False)
     held.open()

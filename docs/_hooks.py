@@ -34,6 +34,6 @@ def _fields(name: str) -> str:
     rows = ["| field | default | meaning |", "|---|---|---|"]
     for field, info in getattr(import_module(module), record).model_fields.items():
         default = "" if info.default in (None, (), "") else f"`{info.default}`"
-        about = (info.description or "").replace("|", "\\|").replace("<", "&lt;")
+        about = " ".join((info.description or "").split()).replace("|", "\\|").replace("<", "&lt;")
         rows.append(f"| `{field}` | {'required' if info.is_required() else default} | {about} |")
     return "\n".join(rows)

@@ -1,4 +1,4 @@
-"""Layers told from a configuration equal those of the real UNet, and charts show the profile's numbers."""
+"""Layers follow from a folder's UNet or the published ones, and charts show the profile's numbers."""
 
 import json
 from pathlib import Path
@@ -9,16 +9,17 @@ from diffusers import UNet2DConditionModel
 
 from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.app.cli import main
-from imprompt.app.profile_charts import charts, layers_from, layers_of, tables
+from imprompt.app.profile_charts import charts, layers_of, tables
 from imprompt.errors import UsageError
 from imprompt.schema.profiles import PROFILES, layer_weights
 from tiny import tiny_unet
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_layers_of_a_configuration_are_the_unets(family: str) -> None:
+def test_layers_of_a_folder_are_its_unets(family: str, tmp_path: Path) -> None:
     unet = tiny_unet(family)
-    assert layers_from(unet.config) == cross_attentions(unet)
+    unet.save_config(tmp_path / "unet")
+    assert layers_of(str(tmp_path)) == cross_attentions(unet)
 
 
 @pytest.mark.parametrize(("family", "layers", "blocks"), [("sd15", 16, 16), ("sdxl", 70, 11)])

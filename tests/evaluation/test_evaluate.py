@@ -14,7 +14,7 @@ from imprompt.app.cli import main
 from imprompt.errors import InputError, UsageError
 from imprompt.evaluation.config import Contender, EvaluateConfig
 from imprompt.evaluation.metrics import bootstrap, copy_score, diversity, paired
-from imprompt.evaluation.report import table, to_json
+from imprompt.evaluation.report import html, table, to_json
 from imprompt.evaluation.run import BARE, evaluate
 from imprompt.evaluation.scorers import Scorer, tells_texts
 from imprompt.generation.engine import Engine
@@ -45,7 +45,7 @@ def means(report):
 def test_every_task_is_measured_and_contenders_are_compared_on_the_same_seeds(settings, tuned_base):
     adapter = tuned_base["adapter"]
     twice = [Contender(adapter=adapter), Contender(adapter=adapter), Contender(adapter=adapter, scale=0)]
-    report = evaluate(EvaluateConfig.checked(settings | {"contenders": tuple(twice)}))
+    report = evaluate(EvaluateConfig(**settings | {"contenders": tuple(twice)}))
     found = means(report)
     first, second, nothing = (name for name in report.by_case if name != BARE)
     assert second == f"{first} (2)"
@@ -64,7 +64,7 @@ def test_every_task_is_measured_and_contenders_are_compared_on_the_same_seeds(se
 
 
 def test_one_picture_gives_no_interval_and_json_no_nan(settings):
-    report = evaluate(EvaluateConfig.checked(settings | {"n": 1, "samples": 1}))
+    report = evaluate(EvaluateConfig(**settings | {"n": 1, "samples": 1}))
     stored = json.loads(to_json(report), parse_constant=pytest.fail)
     assert all(each["value"]["low"] is None for each in stored["figures"])
     assert {each.real for each in report.differences} == {None}
@@ -82,7 +82,7 @@ class Counting(Engine):
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_was(settings, tmp_path):
-    config = EvaluateConfig.checked(settings | {"output": tmp_path / "out"})
+    config = EvaluateConfig(**settings | {"output": tmp_path / "out"})
     engine = Counting()
     first = evaluate(config, engine=engine)
     assert engine.drawn == 3 * 2 * 3  # pictures, samples, tasks; the front's scale 1 is the contender's own
@@ -104,18 +104,38 @@ def test_two_files_of_one_name_are_both_kept(tuned_base, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         files.append(shutil.copy(source, tmp_path / name / "mine.safetensors"))
-    config = EvaluateConfig.checked({"contenders": tuple(Contender(adapter=str(file)) for file in files)})
+    config = EvaluateConfig(contenders=tuple(Contender(adapter=str(file)) for file in files))
     assert [name for name, _ in config.named(None)] == ["a/mine", "b/mine"]
+
+
+def test_pictures_without_captions_are_measured_by_what_needs_none(settings, shown):
+    for file in shown.glob("*.txt"):
+        file.unlink()
+    report = evaluate(EvaluateConfig(**settings))
+    assert list(report.by_case) == ["one"]
+    assert set(report.by_case["one"]) == {"CLIP-I", "copy", "diversity"}
+    assert not report.front
+    assert "no captions: only drawings from the picture alone" in table(report)
+    assert "no CLIP-T: it needs a caption for each picture" in table(report)
+    assert "the picture alone" in html(report)
+
+
+def test_pictures_without_captions_are_drawn_with_the_texts_of_a_file(settings, shown, tmp_path):
+    for file in shown.glob("*.txt"):
+        file.unlink()
+    (tmp_path / "texts.txt").write_text("a dog\n")
+    report = evaluate(EvaluateConfig(**settings | {"prompts": tmp_path / "texts.txt", "samples": 1}))
+    assert {"both CLIP-I", "both text kept"} <= set(report.by_case["one"])
 
 
 def test_texts_may_come_from_a_file(settings, tmp_path):
     (tmp_path / "texts.txt").write_text("a dog\n\nan owl\n")
-    report = evaluate(EvaluateConfig.checked(settings | {"prompts": tmp_path / "texts.txt", "samples": 1}))
+    report = evaluate(EvaluateConfig(**settings | {"prompts": tmp_path / "texts.txt", "samples": 1}))
     assert [case.text for case in report.cases] == ["a dog", "an owl", "a dog"]
     assert [case.caption for case in report.cases] == ["a cat 0", "a cat 1", "a cat 2"]
     (tmp_path / "texts.txt").write_text("\n")
     with pytest.raises(InputError, match="no text"):
-        evaluate(EvaluateConfig.checked(settings | {"prompts": tmp_path / "texts.txt"}))
+        evaluate(EvaluateConfig(**settings | {"prompts": tmp_path / "texts.txt"}))
 
 
 def test_the_command_writes_table_json_and_one_page(settings, tuned_base, tmp_path, capsys):
@@ -124,8 +144,9 @@ def test_the_command_writes_table_json_and_one_page(settings, tuned_base, tmp_pa
     assert main([*words, "-o", str(tmp_path / "out"), "--json", str(tmp_path / "f.json")]) == 0
     assert "CLIP-I" in capsys.readouterr().out
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("data:image/png") > 8
-    assert "Text and picture" not in page or "<img" in page
+    assert page.count("data:image/png") == 1 + 2 * 3  # the plot; of each picture itself, alone and with text
+    figures = json.loads((tmp_path / "f.json").read_text())["figures"]
+    assert page.count("<svg") == len(figures)
     assert "http" not in page.replace("http-equiv", "")
     stored = json.loads((tmp_path / "f.json").read_text())
     assert stored["settings"]["pictures"] == 2

@@ -11,7 +11,8 @@ from torch import nn
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.catalog import adapters, bases, bases_for
 from imprompt.errors import ModelError, UsageError
-from imprompt.generation.families import find_base, load, load_adapter
+from imprompt.generation.families import find_base
+from imprompt.generation.pipelines import load
 from layouts import PUBLISHED
 from tiny import POOLED, random_adapter_state, tiny_sd, tiny_unet
 
@@ -91,4 +92,4 @@ def test_the_catalogue_has_every_published_file_by_its_name() -> None:
 
 def test_an_alias_of_a_pickle_says_how_to_make_it_safe() -> None:
     with pytest.raises(ModelError, match=r"imprompt convert sd15-faceid ip-adapter-faceid_sd15\.safetensors"):
-        load_adapter("sd15-faceid")
+        IPAdapter.from_pretrained("sd15-faceid")

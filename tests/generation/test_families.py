@@ -9,7 +9,8 @@ import torch
 import tinydit
 from imprompt.catalog import bases
 from imprompt.errors import ModelError, UsageError
-from imprompt.generation.families import KINDS, find_base, for_task, guidance_arguments, load, scheduler_for
+from imprompt.generation.families import KINDS, find_base
+from imprompt.generation.pipelines import for_task, guidance_arguments, load, scheduler_for
 from layouts import sparse
 from tiny import tiny_sd
 

@@ -15,7 +15,8 @@ from faces import face_state
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.errors import ImpromptError, UsageError
 from imprompt.generation.engine import Engine
-from imprompt.generation.families import find_base, load, load_adapter, scheduler_for
+from imprompt.generation.families import find_base
+from imprompt.generation.pipelines import load, scheduler_for
 from imprompt.schema.prompt import ImagePrompt
 from imprompt.schema.request import Request
 
@@ -49,7 +50,7 @@ class Doors:
         self.engine, self.pictures = Engine(), pictures
         self.fields = {"base": str(base), "adapter": str(adapter), "steps": 3, "seed": 5, "guidance": 4}
         self.pipe = load(find_base(str(base)), "generate", torch.float32)
-        self.adapter = load_adapter(str(adapter))
+        self.adapter = IPAdapter.from_pretrained(str(adapter))
 
     def prompt(self, **fields: object) -> ImagePrompt:
         there = {

@@ -66,7 +66,7 @@ def test_several_pictures_are_a_last_axis_and_share_their_seeds() -> None:
         (["scale"], "write FIELD=VALUE"),
         (["scale="], "write FIELD=VALUE"),
         (["scale=1,,2"], "write FIELD=VALUE"),
-        (["scale=1,1"], "there twice"),
+        (["scale=1,1"], "given twice"),
         (["scale=1", "scale=2"], "swept twice"),
         (["colour=red"], "no field 'colour'"),
         (["count=1,2"], "no field 'count'"),

@@ -65,7 +65,8 @@ def test_long_and_short_texts_of_a_batch_are_drawn_as_alone(bundled):
 
 def test_what_fits_is_not_cut(bundled):
     bundled.run(Request(prompt="a", steps=1, seed=1))
-    from imprompt.generation.families import find_base, load
+    from imprompt.generation.families import find_base
+    from imprompt.generation.pipelines import load
 
     pipe = load(find_base("emoji"), "generate", None)
     assert cut_words(pipe, "a bear, noto style") == ""

@@ -252,7 +252,7 @@ def test_pictures_stand_at_frames_of_a_clip_which_is_repeated_from_its_file(
 
 KEYS = [
     ({"at": None, "kind": "tile"}, {}, "is a SparseCtrl; say the frame"),
-    ({"at": 4}, {}, "at=4 lies behind the last of 4 frames"),
+    ({"at": 4}, {}, "at=4 lies after the last of 4 frames"),
     ({"end": 0.5}, {}, "acts from the first step to the last"),
     ({}, {"video": "<film>", "frames": None}, "clips that start from no video"),
     ({}, {"frames": 9, "context": 8}, "tells 8 frames apart, not 9"),
@@ -276,7 +276,7 @@ def test_a_picture_at_a_frame_that_cannot_be_followed_is_said_in_one_line(
 
 def test_two_pictures_at_one_frame_or_of_two_kinds_of_model_are_refused(asked, engine, pictures, sparse, net):
     key = ControlRef(kind="frame", path=pictures / "ref.png", at=0, model=sparse)
-    with pytest.raises(UsageError, match="two stand at the same"):
+    with pytest.raises(UsageError, match="two have the same `at`"):
         engine.run(asked(controls=[key, key.replace(path=str(pictures / "other.png"))]))
     with pytest.raises(UsageError, match="one scale for all"):
         engine.run(asked(controls=[key, key.replace(at=1, scale=0.5)]))
@@ -398,7 +398,7 @@ REFUSED = [
     (InputError, "is a still", {"images": [{"image": "ref.png", "at": "each"}]}),
     (InputError, "6 pictures, the clip has 4 frames", {"images": [{"image": "<film>", "at": "each"}]}),
     (InputError, "6 masks, the clip has 4", {"images": [{"image": "ref.png", "mask": "<film>"}]}),
-    (InputError, "6 frames at 12 a second, not 9", {"video": "<film>", "frames": 9}),
+    (InputError, "6 frames at 12 per second, not 9", {"video": "<film>", "frames": 9}),
     (UsageError, "tells 8 frames apart, not 16", {"frames": 20, "context": 16}),
     (UsageError, "drawn in windows", {"frames": 12, "context": 8, "prompt": "a (cat:1.3)"}),
     (ModelError, "no motion adapter at", {"motion": "./no/such/folder"}),
@@ -439,7 +439,7 @@ def test_a_request_says_what_would_have_no_effect(fields, message):
 def test_the_seeds_set_up_is_a_scheduler_by_name(base):
     from diffusers import DDIMScheduler
 
-    from imprompt.generation.families import scheduler_for
+    from imprompt.generation.pipelines import scheduler_for
 
     made = scheduler_for(tiny.tiny_sd(), "ddim-linear")
     assert isinstance(made, DDIMScheduler)

@@ -21,7 +21,8 @@ from imprompt.checkpoints.convert import convert
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.face import OnnxFaces
 from imprompt.errors import AdapterMismatch, ModelError
-from imprompt.generation.families import find_base, load, load_adapter
+from imprompt.generation.families import find_base
+from imprompt.generation.pipelines import load
 from layouts import face_plus
 from parity.test_diffusers import close, draw
 from tiny import (
@@ -83,7 +84,9 @@ def test_kolors_draws_what_diffusers_draws(place: Path, task: str, guidance: flo
     pipe = load(find_base(str(place / "base")), task, torch.float32)
     assert type(pipe) is PIPELINES[task]
     own, without = pipe.unet.encoder_hid_proj, draw(pipe, guidance=guidance)
-    adapter = load_adapter(str(place / "adapter" / "ip_adapter_plus_general.safetensors")).attach(pipe)
+    adapter = IPAdapter.from_pretrained(
+        str(place / "adapter" / "ip_adapter_plus_general.safetensors")
+    ).attach(pipe)
     adapter.set_prompt(picture(1), scale=0.6)
     ours = draw(pipe, guidance=guidance)
     assert pipe.unet.encoder_hid_proj is own

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from imprompt.adapter.backbones.base import Site
 from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.errors import UsageError
-from imprompt.schema.profiles import PROFILES, canonical, layer_weights, read_profile, roles
+from imprompt.schema.profiles import PROFILES, layer_weights, read_profile, roles
 from tiny import tiny_unet
 
 
@@ -188,7 +188,9 @@ def test_a_profile_that_does_not_fit_is_refused(
 
 
 def test_names_do_not_care_about_case_and_separators() -> None:
-    assert canonical("Style Transfer") == canonical("style_transfer") == canonical("STYLE-transfer")
+    assert {read_profile(name) for name in ("Style Transfer", "style_transfer", "STYLE-transfer")} == {
+        "style-transfer"
+    }
 
 
 def test_layer_sizes_round_up_as_the_unet_does() -> None:
@@ -209,7 +211,7 @@ def test_layer_sizes_round_up_as_the_unet_does() -> None:
     assert len(set(lengths.values())) == 2
 
 
-# ---- the second part, and profiles as text
+# ---- the factor, and profiles as text
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])

@@ -43,6 +43,6 @@ def make_config(base, pictures, tmp_path):
             "steps": 4, "batch": 2, "dtype": "float32", "device": "cpu", "quiet": True, "log_every": 1,
             "trackers": (), "lr": 1e-4,
         }  # fmt: skip
-        return TrainConfig.checked(defaults | values)
+        return TrainConfig(**defaults | values)
 
     return make

@@ -10,7 +10,7 @@ from imprompt.training.config import TrainConfig
 
 
 def checked(**values):
-    return TrainConfig.checked({"data": "pictures", "output": "run", **values})
+    return TrainConfig(**{"data": "pictures", "output": "run", **values})
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def checked(**values):
         ({"stepz": 5}, "stepz: no such field; did you mean 'steps'"),
         (
             {"augmentation": {"colr": 0.1}},
-            "augmentation.colr: no such field; did you mean 'colour'.*crop",
+            "augmentation: colr: no such field; did you mean 'colour'.*crop",
         ),
         ({"kind": "plu"}, "plus"),
         ({"augmentation": {"crop": 1.0}}, "crop"),

@@ -16,7 +16,7 @@ CONCEPTS, STYLES = ("cat", "dog", "sun", "cup"), ("noto", "flat", "line")
 
 
 def config(**values):
-    return TrainConfig.checked({"data": "x", "output": "y", "batch": 4, **values})
+    return TrainConfig(**{"data": "x", "output": "y", "batch": 4, **values})
 
 
 def row(concept, style, split="train"):
@@ -36,8 +36,14 @@ ROWS = [
 MIXED = {"references": [("self", 0.4), ("concept", 0.3), ("style", 0.3)]}
 
 
+def draw(plan, number):
+    """Batch ``number`` of the run."""
+    size = plan.config.batch
+    return plan.samples(range(number * size, (number + 1) * size))
+
+
 def draws(plan, count=300):
-    return [plan.draw(number) for number in range(count)]
+    return [draw(plan, number) for number in range(count)]
 
 
 def test_held_out_pictures_are_neither_targets_nor_references():
@@ -125,14 +131,14 @@ def test_without_words_a_picture_is_its_own_reference():
 def test_an_epoch_shows_every_training_picture_once():
     plan = Plan(ROWS, config(batch=3))
     for epoch in range(3):
-        shown = [target for number in range(3) for target in plan.draw(3 * epoch + number).targets]
+        shown = [target for number in range(3) for target in draw(plan, 3 * epoch + number).targets]
         assert sorted(shown) == plan.training
 
 
 def test_a_draw_depends_on_its_number_alone():
     first, second = Plan(ROWS, config(**MIXED)), Plan(ROWS, config(**MIXED))
-    forward = [first.draw(number) for number in range(20)]
-    backward = [second.draw(number) for number in reversed(range(20))][::-1]
+    forward = [draw(first, number) for number in range(20)]
+    backward = [draw(second, number) for number in reversed(range(20))][::-1]
     for one, other in zip(forward, backward, strict=True):
         assert (one.targets, one.references, one.captions, one.views) == (
             other.targets, other.references, other.captions, other.views,
@@ -140,10 +146,10 @@ def test_a_draw_depends_on_its_number_alone():
         assert torch.equal(one.image_dropped, other.image_dropped)
 
 
-def test_processes_share_an_epoch_without_overlap():
-    plan = Plan(ROWS, config(batch=3))
-    shown = [t for process in range(3) for t in plan.draw(0, process=process, processes=3).targets]
-    assert sorted(shown) == plan.training
+def test_samples_depend_on_their_indices_and_not_on_the_process_that_asks():
+    whole = Plan(ROWS, config(batch=3)).samples(range(9)).targets
+    parts = [Plan(ROWS, config(batch=3)).samples(range(first, first + 3)).targets for first in (0, 3, 6)]
+    assert [target for part in parts for target in part] == whole
 
 
 def test_captions_lists_every_caption_that_is_drawn_and_the_empty_one():

@@ -437,8 +437,10 @@ def test_samples_show_references_and_three_drawings_of_each(make_config):
     config = make_config(steps=2, sample_every=1)
     train(config)
     first, second = (Image.open(config.output / "samples" / f"{step:08d}.png") for step in (1, 2))
-    assert first.size == second.size == (5 * 34 + 2, 36)  # one held-out picture of 32 pixels, five columns
-    assert first.crop((0, 0, 36, 36)).tobytes() == second.crop((0, 0, 36, 36)).tobytes()
+    side = 4 * 32  # one held-out picture of 32 pixels, enlarged, in five columns
+    assert first.size == second.size == (5 * (side + 8) + 2 * 16, first.height)
+    reference = (0, 0, 16 + side, first.height)
+    assert first.crop(reference).tobytes() == second.crop(reference).tobytes()
 
 
 def test_samples_do_not_change_what_is_learned(make_config, tmp_path):

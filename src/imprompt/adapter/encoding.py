@@ -36,7 +36,8 @@ from imprompt.encoders.store import FeatureStore
 from imprompt.errors import AdapterMismatch, EncoderMismatch, InputError, UsageError
 from imprompt.projections.modules import ImageProjection
 from imprompt.schema import options
-from imprompt.schema.prompt import ImagePrompt, Picture, is_saved
+from imprompt.schema.prompt import ImagePrompt
+from imprompt.schema.values import Picture, is_saved
 
 EncoderLike: TypeAlias = ImageEncoder | str | Path | None
 Encoded: TypeAlias = Features | Faces

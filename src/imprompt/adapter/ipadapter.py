@@ -36,7 +36,8 @@ from imprompt.encoders.clip import Features, ImageEncoder
 from imprompt.encoders.face import FaceEmbedder, Faces
 from imprompt.errors import AdapterMismatch, UsageError
 from imprompt.projections.once import once_each
-from imprompt.schema.prompt import ImagePrompt, Picture
+from imprompt.schema.prompt import ImagePrompt
+from imprompt.schema.values import Picture
 
 _Encoded: TypeAlias = tuple[tuple[EncodedPrompt, ...], ...]
 

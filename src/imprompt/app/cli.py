@@ -46,7 +46,7 @@ _GC_THRESHOLD = 100_000
 
 
 class Verb(Protocol):
-    """What a command's module provides."""
+    """The interface of a command's module."""
 
     HELP: str
 

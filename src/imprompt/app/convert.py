@@ -3,16 +3,16 @@
 import argparse
 from pathlib import Path
 
-HELP = "convert a pickled adapter, or .ipadpt features, to safetensors"
+HELP = "convert a pickled adapter, or features in an .ipadpt file, to safetensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
-        help="a .bin, .ckpt or .pt adapter, a training checkpoint, an .ipadpt file, or an adapter's alias",
+        help="adapter (.bin, .ckpt or .pt), training checkpoint, .ipadpt file, or alias of an adapter",
     )
     parser.add_argument("target", help="the .safetensors file to write")
-    parser.add_argument("--variant", help="the adapter's variant, where its weights leave that open")
+    parser.add_argument("--variant", help="the adapter's variant, if its weights do not tell")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,9 +7,13 @@ HELP = "draw a contact sheet with the bundled model"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "-o", "--output", default="imprompt-demo", metavar="FOLDER", help="folder to write to"
+        "-o",
+        "--output",
+        default="imprompt-demo",
+        metavar="FOLDER",
+        help="folder for the sheet and its pictures",
     )
-    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--seed", type=int, default=7, metavar="N", help="seed of all drawings; default: 7")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""What ``imprompt doctor`` reports: versions, devices, memory, models here, and a drawing that must work."""
+"""The report of ``imprompt doctor``: versions, devices, memory, local models, and a test drawing."""
 
 import os
 import platform
@@ -30,7 +30,7 @@ _EXTRAS = {
     "sentencepiece": "kolors: Kolors' text",
     "torchao": "quantize: UNets in int8 and float8",
     "gguf": "quantize: UNets in .gguf files",
-    "matplotlib": "evaluate: plots in reports",
+    "jinja2": "evaluate: HTML reports",
     "fastapi": "serve: the page and HTTP",
     "resvg-py": "recipe: making the bundled model",
 }
@@ -49,7 +49,7 @@ def examine() -> dict[str, str]:
 
 
 def look() -> dict[str, str]:
-    """What is on this machine, without drawing anything."""
+    """Versions, devices, memory and models of this machine; nothing is drawn."""
     extras = {name: _version(name) for name in _EXTRAS}
     found = {
         "python": platform.python_version(),
@@ -71,7 +71,7 @@ def look() -> dict[str, str]:
 
 
 def advice(found: Mapping[str, str]) -> list[str]:
-    """What to do about the findings; never empty."""
+    """Advice on the findings, one line each; never empty."""
     lines = []
     if found.get("self-test", "").startswith("failed"):
         lines.append("install again with the versions of constraints.txt")

@@ -1,4 +1,4 @@
-"""What the drawing commands and ``tune`` share: flags → request → files and a summary."""
+"""The drawing commands (generate, edit, inpaint, animate): from flags to a request, files and a summary."""
 
 import argparse
 import json
@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from imprompt.schema.request import Request
 
 
+_START = {"edit": "the picture to start from", "inpaint": "the picture to redraw in part"}
+
+
 def add_drawing_arguments(parser: argparse.ArgumentParser, task: str) -> None:
-    """Add the flags of a drawing command: the request's fields, then what is done with it."""
+    """Add the arguments of a drawing command: texts and pictures, the request's fields, then output."""
     from imprompt.app.flags import add_request_flags, describe_options
     from imprompt.schema.prompt import ImagePrompt, TextRegion
     from imprompt.schema.request import ControlRef, Request
@@ -32,6 +35,10 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, task: str) -> None:
             describe_options("--control", ControlRef, ("kind", "path")),
         ]
     )
+    if task in _START:
+        parser.add_argument("picture", nargs="?", metavar="PICTURE", help=_START[task])
+    optional = "--image or --video" if task == "animate" else "--image"
+    parser.add_argument("prompt", nargs="?", help=f"what to draw; optional with {optional}")
     add_request_flags(parser, Request, task)
     parser.add_argument(
         "--save-control", action="store_true", help="also write the map that each control followed"
@@ -40,37 +47,33 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, task: str) -> None:
         "--sweep",
         action="append",
         metavar="FIELD=VALUE,…",
-        help="draw with each value, and with all combinations when repeated, and put all on one page; a "
-        "field of the request, or of its images (profile, image2.scale)",
+        help="draw with each value of a field, such as scale=0.3,0.6, profile=linear,style or "
+        "image2.scale=0.5,1, and put all on one page; repeat it to draw all combinations",
     )
     parser.add_argument(
         "--from",
         dest="again",
         metavar="PICTURE",
-        help="repeat the request inside that picture, or in a .json file; other flags change it",
+        help="draw the request inside a picture or a .json file again; other flags change it",
     )
     parser.add_argument(
         "--force",
         action="store_true",
-        help="with --from: draw although a file or a model's weights changed since",
+        help="with --from: draw even if files or a model's weights have changed",
     )
-    parser.add_argument(
-        "--trust", action="store_true", help="with --from: allow downloads of the models that it names"
-    )
+    parser.add_argument("--trust", action="store_true", help="with --from: download models that it names")
     parser.add_argument(
         "-o",
         "--output",
         metavar="PATH",
-        help=".png, .jpg or .webp, or a folder; animate: .gif, .webp, .mp4, or a folder of frames; default: "
-        "an unused name here",
+        help="file to write, .png, .jpg or .webp, for a clip .gif, .webp or .mp4; or a folder; default: an "
+        "unused name in the current folder",
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a file at -o that imprompt did not make"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that imprompt did not make")
     parser.add_argument(
         "--explain",
         action="store_true",
-        help="also draw where, in which layers and when each image prompt acted",
+        help="also draw where, when and in which layers each image prompt acted",
     )
     parser.add_argument("--json", action="store_true", help="print files, request and timings as JSON")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")

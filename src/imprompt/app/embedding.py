@@ -1,4 +1,4 @@
-"""``embed``: encode pictures once and save their features, to be used wherever a picture is expected."""
+"""Encode pictures and save their features to a file, which can be used wherever a picture is expected."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from imprompt.encoders.features import Saved, fingerprint, save
 from imprompt.encoders.framing import encode
 from imprompt.encoders.images import content_hash, load_image
 from imprompt.errors import ModelError, UsageError
-from imprompt.generation.families import Base, find_adapter, find_base, load_adapter
+from imprompt.generation.families import Base, find_adapter, find_base
 from imprompt.schema import options
 
 
@@ -28,12 +28,12 @@ def embed(
     face_model: str | None = None,
     face: str = "largest",
 ) -> Path:
-    """Encode ``pictures`` and write their features, or for a face adapter their faces; returns the path.
+    """Encode ``pictures``, write their features, or their faces for a face adapter, and return the path.
 
-    The image encoder is ``encoder`` (a folder, or ``repo:folder``), else that of ``adapter``, else that of
-    the default adapter of ``base``. The file appears whole or not at all. Raises :class:`UsageError` for
-    options that exclude each other, :class:`InputError` for pictures and :class:`ModelError` for models that
-    cannot be read.
+    The image encoder is ``encoder`` (a folder, or ``repository:folder``), else that of ``adapter``, else
+    that of the default adapter of ``base``. The file is written whole or not at all. Raises
+    :class:`UsageError` for options that exclude each other, :class:`InputError` for pictures and
+    :class:`ModelError` for models that cannot be read.
     """
     framing = options.canonical("framing", framing, options.FRAMINGS)
     if Path(output).suffix.lower() != ".safetensors":
@@ -43,7 +43,7 @@ def embed(
     decoded = [load_image(picture) for picture in pictures]
     if encoder is None:
         found = find_base(base)
-        loaded = load_adapter(find_adapter(adapter, found))
+        loaded = IPAdapter.from_pretrained(find_adapter(adapter, found))
         if loaded.projection.variant.embedding is not None:
             return _embed_faces(loaded, found, decoded, output, framing, face_model, face)
         model = _encoder_for(loaded, found)
@@ -63,7 +63,7 @@ def encoder_of(encoder: str | None, base: str, adapter: str | None) -> ImageEnco
     if encoder is not None:
         return ImageEncoder.from_pretrained(encoder)
     found = find_base(base)
-    return _encoder_for(load_adapter(find_adapter(adapter, found)), found)
+    return _encoder_for(IPAdapter.from_pretrained(find_adapter(adapter, found)), found)
 
 
 def _embed_faces(

@@ -1,19 +1,23 @@
 """Flags made from the fields of :class:`~imprompt.schema.request.Request`.
 
-A field's description becomes the flag's help; one that begins with tasks ("animate: …") belongs to those
-commands only. Values are passed on as text: the record reads and checks them, as for Python and HTTP.
+A field's description becomes the flag's help; a command has the flags of the fields that act in its task.
+Values are passed on as text: the record reads and checks them, as for Python and HTTP.
 """
 
-import argparse
-import re
-import textwrap
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from __future__ import annotations
 
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
+import argparse
+import textwrap
+from collections.abc import Mapping
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from imprompt.errors import UsageError
+from imprompt.schema.checks import TASKS_OF_FIELD
+
+if TYPE_CHECKING:  # `imprompt --help` does without pydantic
+    from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
 
 _NOT_FLAGS = ("task", "prompt", "image", "hashes", "fingerprints")
 """Fields that are positional, or not for people."""
@@ -34,16 +38,15 @@ _REPEATED = {
 }
 """Fields that hold several records → their flag, which is given once for each."""
 _METAVARS = {"size": "WxH", "quantize": "int8|float8|FILE.gguf"}
-_TASKS = re.compile(r"((?:generate|edit|inpaint|animate)(?:, (?:generate|edit|inpaint|animate))*): ")
 
 
 def add_request_flags(parser: argparse.ArgumentParser, model: type[BaseModel], task: str) -> None:
     """Add a flag for every field of ``model`` that has an effect in ``task``."""
     for name, field in model.model_fields.items():
-        about = field.description or ""
-        tasks = _TASKS.match(about)
-        if name in _NOT_FLAGS or (tasks is not None and task not in tasks[1].split(", ")):
+        tasks = TASKS_OF_FIELD.get(name)
+        if name in _NOT_FLAGS or (tasks is not None and task not in tasks):
             continue
+        about = flag_help(field).removeprefix(f"{', '.join(tasks or ())}: ")
         if name in _REPEATED:
             flag, metavar, about = _REPEATED[name]
             action: Any = _FirstPicture if name == "images" else "append"
@@ -61,8 +64,35 @@ def add_request_flags(parser: argparse.ArgumentParser, model: type[BaseModel], t
             "--" + name.replace("_", "-"),
             dest=name,
             metavar=_METAVARS.get(name) or _metavar(field),
-            help=about[tasks.end() if tasks else 0 :].replace("%", "%%"),
+            help=about,
         )
+
+
+def add_field_flags(
+    parser: argparse.ArgumentParser, record: type[BaseModel], fields: Mapping[str, str]
+) -> None:
+    """Add a flag for each of ``fields`` of a record; it maps their names to metavars, empty: by type."""
+    for name, metavar in fields.items():
+        field = record.model_fields[name]
+        flag = {"n": "-n", "output": "-o"}.get(name) or "--" + name.replace("_", "-")
+        parser.add_argument(flag, dest=name, metavar=metavar or _metavar(field), help=flag_help(field))
+    parser.add_argument("-q", "--quiet", action="store_true", default=None, help="no progress bar")
+
+
+def stated_fields(args: argparse.Namespace, record: type[BaseModel]) -> dict[str, Any]:
+    """The fields of ``record`` that the flags state."""
+    return {
+        name: value for name, value in vars(args).items() if value is not None and name in record.model_fields
+    }
+
+
+def flag_help(field: FieldInfo) -> str:
+    """A field's description as the help of its flag: no capital, no full stop, and ``None`` is the
+    default."""
+    about = " ".join((field.description or "").split()).removesuffix(".")
+    first = about.partition(" ")[0]
+    about = about[:1].lower() + about[1:] if first[1:].islower() else about
+    return about.replace("``None``: ", "default: ").replace("%", "%%")
 
 
 class _FirstPicture(argparse.Action):
@@ -86,7 +116,7 @@ def describe_options(flag: str, record: type[BaseModel], positional: tuple[str, 
     lines = [f"options of {flag}:"]
     for name, field in record.model_fields.items():
         if name not in positional:
-            text = f"{name:<12}{field.description}"
+            text = f"{name:<12}{flag_help(field)}"
             lines += textwrap.wrap(
                 text, 98, initial_indent="  ", subsequent_indent=" " * 14, break_on_hyphens=False
             )
@@ -94,7 +124,7 @@ def describe_options(flag: str, record: type[BaseModel], positional: tuple[str, 
 
 
 def _metavar(field: FieldInfo) -> str:
-    """What stands for a flag's value in its help, by the field's type."""
+    """The metavar of a flag, by the field's type."""
     kinds = _kinds(field.annotation)
     for kind in kinds:
         if get_origin(kind) is Literal:

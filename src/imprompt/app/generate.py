@@ -1,16 +1,10 @@
 """``imprompt generate``: draw from a text, image prompts, or both."""
 
-import argparse
+from functools import partial
 
 from imprompt.app.drawing import add_drawing_arguments, draw
 
 HELP = "draw from a text, image prompts, or both"
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", nargs="?", help="what to draw; optional with --image")
-    add_drawing_arguments(parser, "generate")
-
-
-def run(args: argparse.Namespace) -> int:
-    return draw("generate", args)
+add_arguments = partial(add_drawing_arguments, task="generate")
+run = partial(draw, "generate")

@@ -9,7 +9,9 @@ HELP = "identify an adapter file and check that it is intact"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="an adapter's .safetensors file, or the folder of a training run")
-    parser.add_argument("--variant", help="read it as this variant or published file")
+    parser.add_argument(
+        "--variant", help="the adapter's variant or published file, if its weights do not tell"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

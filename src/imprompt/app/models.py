@@ -8,14 +8,16 @@ from typing import Any
 
 from imprompt.errors import ModelError, UsageError
 
-HELP = "list the bases, adapters, controls and motion adapters that have an alias"
+HELP = "list the models that have an alias"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", help="one alias; a base also lists what fits it")
-    parser.add_argument("--vocabulary", action="store_true", help="the words that the bundled model knows")
+    parser.add_argument("name", nargs="?", help="one alias; of a base, also the models that fit it")
     parser.add_argument(
-        "--commercial", action="store_true", help="only what its licence allows commercial use of"
+        "--vocabulary", action="store_true", help="print the words that the bundled model knows"
+    )
+    parser.add_argument(
+        "--commercial", action="store_true", help="only models whose licence allows commercial use"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -100,7 +102,7 @@ def _print_tables(tables: dict[str, dict[str, Any]]) -> None:
 
 
 def _describe(kind: str, row: Any) -> str:
-    """What sets a row apart: size, kinds of control, what else it needs."""
+    """Details of a row: size, kinds of control, requirements."""
     if kind == "bases":
         return f"{row.size} px; {row.note}" + (f"; {row.gigabytes:g} GB" if row.gigabytes else "")
     if kind == "controls":

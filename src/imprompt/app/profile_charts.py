@@ -1,49 +1,47 @@
-"""Profiles as bar charts in text, one bar for each attention block. No weights are loaded.
+"""Profiles as bar charts in text, one bar for each attention block.
 
-A base's attention blocks are derived from its UNet's ``config.json`` alone, so any diffusers folder works.
+The attention blocks follow from the configuration of the base's UNet; no weights are loaded.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
+from diffusers import UNet2DConditionModel
+
 from imprompt.adapter.backbones.base import BlockKind, Site
-from imprompt.catalog import bases
+from imprompt.adapter.backbones.unet import cross_attentions
+from imprompt.catalog import ASSETS, bases
 from imprompt.errors import ModelError
+from imprompt.io import read_json
 from imprompt.schema.profiles import PROFILES, Profile, layer_weights, read_profile
 
 _BARS = " ▁▂▃▄▅▆▇█"
-_EMOJI = Path(__file__).parents[1] / "assets" / "emoji"
-_DOWN, _UP, _MIDDLE = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "UNetMidBlock2DCrossAttn"
-_PUBLISHED: Mapping[str, Mapping[str, Any]] = {
-    "sd15": {
-        "down_block_types": (_DOWN, _DOWN, _DOWN, "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", _UP, _UP, _UP),
-        "block_out_channels": (320, 640, 1280, 1280),
-        "cross_attention_dim": 768,
-    },
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "sd15": {"cross_attention_dim": 768},
     "sdxl": {
-        "down_block_types": ("DownBlock2D", _DOWN, _DOWN),
-        "up_block_types": (_UP, _UP, "UpBlock2D"),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         "block_out_channels": (320, 640, 1280),
         "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
         "cross_attention_dim": 2048,
     },
 }
-"""Family → the part of its published UNet configuration that describes the blocks."""
+"""Family → the published UNet configuration, where it differs from diffusers' defaults."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """One attention block and what a profile does there."""
+    """An attention block and its weight under a profile."""
 
     name: str
     kind: BlockKind
     weight: float
-    """Mean over its layers."""
+    """Mean over the block's layers."""
     negated: bool
     """Whether the picture acts as a negative prompt there."""
 
@@ -87,62 +85,23 @@ def layers_of(base: str) -> tuple[Site, ...]:
     Raises :class:`ModelError` when there is no UNet configuration to read.
     """
     family = bases()[base].family if base in bases() else base
-    if family in _PUBLISHED:
-        return layers_from(_PUBLISHED[family])
-    folder = _EMOJI if base == "emoji" else Path(base).expanduser()
-    path = folder / "unet" / "config.json"
-    if not path.is_file():
-        raise ModelError(
-            f"base '{base}': there is no '{path}' to read its layers from; give a diffusers folder or one of "
-            f"{', '.join(bases())}."
-        )
-    return layers_from(json.loads(path.read_text(encoding="utf-8")))
-
-
-def layers_from(config: Mapping[str, Any]) -> tuple[Site, ...]:
-    """The cross-attention layers that the configuration of a ``UNet2DConditionModel`` describes.
-
-    Raises :class:`ModelError` for block types other than those of Stable Diffusion.
-    """
-    running = list(enumerate(_attention_blocks(config)))
-    published = sorted(
-        running, key=lambda item: item[1][1] == "middle"
-    )  # published files end with the middle
-    layers: list[Site] = []
-    for index, (name, kind, level, depth) in published:
-        width = config["block_out_channels"][level]
-        for k in range(depth):
-            path = f"{name}.transformer_blocks.{k}.attn2"
-            number = 2 * len(layers) + 1
-            layers.append(Site(path, number, index, kind, level, width, config["cross_attention_dim"]))
-    return tuple(layers)
-
-
-def _attention_blocks(config: Mapping[str, Any]) -> Iterator[tuple[str, BlockKind, int, int]]:
-    """Name, kind, level and depth of each attention block, in execution order."""
-    down, up, each = config["down_block_types"], config["up_block_types"], config.get("layers_per_block", 2)
-    if not {*down, *up} <= {_DOWN, _UP, "DownBlock2D", "UpBlock2D"} or not isinstance(each, int):
-        kinds = ", ".join(dict.fromkeys((*down, *up)))
-        raise ModelError(
-            f"profiles know UNets of Stable Diffusion's block types, not {kinds} with {each} layers."
-        )
-    depths = config.get("transformer_layers_per_block", 1)
-    depths = [depths] * len(down) if isinstance(depths, int) else list(depths)
-    for level, block in enumerate(down):
-        if block == _DOWN:
-            for i in range(each):
-                yield f"down_blocks.{level}.attentions.{i}", "input", level, depths[level]
-    if config.get("mid_block_type", _MIDDLE) == _MIDDLE:
-        yield "mid_block.attentions.0", "middle", len(down) - 1, depths[-1]
-    for place, block in enumerate(up):
-        level = len(up) - 1 - place
-        if block == _UP:
-            for i in range(each + 1):
-                yield f"up_blocks.{place}.attentions.{i}", "output", level, depths[level]
+    config = _PUBLISHED.get(family)
+    if config is None:
+        folder = ASSETS if base == "emoji" else Path(base).expanduser()
+        path = folder / "unet" / "config.json"
+        if not path.is_file():
+            raise ModelError(
+                f"base '{base}': there is no '{path}' to read its layers from; give a diffusers folder or "
+                f"one of "
+                f"{', '.join(bases())}."
+            )
+        config = read_json(path, f"'{path}'", error=ModelError)
+    with torch.device("meta"):  # no weights
+        return cross_attentions(UNet2DConditionModel.from_config(config))
 
 
 def _rows(base: str, profile: str | None) -> dict[str, list[Block]]:
-    """Profile → what it does in each block of the base."""
+    """Profile → the blocks of the base with their weights."""
     layers = layers_of(base)
     chosen: dict[str, Profile] = {name: name for name in PROFILES}
     if profile is not None:
@@ -176,7 +135,7 @@ def _describe(index: int, block: Block, top: float) -> str:
 
 
 def _by_kind(blocks: Sequence[Block], cells: Sequence[str]) -> str:
-    """One cell a block, with a line between down, middle and up."""
+    """One cell for each block, with a line between down, middle and up."""
     return "│".join(
         "".join(cell for block, cell in zip(blocks, cells, strict=True) if block.kind == kind)
         for kind in ("input", "middle", "output")

@@ -7,9 +7,14 @@ HELP = "show how each profile weights the attention layers"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("profile", nargs="?", help="one profile, or weights; default: all profiles")
     parser.add_argument(
-        "--base", default="emoji", metavar="NAME", help="whose layers: emoji, sd15, sdxl or a folder"
+        "profile", nargs="?", help="name of a profile, or weights; default: all named profiles"
+    )
+    parser.add_argument(
+        "--base",
+        default="emoji",
+        metavar="NAME",
+        help="the base: emoji, sd15, sdxl or a diffusers folder; default: emoji",
     )
     parser.add_argument("--json", action="store_true", help="print the weights as JSON")
 

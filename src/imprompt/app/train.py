@@ -1,7 +1,8 @@
 """``imprompt train``: train an adapter on captioned pictures.
 
-Of a folder alone everything is chosen: where to start (the base's default adapter), how many steps (by the
-number of pictures), a folder for the run, and the step that is kept (the best on held-out pictures).
+A folder of pictures is enough: training then starts from the base's default adapter, takes as many steps as
+suit the number of pictures, writes to a new folder in ``runs``, and keeps the step that is best on held-out
+pictures.
 """
 
 import argparse
@@ -10,40 +11,48 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from imprompt.app.flags import add_field_flags, stated_fields
 from imprompt.errors import UsageError
 
 HELP = "train an adapter on a folder of captioned pictures"
 
-_FIELDS = (
-    "base", "kind", "init", "steps", "minutes", "batch", "lr", "seed", "device", "image-encoder",
-    "face-model", "on-bad-sample", "cache", "sample-every", "push-to-hub",
-)  # fmt: skip
+_FLAGS = {
+    "base": "NAME", "kind": "", "init": "NAME", "steps": "", "minutes": "", "batch": "", "lr": "", "seed": "",
+    "device": "", "image_encoder": "NAME", "face_model": "FOLDER", "on_bad_sample": "", "cache": "FOLDER",
+    "sample_every": "", "push_to_hub": "NAME",
+}  # fmt: skip
+"""Field of the configuration → metavar of its flag; empty: by type."""
 _SHEETS = 4
-"""Sheets of samples drawn on the way, where nothing else is said."""
+"""Sheets of samples drawn during a run, unless --sample-every is given."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from imprompt.training.config import TrainConfig
 
     parser.add_argument(
-        "source", help="captioned pictures: a folder, metadata file, .tar or hf:owner/name; or a run's .toml"
+        "source",
+        help="captioned pictures: a folder, metadata file, .tar or hf:owner/name; or a configuration (.toml)",
     )
-    parser.add_argument("--out", dest="output", metavar="FOLDER", help="the run's folder; default: runs/NAME")
-    for flag in _FIELDS:
-        about = TrainConfig.model_fields[flag.replace("-", "_")].description or ""
-        parser.add_argument(f"--{flag}", default=None, help=about.replace("%", "%%") or None)
-    parser.add_argument("--resume", action="store_true", default=None, help="go on from the last checkpoint")
-    parser.add_argument("-q", "--quiet", action="store_true", default=None, help="no progress bar")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field, as JSON"
+        "--out", dest="output", metavar="FOLDER", help="folder for the run; default: runs/NAME"
+    )
+    add_field_flags(parser, TrainConfig, _FLAGS)
+    parser.add_argument(
+        "--resume", action="store_true", default=None, help="continue from the last checkpoint"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any other field of the configuration, as JSON",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     from imprompt.training.config import TrainConfig
 
-    names = ("output", "resume", "quiet", *(flag.replace("-", "_") for flag in _FIELDS))
-    stated = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    stated = stated_fields(args, TrainConfig)
     for pair in args.set:
         name, sign, value = pair.partition("=")
         if not sign:
@@ -54,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         config = TrainConfig.read(source, **stated)
     else:
         stated.setdefault("output", _run_folder(args.source, bool(args.resume)))
-        config = TrainConfig.checked({"data": args.source, "keep": "best", **stated})
+        config = TrainConfig(**{"data": args.source, "keep": "best", **stated})
     from imprompt.training.trainer import train
 
     quick = "sample_every" not in config.model_fields_set
@@ -63,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _is_configuration(path: Path) -> bool:
-    """Whether a file is a run's configuration; a JSON list is data."""
+    """Whether a .toml or .json file is a configuration; a JSON list is data."""
     if not path.is_file() or path.suffix == ".toml":
         return True
     return path.read_bytes().lstrip()[:1] != b"["

@@ -22,8 +22,9 @@ from imprompt.evaluation.front import EncoderMeasure, Fidelity, Measure, Normali
 from imprompt.generation.engine import Engine, Result
 from imprompt.generation.families import find_base
 from imprompt.generation.sweep import expand, read_axis
-from imprompt.schema.prompt import ImagePrompt, is_saved
+from imprompt.schema.prompt import ImagePrompt
 from imprompt.schema.request import Request
+from imprompt.schema.values import is_saved
 
 AXES = ("scale=0.3,0.6,0.9,1.2", "profile=linear,style,ease-out", "end=1,0.6")
 """The settings that are tried by default."""
@@ -164,7 +165,7 @@ def _plot(
             "of the text (0: the picture alone, 1: the text alone)",
             "of the picture (0: the text alone, 1: the picture alone)",
         ),
-        front=front,
+        lines=[front],
         marked=chosen,
         labels=[label.partition(" · ")[0] for label in trials.labels],
     )
@@ -199,5 +200,5 @@ def _sheet(
         ["text alone", *titles, "picture alone", "the picture"],
         [f"seed {seed}" for seed in trials.seeds],
         title=f"“{request.prompt}”: the front, from the text to the picture; framed: the chosen setting",
-        marked=1 + few.index(chosen),
+        marked=[few.index(chosen) + 1],
     )

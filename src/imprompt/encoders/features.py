@@ -18,7 +18,7 @@ from torch import Tensor
 from imprompt.encoders.clip import Features
 from imprompt.errors import InputError
 from imprompt.io import check_path, read_json
-from imprompt.schema.prompt import is_saved
+from imprompt.schema.values import is_saved
 from imprompt.weights import not_finite, open_tensors, save_tensors
 
 _FORMAT = "imprompt-features-1"

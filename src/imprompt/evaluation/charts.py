@@ -1,15 +1,17 @@
-"""Pages to look at: pictures in a labelled grid, points with their front, bars. Drawn with Pillow alone."""
+"""Pages to look at: pictures in a labelled grid, and a scatter plot. Drawn with Pillow alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
 _GAP, _MARGIN, _LINE = 8, 16, 18
-_INK, _PALE, _MARK = (24, 24, 27), (113, 113, 122), (220, 38, 38)
+_INK, _PALE, _RULE, _MARK = (24, 24, 27), (113, 113, 122), (228, 228, 231), (220, 38, 38)
 COLOURS = ((37, 99, 235), (234, 88, 12), (22, 163, 74), (147, 51, 234), (202, 138, 4), (8, 145, 178))
 _LARGEST, _SMALLEST = 256, 128  # sides of a cell, in pixels
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+_Point = tuple[float, float]
 
 
 def grid(
@@ -18,112 +20,138 @@ def grid(
     rows: Sequence[str] = ("",),
     *,
     title: str = "",
-    marked: int | None = None,
+    marked: Collection[int] = (),
 ) -> Image.Image:
-    """One page of ``len(rows) × len(columns)`` pictures, row by row, with labels above and beside and a frame
-    around number ``marked``. Pictures keep their proportions; large ones are shrunk."""
-    shown = [_fitted(image) for image in images]
-    wide, high = (max(image.size[axis] for image in shown) for axis in (0, 1))
+    """``len(rows) × len(columns)`` pictures, row by row, with labels above and beside, on one page.
+
+    The pictures numbered in ``marked`` get a frame. Pictures keep their proportions; large ones are shrunk.
+    """
+    cells = [_fitted(image) for image in images]
+    wide, high = (max(image.size[axis] for image in cells) + _GAP for axis in (0, 1))
     font, bold = ImageFont.load_default(13), ImageFont.load_default(16)
-    above = [_lines(label, wide, font) for label in columns]
-    beside = [_lines(label, 160, font) for label in rows]
-    left = _MARGIN + int(max(font.getlength(line) for lines in beside for line in lines))
-    left += _GAP if any(rows) else 0
-    top = _MARGIN + (2 * _LINE if title else 0) + _LINE * max(len(lines) for lines in above)
-    tall = high + _GAP
-    width = max(left + len(columns) * (wide + _GAP) + _MARGIN, int(bold.getlength(title)) + 2 * _MARGIN)
-    page = Image.new("RGB", (width, top + len(rows) * tall + _MARGIN), "white")
+    above, beside = (
+        [_wrapped(label, width, font) for label in some] for some, width in ((columns, wide), (rows, 160))
+    )
+    left = _MARGIN + _width(beside, font) + _GAP * any(rows)
+    top = _MARGIN + 2 * _LINE * bool(title) + _LINE * (1 + max(label.count("\n") for label in above))
+    width = max(left + len(columns) * wide + _MARGIN, _width([title], bold) + 2 * _MARGIN)
+    page = Image.new("RGB", (width, top + len(rows) * high + _MARGIN), "white")
     pen = ImageDraw.Draw(page)
     pen.text((_MARGIN, _MARGIN), title, _INK, bold)
-
-    def write(lines: Sequence[str], x: int, y: int) -> None:
-        for i, line in enumerate(lines):
-            pen.text((x, y + i * _LINE), line, _INK, font)
-
-    for x, lines in enumerate(above):
-        write(lines, left + x * (wide + _GAP), top - len(lines) * _LINE)
-    for y, lines in enumerate(beside):
-        write(lines, _MARGIN, top + y * tall)
-    for number, image in enumerate(shown):
-        y, x = divmod(number, len(columns))
-        place = left + x * (wide + _GAP), top + y * tall
-        page.paste(image, place)
-        if number == marked:
-            box = (place[0] - 3, place[1] - 3, place[0] + image.width + 2, place[1] + image.height + 2)
+    for x, label in enumerate(above):
+        pen.text((left + x * wide, top - 3), label, _INK, font, anchor="ld")
+    for y, label in enumerate(beside):
+        pen.text((_MARGIN, top + y * high), label, _INK, font)
+    for number, image in enumerate(cells):
+        x, y = left + number % len(columns) * wide, top + number // len(columns) * high
+        page.paste(image, (x, y))
+        if number in marked:
+            box = (x - 3, y - 3, x + image.width + 2, y + image.height + 2)
             pen.rectangle(box, outline=_MARK, width=3)
     return page
 
 
+def stacked(pages: Sequence[Image.Image], title: str) -> Image.Image:
+    """Pages below each other under a title, with a line between them."""
+    font, head = ImageFont.load_default(22), 64
+    width = max(*(page.width for page in pages), _width([title], font) + 2 * _MARGIN)
+    whole = Image.new("RGB", (width, head + sum(page.height for page in pages)), "white")
+    pen = ImageDraw.Draw(whole)
+    pen.text((_MARGIN, _MARGIN), title, _INK, font)
+    y = head
+    for page in pages:
+        whole.paste(page, (0, y))
+        pen.line((_MARGIN, y, width - _MARGIN, y), _RULE)
+        y += page.height
+    return whole
+
+
+# ---- the scatter plot
+
+_SIZE, _LEFT, _TOP, _RIGHT, _BOTTOM = (950, 560), 76, 64, 214, 60  # in pixels
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """The ranges of x and y, and where their values lie on the page."""
+
+    spans: tuple[_Point, _Point]
+
+    def place(self, point: _Point) -> _Point:
+        x, y = ((v - low) / (high - low) for v, (low, high) in zip(point, self.spans, strict=True))
+        wide, high = _SIZE[0] - _RIGHT - _LEFT, _SIZE[1] - _BOTTOM - _TOP
+        return _LEFT + x * wide, _TOP + (1 - y) * high
+
+    def draw(self, pen: ImageDraw.ImageDraw, titles: tuple[str, str], font: _Font) -> None:
+        """Lines at round numbers, with the numbers and the axes' titles."""
+        (low_x, high_x), (low_y, high_y) = self.spans
+        for value, said in _ticks(low_x, high_x):
+            x, y = self.place((value, low_y))
+            pen.line((x, y, x, _TOP), _RULE)
+            pen.text((x, y + 6), said, _PALE, font, anchor="ma")
+        for value, said in _ticks(low_y, high_y):
+            x, y = self.place((low_x, value))
+            pen.line((x, y, _SIZE[0] - _RIGHT, y), _RULE)
+            pen.text((x - 8, y), said, _PALE, font, anchor="rm")
+        pen.text((_LEFT, _SIZE[1] - 30), titles[0], _INK, font)
+        pen.text((12, _TOP - 24), titles[1], _INK, font)
+
+
 def scatter(
-    points: Sequence[tuple[float, float]],
+    points: Sequence[_Point],
     groups: Sequence[str],
     *,
     titles: tuple[str, str],
     title: str = "",
-    front: Sequence[int] = (),
+    lines: Sequence[Sequence[int]] = (),
     marked: int | None = None,
     labels: Sequence[str] | None = None,
 ) -> Image.Image:
-    """Points (x, y), a colour for each of ``groups`` (one word a point), those of ``front`` joined by a line
-    in the order given and named by their ``labels``, and a ring around number ``marked``."""
-    width, height, left, top = 760, 560, 76, 64
-    page = Image.new("RGB", (width + 190, height), "white")
+    """Points (x, y) in the colours of their ``groups``, one name for each point.
+
+    Each of ``lines`` joins the points of these numbers, in this order, and names them by their ``labels``.
+    Point ``marked`` gets a ring.
+    """
+    page = Image.new("RGB", _SIZE, "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(13)
-    spans = [_span([point[axis] for point in points], 0.1) for axis in (0, 1)]
-
-    def place(point: tuple[float, float]) -> tuple[float, float]:
-        x, y = ((v - low) / (high - low) for v, (low, high) in zip(point, spans, strict=True))
-        return left + x * (width - left - 24), height - 60 - y * (height - 60 - top)
-
-    for axis, span in enumerate(spans):
-        for value, said in _ticks(*span):
-            x, y = place((value, spans[1][0]) if axis == 0 else (spans[0][0], value))
-            end = (x, top) if axis == 0 else (width - 24, y)
-            pen.line(((x, y), end), (232, 232, 235))
-            at = (x - 12, y + 6) if axis == 0 else (left - 44, y - 8)
-            pen.text(at, said, _PALE, font)
+    axes = _Axes((_span([x for x, _ in points]), _span([y for _, y in points])))
+    axes.draw(pen, titles, font)
     pen.text((12, 10), title, _INK, ImageFont.load_default(16))
-    pen.text((left, height - 30), titles[0], _INK, font)
-    pen.text((12, top - 24), titles[1], _INK, font)
-    if len(front) > 1:
-        pen.line([place(points[i]) for i in front], (161, 161, 170), 2)
+    for line in lines:
+        pen.line([axes.place(points[i]) for i in line], (161, 161, 170), 2)
     names = list(dict.fromkeys(groups))
     for point, group in zip(points, groups, strict=True):
-        x, y = place(point)
-        pen.ellipse((x - 5, y - 5, x + 5, y + 5), COLOURS[names.index(group) % len(COLOURS)])
-    if labels is not None:
-        for i in front:
-            x, y = place(points[i])
-            pen.text((x + 13, y - 16), labels[i], _PALE, font)
+        pen.circle(axes.place(point), 5, COLOURS[names.index(group) % len(COLOURS)])
+    for i in (i for line in lines for i in line):
+        x, y = axes.place(points[i])
+        pen.text((x + 13, y - 16), labels[i] if labels else "", _PALE, font)
     if marked is not None:
-        x, y = place(points[marked])
-        pen.ellipse((x - 10, y - 10, x + 10, y + 10), outline=_MARK, width=3)
-    _legend(pen, names, width, font)
+        pen.circle(axes.place(points[marked]), 10, outline=_MARK, width=3)
+    for i, name in enumerate(names):
+        y = 53 + i * 22
+        pen.circle((_SIZE[0] - 181, y), 5, COLOURS[i % len(COLOURS)])
+        pen.text((_SIZE[0] - 170, y - 8), _cut(name, 160, font), _INK, font)
     return page
 
 
-def _legend(pen: ImageDraw.ImageDraw, names: Sequence[str], left: int, font: _Font) -> None:
-    for i, name in enumerate(names):
-        y = 48 + i * 22
-        pen.ellipse((left + 4, y, left + 14, y + 10), COLOURS[i % len(COLOURS)])
-        pen.text((left + 20, y - 3), _cut(name, 160, font), _INK, font)
-
-
-def _span(values: Sequence[float], least: float = 2e-3) -> tuple[float, float]:
-    """A range that holds all values, with a little room; ``least`` wide, lest chance look large."""
+def _span(values: Sequence[float], least: float = 0.1) -> _Point:
+    """A range that holds all values with some room, at least ``least`` wide, so that chance looks small."""
     low, high = min(values), max(values)
     room = max(0.05 * (high - low), (least - (high - low)) / 2)
     return low - room, high + room
 
 
 def _ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """Round numbers of a range, about five, with how they are written."""
+    """About five round numbers in a range, and how they are written."""
     rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
     return [(n * step, f"{n * step:.{digits}f}") for n in numbers]
+
+
+# ---- pictures and texts
 
 
 def _fitted(image: Image.Image) -> Image.Image:
@@ -137,8 +165,13 @@ def _fitted(image: Image.Image) -> Image.Image:
     return image
 
 
-def _lines(text: str, width: float, font: _Font) -> list[str]:
-    """``text`` broken at its line breaks, and at spaces to ``width`` pixels; a longer word is cut."""
+def _width(labels: Sequence[str], font: _Font) -> int:
+    """Width of the longest line of ``labels``."""
+    return max(int(font.getlength(line)) for label in labels for line in label.split("\n"))
+
+
+def _wrapped(text: str, width: float, font: _Font) -> str:
+    """``text`` wrapped at spaces to ``width`` pixels, at most eight lines; a longer word is cut."""
     lines: list[str] = []
     for part in text.split("\n"):
         lines.append("")
@@ -148,7 +181,7 @@ def _lines(text: str, width: float, font: _Font) -> list[str]:
                 lines[-1] = longer
             else:
                 lines.append(word)
-    return [_cut(line, width, font) for line in lines[:8]]
+    return "\n".join(_cut(line, width, font) for line in lines[:8])
 
 
 def _cut(line: str, width: float, font: _Font) -> str:

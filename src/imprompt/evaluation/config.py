@@ -1,41 +1,35 @@
-"""What an evaluation measures: one immutable, validated record. Nothing here imports torch."""
+"""Settings of an evaluation: one immutable, validated record. Nothing here imports torch."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from imprompt.errors import UsageError
-from imprompt.schema.record import describe_errors
+from imprompt.schema.record import Record, read_flag
 
 
-class Contender(BaseModel):
-    """One adapter with its settings: what is compared with the others."""
+class Contender(Record):
+    """One adapter with its settings, to be compared with others."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    adapter: str = Field(description="alias, file, run folder or hub name")
+    adapter: str
+    """Alias, file, folder of a training run, or hub file."""
     scale: float = Field(default=1.0, ge=-10, le=10)
-    profile: str | None = Field(default=None, description="layer profile, as a request has it")
-    label: str = Field(default="", description="its name in the report")
+    """Strength of the image prompt."""
+    profile: str | None = None
+    """Layer profile, as in a request."""
+    label: str = ""
+    """Name in the report."""
 
     @classmethod
     def parse(cls, text: str) -> Contender:
         """Read ``ADAPTER[,scale=X][,profile=NAME][,label=TEXT]``. Raises :class:`UsageError`."""
-        adapter, *options = text.split(",")
-        values: dict[str, Any] = {"adapter": adapter}
-        for option in options:
-            name, sign, value = option.partition("=")
-            if not sign:
-                raise UsageError(f"--adapter '{text}': NAME,field=value is expected, given '{option}'.")
-            values[name] = value
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise UsageError(f"--adapter '{text}': {describe_errors(cls, error)}") from error
+        adapter, stated = read_flag("--adapter", text, ("scale", "profile", "label"))
+        if "," in adapter:
+            raise UsageError(f"--adapter '{text}': NAME,field=value is expected.")
+        return cls.from_flag(f"--adapter '{text}'", {"adapter": adapter, **stated})
 
     @property
     def name(self) -> str:
@@ -47,39 +41,45 @@ class Contender(BaseModel):
         return " ".join([*said, self.profile] if self.profile else said)
 
 
-class EvaluateConfig(BaseModel):
+class EvaluateConfig(Record):
     """One evaluation: adapters, pictures, texts, and how much is drawn."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    source: str | None = Field(
-        default=None, description="pictures of any form of data.rows; None: the bundled base's held-out ones"
-    )
-    prompts: Path | None = Field(
-        default=None, description="file with a text a line, to go with the pictures; None: other captions"
-    )
-    only: str | None = Field(default=None, description="use the rows with this tag")
-    base: str = Field(default="emoji", description="alias, folder, .safetensors file or hub id")
-    contenders: tuple[Contender, ...] = Field(default=(), description="none: the base's default adapter")
-    n: int = Field(default=24, ge=1, description="pictures; at most so many, spread over the source")
-    samples: int = Field(default=4, ge=1, le=64, description="drawings of each picture (the paper's 4)")
-    scales: tuple[float, ...] = Field(
-        default=(0.25, 0.5, 0.75, 1.0), description="of the text and picture front; (): none is measured"
-    )
-    steps: int | None = Field(default=None, ge=1, le=1000, description="None: the base's default")
-    guidance: float | None = Field(default=None, ge=0, le=100, description="None: the base's default")
+    source: str | None = None
+    """Pictures to measure on, with or without captions: a folder, metadata file, .tar or hf:owner/name;
+    ``None``: the bundled base's held-out pictures."""
+    prompts: Path | None = None
+    """Text file with a prompt on each line, to draw with the pictures; ``None``: the captions of other
+    pictures."""
+    only: str | None = None
+    """Use only the pictures with this tag."""
+    base: str = "emoji"
+    """The model: alias, hub id, folder or .safetensors file."""
+    contenders: tuple[Contender, ...] = ()
+    """Adapters to compare; (): the base's default adapter."""
+    n: int = Field(default=24, ge=1)
+    """Number of pictures at most, spread evenly over the source."""
+    samples: int = Field(default=4, ge=1, le=64)
+    """Drawings of each picture; 4 in the paper."""
+    scales: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    """Scales at which text and picture fidelity are plotted; (): no plot."""
+    steps: int | None = Field(default=None, ge=1, le=1000)
+    """Denoising steps; ``None``: the base's default."""
+    guidance: float | None = Field(default=None, ge=0, le=100)
+    """Classifier-free guidance scale; ``None``: the base's default."""
     seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of all drawings."""
     device: str | None = None
-    clip: str | None = Field(
-        default=None,
-        description="CLIP or SigLIP that scores: folder or hub id; None: the base's own encoders",
-    )
-    dino: str | None = Field(default=None, description="DINO model that scores: folder or hub id")
-    face_model: str | None = Field(default=None, description="folder of a face detector and recogniser")
-    output: Path | None = Field(
-        default=None, description="folder of report.html, report.json and drawings; resumable"
-    )
+    """One of auto, cpu, cuda, cuda:1 and mps; ``None``: auto."""
+    clip: str | None = None
+    """CLIP or SigLIP to score with: folder or hub id; ``None``: the base's own encoders."""
+    dino: str | None = None
+    """DINO model to score with: folder or hub id."""
+    face_model: str | None = None
+    """Folder with a face detector and a recogniser (.onnx), to score identity."""
+    output: Path | None = None
+    """Folder for report.html, report.json and the drawings; run again, it continues there."""
     quiet: bool = False
+    """No progress bar."""
 
     @field_validator("scales")
     @classmethod
@@ -88,16 +88,8 @@ class EvaluateConfig(BaseModel):
             raise ValueError(f"each from 0 to 10 is expected, given {value}")
         return tuple(dict.fromkeys(value))
 
-    @classmethod
-    def checked(cls, values: dict[str, Any]) -> EvaluateConfig:
-        """Validate. Raises :class:`UsageError` with one line that names the fields."""
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise UsageError(f"evaluate: {describe_errors(cls, error)}") from error
-
     def named(self, default: str | None) -> list[tuple[str, Contender]]:
-        """The contenders under names of their own; two of one name are told apart by folder, then number."""
+        """The contenders under different names; equal names get their folder's, then a number."""
         chosen = self.contenders
         if not chosen:
             if default is None:

@@ -1,8 +1,8 @@
-"""How much of the text and of the picture a drawing holds, and the settings that keep most of both.
+"""Text and picture fidelity of drawings, and the settings that keep most of both.
 
-A measure gives two numbers a drawing: text fidelity and picture fidelity. They are normalised between two
-ends drawn with the same seeds, the text alone and the picture alone, so that "0.8 of the text, 0.6 of the
-picture" means the same for every base. The default measure is the adapter's own image encoder.
+A measure gives each drawing a text fidelity and a picture fidelity. They are normalised between two ends
+drawn with the same seeds, from the text alone and from the picture alone, so that "0.8 of the text, 0.6 of
+the picture" means the same for every base. The default measure is the adapter's own image encoder.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from imprompt.errors import InputError, UsageError
 from imprompt.evaluation.metrics import cosine
 
 _LEAST = 0.02
-"""Smallest difference between the two ends that is worth normalising by."""
+"""Smallest difference between the two ends to normalise by."""
 
 
 class Measure(Protocol):
@@ -37,7 +37,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class EncoderMeasure:
-    """Cosine, by an image encoder, to what the text alone draws and to the references."""
+    """Cosine of image embeddings to drawings from the text alone, and to the references."""
 
     encoder: Encoder
     text: Tensor
@@ -62,7 +62,7 @@ class EncoderMeasure:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Normalised text and picture fidelity: 0 at the other's end, 1 at its own."""
+    """Normalised fidelity: text is 0 for the picture alone and 1 for the text alone; picture the reverse."""
 
     text: float
     picture: float
@@ -82,7 +82,7 @@ class NormalizedScore:
     def between(
         cls, measure: Measure, text_alone: Sequence[Image.Image], picture_alone: Sequence[Image.Image]
     ) -> "NormalizedScore":
-        """Raises :class:`InputError` when the measure does not tell the two ends apart."""
+        """Raises :class:`InputError` when the two ends differ too little under the measure."""
         ends = [measure(end) for end in (text_alone, picture_alone)]
         (high_text, low_picture), (low_text, high_picture) = ([float(v.mean()) for v in end] for end in ends)
         if high_text - low_text < _LEAST or high_picture - low_picture < _LEAST:

@@ -16,13 +16,12 @@ from torch import Tensor
 from torch.nn import functional
 
 COPY_SIDE = 32
-"""Pixels a side of what is correlated to find copies: larger finds only exact ones, smaller finds
-likeness."""
+"""Side in pixels at which copies are sought: larger finds exact copies only, smaller finds mere likeness."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its bootstrap interval; ``n`` is how many independent values it rests on.
+    """A mean of ``n`` independent values with its bootstrap interval.
 
     One value has no interval: ``low`` and ``high`` are ``None``.
     """
@@ -68,11 +67,11 @@ def topk_hits(scores: Tensor, truth: Tensor, k: int = 1) -> Tensor:
 
 
 def copy_score(drawn: Image.Image, reference: Image.Image) -> float:
-    """How far a drawing repeats the pixels of its reference: the largest correlation with any crop of it.
+    """The largest correlation of a drawing with any crop of its reference: 1 is a copy of the pixels.
 
     The crops are the whole and 3 × 3 places at 3/4 and 1/2 of its side, each also mirrored; correlation of
-    grey values (-1 to 1) after subtracting the mean. 1 is a copy; pictures of one subject drawn anew reach
-    0.3 to 0.6. A flat drawing or crop correlates with nothing.
+    grey values (-1 to 1) after subtracting the mean. New drawings of the same
+    subject reach 0.3 to 0.6. A flat drawing or crop has correlation 0.
     """
     seen = _normalised(drawn)
     best = -1.0
@@ -83,7 +82,7 @@ def copy_score(drawn: Image.Image, reference: Image.Image) -> float:
 
 
 def diversity(embeddings: Tensor) -> float:
-    """How different the drawings of one prompt are: 1 minus the mean cosine of all pairs; ``K E``, K ≥ 2."""
+    """Diversity of the drawings of one prompt: 1 minus the mean cosine of all pairs; ``K E``, K ≥ 2."""
     if len(embeddings) < 2:
         raise ValueError("diversity needs two drawings at least")
     unit = functional.normalize(embeddings.double(), dim=-1)

@@ -1,4 +1,5 @@
-"""An evaluation's report: an aligned table, JSON without NaN, and one HTML page with plots and pictures."""
+"""An evaluation's report: an aligned table, JSON without NaN, and one HTML page with bars, plot and
+pictures."""
 
 from __future__ import annotations
 
@@ -15,11 +16,11 @@ from typing import Any
 from PIL import Image
 
 from imprompt.errors import InputError, UsageError
+from imprompt.evaluation.charts import scatter
 from imprompt.evaluation.metrics import Interval
 from imprompt.evaluation.run import BARE, Figure, Report
 
 SHOWN = 4  # best and worst pictures of each contender
-_CELL = 192
 
 
 def table(report: Report) -> str:
@@ -68,17 +69,15 @@ def check_target(path: Path) -> None:
 
 
 def check_html() -> None:
-    """Raise :class:`UsageError` when what draws the page is not installed."""
-    missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
-    if missing:
-        raise UsageError(f"the HTML report needs {' and '.join(missing)}: pip install 'imprompt[evaluate]'.")
+    """Raise :class:`UsageError` when jinja2, which makes the page, is not installed."""
+    if find_spec("jinja2") is None:
+        raise UsageError("the HTML report needs jinja2: pip install 'imprompt[evaluate]'.")
 
 
 def html(report: Report) -> str:
-    """The page: figures, plots, and the best and worst pictures of each contender. It refers to no other
-    file.
+    """The page in one file: figures, the front, and the best and worst pictures of each contender.
 
-    Raises :class:`UsageError` without jinja2 and matplotlib."""
+    Raises :class:`UsageError` without jinja2."""
     check_html()
     from jinja2 import Template
 
@@ -88,9 +87,9 @@ def html(report: Report) -> str:
     contenders = [name for name in report.by_case if name != BARE]
     return template.render(
         report=report,
-        figures=[(each, _spread(each.value)) for each in report.figures],
+        figures=[(each, _spread(each.value), bar) for each, bar in _bars(report.figures)],
         differences=[(each, _spread(each.value)) for each in report.differences],
-        plots=[_data_url(plot) for plot in _plots(report)],
+        front=_data_url(_front_plot(report)) if report.front else None,
         sheets=[(name, *_extremes(report, name)) for name in contenders],
         settings=json.dumps(report.settings, indent=2, ensure_ascii=False),
     )
@@ -103,6 +102,7 @@ def _extremes(report: Report, name: str) -> tuple[list[dict[str, Any]], list[dic
     """The pictures that a contender follows best and worst by CLIP-I, with what it drew."""
     near = report.by_case[name]["CLIP-I"]
     order = near.argsort(descending=True).tolist()
+    both = report.drawn.get(f"{name} both")
 
     def shown(numbers: Sequence[int]) -> list[dict[str, Any]]:
         return [
@@ -111,7 +111,7 @@ def _extremes(report: Report, name: str) -> tuple[list[dict[str, Any]], list[dic
                 "text": report.cases[number].text,
                 "reference": _data_url(report.cases[number].image),
                 "alone": [_data_url(image) for image in report.drawn[f"{name} picture"][number][:3]],
-                "both": [_data_url(image) for image in report.drawn[f"{name} both"][number][:3]],
+                "both": [_data_url(image) for image in both[number][:3]] if both else [],
             }
             for number in numbers
         ]
@@ -119,58 +119,38 @@ def _extremes(report: Report, name: str) -> tuple[list[dict[str, Any]], list[dic
     return shown(order[:SHOWN]), shown(order[::-1][: min(SHOWN, max(0, len(order) - SHOWN))])
 
 
-def _plots(report: Report) -> list[Image.Image]:
-    import matplotlib
+def _bars(figures: Sequence[Figure]) -> list[tuple[Figure, tuple[float, float, float]]]:
+    """Each figure with low end, mean and high end in percent of that figure's range over all contenders."""
+    ranges: dict[str, list[float]] = {}
+    for each in figures:
+        ranges.setdefault(each.name, []).extend(_ends(each.value))
+    found = []
+    for each in figures:
+        low, high = min(ranges[each.name]), max(ranges[each.name])
+        start, middle, end = (100 * (x - low) / ((high - low) or 1) for x in _ends(each.value))
+        found.append((each, (start, middle, end)))
+    return found
 
-    matplotlib.use("Agg")
-    names = dict.fromkeys(each.name for each in report.figures)
-    plots = [_interval_plot(name, [each for each in report.figures if each.name == name]) for name in names]
-    return ([_front_plot(report)] if report.front else []) + plots
 
-
-def _interval_plot(name: str, figures: Sequence[Figure]) -> Image.Image:
-    """One figure of all contenders, a row each, with its interval."""
-    from matplotlib import pyplot
-
-    drawing, axes = pyplot.subplots(figsize=(5.2, 0.45 * len(figures) + 1.0))
-    for row, each in enumerate(figures):
-        if each.value.low is not None and each.value.high is not None:
-            axes.plot([each.value.low, each.value.high], [row, row], color="#2563eb", linewidth=2)
-        axes.plot(each.value.mean, row, "o", color="#18181b")
-    axes.set_yticks(range(len(figures)), [each.contender for each in figures])
-    axes.set_ylim(-0.6, len(figures) - 0.4)
-    axes.invert_yaxis()
-    axes.set_title(name, loc="left")
-    axes.grid(axis="x", color="#e4e4e7")
-    return _rendered(drawing)
+def _ends(value: Interval) -> tuple[float, float, float]:
+    if value.low is None or value.high is None:
+        return value.mean, value.mean, value.mean
+    return value.low, value.mean, value.high
 
 
 def _front_plot(report: Report) -> Image.Image:
     """Text against picture over scale, a line for each contender."""
-    from matplotlib import pyplot
-
-    drawing, axes = pyplot.subplots(figsize=(5.2, 4))
-    for name in dict.fromkeys(point["contender"] for point in report.front):
-        points = [point for point in report.front if point["contender"] == name]
-        axes.plot([p["text"] for p in points], [p["picture"] for p in points], "o-", label=name)
-        for point in points:
-            place = (point["text"], point["picture"])
-            axes.annotate(f"{point['scale']:g}", place, textcoords="offset points", xytext=(5, 4), fontsize=8)
-    said = "text (CLIP-T)" if report.settings["clip_t"] else "likeness to what the text alone draws"
-    axes.set_xlabel(said)
-    axes.set_ylabel("picture (CLIP-I)")
-    axes.set_title("Text and picture over scale", loc="left")
-    axes.legend()
-    return _rendered(drawing)
-
-
-def _rendered(drawing: Any) -> Image.Image:
-    from matplotlib import pyplot
-
-    stream = io.BytesIO()
-    drawing.savefig(stream, format="png", dpi=110, bbox_inches="tight")
-    pyplot.close(drawing)
-    return Image.open(stream)
+    names = [point["contender"] for point in report.front]
+    lines = [[i for i, name in enumerate(names) if name == each] for each in dict.fromkeys(names)]
+    text = "text (CLIP-T)" if report.settings["clip_t"] else "likeness to what the text alone draws"
+    return scatter(
+        [(point["text"], point["picture"]) for point in report.front],
+        names,
+        titles=(text, "picture (CLIP-I)"),
+        title="Text and picture over scale",
+        lines=lines,
+        labels=[f"{point['scale']:g}" for point in report.front],
+    )
 
 
 def _data_url(image: Image.Image) -> str:

@@ -1,15 +1,17 @@
-"""Measure adapters on anyone's pictures: draw with each, look at what was drawn, compare on the same seeds.
+"""Measure adapters on anyone's pictures: draw with each adapter, score the drawings, compare on the same
+seeds.
 
 Three tasks, each with the same pictures and seeds for every contender:
 
 - *picture*: drawn from the picture alone, at the contender's scale: the paper's protocol (Ye et al. 2023,
-  §4.2: four samples a picture; CLIP-I with the picture, CLIP-T with its own caption);
-- *both*: drawn from the picture with the text of another: whether the text still counts;
-- *text*: the bare base with that text and seed: where CLIP-I starts, and what CLIP-T can reach.
+  §4.2: four samples of each picture; CLIP-I with the picture, CLIP-T with its own caption);
+- *both*: drawn from the picture with the text of another: does the text still count?
+- *text*: drawn by the bare base from that text: the lower end of CLIP-I, the upper end of CLIP-T.
 
-The independent unit is the picture: its samples are averaged first, so more samples narrow no interval that
-only more pictures could. Drawings go into the output folder and are found there again by a hash of everything
-they depend on, so an interrupted evaluation goes on where it was.
+Without captions and prompts only the task *picture* is measured, and a note says so. The independent unit is
+the picture: its samples are averaged first, because more samples say nothing about other pictures. Drawings
+are kept in the output folder under a hash of everything they depend on, so an interrupted evaluation
+continues.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from functools import cached_property
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +32,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.data.rows import Row, read_dataset
 from imprompt.encoders.images import content_hash, load_image
 from imprompt.errors import ImpromptError, InputError
 from imprompt.evaluation.config import Contender, EvaluateConfig
 from imprompt.evaluation.metrics import Interval, bootstrap, copy_score, cosine, diversity, paired
 from imprompt.evaluation.scorers import (
+    FaceReader,
     Scorer,
     encoder_scorer,
     load_clip,
@@ -44,7 +49,7 @@ from imprompt.evaluation.scorers import (
     tells_texts,
 )
 from imprompt.generation.engine import Engine
-from imprompt.generation.families import Base, find_base, load_adapter
+from imprompt.generation.families import Base, find_base
 from imprompt.io import write_atomic
 from imprompt.schema.request import Request
 
@@ -52,11 +57,13 @@ BARE = "bare base"
 BATCH = 8
 Values = dict[str, Tensor]
 """A figure's name to its value for each picture, ``N``."""
+Drawn = list[list[Image.Image]]
+"""The samples of each picture."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One reference picture with its own caption and the text it is drawn with."""
+    """One reference picture with its own caption and the text it is drawn with; either text may be empty."""
 
     name: str
     image: Image.Image
@@ -75,7 +82,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much more of a figure one contender has than another, picture by picture on the same seeds."""
+    """The mean of ``first`` minus ``second`` in a figure, picture by picture on the same seeds."""
 
     name: str
     first: str
@@ -84,7 +91,7 @@ class Difference:
 
     @property
     def real(self) -> bool | None:
-        """Whether the interval leaves zero out; ``None`` where one picture gives no interval."""
+        """Whether the interval excludes zero; ``None`` for a single picture, which has no interval."""
         if self.value.low is None or self.value.high is None:
             return None
         return self.value.low > 0 or self.value.high < 0
@@ -92,19 +99,36 @@ class Difference:
 
 @dataclass(frozen=True)
 class Report:
-    """All figures and differences, the front, the settings, and the drawings to look at."""
+    """All figures and drawings of an evaluation, with its settings."""
 
-    figures: tuple[Figure, ...]
-    differences: tuple[Difference, ...]
+    by_case: dict[str, Values]
+    """Contender to its figures, picture by picture."""
     front: tuple[dict[str, Any], ...]
     """``contender``, ``scale``, ``text`` and ``picture`` (means) for each scale of each contender."""
     settings: dict[str, Any]
     notes: tuple[str, ...] = ()
     cases: tuple[Case, ...] = field(default=(), repr=False)
-    drawn: dict[str, list[list[Image.Image]]] = field(default_factory=dict, repr=False)
-    """``contender task`` to the samples of each picture."""
-    by_case: dict[str, Values] = field(default_factory=dict, repr=False)
-    """Contender to its figures, picture by picture."""
+    drawn: dict[str, Drawn] = field(default_factory=dict, repr=False)
+    """Drawings of ``"CONTENDER TASK"``."""
+
+    @cached_property
+    def figures(self) -> tuple[Figure, ...]:
+        """The mean of every figure of every contender."""
+        return tuple(
+            Figure(figure, name, bootstrap(values))
+            for name, found in self.by_case.items()
+            for figure, values in found.items()
+        )
+
+    @cached_property
+    def differences(self) -> tuple[Difference, ...]:
+        """Every two contenders in every figure that both have for all pictures."""
+        return tuple(
+            Difference(figure, second, first, paired(self.by_case[second][figure], values))
+            for first, second in combinations(self.by_case, 2)
+            for figure, values in self.by_case[first].items()
+            if len(self.by_case[second].get(figure, ())) == len(values)
+        )
 
 
 def evaluate(
@@ -113,7 +137,7 @@ def evaluate(
     """Draw and measure what ``config`` says.
 
     Raises :class:`InputError` without usable pictures, :class:`ModelError` for a model that cannot be loaded,
-    :class:`UsageError` for what does not fit together; all before the first drawing.
+    :class:`UsageError` for settings that do not fit together; all before the first drawing.
     """
     say = say or (lambda line: print(line, file=sys.stderr) if not config.quiet else None)
     started = time.monotonic()
@@ -121,74 +145,58 @@ def evaluate(
     contenders = config.named(base.defaults.adapter)
     _check_request(config)
     cases, notes = read_cases(config, base)
-    scorers, face = _scorers(config, base, contenders[0][1])
+    look = _Look(cases, *_scorers(config, base, contenders[0][1]))
     artist = _Artist(config, base, engine or Engine(), cases)
-    with_text = tells_texts(
-        scorers[0], scorers[0].images([c.image for c in cases]), [c.caption for c in cases]
-    )
-    if not with_text:
-        notes.append(
-            f"no CLIP-T: '{scorers[0].name}' does not tell these captions apart on the true pictures; name a "
-            "CLIP with --clip"
-        )
-    look = _Look(cases, scorers, face, with_text)
+    notes += look.notes
     say(f"{len(cases)} pictures, {config.samples} samples each: {', '.join(name for name, _ in contenders)}")
-    bare = artist.draw(BARE, None, "text")
-    by_case = {BARE: look.both(bare, bare)}
-    drawn = {f"{BARE} text": bare}
+    by_case: dict[str, Values] = {}
+    drawn: dict[str, Drawn] = {}
     front: list[dict[str, Any]] = []
+    with_text = all(case.text for case in cases)
+    if with_text:
+        drawn[f"{BARE} text"] = bare = artist.draw(BARE, None, "text")
+        look.text_alone = look.seen(bare)[0]
+        by_case[BARE] = look.both(bare)
+    else:
+        notes.append("no captions: only drawings from the picture alone are measured; --prompts gives texts")
     for name, contender in contenders:
-        alone, both = artist.draw(name, contender, "picture"), artist.draw(name, contender, "both")
-        drawn |= {f"{name} picture": alone, f"{name} both": both}
-        by_case[name] = look.alone(alone) | look.both(both, bare)
-        front += _front(name, contender, config.scales, artist, look, bare)
-    figures = [
-        Figure(figure, name, bootstrap(values))
-        for name, found in by_case.items()
-        for figure, values in found.items()
-    ]
+        drawn[f"{name} picture"] = alone = artist.draw(name, contender, "picture")
+        by_case[name] = look.alone(alone)
+        if with_text:
+            drawn[f"{name} both"] = both = artist.draw(name, contender, "both")
+            by_case[name] |= look.both(both)
+            front += _front(name, contender, config.scales, artist, look)
     settings = {
         "base": config.base, "pictures": len(cases), "samples": config.samples, "seed": config.seed,
         "contenders": {name: each.model_dump() for name, each in contenders},
-        "scorers": [scorer.name for scorer in scorers], "clip_t": with_text,
-        "seconds": round(time.monotonic() - started), "scoring_seconds": round(look.seconds, 1),
+        "scorers": [scorer.name for scorer in look.scorers], "clip_t": look.own is not None,
+        "seconds": round(time.monotonic() - started), "drawing_seconds": round(artist.seconds, 1),
     }  # fmt: skip
-    return Report(
-        tuple(figures), tuple(_differences([BARE, *(name for name, _ in contenders)], by_case)), tuple(front),
-        settings, tuple(notes), tuple(cases), drawn, by_case,
-    )  # fmt: skip
+    return Report(by_case, tuple(front), settings, tuple(notes), tuple(cases), drawn)
 
 
 def _front(
-    name: str,
-    contender: Contender,
-    scales: Sequence[float],
-    artist: _Artist,
-    look: _Look,
-    bare: Sequence[Sequence[Image.Image]],
-) -> list[dict[str, Any]]:
-    """Text and picture fidelity at each scale, of what picture and text draw together."""
-    points = []
+    name: str, contender: Contender, scales: Sequence[float], artist: _Artist, look: _Look
+) -> Iterator[dict[str, Any]]:
+    """Text and picture fidelity at each scale, of drawings from picture and text together."""
     for scale in scales:
-        at = contender.model_copy(update={"scale": scale})
-        found = look.both(artist.draw(f"{name} at {scale:g}", at, "both"), bare)
+        found = look.both(artist.draw(f"{name} at {scale:g}", contender.replace(scale=scale), "both"))
         text = found.get("both CLIP-T", found["both text kept"])
         picture = float(found["both CLIP-I"].mean())
-        points.append({"contender": name, "scale": scale, "text": float(text.mean()), "picture": picture})
-    return points
+        yield {"contender": name, "scale": scale, "text": float(text.mean()), "picture": picture}
 
 
 def read_cases(config: EvaluateConfig, base: Base) -> tuple[list[Case], list[str]]:
-    """The pictures to measure on, spread evenly over the source, and what was left out.
+    """The pictures to measure on, spread evenly over the source, and notes on what was left out.
 
-    Each is drawn with a line of ``config.prompts``, else with the caption of another picture whose groups are
-    all others. Raises :class:`InputError` when nothing can be read."""
+    Each is drawn with a line of ``config.prompts``, else with the caption of a picture of other groups.
+    Raises :class:`InputError` when no picture can be read."""
     source = config.source
     if source is None:
         place = base.path / "eval" if base.path is not None else None
         if place is None or not place.is_dir():
             raise InputError(
-                f"base '{config.base}' brings no pictures to measure on; give a folder of yours."
+                f"base '{config.base}' comes without pictures to measure on; give a folder of pictures."
             )
         source = str(place)
     data = read_dataset(source, only=config.only, captions="optional")
@@ -196,17 +204,17 @@ def read_cases(config: EvaluateConfig, base: Base) -> tuple[list[Case], list[str
     picked = _decoded(data.rows, config.n, notes)
     if not picked:
         raise InputError(f"no picture of '{source}' can be read ({notes[-1]}).")
-    texts = _prompts(config.prompts)
+    prompts = _prompts(config.prompts)
     rows = [row for row, _ in picked]
-    cases = []
-    for number, (row, image) in enumerate(picked):
-        text = texts[number % len(texts)] if texts else _other_caption(rows, number)
-        cases.append(Case(row.name, image, row.caption, text))
+    texts = [prompts[n % len(prompts)] if prompts else _other_caption(rows, n) for n in range(len(rows))]
+    cases = [
+        Case(row.name, image, row.caption, text) for (row, image), text in zip(picked, texts, strict=True)
+    ]
     return cases, notes
 
 
 def _decoded(rows: Sequence[Row], most: int, notes: list[str]) -> list[tuple[Row, Image.Image]]:
-    """At most so many rows, spread evenly, with their pictures; what cannot be read is noted."""
+    """At most ``most`` rows, spread evenly, with their pictures; those that cannot be read become notes."""
     count = min(most, len(rows))
     picked = []
     for row in (rows[place * len(rows) // count] for place in range(count)):
@@ -226,33 +234,42 @@ def _prompts(path: Path | None) -> list[str]:
         raise InputError(f"the prompts '{path}' cannot be read: {error}.") from error
     found = [line for line in lines if line]
     if not found:
-        raise InputError(f"'{path}' holds no text; one a line is expected.")
+        raise InputError(f"'{path}' holds no text; a prompt on each line is expected.")
     return found
 
 
 def _other_caption(rows: Sequence[Row], number: int) -> str:
-    """A caption of another picture; of what it is where captions have kinds, so that the style is free."""
+    """A caption of another picture, its concept where captions have kinds; empty when no picture has any."""
     mine = rows[number]
-    order = [rows[(number + step) % len(rows)] for step in range(1, len(rows))]
-    others = [row for row in order if not mine.groups.items() & row.groups.items()] or order
-    row = others[0] if others else mine
+    captioned = [row for row in (*rows[number + 1 :], *rows[:number]) if row.caption] or [mine]
+    row = next((row for row in captioned if not mine.groups.items() & row.groups.items()), captioned[0])
     return next(iter(row.captions.get("concept", ())), row.caption)
 
 
 def _scorers(
     config: EvaluateConfig, base: Base, contender: Contender
-) -> tuple[list[Scorer], Callable[[Image.Image], Tensor | None] | None]:
+) -> tuple[list[Scorer], FaceReader | None]:
     """CLIP (or what stands in for it), DINO if named, and a reader of faces if named."""
     clip = load_clip(config.clip) if config.clip else None
     if clip is None and base.path is not None and base.path.is_dir():
         clip = load_own(base.path)
     if clip is None:
-        encoder: Any = load_adapter(contender.adapter).image_encoder
+        encoder: Any = IPAdapter.from_pretrained(contender.adapter).image_encoder
         if encoder is None:
             raise InputError("no model to score with: name a CLIP (--clip FOLDER or hub id).")
         clip = encoder_scorer(encoder)
     scorers = [clip] + ([load_dino(config.dino)] if config.dino else [])
     return scorers, load_faces(config.face_model) if config.face_model else None
+
+
+def _check_request(config: EvaluateConfig) -> None:
+    """Raise what a request of these settings would, before an encoder is loaded."""
+    fields = {"steps": config.steps, "guidance": config.guidance, "device": config.device}
+    known = {name: each for name, each in fields.items() if each is not None}
+    Request.from_mapping({"prompt": "x", **known})
+
+
+# ---- drawing
 
 
 class _Artist:
@@ -262,25 +279,30 @@ class _Artist:
         self.config, self.base, self.engine, self.cases = config, base, engine, cases
         self.pictures = {f"case-{number}": case.image for number, case in enumerate(cases)}
         self.hashes = [content_hash(case.image) for case in cases]
+        self.seconds = 0.0
+        """Time spent on drawing."""
 
-    def draw(self, name: str, contender: Contender | None, task: str) -> list[list[Image.Image]]:
+    def draw(self, name: str, contender: Contender | None, task: str) -> Drawn:
         """The samples of each case; those in the output folder are not drawn again."""
+        started = time.monotonic()
         jobs = list(product(range(len(self.cases)), range(self.config.samples)))
-        requests = {job: self._request(*job, contender, task) for job in jobs}
-        places = {job: self._place(job[0], request, contender) for job, request in requests.items()}
-        stored = {job: _stored(place) for job, place in places.items()}
-        found = {job: image for job, image in stored.items() if image is not None}
-        missing = [job for job in jobs if job not in found]
+        requests = [self._request(*job, contender, task) for job in jobs]
+        places = [
+            self._place(case, asked, contender) for (case, _), asked in zip(jobs, requests, strict=True)
+        ]
+        found = {n: image for n, place in enumerate(places) if (image := _stored(place)) is not None}
+        missing = [number for number in range(len(jobs)) if number not in found]
         with tqdm(total=len(missing), desc=f"{name} {task}", disable=self.config.quiet, leave=False) as bar:
             for start in range(0, len(missing), BATCH):
                 part = missing[start : start + BATCH]
-                results = self.engine.run_batch([requests[job] for job in part], pictures=self.pictures)
-                for job, result in zip(part, results, strict=True):
-                    found[job] = result.images[0]
-                    _store(places[job], result.images[0])
+                results = self.engine.run_batch([requests[n] for n in part], pictures=self.pictures)
+                for number, result in zip(part, results, strict=True):
+                    found[number] = result.images[0]
+                    _store(places[number], result.images[0])
                 bar.update(len(part))
-        samples = range(self.config.samples)
-        return [[found[case, sample] for sample in samples] for case in range(len(self.cases))]
+        self.seconds += time.monotonic() - started
+        images = [found[number] for number in range(len(jobs))]
+        return [images[at : at + self.config.samples] for at in range(0, len(jobs), self.config.samples)]
 
     def _request(self, case: int, sample: int, contender: Contender | None, task: str) -> Request:
         """Seeds depend on picture and sample alone, so all contenders draw from the same noise."""
@@ -306,13 +328,6 @@ class _Artist:
         return self.config.output / "drawings" / f"{key}.png"
 
 
-def _check_request(config: EvaluateConfig) -> None:
-    """Raise what a request of these settings would, before an encoder is loaded."""
-    fields = {"steps": config.steps, "guidance": config.guidance, "device": config.device}
-    known = {name: each for name, each in fields.items() if each is not None}
-    Request.from_mapping({"prompt": "x", **known})
-
-
 def _weights(adapter: str) -> str:
     """A local adapter file's size and time: another file under the old name is drawn anew."""
     path = Path(adapter).expanduser()
@@ -336,81 +351,78 @@ def _store(place: Path | None, image: Image.Image) -> None:
     write_atomic(place, lambda stream: image.save(stream, "PNG"), overwrite=True)
 
 
-class _Look:
-    """Measures drawings, picture by picture."""
+# ---- scoring
 
-    def __init__(
-        self,
-        cases: Sequence[Case],
-        scorers: Sequence[Scorer],
-        face: Callable[[Image.Image], Tensor | None] | None,
-        with_text: bool,
-    ) -> None:
+
+class _Look:
+    """Measures drawings, picture by picture.
+
+    ``notes`` say why there is no CLIP-T. Set ``text_alone``, the embeddings of what the bare base draws,
+    before :meth:`both`.
+    """
+
+    text_alone: Tensor
+
+    def __init__(self, cases: Sequence[Case], scorers: Sequence[Scorer], face: FaceReader | None) -> None:
         self.cases, self.scorers, self.face = cases, scorers, face
         self.references = [scorer.images([case.image for case in cases]) for scorer in scorers]
         self.own = self.other = None
-        if with_text:
-            self.own = scorers[0].texts([case.caption for case in cases])
+        captions = [case.caption for case in cases]
+        self.notes: list[str] = []
+        if not all(captions):
+            self.notes.append("no CLIP-T: it needs a caption for each picture")
+        elif not tells_texts(scorers[0], self.references[0], captions):
+            self.notes.append(
+                f"no CLIP-T: '{scorers[0].name}' cannot match these pictures to their captions; name a CLIP "
+                f"with "
+                "--clip"
+            )
+        else:
+            self.own = scorers[0].texts(captions)
             self.other = scorers[0].texts([case.text for case in cases])
         self.faces = None if face is None else [face(case.image) for case in cases]
-        self.seconds = 0.0
 
-    def alone(self, drawn: Sequence[Sequence[Image.Image]]) -> Values:
-        """Figures of what the picture alone drew."""
-        started = time.monotonic()
-        seen = self._seen(drawn)
+    def alone(self, drawn: Drawn) -> Values:
+        """Figures of drawings from the picture alone."""
+        seen = self.seen(drawn)
         values = self._near("", seen)
         if self.own is not None:
             values["CLIP-T"] = _mean(seen[0], self.own)
-        copies = [
-            [copy_score(image, case.image) for image in some]
-            for some, case in zip(drawn, self.cases, strict=True)
-        ]
+        pairs = zip(drawn, self.cases, strict=True)
+        copies = [[copy_score(image, case.image) for image in samples] for samples, case in pairs]
         values["copy"] = torch.tensor(copies).mean(1)
         if len(drawn[0]) > 1:
-            values["diversity"] = torch.tensor([diversity(some) for some in seen[0]])
-        if self.faces is not None:
-            values |= self._identity(drawn)
-        self.seconds += time.monotonic() - started
-        return values
+            values["diversity"] = torch.tensor([diversity(samples) for samples in seen[0]])
+        return values | self._identity(drawn)
 
-    def both(self, drawn: Sequence[Sequence[Image.Image]], bare: Sequence[Sequence[Image.Image]]) -> Values:
-        """Figures of what picture and text drew, beside what the text alone drew from the same noise."""
-        started = time.monotonic()
-        seen = self._seen(drawn)
+    def both(self, drawn: Drawn) -> Values:
+        """Figures of drawings from picture and text, compared with the text alone from the same noise."""
+        seen = self.seen(drawn)
         values = self._near("both ", seen)
         if self.other is not None:
             values["both CLIP-T"] = _mean(seen[0], self.other)
-        alone = self._seen(bare)[0] if drawn is not bare else seen[0]
-        values["both text kept"] = torch.stack(
-            [cosine(mine, text).mean() for mine, text in zip(seen[0], alone, strict=True)]
-        )
-        self.seconds += time.monotonic() - started
-        return values
+        return values | {"both text kept": cosine(seen[0], self.text_alone).mean(1)}
 
-    def _seen(self, drawn: Sequence[Sequence[Image.Image]]) -> list[Tensor]:
+    def seen(self, drawn: Drawn) -> list[Tensor]:
         """Each scorer's embeddings, ``N K E``."""
-        flat = [image for some in drawn for image in some]
+        flat = [image for samples in drawn for image in samples]
         return [scorer.images(flat).unflatten(0, (len(drawn), -1)) for scorer in self.scorers]
 
     def _near(self, task: str, seen: Sequence[Tensor]) -> Values:
-        names = ("CLIP-I", "DINO")
-        return {
-            task + names[place]: _mean(embeddings, self.references[place])
-            for place, embeddings in enumerate(seen)
-        }
+        near = zip(("CLIP-I", "DINO"), seen, self.references, strict=False)
+        return {task + name: _mean(embeddings, references) for name, embeddings, references in near}
 
-    def _identity(self, drawn: Sequence[Sequence[Image.Image]]) -> Values:
-        """Cosine of the largest faces; a drawing without a face has none of the identity."""
-        assert self.face is not None
-        assert self.faces is not None
+    def _identity(self, drawn: Drawn) -> Values:
+        """Cosine of the largest faces; 0 for a drawing without a face. References without a face are left
+        out."""
+        if self.face is None or self.faces is None:
+            return {}
         likeness, there = [], []
-        for some, own in zip(drawn, self.faces, strict=True):
-            if own is None:
-                continue
-            found = [self.face(image) for image in some]
-            likeness.append([0.0 if face is None else float(face @ own) for face in found])
-            there.append([float(face is not None) for face in found])
+        for samples, own in zip(drawn, self.faces, strict=True):
+            if own is not None:
+                faces = [self.face(image) for image in samples]
+                likeness.append([0.0 if face is None else float(face @ own) for face in faces])
+                there.append([float(face is not None) for face in faces])
         if not likeness:
             return {}
         return {"face identity": torch.tensor(likeness).mean(1), "face found": torch.tensor(there).mean(1)}
@@ -419,14 +431,3 @@ class _Look:
 def _mean(embeddings: Tensor, targets: Tensor) -> Tensor:
     """Mean cosine of each picture's samples (``N K E``) to its target (``N E``), ``N``."""
     return (embeddings.double() * targets.double()[:, None]).sum(-1).mean(1)
-
-
-def _differences(names: Sequence[str], by_case: dict[str, Values]) -> list[Difference]:
-    """Every two contenders in every figure they share."""
-    return [
-        Difference(figure, second, first, paired(by_case[second][figure], values))
-        for place, first in enumerate(names)
-        for second in names[place + 1 :]
-        for figure, values in by_case[first].items()
-        if figure in by_case[second] and len(values) == len(by_case[second][figure])
-    ]

@@ -1,7 +1,7 @@
-"""Models that look at pictures and texts: CLIP or SigLIP, DINO, faces. Each by name, on whatever is at hand.
+"""Models that score pictures and texts: CLIP or SigLIP, DINO, face recognition. Each is loaded by name.
 
-A scorer turns pictures into unit embeddings; one that also reads texts puts both into one space, which
-:func:`tells_texts` checks before it is believed.
+A scorer turns pictures into unit embeddings. One that also reads texts puts both into one space;
+:func:`tells_texts` checks this before CLIP-T is reported.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from imprompt.evaluation.metrics import paired
 
 BATCH = 16
 LEAST_GAP = 1e-3
-"""Cosine by which true captions must be nearer than others, at the least, to believe a scorer of texts."""
+"""Least difference in cosine between true captions and others for CLIP-T to be reported."""
 Images = Sequence[Image.Image]
+FaceReader = Callable[[Image.Image], Tensor | None]
+"""A picture to the unit embedding of its largest face, ``E``; ``None`` without a face."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,10 @@ def load_clip(name: str) -> Scorer:
 
 
 def load_own(folder: Path) -> Scorer | None:
-    """The encoders inside a diffusers folder: its image encoder, and its text encoder where both are one
-    CLIP's (of the same width, without a projection between); ``None`` without an image encoder."""
+    """The image encoder in a diffusers folder, with the text encoder if both have the same width, as in one
+    CLIP.
+
+    ``None`` without an image encoder."""
     if not (folder / "image_encoder" / "config.json").is_file():
         return None
     encoder = ImageEncoder.from_pretrained(folder / "image_encoder", torch_dtype=torch.float32)
@@ -125,8 +129,8 @@ def load_dino(name: str) -> Scorer:
     return Scorer(name, images)
 
 
-def load_faces(folder: str) -> Callable[[Image.Image], Tensor | None]:
-    """The embedding of the largest face of a picture, or ``None`` where there is none."""
+def load_faces(folder: str) -> FaceReader:
+    """The face detector and recogniser in a folder. Raises :class:`ModelError`."""
     from imprompt.encoders.face import OnnxFaces
 
     reader = OnnxFaces.from_folder(folder)
@@ -142,9 +146,9 @@ def load_faces(folder: str) -> Callable[[Image.Image], Tensor | None]:
 
 
 def tells_texts(scorer: Scorer, images: Tensor, captions: Sequence[str]) -> bool:
-    """Whether a scorer finds true pictures nearer to their own captions than to each other's.
+    """Whether a scorer puts real pictures nearer to their own captions than to those of others.
 
-    The difference must be more than chance: its bootstrap interval lies above :data:`LEAST_GAP`."""
+    The bootstrap interval of the difference must lie above :data:`LEAST_GAP`."""
     if scorer.embed_texts is None or len(set(captions)) < 4:
         return False
     texts = scorer.texts(captions)
@@ -161,6 +165,6 @@ def tells_texts(scorer: Scorer, images: Tensor, captions: Sequence[str]) -> bool
 
 
 def _pooled(output: Any) -> Tensor:
-    """What newer transformers wrap in an output object."""
+    """The pooled tensor, which newer versions of transformers wrap in an output object."""
     found: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return found

@@ -22,7 +22,7 @@ from imprompt.catalog import ControlRow
 from imprompt.catalog.resolve import Source, resolve
 from imprompt.errors import ModelError, UsageError, first_line
 from imprompt.generation.control_checks import CHECKS, is_t2i_xl
-from imprompt.generation.families import Base
+from imprompt.generation.families import Base, stills
 from imprompt.io import fingerprint, read_json
 from imprompt.schema.request import ControlRef, Request, Task
 from imprompt.weights import silence_library_logging
@@ -30,7 +30,7 @@ from imprompt.weights import silence_library_logging
 NetName = Literal["controlnet", "union", "t2i", "sparse"]
 
 Map = Image.Image | tuple[Image.Image, ...]
-"""What a control follows, of the drawn size; for a control that moves, one for each frame."""
+"""The map that a control follows, at the drawn size; for a control that moves, one for each frame."""
 
 
 @dataclass(frozen=True)
@@ -46,31 +46,25 @@ class _Net:
     """Whether one model follows several controls."""
 
 
-def _stills(prefix: str) -> dict[Task, str]:
-    """diffusers' pipelines of stills by task."""
-    names: dict[Task, str] = {"generate": "", "edit": "Img2Img", "inpaint": "Inpaint"}
-    return {task: f"{prefix}{name}Pipeline" for task, name in names.items()}
-
-
 _NETS: dict[NetName, _Net] = {
     "controlnet": _Net(
         "a ControlNet",
         "ControlNetModel",
-        _stills("StableDiffusionControlNet") | {"animate": "AnimateDiffControlNetPipeline"},
-        _stills("StableDiffusionXLControlNet")
+        stills("StableDiffusionControlNet") | {"animate": "AnimateDiffControlNetPipeline"},
+        stills("StableDiffusionXLControlNet")
         | {"animate": "AnimateDiffSDXLControlNetPipeline"},  # of imprompt.generation.sdxl_clips
     ),
     "union": _Net(
         "a ControlNet-Union",
         "ControlNetUnionModel",
-        xl_pipelines=_stills("StableDiffusionXLControlNetUnion"),
+        xl_pipelines=stills("StableDiffusionXLControlNetUnion"),
         shared=True,
     ),
     "t2i": _Net(
         "a T2I-Adapter",
         "T2IAdapter",
-        {"generate": "StableDiffusionAdapterPipeline"},
-        {"generate": "StableDiffusionXLAdapterPipeline"},
+        stills("StableDiffusionAdapter", "generate"),
+        stills("StableDiffusionXLAdapter", "generate"),
     ),
     "sparse": _Net(
         "a SparseCtrl",
@@ -99,7 +93,7 @@ class Control:
 
     @property
     def name(self) -> str:
-        """The model as it was asked for."""
+        """The name that was asked for."""
         assert self.ref.model is not None
         return self.ref.model
 
@@ -126,7 +120,7 @@ class Control:
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hex digits that differ when a weight file differs; of a repository that is not here, of its
+        """Twelve hex digits that differ when a weight file differs; without local files, a hash of the
         name."""
         files = self.place.weights
         return fingerprint(*files) if files else hashlib.sha256(self.source.encode()).hexdigest()[:12]

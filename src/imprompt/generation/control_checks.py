@@ -1,4 +1,4 @@
-"""What diffusers' pipelines can do with each kind of control model: a check for each kind, before loading."""
+"""Checks for each kind of control model, before loading: can diffusers' pipelines do what is asked?"""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ def is_t2i_xl(control: "Control") -> bool:
 
 
 def _check_nowhere(controls: "Sequence[Control]", _: Request) -> None:
-    """Only SparseCtrls take a picture that stands at one frame."""
+    """Only SparseCtrls take a picture for a single frame."""
     for control in controls:
         if control.ref.at is not None:
             raise UsageError(
@@ -68,7 +68,7 @@ def _check_sparse(controls: "Sequence[Control]", request: Request) -> None:
             raise UsageError(f"control '{control.ref.path}': {problem}")
     if len({control.ref.at for control in controls}) < len(controls):
         raise UsageError(
-            f"controls: '{first.name}' takes one picture a frame, but two stand at the same one."
+            f"controls: '{first.name}' takes one picture for a frame, but two have the same `at`."
         )
 
 
@@ -77,7 +77,7 @@ def _sparse_problem(control: "Control", first: "Control", frames: int) -> str | 
     if ref.at is None:
         return f"'{first.name}' is a SparseCtrl; say the frame that the picture stands at, such as at=0."
     if ref.at >= frames:
-        return f"at={ref.at} lies behind the last of {frames} frames, from 0."
+        return f"at={ref.at} lies after the last of {frames} frames, which count from 0."
     if ref.start > 0 or ref.end < 1 or ref.scale != first.ref.scale:
         return (
             f"'{first.name}' is a SparseCtrl, which acts from the first step to the last, with one scale for "

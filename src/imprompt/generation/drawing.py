@@ -12,16 +12,16 @@ from PIL import Image
 from imprompt.errors import ModelError, UsageError
 from imprompt.generation import video
 from imprompt.generation.control import control_call
-from imprompt.generation.families import guidance_arguments, scheduler_for
 from imprompt.generation.job import Job, Shot
 from imprompt.generation.loading import Loaded
+from imprompt.generation.pipelines import guidance_arguments, scheduler_for
 from imprompt.generation.text import chunk_count
 from imprompt.io import seed_for
 
 
 @contextmanager
 def fresh_scheduler(pipe: Any, name: str | None) -> Iterator[None]:
-    """While open, the pipeline has a scheduler without a past."""
+    """While this is open, the pipeline has a new scheduler."""
     own, pipe.scheduler = pipe.scheduler, scheduler_for(pipe, name)
     try:
         yield
@@ -99,7 +99,7 @@ def _call(loaded: Loaded, shots: Sequence[Shot]) -> dict[str, Any]:
 
 
 def _finished(job: Job, image: Image.Image) -> Image.Image:
-    """Outside an inpainted region the very pixels of the start."""
+    """The drawing, with the start's own pixels outside an inpainted region."""
     start, region = job.inputs.start, job.inputs.region
     return image if start is None or region is None else Image.composite(image, start, region)
 
@@ -108,12 +108,13 @@ def _checked(pixels: np.ndarray) -> Image.Image:
     """Pixels (height, width, 3) in [0, 1] as a picture. Raises :class:`ModelError` for NaN and black."""
     if not np.isfinite(pixels).all():
         raise ModelError(
-            "the picture came out as NaN, which is no picture. With float16 this is an overflow: try --dtype "
-            "float32 or bfloat16. Else the weights of base or adapter are damaged."
+            "the picture came out as NaN. With float16 this is an overflow: try --dtype float32 or bfloat16. "
+            "Otherwise the weights of base or adapter are damaged."
         )
     if float(pixels.max()) == 0.0:
         raise ModelError(
-            "the picture came out black everywhere, which models draw when numbers overflow. Try --dtype "
-            "float32, or a smaller scale or guidance."
+            "the picture came out black everywhere, a sign of overflow. Try --dtype float32, or a smaller "
+            "scale or "
+            "guidance."
         )
     return Image.fromarray((pixels * 255).round().astype("uint8"))

@@ -1,15 +1,17 @@
 """LoRAs and textual inversion embeddings: found by name, and loaded into a base's pipeline.
 
-diffusers and peft do the work; here names are resolved (a ``.safetensors`` file, a folder, or
-``owner/name[/folder][/file.safetensors]`` of the hub) and what would have no effect is refused. A face
+diffusers and peft load them. This module resolves their names (a ``.safetensors`` file, a folder, or
+``owner/name[/folder][/file.safetensors]`` of the hub) and refuses what would have no effect. A face
 adapter's own LoRA is another thing: it comes and goes with the adapter.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from imprompt.catalog.resolve import Source, resolve
 from imprompt.errors import ModelError, UsageError, first_line
@@ -20,7 +22,7 @@ from imprompt.weights import load_tensors
 def add_loras(pipe: Any, refs: Sequence[LoraRef]) -> None:
     """Load LoRAs with their weights; all of them act.
 
-    Raises :class:`ModelError` for what is missing, no LoRA, or made for another base.
+    Raises :class:`ModelError` for files that are missing, no LoRA, or for another base.
     """
     if not refs:
         return
@@ -49,25 +51,19 @@ def add_loras(pipe: Any, refs: Sequence[LoraRef]) -> None:
 def add_embeddings(pipe: Any, refs: Sequence[EmbeddingRef]) -> None:
     """Teach the text encoders words of textual inversion.
 
-    Raises :class:`ModelError` for files that hold no such word, or one of another width.
+    Raises :class:`ModelError` for files without such a word, or with one of another width.
     """
-    encoders: list[tuple[Any, Any, str]] = [
-        (getattr(pipe, f"text_encoder{end}", None), getattr(pipe, f"tokenizer{end}", None), mark)
-        for end, mark in (("", "clip_l"), ("_2", "clip_g"))
-    ]
-    encoders = [each for each in encoders if each[0] is not None]
+    encoders = {
+        key: (encoder, getattr(pipe, f"tokenizer{end}"))
+        for end, key in (("", "clip_l"), ("_2", "clip_g"))
+        if (encoder := getattr(pipe, f"text_encoder{end}", None)) is not None
+    }
     for ref in refs:
         path = _file_of(find(ref.path, "embedding"))
         found = load_tensors(path)
         token = ref.token or next((key for key in found if key.startswith("<")), path.stem)
-        for encoder, tokenizer, mark in encoders:
-            values = found.get(mark) if len(encoders) > 1 else next(iter(found.values()))
-            if values is None or (len(encoders) == 1 and len(found) != 1):
-                kind = "both text encoders (clip_l and clip_g)" if len(encoders) > 1 else "one text encoder"
-                raise ModelError(
-                    f"embedding '{ref.path}' is not for this base, which needs {kind}; it holds "
-                    f"{', '.join(list(found)[:4])}."
-                )
+        for key, values in _by_encoder(found, list(encoders), ref).items():
+            encoder, tokenizer = encoders[key]
             width = encoder.get_input_embeddings().weight.shape[-1]
             if values.shape[-1] != width:
                 raise ModelError(
@@ -80,10 +76,23 @@ def add_embeddings(pipe: Any, refs: Sequence[EmbeddingRef]) -> None:
                 raise ModelError(f"embedding '{ref.path}' cannot be used: {first_line(error)}") from error
 
 
-def find(name: str, what: str) -> Source:
-    """Where a LoRA or embedding is; ``what`` names it in messages.
+def _by_encoder(found: Mapping[str, Tensor], encoders: Sequence[str], ref: EmbeddingRef) -> dict[str, Tensor]:
+    """The vectors of a word for each text encoder. Raises :class:`ModelError` when one has none."""
+    if len(encoders) == 1 and len(found) == 1:
+        return {encoders[0]: next(iter(found.values()))}
+    if len(encoders) > 1 and found.keys() >= set(encoders):
+        return {key: found[key] for key in encoders}
+    kind = "one text encoder" if len(encoders) == 1 else f"both text encoders ({' and '.join(encoders)})"
+    raise ModelError(
+        f"embedding '{ref.path}' is not for this base, which needs {kind}; it holds "
+        f"{', '.join(list(found)[:4])}."
+    )
 
-    Raises :class:`ModelError` for a file that is no ``.safetensors`` and when there is nothing of that name.
+
+def find(name: str, what: str) -> Source:
+    """Resolve the name of a LoRA or embedding; ``what`` says which in messages.
+
+    Raises :class:`ModelError` for files other than ``.safetensors``, and when nothing has that name.
     """
     source = resolve(name, what, {}, "a .safetensors file, a folder or a hub id (owner/name[/file])")
     if source.is_file and not name.endswith(".safetensors"):
@@ -92,7 +101,7 @@ def find(name: str, what: str) -> Source:
 
 
 def _loader_arguments(source: Source) -> tuple[str, dict[str, str]]:
-    """What diffusers' loaders are given: folder or repository, and the file's name where one is known."""
+    """Arguments of diffusers' loaders: folder or repository, and the file's name if it is known."""
     if source.path is not None:
         path = source.path
         return (str(path.parent), {"weight_name": path.name}) if path.is_file() else (str(path), {})

@@ -10,8 +10,8 @@ import torch
 from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.adapter.frames import Track
 from imprompt.adapter.schedule import Clock, evaluate
-from imprompt.generation.families import scheduler_for
 from imprompt.generation.loading import Loaded
+from imprompt.generation.pipelines import scheduler_for
 from imprompt.schema import options
 from imprompt.schema.profiles import layer_weights
 from imprompt.schema.prompt import ImagePrompt

@@ -1,7 +1,7 @@
-"""The pictures of a request, read: each file is opened once, and what lies on the drawing has one geometry.
+"""Read the pictures of a request. Each file is opened once.
 
-In go a request whose defaults are filled in and pictures handed over by name; out come the same prompts with
-pictures in place of names, the pictures to start from at the drawn size, and notes for the user.
+In: a request with its defaults filled in, and pictures handed over by name. Out: its prompts with pictures in
+place of names, the pictures to start from at the drawn size, and notes for the user.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,8 +19,9 @@ from imprompt.generation import video
 from imprompt.generation.annotate import annotate_frames
 from imprompt.generation.control import Map
 from imprompt.io import check_path, sha256
-from imprompt.schema.prompt import ImagePrompt, TextRegion, is_saved
+from imprompt.schema.prompt import ImagePrompt, TextRegion
 from imprompt.schema.request import Request
+from imprompt.schema.values import is_saved
 
 _LOST = 0.15  # share of a picture that may be cropped away without a note
 _ASPECT = 0.02  # how far proportions may differ and count as the same
@@ -28,7 +29,7 @@ _ASPECT = 0.02  # how far proportions may differ and count as the same
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a request is drawn from."""
+    """The pictures, masks and maps that a request is drawn from."""
 
     request: Request
     """With the size, of a clip its frames and rate, and the hashes of the files that were read."""
@@ -36,13 +37,13 @@ class Inputs:
     """The image prompts with pictures in place of names, each with its scale and the name of its adapter."""
     regions: tuple[TextRegion, ...]
     start: Image.Image | None
-    """The picture to start from, of the drawn size."""
+    """The picture to start from, at the drawn size."""
     region: Image.Image | None
-    """Where to inpaint (white), of the drawn size."""
+    """The mask of the task inpaint (white is redrawn), at the drawn size."""
     frames: tuple[Image.Image, ...] | None
-    """The frames to start from, of the drawn size."""
+    """The frames to start from, at the drawn size."""
     maps: tuple[Map, ...]
-    """What each control follows, of the drawn size; one a frame where it moves."""
+    """The map of each control at the drawn size; for a control that moves, one for each frame."""
     notes: tuple[str, ...]
 
 
@@ -54,37 +55,42 @@ def read_inputs(request: Request, pictures: Mapping[str, Any], side: int, multip
     together, and :class:`UsageError` for sizes the base cannot draw and frames that a clip does not have.
     """
     files = _Files(request, pictures)
-    request = request.replace(hashes=files.hashes)
-    frames = None
-    if request.video is not None:
-        frames, fps = video.at_rate(*files.clip(request.video), request)
-        request = request.replace(frames=len(frames), fps=fps)
-    start = frames[0] if frames else None if request.image is None else files.picture(request.image)
+    request, start, frames = _source(files, request.replace(hashes=files.hashes))
     size = _size(request, start, side, multiple)
     request = request.replace(size=size)
-    region = None if request.mask is None or start is None else _inpainted(files, request, start)
-    controls = [_control(files, name, request, frames) for name in _names(request)]
-    place = _Placing(files, request, [*([start] if start else []), *(shown[0] for shown in controls)])
+    region = _inpainted(files, request, start)
+    controls = [_control(files, control.path, request, frames) for control in request.controls]
+    aligned = [image for image in (start, *(shown[0] for shown in controls)) if image is not None]
+    place = _Placing(files, request, aligned)
     prompts = tuple(place.prompt(prompt) for prompt in request.images)
     regions = tuple(each.replace(mask=place.mask(each.mask)) for each in request.regions)
     return Inputs(
         request=request,
         prompts=prompts,
         regions=regions,
-        start=fitted(start, size) if start and not frames else None,
-        region=fitted(region, size) if region else None,
-        frames=tuple(fitted(frame, size) for frame in frames) if frames else None,
+        start=None if frames or start is None else fitted(start, size),
+        region=None if region is None else fitted(region, size),
+        frames=None if frames is None else tuple(fitted(frame, size) for frame in frames),
         maps=_maps(request, controls, size),
         notes=(*_size_notes(request, start, controls, region), *files.notes, *place.notes),
     )
 
 
+def _source(
+    files: "_Files", request: Request
+) -> tuple[Request, Image.Image | None, list[Image.Image] | None]:
+    """The picture to start from, or the first frame and all frames of the video, at the request's rate."""
+    if request.video is None:
+        return request, None if request.image is None else files.picture(request.image), None
+    frames, fps = video.at_rate(*files.clip(request.video), request)
+    return request.replace(frames=len(frames), fps=fps), frames[0], frames
+
+
 def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Cropped around the centre to the proportions of ``size`` and resampled; untouched if it has that
-    size."""
-    return (
-        image if image.size == size else image.resize(size, Image.Resampling.LANCZOS, box=_box(image, size))
-    )
+    """Crop around the centre to the proportions of ``size`` and resample, unless it has that size."""
+    if image.size == size:
+        return image
+    return image.resize(size, Image.Resampling.LANCZOS, box=_box(image, size))
 
 
 # ---- files
@@ -110,7 +116,7 @@ class _Files:
         self.mask = cache(self._mask)
 
     def source(self, name: str) -> Any:
-        """The picture that was handed over, or the file's path."""
+        """The picture that was handed over under this name, or the file's path."""
         return self._given[name] if name in self._given else Path(name).expanduser()
 
     def saved(self, name: str) -> bool:
@@ -118,7 +124,7 @@ class _Files:
         return name not in self._given and is_saved(name)
 
     def moves(self, name: str) -> bool:
-        """Whether it may hold frames, and does."""
+        """Whether frames are read from it, and it has several."""
         return name in self._moving and is_clip(self.source(name))
 
     def _checked(self, name: str) -> str:
@@ -126,12 +132,9 @@ class _Files:
         where = _field(self._request, name)
         path = check_path(name, where)
         if not path.is_file() and not (name in self._moving and path.is_dir()):
-            wrong = (
-                f"'{name}' is a folder; a picture is expected."
-                if path.is_dir()
-                else f"there is no file '{name}'."
-            )
-            raise InputError(f"{where}: {wrong}")
+            folder = path.is_dir()
+            wrong = f"'{name}' is a folder; a picture is expected" if folder else f"there is no file '{name}'"
+            raise InputError(f"{where}: {wrong}.")
         found = sha256(path)
         if self._request.hashes.get(name, found) != found:
             raise InputError(
@@ -162,7 +165,7 @@ class _Files:
 
 
 def _field(request: Request, name: str) -> str:
-    """Which field of the request names that file, such as ``images.0.mask``."""
+    """The field of the request that names a file, such as ``images.0.mask``."""
 
     def places(value: object, here: str) -> Iterator[str]:
         if isinstance(value, dict | list | tuple):
@@ -218,19 +221,20 @@ def _size_notes(
     if start is not None and start.size != request.size:
         name = request.image or request.video
         yield f"'{name}' is {start.width}×{start.height}, drawn at {width}×{height}"
-    for name, (image, *_) in zip(_names(request), controls, strict=True):
+    for control, (image, *_) in zip(request.controls, controls, strict=True):
         if not _alike(image.size, request.size):
             yield (
-                f"control '{name}' is {image.width}×{image.height}: cropped around the centre to the "
+                f"control '{control.path}' is {image.width}×{image.height}: cropped around the centre to the "
                 f"proportions of {width}×{height}"
             )
     if region is not None and region.getextrema()[0] == 255:
         yield f"mask '{request.mask}' is white everywhere: all is drawn anew"
 
 
-def _inpainted(files: _Files, request: Request, start: Image.Image) -> Image.Image:
-    """Where to inpaint, as it is on disk."""
-    assert request.mask is not None
+def _inpainted(files: _Files, request: Request, start: Image.Image | None) -> Image.Image | None:
+    """The mask of the task inpaint, at its own size. Raises :class:`InputError` for other proportions."""
+    if request.mask is None or start is None:
+        return None
     mask = files.mask(request.mask)
     assert isinstance(mask, Image.Image)
     if not _alike(mask.size, start.size):
@@ -243,11 +247,11 @@ def _inpainted(files: _Files, request: Request, start: Image.Image) -> Image.Ima
 
 @dataclass
 class _Placing:
-    """Puts what lies on the drawing in its place, and notes what is lost."""
+    """Puts pictures and masks into the prompts, and notes what is cropped away."""
 
     files: _Files
     request: Request
-    lying: list[Image.Image]
+    aligned: list[Image.Image]
     """Pictures that are cropped around the centre to the drawn proportions: the start, and controls."""
     notes: list[str] = field(default_factory=list)
 
@@ -263,7 +267,7 @@ class _Placing:
     def _cropped(self, mask: Image.Image) -> Image.Image:
         size = self.request.size
         assert size is not None
-        if _alike(mask.size, size) or not any(_alike(mask.size, other.size) for other in self.lying):
+        if _alike(mask.size, size) or not any(_alike(mask.size, other.size) for other in self.aligned):
             return mask
         box = _box(mask, size)
         kept = max(1, round(box[2] - box[0])), max(1, round(box[3] - box[1]))
@@ -300,16 +304,12 @@ class _Placing:
             self.notes += [note] if note not in self.notes else []
 
     def _check_count(self, name: str, count: int, what: str) -> None:
-        """Raises :class:`InputError` when there is not one a frame."""
+        """Raises :class:`InputError` unless there is one for each frame."""
         if count != self.request.frames:
             raise InputError(_uneven(name, count, what, self.request))
 
 
 # ---- controls
-
-
-def _names(request: Request) -> list[str]:
-    return [control.path for control in request.controls]
 
 
 def _control(files: _Files, name: str, request: Request, clip: list[Image.Image] | None) -> list[Image.Image]:
@@ -323,21 +323,18 @@ def _control(files: _Files, name: str, request: Request, clip: list[Image.Image]
 
 
 def _maps(request: Request, controls: list[list[Image.Image]], size: tuple[int, int]) -> tuple[Map, ...]:
-    return tuple(
-        _map(control.kind, shown, size, request.face_model)
-        for control, shown in zip(request.controls, controls, strict=True)
-    )
-
-
-def _map(kind: str, pictures: list[Image.Image], size: tuple[int, int], face_model: str | None) -> Map:
-    """What a control follows, found in the picture or in each frame."""
-    shown = [fitted(picture, size) for picture in pictures]
-    found = tuple(annotate_frames(kind, shown, face_model=face_model))
-    return found[0] if len(found) == 1 else found
+    """The map of each control, made from its picture or from each of its frames."""
+    maps: list[Map] = []
+    for control, pictures in zip(request.controls, controls, strict=True):
+        shown = [fitted(picture, size) for picture in pictures]
+        found = tuple(annotate_frames(control.kind, shown, face_model=request.face_model))
+        maps.append(found[0] if len(found) == 1 else found)
+    return tuple(maps)
 
 
 def _uneven(name: str, count: int, what: str, request: Request) -> str:
     return (
-        f"'{name}' holds {count} {what}, the clip has {request.frames} frames; give one a frame, or --frames "
+        f"'{name}' holds {count} {what}, the clip has {request.frames} frames; give one for each frame, or "
+        f"--frames "
         f"{count}."
     )

@@ -19,7 +19,8 @@ from imprompt.errors import UsageError, first_line
 from imprompt.generation import video
 from imprompt.generation.control import Control, check_fits, controlled, load_net
 from imprompt.generation.extras import add_embeddings, add_loras
-from imprompt.generation.families import Base, for_task, load, load_adapter
+from imprompt.generation.families import Base
+from imprompt.generation.pipelines import for_task, load
 from imprompt.generation.text import TextStates
 from imprompt.generation.video import Motion
 from imprompt.schema.request import Request
@@ -156,12 +157,10 @@ class Models:
         kept = {key: adapter for key, adapter in self._adapters.items() if key[0] in names}
         self._adapters, found = {}, {}
         for name in names:
-            key = next((key for key in ((name, None), (name, face_model or "")) if key in kept), None)
-            adapter = load_adapter(name) if key is None else kept[key]
+            of_faces, of_pictures = (name, face_model or ""), (name, None)
+            adapter = kept.get(of_pictures) or kept.get(of_faces) or _load_adapter(name, face_model)
             adapter.prompt_encoder.cache = self.features
-            if key is None and reads_faces(adapter):
-                _find_faces(adapter, face_model)
-            self._adapters[name, (face_model or "") if reads_faces(adapter) else None] = adapter
+            self._adapters[of_faces if reads_faces(adapter) else of_pictures] = adapter
             found[name] = adapter
         if face_model is not None and not any(map(reads_faces, found.values())):
             raise UsageError("face_model: has no effect on adapters that read whole pictures; leave it out.")
@@ -173,14 +172,17 @@ def reads_faces(adapter: IPAdapter) -> bool:
     return adapter.projection.variant.embedding is not None
 
 
-def _find_faces(adapter: IPAdapter, face_model: str | None) -> None:
-    """Give a face adapter the named face model, or its own where that is on this machine."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="the face models")  # it is among the result's notes
-        if face_model is not None:
-            adapter.face_embedder = face_model
-        else:
-            _ = adapter.face_embedder  # looks where InsightFace keeps them; saved faces need none
+def _load_adapter(name: str, face_model: str | None) -> IPAdapter:
+    """The adapter; a face adapter with the named face model, or with its own if that is on this machine."""
+    adapter = IPAdapter.from_pretrained(name)
+    if reads_faces(adapter):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the face models")  # it is among the result's notes
+            if face_model is not None:
+                adapter.face_embedder = face_model
+            else:
+                _ = adapter.face_embedder  # looks where InsightFace keeps them; saved faces need none
+    return adapter
 
 
 def choose_device(name: str) -> torch.device:

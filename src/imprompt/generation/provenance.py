@@ -1,4 +1,4 @@
-"""What a picture was drawn with: versions, machine, and fingerprints of every model's weights."""
+"""The provenance of a picture: versions, machine, and fingerprints of all models' weights."""
 
 import platform
 from collections.abc import Mapping
@@ -19,8 +19,8 @@ from imprompt.io import fingerprint
 
 
 def fingerprints(job: Job, adapters: Mapping[str, IPAdapter]) -> dict[str, str]:
-    """A fingerprint of every model's weights. Raises :class:`ModelError` when one is not what the request was
-    made with."""
+    """A fingerprint of each model's weights. Raises :class:`ModelError` where it differs from the recorded
+    one."""
     request = job.request
     found = {f"base {job.base.name}": job.base.fingerprint}
     found |= {f"control {net.name}": net.fingerprint for net in job.controls}

@@ -1,7 +1,7 @@
-"""Progress of a drawing: a :class:`Step` after each denoising step, with a preview that costs little.
+"""Progress of a drawing: a :class:`Step` after each denoising step, with a cheap preview.
 
-Steps are seen at the scheduler, which every diffusers pipeline calls once a step, so that all tasks report
-alike. An exception raised by the caller's function leaves the pipeline as any other exception would.
+Steps are counted at the scheduler, which every diffusers pipeline calls once for each step, so all tasks
+report in the same way. An exception in the caller's function passes through the pipeline as any other would.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,15 +21,15 @@ _PATCHWORK = 16  # latent pixels a side of the pictures that the preview's colou
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A denoising step that is done. Pictures are counted from 0, steps from 1."""
+    """A finished denoising step. Pictures are counted from 0, steps from 1."""
 
     index: int
-    """How many steps are done, 1 to :attr:`total`."""
+    """Number of steps done, 1 to :attr:`total`."""
     total: int
     picture: int
-    """Number of the picture being drawn; of a batch, of its first."""
+    """Number of the picture being drawn; for a batch, of its first."""
     pictures: int
-    """How many pictures are drawn altogether."""
+    """Number of pictures to draw."""
     _latents: Tensor = field(repr=False)
     _colours: "Float[Tensor, 'C1 3']" = field(repr=False)
     _factor: int = field(repr=False)
@@ -40,9 +40,9 @@ class Step:
         return len(self._latents)
 
     def preview(self, which: int = 0) -> Image.Image:
-        """Picture ``which`` of the batch as it looks now, of the drawn size; of a clip its middle frame.
+        """Picture ``which`` of the batch as it looks now, at the drawn size; for a clip its middle frame.
 
-        Each latent pixel is one colour, found by a linear map: no decoder runs.
+        A linear map turns each latent pixel into a colour: no decoder runs.
         """
         latents = self._latents[which]
         if latents.ndim == 4:
@@ -55,7 +55,7 @@ class Step:
 
 
 OnStep: TypeAlias = Callable[[Step], None]
-"""Called after each step. What it raises ends the drawing, with nothing left attached to the base."""
+"""Called after each step. An exception ends the drawing and leaves nothing attached to the base."""
 
 
 @contextmanager

@@ -1,9 +1,9 @@
-"""Sweeps: fields that take several values, and their product as requests. Text in, requests out, no torch.
+"""Sweeps: a request for every combination of several fields' values. Text in, requests out, no torch.
 
 ``scale=0.2,0.5,1`` sweeps a field of the request; a field that only images have (``profile``, ``end``, …), or
 ``image.scale``, is set on every image, ``image2.scale`` on the second; ``region.text``, ``control.scale``,
-``lora2.weight`` and ``embedding.token`` likewise. Values that hold commas are separated by ``|``. Several
-pictures of one request are a last axis, their seeds.
+``lora2.weight`` and ``embedding.token`` likewise. Values that contain commas are separated by ``|``. A
+request for several pictures gets their seeds as a last axis.
 """
 
 import math
@@ -19,7 +19,7 @@ from imprompt.schema.prompt import ImagePrompt, TextRegion
 from imprompt.schema.request import ControlRef, EmbeddingRef, LoraRef, Request
 
 MOST = 256
-"""Pictures one sweep may draw."""
+"""Most pictures of a sweep."""
 _LISTS: dict[str, type[ImagePrompt | TextRegion | ControlRef | LoraRef | EmbeddingRef]] = {
     "image": ImagePrompt,
     "region": TextRegion,
@@ -27,13 +27,13 @@ _LISTS: dict[str, type[ImagePrompt | TextRegion | ControlRef | LoraRef | Embeddi
     "lora": LoraRef,
     "embedding": EmbeddingRef,
 }
-"""What a request has several of, and their fields."""
+"""Name in a sweep → record of which a request may have several."""
 _FIXED = ("task", "count", "hashes", *(f"{kind}s" for kind in _LISTS))
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One swept field and its values, as they were said."""
+    """One swept field and its values, as given."""
 
     field: str
     values: tuple[str, ...]
@@ -53,19 +53,19 @@ class Sweep:
 
     @property
     def labels(self) -> tuple[tuple[str, ...], ...]:
-        """What is said of each request: one label an axis."""
+        """Labels of each request, one for each axis."""
         turned = product(*(axis.labels for axis in reversed(self.axes)))
         return tuple(labels[::-1] for labels in turned)
 
 
 def read_axis(text: str) -> Axis:
-    """An axis as it is said: ``FIELD=VALUE,VALUE,…``. Raises :class:`UsageError`."""
+    """Read an axis from ``FIELD=VALUE,VALUE,…``. Raises :class:`UsageError`."""
     field, sign, said = (part.strip() for part in text.partition("="))
     values = tuple(value.strip() for value in re.split(r"\|" if "|" in said else ",", said))
     if not sign or not re.fullmatch(r"([a-z]+\d*\.)?[a-z_-]+", field) or "" in values:
         raise UsageError(f"--sweep '{text}': write FIELD=VALUE,VALUE,… (values with commas: FIELD=A|B).")
     if len(set(values)) != len(values):
-        raise UsageError(f"--sweep '{text}': a value is there twice.")
+        raise UsageError(f"--sweep '{text}': a value is given twice.")
     return Axis(field.replace("-", "_"), values)
 
 
@@ -84,7 +84,7 @@ def expand(request: Request, axes: Sequence[Axis]) -> Sweep:
     if request.count > 1:
         axes = (*axes, _seeds(request, fields))
     if math.prod(len(axis.values) for axis in axes) > MOST:
-        raise UsageError(f"--sweep: {MOST} pictures are the most; fewer values, or several sweeps.")
+        raise UsageError(f"--sweep: {MOST} pictures at most; use fewer values, or several sweeps.")
     requests: list[Request] = []
     for values in product(*(axis.values for axis in reversed(axes))):
         one = request.replace(count=1)
@@ -96,7 +96,7 @@ def expand(request: Request, axes: Sequence[Axis]) -> Sweep:
 
 def _seeds(request: Request, fields: Sequence[str]) -> Axis:
     if "seed" in fields:
-        raise UsageError("--sweep seed=…: its pictures have the seeds said there; leave --count out.")
+        raise UsageError("--sweep seed=…: gives the seeds already; leave --count out.")
     assert request.seed is not None
     return Axis("seed", tuple(str(request.seed + index) for index in range(request.count)))
 
@@ -105,18 +105,20 @@ def _with(request: Request, field: str, value: str) -> Request:
     """The request with one field, or one field of its images, regions, …, changed."""
     place, _, name = field.rpartition(".")
     if not place and name in Request.model_fields and name not in _FIXED:
-        if name == "scale" and request.images and all(ref.scale is not None for ref in request.images):
-            raise UsageError("--sweep scale: every image has its own; sweep image.scale.")
-        return request.replace(**{name: value})
+        return _with_own(request, name, value)
     kind, number = place.rstrip("0123456789") or "image", place.lstrip("abcdefghijklmnopqrstuvwxyz")
-    refs = _refs(request, field, kind, name)
+    refs = list(_refs(request, field, kind, name))
     if number and not 1 <= int(number) <= len(refs):
         raise UsageError(f"--sweep {field}: there are {len(refs)} {kind}s, from {kind}1.")
-    changed = [
-        ref.replace(**{name: value}) if number in ("", str(index)) else ref
-        for index, ref in enumerate(refs, 1)
-    ]
-    return request.replace(**{f"{kind}s": tuple(changed)})
+    for index in [int(number) - 1] if number else range(len(refs)):
+        refs[index] = refs[index].replace(**{name: value})
+    return request.replace(**{f"{kind}s": tuple(refs)})
+
+
+def _with_own(request: Request, name: str, value: str) -> Request:
+    if name == "scale" and request.images and all(prompt.scale is not None for prompt in request.images):
+        raise UsageError("--sweep scale: every image has its own; sweep image.scale.")
+    return request.replace(**{name: value})
 
 
 def _refs(request: Request, field: str, kind: str, name: str) -> tuple[Any, ...]:

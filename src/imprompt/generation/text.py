@@ -1,9 +1,9 @@
-"""Prompts longer than the text encoder, with weights and breaks: encoded in chunks, nothing lost unsaid.
+"""Long prompts, weights and breaks: texts encoded in chunks.
 
 A CLIP text encoder reads a fixed number of tokens. A longer prompt is cut into chunks of that length, which
 are encoded one by one and joined, as stable-diffusion-webui and ComfyUI do. ``(a word:1.3)`` multiplies the
-states of its tokens and keeps the chunk's mean, as webui does; ``BREAK`` begins a new chunk. A prompt that
-fits and holds neither goes to the pipeline as it is, so that it is encoded exactly as ever.
+states of its tokens and keeps the chunk's mean, as webui does; ``BREAK`` begins a new chunk. The pipeline
+itself encodes a prompt that fits and has neither.
 
 Dimensions: B prompts, K chunks, L tokens of a chunk, C token width.
 """
@@ -81,7 +81,7 @@ def _pair_states(pipe: Any, prompt: str, negative: str | None) -> dict[str, Tens
 
 
 def chunk_count(pipe: Any, *texts: str) -> int:
-    """How many chunks the longest of some texts is encoded in; 0 if they go to the pipeline as they are."""
+    """Number of chunks that the longest of some texts needs; 0 if the pipeline can read them itself."""
     if not in_chunks(pipe) or not any(_is_special(pipe, text) for text in texts):
         return 0
     return max(

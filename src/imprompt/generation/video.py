@@ -2,8 +2,8 @@
 
 :func:`find_motion` resolves a motion adapter, :func:`motion_pipeline` builds the pipeline, :func:`draw` runs
 it and decodes a few frames at a time. Clips longer than the motion adapter was trained on are drawn in
-sliding windows (FreeNoise, Qiu et al. 2023). Image prompts need nothing here: to an adapter frames are rows
-of a batch.
+sliding windows (FreeNoise, Qiu et al. 2023). Image prompts need no code here: for an adapter, frames are
+rows of a batch.
 """
 
 import hashlib
@@ -43,13 +43,13 @@ _PARTS = (
 
 @dataclass(frozen=True)
 class Motion:
-    """A motion adapter and where it is."""
+    """A motion adapter that was found, not loaded."""
 
     place: Source
 
     @property
     def name(self) -> str:
-        """As it was asked for."""
+        """The name that was asked for."""
         return self.place.name
 
     @property
@@ -67,7 +67,7 @@ class Motion:
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hex digits that differ when a weight file differs; of a repository that is not here, of its
+        """Twelve hex digits that differ when a weight file differs; without local files, a hash of the
         name."""
         files = self.place.weights
         return fingerprint(*files) if files else hashlib.sha256(self.place.folder.encode()).hexdigest()[:12]
@@ -97,7 +97,7 @@ def find_motion(name: str | None, base: Base) -> Motion:
 
 
 def clip_defaults(request: Request, motion: Motion) -> dict[str, object]:
-    """Values for the fields of a clip that the request leaves open."""
+    """Values for the clip fields that are ``None`` in the request."""
     known = motion.defaults
     values: dict[str, object] = {"motion": motion.name}
     if request.shared_noise is None:
@@ -117,10 +117,10 @@ def clip_defaults(request: Request, motion: Motion) -> dict[str, object]:
 def at_rate(
     frames: Sequence[Image.Image], fps: float | None, request: Request
 ) -> tuple[list[Image.Image], float]:
-    """The frames of a video that the request redraws, and how many there are a second.
+    """The frames of a video that the request redraws, and their rate in frames per second.
 
-    ``fps`` is the video's own rate; for another rate in the request frames are left out or repeated. Raises
-    :class:`InputError` when the video is shorter than asked for.
+    ``fps`` is the video's own rate; if the request has another, frames are left out or repeated. Raises
+    :class:`InputError` when the video is too short.
     """
     rate = request.fps or fps or 8.0
     step = max(1e-6, fps / rate) if fps else 1.0
@@ -129,7 +129,7 @@ def at_rate(
     wanted = request.frames or len(taken)
     if wanted > len(taken):
         raise InputError(
-            f"video '{request.video}' has {len(taken)} frames at {rate:g} a second, not {wanted}; ask for "
+            f"video '{request.video}' has {len(taken)} frames at {rate:g} per second, not {wanted}; ask for "
             "fewer --frames, or another --fps."
         )
     return taken[:wanted], rate
@@ -273,7 +273,7 @@ def _start(
     start: Sequence[Image.Image] | None,
     generator: torch.Generator,
 ) -> dict[str, Any]:
-    """The pipeline's arguments that say what it starts from: noise, shared noise, a video, or both."""
+    """Arguments of the pipeline for its start: noise, shared noise, a video, or a video with shared noise."""
     has_noise = bool(request.shared_noise) or request.noise_path == "loop"
     with torch.inference_mode():
         noise = _noise(pipe, call, request, generator) if has_noise else None
@@ -288,9 +288,9 @@ def _start(
 def _noise(
     pipe: Any, call: Mapping[str, Any], request: Request, generator: torch.Generator
 ) -> Float[Tensor, "1 C F h w"]:
-    """Initial noise of which all frames share a part, of unit variance in every frame (Ge et al. 2023, §3.1).
+    """Initial noise with a share common to all frames, of unit variance in each (Ge et al. 2023, §3.1).
 
-    The rest is independent in each frame, or, for a loop, lies on a circle through two independent noises.
+    The rest is independent for each frame or, for a loop, moves on a circle through two independent noises.
     """
     assert request.frames is not None
     assert request.shared_noise is not None

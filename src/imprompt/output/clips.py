@@ -1,7 +1,6 @@
 """Clips as bytes: GIF, animated WebP, MP4, and folders of numbered PNG, each with the record inside.
 
-Frames are shown for whole units of the format's time, rounded so that the whole clip lasts as long as it
-should.
+Durations are whole units of the format's time, rounded so that the clip as a whole has the right length.
 """
 
 import io
@@ -29,10 +28,10 @@ for _ in range(2):
 
 
 def check_fps(suffix: str, fps: float) -> None:
-    """Raises :class:`UsageError` when the format cannot show so many frames a second."""
+    """Raises :class:`UsageError` when the format cannot show that many frames per second."""
     if suffix == ".gif" and fps > _GIF_FPS:
         raise UsageError(
-            f"fps: a GIF shows at most {_GIF_FPS} frames a second, not {fps:g}; use .webp or .mp4."
+            f"fps: a GIF shows at most {_GIF_FPS} frames per second, not {fps:g}; use .webp or .mp4."
         )
 
 
@@ -42,8 +41,8 @@ def encode_clip(
     """RGB frames of one size in the format of ``suffix``, with ``record`` (ASCII) inside; without a suffix,
     the files of a folder by their names.
 
-    Raises :class:`UsageError` for more frames a second than the format can show, :class:`InputError` when the
-    format cannot hold them.
+    Raises :class:`UsageError` for more frames per second than the format can show, :class:`InputError` when
+    the format cannot hold them.
     """
     if not suffix:
         return encode_frames(frames, {KEY: record})
@@ -103,8 +102,8 @@ def _mp4(frames: Sequence[Image.Image], fps: float, record: str) -> bytes:
 
 
 def _durations(count: int, fps: float, unit: int) -> list[int]:
-    """How long each frame is shown, in milliseconds and multiples of ``unit``; no frame begins more than half
-    a unit early or late."""
+    """Duration of each frame in milliseconds, a multiple of ``unit``; no frame starts more than half a unit
+    early or late."""
     ends = [round(1000 * number / fps / unit) * unit for number in range(count + 1)]
     return [after - before for before, after in pairwise(ends)]
 
@@ -122,7 +121,6 @@ def quantized(frames: Sequence[Image.Image]) -> list[Image.Image]:
         sheet.paste(frame, (0, row * height))
     palette = sheet.quantize(256, Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
     nearest = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    pairs = zip(map(_array, frames), map(_array, nearest), strict=True)
     pairs = zip(map(_array, frames), map(_array, nearest), strict=True)
     error = np.mean([np.abs(a - b).mean() for a, b in pairs])
     if error < 1:

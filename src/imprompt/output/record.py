@@ -1,9 +1,9 @@
-"""The request inside a file: what a picture or clip of imprompt says about how it was made.
+"""The record inside a picture or clip: the request that draws it again, and its provenance.
 
-A :class:`Record` is JSON. PNG carries it in the text chunk ``imprompt``, JPEG and WebP in EXIF, GIF and MP4
-as a comment. Version 2 names files relative to its own folder (``./``, ``../``); version 1 named them as they
-were given. A record may come from anybody: :meth:`Record.lines` shows it in printable text only, and
-:meth:`Record.local_files` says which files a repetition would read.
+A :class:`Record` is JSON. PNG has it in the text chunk ``imprompt``, JPEG and WebP in EXIF, GIF and MP4 in a
+comment. Version 2 names files relative to its own folder (``./``, ``../``); version 1 named them as they
+were given. A record may come from anybody: :meth:`Record.lines` shows printable text only, and
+:meth:`Record.local_files` lists the files that a repetition would read.
 """
 
 import json
@@ -32,12 +32,12 @@ _PICTURES = {
 
 @dataclass(frozen=True)
 class Record:
-    """How one picture or clip was made."""
+    """The request and the provenance of one picture or clip."""
 
     request: Request
-    """Draws just this picture again."""
+    """Draws this picture alone again."""
     provenance: Mapping[str, str] = field(default_factory=dict)
-    """What it was made with: versions, device, fingerprints of the weights."""
+    """Versions, device, and fingerprints of the weights."""
 
     def to_json(self, folder: Path | None = None) -> str:
         """The record as JSON in ASCII. Files that exist are named relative to ``folder``, if it is given."""
@@ -76,7 +76,7 @@ class Record:
         return cls(Request.from_mapping(request), {str(key): str(said) for key, said in provenance.items()})
 
     def lines(self) -> list[str]:
-        """The record for people: a printable line for each field that is set, and one for the provenance."""
+        """A printable line for each field that is set, and one for the provenance."""
         shown = []
         for name, value in json.loads(self.request.to_json()).items():
             if value not in (None, "", {}, []) and value is not False:

@@ -1,8 +1,8 @@
-"""Write what was drawn, and read the request back.
+"""Write pictures and clips, and read their records back.
 
-All files of one run are encoded in memory and take their places together (:mod:`imprompt.io`). What imprompt
-itself wrote under a name before is replaced; any other file only with ``overwrite``; a folder that holds
-anything but frames of imprompt never.
+All files of one run are encoded in memory and written together (:mod:`imprompt.io`). Files that imprompt
+wrote earlier are replaced; other files only with ``overwrite``; a folder with anything but imprompt's frames
+never.
 """
 
 import json
@@ -42,10 +42,11 @@ def save(
 ) -> list[Path]:
     """Write the pictures or clips of one result or several and return their paths.
 
-    One goes to ``path``; several become ``NAME-1.png``, ``NAME-2.png``, …. With ``maps`` follow the maps of
-    the first result's controls as ``NAME-control-1-canny.png``, or a folder of frames where they move; each
-    can be given back as ``none:PATH,model=NAME``. ``pages`` are further pictures: ``{"grid": page}`` becomes
-    ``NAME-grid.png``. With ``numbered`` nothing is ever replaced: another name is taken where one is.
+    One goes to ``path``; several become ``NAME-1.png``, ``NAME-2.png``, …. ``maps`` adds the maps of the
+    first result's controls as ``NAME-control-1-canny.png``, or a folder of frames for a control that moves;
+    each can be used again as ``none:PATH,model=NAME``. ``pages`` are further pictures: ``{"grid": page}``
+    becomes ``NAME-grid.png``. With ``numbered`` nothing is replaced: if the name is taken, a free one is
+    used.
 
     Raises :class:`UsageError` for an unknown format and :class:`InputError` when a file cannot be written.
     """
@@ -132,7 +133,7 @@ def our_frames(folder: Path) -> bool:
 
 
 def read_record(path: str | Path) -> Record:
-    """What a picture, clip or folder of frames says about how it was made.
+    """The record in a picture, clip or folder of frames.
 
     Only headers are read. Raises :class:`InputError` when it cannot be read or carries no record.
     """

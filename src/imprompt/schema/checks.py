@@ -1,7 +1,7 @@
-"""What the fields of a request must agree on: what is missing for its task, or given without effect.
+"""Checks across the fields of a request: what its task needs, and what would have no effect.
 
-Each check yields findings in one line that begins with the field's name. All that can be told without
-opening a file is told here; the rest by :mod:`imprompt.generation.inputs`.
+Each check yields one-line findings that begin with the field's name. Checks that need to open a file are in
+:mod:`imprompt.generation.inputs`.
 """
 
 from collections.abc import Iterator
@@ -10,43 +10,47 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from imprompt.schema.request import Request
 
-_ANIMATE = ("frames", "fps", "motion", "video", "context", "shared_noise", "noise_path")
+TASKS_OF_FIELD: dict[str, tuple[str, ...]] = {
+    "image": ("edit", "inpaint"),
+    "mask": ("inpaint",),
+    "strength": ("edit", "inpaint", "animate"),
+} | dict.fromkeys(("frames", "fps", "motion", "video", "context", "shared_noise", "noise_path"), ("animate",))
+"""Field → the tasks in which it has an effect; fields that are not listed have one in every task."""
+_NEEDED = {"edit": ("image",), "inpaint": ("image", "mask")}
 
 
 def contradictions(request: "Request") -> Iterator[str]:
-    """All findings, the most telling first."""
-    for check in (_task, _time, _frames, _prompts, _adapters, _guidance):
+    """All findings, the most important first."""
+    for check in (_task, _source, _clip, _frames, _prompts, _adapters, _guidance):
         yield from check(request)
 
 
 def _task(request: "Request") -> Iterator[str]:
-    needed = {"edit": ("image",), "inpaint": ("image", "mask")}.get(request.task, ())
-    for name in ("image", "mask"):
-        given = getattr(request, name) is not None
-        if name in needed and not given:
+    for name in _NEEDED.get(request.task, ()):
+        if getattr(request, name) is None:
             yield f"{name}: the task {request.task!r} needs one."
-        if name not in needed and given:
-            tasks = "edit and inpaint" if name == "image" else "inpaint"
-            yield f"{name}: has no effect in the task {request.task!r}; it belongs to {tasks}."
-    if request.task == "generate" and request.strength is not None:
-        yield "strength: has no effect in the task 'generate'; an image prompt's is `scale`."
-    from_nothing = request.task == "generate" or (request.task == "animate" and request.video is None)
-    if from_nothing and not (request.prompt or request.images or request.regions or request.controls):
+    for name, tasks in TASKS_OF_FIELD.items():
+        if getattr(request, name) is not None and request.task not in tasks:
+            hint = "; an image prompt's is `scale`" if name == "strength" else ""
+            where = " and ".join(tasks)
+            yield f"{name}: has no effect in the task {request.task!r}; it belongs to {where}{hint}."
+
+
+def _source(request: "Request") -> Iterator[str]:
+    """A task that starts from noise needs something that says what to draw."""
+    starts_from_noise = request.image is None and request.video is None
+    if starts_from_noise and not (request.prompt or request.images or request.regions or request.controls):
         yield "prompt: give a text, an image prompt, or both."
 
 
-def _time(request: "Request") -> Iterator[str]:
-    """What only a clip has."""
+def _clip(request: "Request") -> Iterator[str]:
     if request.task == "animate":
         if request.quantize != "none":
-            yield "quantize: clips are drawn by a UNet of their own, which is not quantised."
+            yield "quantize: has no effect on clips; the motion adapter's UNet cannot be quantised."
         if request.strength is not None and request.video is None:
             yield "strength: has no effect without a video to start from; an image prompt's is `scale`."
         return
     elsewhere = f"no effect in the task {request.task!r}"
-    for name in _ANIMATE:
-        if getattr(request, name) is not None:
-            yield f"{name}: has {elsewhere}; it belongs to animate."
     if any(prompt.at is not None or prompt.frame_curve != "constant" for prompt in request.images):
         yield f"images: at and frame_curve have {elsewhere}; they belong to animate."
     if any(control.at is not None for control in request.controls):
@@ -57,7 +61,7 @@ def _frames(request: "Request") -> Iterator[str]:
     for prompt in request.images:
         last = prompt.at[-1] if isinstance(prompt.at, tuple) else 0
         if request.frames is not None and last >= request.frames:
-            yield f"images: at={last} lies behind the last of {request.frames} frames, counted from 0."
+            yield f"images: at={last} lies after the last of {request.frames} frames, which count from 0."
 
 
 def _prompts(request: "Request") -> Iterator[str]:
@@ -77,7 +81,7 @@ def _prompts(request: "Request") -> Iterator[str]:
 
 
 def _adapters(request: "Request") -> Iterator[str]:
-    """What every image prompt overrules."""
+    """Fields that every image prompt overrides."""
     if not request.images:
         return
     if request.adapter is not None and all(prompt.adapter for prompt in request.images):

@@ -1,8 +1,7 @@
-"""The words an image prompt is steered with beside its scale, and how they are read: no torch, no pictures.
+"""Options of an image prompt: the known names, and how weights, curves and token selections are read.
 
-One home for the names of the combining rules, the framings, the scalings and the curves, so that a request
-can be checked before anything heavy is loaded. What they do is in ``adapter.combine``, ``encoders.framing``,
-``adapter.batch`` and ``adapter.schedule``.
+No torch and no pictures, so that a request can be checked before anything heavy is loaded. What the options
+do is in ``adapter.combine``, ``encoders.framing``, ``adapter.batch`` and ``adapter.schedule``.
 """
 
 import difflib
@@ -12,19 +11,19 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 from imprompt.errors import UsageError
 
 COMBINES = ("concat", "add", "subtract", "average", "norm-average", "max", "min", "slerp")
-"""How several pictures become one prompt."""
+"""Rules that combine several pictures into one prompt."""
 FRAMINGS = ("crop", "top", "bottom", "left", "right", "pad", "squash", "tile")
-"""How a picture that is not square becomes the encoder's square."""
+"""Ways to fit a picture that is not square into the encoder's square input."""
 SCALINGS = ("v-only", "k+v", "k+v-penalty", "k+mean-v-penalty")
-"""Where the strength enters: in the values, or in the keys too."""
+"""Whether the strength scales the attention values only, or the keys too."""
 
 NOISES = ("fade", "dissolve", "gaussian", "shuffle")
-"""Ways of spoiling a picture, for a negative with its colours and textures but not what it shows."""
+"""Ways to destroy a picture's content, for a negative that has its colours and textures only."""
 
 _ALIASES = {
     "center": "crop",
@@ -35,11 +34,17 @@ _ALIASES = {
     "kv": "k+v",
     "k+v-w/-c-penalty": "k+v-penalty",
     "k+mean(v)-w/-c-penalty": "k+mean-v-penalty",
+    "normal": "linear",
+    "standard": "linear",
+    "prompt-is-more-important": "ease-out",
+    "style-comfy": "style-transfer",
+    "composition-comfy": "composition",
 }
+"""Other spellings of names, and ComfyUI_IPAdapter_plus's; a profile's among them."""
 
 Points: TypeAlias = tuple[tuple[float, float], ...]
-"""(fraction of the schedule, factor), in order; two points at one fraction are a step, at which the later
-holds."""
+"""(fraction of the schedule, factor), ascending; two points at one fraction are a step to the later
+factor."""
 Curve: TypeAlias = str | Sequence[tuple[float, float]]
 """A name of :data:`CURVES`, points, or points as text: ``0:1,0.5:0.2,1:0``."""
 
@@ -55,16 +60,16 @@ CURVES: Mapping[str, Points] = MappingProxyType(
         "smooth-out": tuple((x, 1 - x * x * (3 - 2 * x)) for x in _SMOOTH),
     }
 )
-"""Named curves of strength over the schedule; ``smooth`` are smoothsteps, 3x² − 2x³."""
+"""Named curves of strength over the schedule; ``smooth-in`` and ``smooth-out`` are smoothsteps, 3x² − 2x³."""
 
 
 def canonical(field: str, name: object, known: Iterable[str]) -> str:
-    """``name`` as it is listed in ``known``, whatever its case, spaces and dashes.
+    """The entry of ``known`` that ``name`` spells, ignoring case, spaces, ``_`` and ``-``.
 
-    Raises :class:`UsageError` that names the field and lists what is known.
+    Raises :class:`UsageError` with the field and the known names.
     """
     listed = tuple(known)
-    key = _key(str(name))
+    key = "-".join(str(name).lower().replace("_", " ").replace("-", " ").split())
     key = key if key in listed else _ALIASES.get(key, key)
     if key not in listed:
         near = difflib.get_close_matches(key, listed, n=1)
@@ -73,84 +78,117 @@ def canonical(field: str, name: object, known: Iterable[str]) -> str:
     return key
 
 
-def read_weights(combine: str, count: int, weights: Sequence[float] | None = None) -> tuple[float, ...]:
-    """The weights of ``count`` pictures under a rule of :data:`COMBINES` (all 1 when none are given).
+def is_finite(value: object) -> TypeGuard[float]:
+    """Whether ``value`` is a real number, not a bool, NaN or infinite."""
+    return not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
 
-    Raises :class:`UsageError` when the rule cannot take them: another number of weights, NaN, ``subtract`` of
-    one picture, ``slerp`` of other than two, negative shares, weights without effect.
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether ``value`` is an integer, not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+# ---- weights of pictures
+
+
+def read_weights(combine: str, count: int, weights: Sequence[float] | None = None) -> tuple[float, ...]:
+    """Check the weights of ``count`` pictures under a rule of :data:`COMBINES`; ``None`` means all 1.
+
+    Raises :class:`UsageError` for a number of pictures or weights that the rule cannot take.
     """
     if combine == "subtract" and count < 2:
         raise UsageError(
-            f"combine: 'subtract' takes the first picture minus the rest, two at least; got {count}."
+            f"combine: 'subtract' takes the first picture minus the others, two at least; got {count}."
         )
     if combine == "slerp" and count != 2:
         raise UsageError(f"combine: 'slerp' takes exactly two pictures; got {count}.")
     if weights is None:
         return (1.0,) * count
     if isinstance(weights, str) or not isinstance(weights, Sequence):
-        raise UsageError(f"weights: {weights!r}; a list of numbers is expected, one a picture.")
+        raise UsageError(f"weights: {weights!r} is not a list; give one number for each picture.")
     if len(weights) != count:
-        raise UsageError(f"weights: {len(weights)} are given for {count} pictures; give one a picture.")
-    for i, weight in enumerate(weights):
-        if not _finite(weight):
-            raise UsageError(f"weights: number {i + 1} is {weight!r}; a finite number is expected.")
-    if combine in ("concat", "slerp") and min(weights) < 0:
-        raise UsageError(
-            f"weights: {min(weights)} is negative; with {combine!r} a weight is a share, 0 or more. "
-            "A negative scale pushes away, and so does combine 'subtract'."
-        )
-    if combine in ("concat", "slerp", "average") and sum(weights) == 0:
-        raise UsageError(
-            f"weights: they add up to 0, so {combine!r} leaves nothing; scale 0 switches a prompt off."
-        )
-    if combine == "concat" and count == 1 and weights[0] != 1:
-        raise UsageError(
-            f"weights: {weights[0]:g} has no effect on a picture without others; its strength is scale."
-        )
+        raise UsageError(f"weights: {len(weights)} are given for {count} pictures; give one for each.")
+    for number, weight in enumerate(weights, 1):
+        if not is_finite(weight):
+            raise UsageError(f"weights: number {number} is {weight!r}; a finite number is expected.")
+    _check_shares(combine, weights)
     return tuple(float(weight) for weight in weights)
 
 
-def read_curve(curve: Curve) -> Points:
-    """The control points that ``curve`` names or lists.
+def _check_shares(combine: str, weights: Sequence[float]) -> None:
+    """Refuse weights that leave nothing under the rule, or have no effect."""
+    if combine in ("concat", "slerp") and min(weights) < 0:
+        raise UsageError(
+            f"weights: {min(weights)} is negative; with {combine!r} a weight is a share, 0 or more. "
+            "To push away from a picture use a negative scale, or combine=subtract."
+        )
+    if combine in ("concat", "slerp", "average") and sum(weights) == 0:
+        raise UsageError(f"weights: they add up to 0, so {combine!r} leaves nothing; to switch off: scale=0.")
+    if combine == "concat" and len(weights) == 1 and weights[0] != 1:
+        raise UsageError(f"weights: {weights[0]:g} has no effect on a single picture; use scale.")
 
-    Raises :class:`UsageError` for an unknown name, no points, fractions outside 0 to 1 or not in order, and
-    numbers not finite.
+
+# ---- curves
+
+
+def read_curve(curve: Curve) -> Points:
+    """The control points of ``curve``, a name or points.
+
+    Raises :class:`UsageError` for an unknown name, no points, fractions outside 0 to 1 or not in ascending
+    order, and factors outside -10 to 10.
     """
     if isinstance(curve, str):
         if ":" not in curve:
-            try:
-                return CURVES[canonical("curve", curve, CURVES)]
-            except UsageError as error:
-                raise UsageError(
-                    f"{error} Or points: 0:1,0.5:0.2,1:0 (fraction of the schedule, factor)."
-                ) from None
-        curve = [_point(part, curve) for part in re.split(r"[,\s]+", curve.strip())]
+            return _named_curve(curve)
+        curve = [_point_from_text(part) for part in re.split(r"[,\s]+", curve.strip())]
     if not isinstance(curve, Sequence) or not curve:
         raise UsageError(f"curve: {curve!r}; points (fraction of the schedule, factor) are expected.")
-    points: list[tuple[float, float]] = []
-    for point in curve:
-        if not isinstance(point, Sequence) or isinstance(point, str) or len(point) != 2:
-            raise UsageError(f"curve: {point!r} is no point (fraction of the schedule, factor).")
-        for value in point:
-            if not _finite(value):
-                raise UsageError(f"curve: {value!r} in point {tuple(point)} is no finite number.")
-        if not 0 <= point[0] <= 1:
-            raise UsageError(f"curve: fraction {point[0]} of point {tuple(point)} lies outside 0 to 1.")
-        if abs(point[1]) > 10:
-            raise UsageError(
-                f"curve: factor {point[1]:g} of point {tuple(point)}; from -10 to 10 is expected."
-            )
-        points.append((float(point[0]), float(point[1])))
+    points = tuple(map(_checked_point, curve))
     if any(after[0] < before[0] for before, after in pairwise(points)):
+        fractions = ", ".join(f"{x:g}" for x, _ in points)
+        raise UsageError(f"curve: fractions {fractions} are not in ascending order.")
+    return points
+
+
+def _named_curve(name: str) -> Points:
+    try:
+        return CURVES[canonical("curve", name, CURVES)]
+    except UsageError as error:
+        raise UsageError(f"{error} Or give points: 0:1,0.5:0.2,1:0 (fraction:factor).") from None
+
+
+def _point_from_text(text: str) -> tuple[float, float]:
+    x, _, y = text.partition(":")
+    try:
+        return float(x), float(y)
+    except ValueError:
         raise UsageError(
-            f"curve: fractions {', '.join(f'{x:g}' for x, _ in points)} are not in ascending order."
-        )
-    return tuple(points)
+            f"curve: '{text}' is no point; write FRACTION:FACTOR, such as 0:1,0.5:0.2,1:0."
+        ) from None
+
+
+def _checked_point(point: object) -> tuple[float, float]:
+    if not isinstance(point, Sequence) or isinstance(point, str) or len(point) != 2:
+        raise UsageError(f"curve: {point!r} is no point (fraction of the schedule, factor).")
+    for value in point:
+        if not is_finite(value):
+            raise UsageError(f"curve: {value!r} in point {tuple(point)} is no finite number.")
+    x, y = map(float, point)
+    if not 0 <= x <= 1:
+        raise UsageError(f"curve: fraction {x:g} of point {tuple(point)} lies outside 0 to 1.")
+    if abs(y) > 10:
+        raise UsageError(f"curve: factor {y:g} of point {tuple(point)} lies outside -10 to 10.")
+    return x, y
+
+
+# ---- the others
 
 
 def read_noise(noise: str) -> tuple[str, float]:
-    """Kind and strength of ``KIND`` or ``KIND:STRENGTH`` (0 to 1, by default 0.5); raises
-    :class:`UsageError`."""
+    """Kind and strength from ``KIND[:STRENGTH]``; the strength is 0 to 1, by default 0.5.
+
+    Raises :class:`UsageError`.
+    """
     kind, _, given = noise.partition(":")
     try:
         strength = float(given) if given else 0.5
@@ -162,7 +200,7 @@ def read_noise(noise: str) -> tuple[str, float]:
 
 
 def read_face(face: str | int) -> int:
-    """Which face of a picture is meant, counted from 0 with the largest first: ``largest`` or a number.
+    """Index of a face in a picture, the largest first: ``largest`` (0) or a number from 0.
 
     Raises :class:`UsageError` for anything else.
     """
@@ -173,47 +211,31 @@ def read_face(face: str | int) -> int:
 
 
 def read_selection(selection: str | int | Sequence[int], tokens: int | None = None) -> tuple[int, ...]:
-    """Which of a picture's ``tokens`` tokens are kept: numbers from 0, or text such as ``0-3,8``.
+    """Indices of the tokens to keep: numbers from 0, or text such as ``0-3,8``.
 
-    Raises :class:`UsageError` for what is no number, out of range, twice there, or nothing at all. Without
-    ``tokens`` the range is not checked.
+    Raises :class:`UsageError` for anything else, for a token selected twice, for none, and for indices from
+    ``tokens`` on, the number of tokens of a picture.
     """
-    chosen: list[int] = []
     if isinstance(selection, str):
-        for part in re.split(r"[,\s]+", selection.strip()):
-            span = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
-            if span is None:
-                raise UsageError(f"select {selection!r}: '{part}' is no token or range; write 0-3,8.")
-            chosen += range(int(span[1]), int(span[2] or span[1]) + 1)
+        chosen = [i for part in re.split(r"[,\s]+", selection.strip()) for i in _token_range(part)]
     else:
         chosen = [selection] if isinstance(selection, int) else list(selection)
     if not chosen:
         raise UsageError(f"select {selection!r} names no token; leave it out to keep all.")
-    for number in chosen:
-        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-            raise UsageError(f"select: {number!r} is no token; they are numbered from 0.")
-        if tokens is not None and number >= tokens:
-            raise UsageError(
-                f"select: there is no token {number}; a picture has {tokens}, 0 to {tokens - 1}, here."
-            )
+    for index in chosen:
+        if not is_whole(index) or index < 0:
+            raise UsageError(f"select: {index!r} is no token; they are numbered from 0.")
+    if tokens is not None and max(chosen) >= tokens:
+        raise UsageError(
+            f"select: there is no token {max(chosen)}; a picture has {tokens}, 0 to {tokens - 1}, here."
+        )
     if len(set(chosen)) != len(chosen):
         raise UsageError(f"select {selection!r} names a token twice.")
     return tuple(chosen)
 
 
-def _key(name: str) -> str:
-    return "-".join(name.lower().replace("_", " ").replace("-", " ").split())
-
-
-def _finite(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
-
-
-def _point(part: str, curve: str) -> tuple[float, float]:
-    x, _, y = part.partition(":")
-    try:
-        return float(x), float(y)
-    except ValueError:
-        raise UsageError(
-            f"curve {curve!r}: '{part}' is no point; write FRACTION:FACTOR, such as 0:1,0.5:0.2,1:0."
-        ) from None
+def _token_range(text: str) -> range:
+    span = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text)
+    if span is None:
+        raise UsageError(f"select: '{text}' is no token or range; write 0-3,8.")
+    return range(int(span[1]), int(span[2] or span[1]) + 1)

@@ -1,60 +1,60 @@
-"""How strongly an image prompt acts in each cross-attention: named profiles, lists and patterns → weights.
+"""Layer profiles: a weight for each cross-attention layer, from a name, a list, or block-name patterns.
 
-Pure tables and arithmetic, no torch. A block's place is its execution position ``t`` (see ``layers``), which
-is how the profiles' users know them; ``L`` is the number of blocks: 16 for SD1.5 and SD2, 11 for SDXL. UNets
-of another shape get the roles from where their blocks are, by the rules of :func:`roles`.
+Tables and arithmetic, no torch. A block is known by its position ``t`` in execution order, as in ComfyUI; a
+UNet has ``count`` attention blocks: SD1.5 and SD2 have 16, SDXL has 11. Roles of blocks in UNets of another
+shape follow from where the blocks are (:func:`roles`).
 
-Numbers: ComfyUI_IPAdapter_plus's weight types (as published formulas) and InstantStyle (Wang et al. 2024) for
-``style`` and ``layout``. Two systems use "style" for different layers of SD1.5; both are here under own
-names.
+Sources: ComfyUI_IPAdapter_plus's weight types; InstantStyle (Wang et al. 2024) for ``style`` and ``layout``.
+The two call different layers of SD1.5 "style", so they have different names here.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from imprompt.errors import UsageError
+from imprompt.schema.options import canonical, is_finite
 
 if TYPE_CHECKING:
     from imprompt.adapter.backbones.base import Site
 
 Profile = str | Sequence[float | int] | Mapping[str, object]
-"""A profile's name (``NAME:FACTOR`` where it has a second part); weights in execution order, one a block or
-one a layer; or weights by block-name pattern. As text: ``1,0.5,0`` or ``up_blocks.1:1,default:0``."""
+"""A profile's name, with ``:FACTOR`` for some; a list of weights in execution order, one for each block or
+each layer; or a mapping from block-name patterns to weights. As text: ``1,0.5,0`` or
+``up_blocks.1:1,default:0``."""
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """What a profile says for each layer, in published order."""
+    """A profile's weight for each layer, in published order."""
 
     weights: tuple[float, ...]
     negated: tuple[bool, ...]
-    """Where the image acts as what to avoid: its tokens replace the negative ones, and the positive are
-    void."""
+    """Layers in which the image tokens replace the negative tokens, and the positive branch gets none."""
 
 
 @dataclass(frozen=True)
 class Roles:
-    """Which blocks (by ``t``) of a UNet family do what."""
+    """The roles of a UNet's attention blocks, each known by its position in execution order."""
 
     count: int
+    """Number of attention blocks."""
     composition: Mapping[int, float]
-    """The blocks that decide where things are, with the share of the weight they get."""
+    """Blocks that decide where things are, with their weight in ``composition``."""
     style: frozenset[int]
-    """ComfyUI's "style transfer"."""
+    """Blocks of ComfyUI's ``style transfer``."""
     instant_style: frozenset[int]
+    """Blocks of InstantStyle's style."""
     layout: frozenset[int]
-    """InstantStyle's pair."""
+    """Blocks of InstantStyle's layout."""
     precise: Mapping[int, float]
-    """Shares that "composition precise" gives the blocks which are not composition; 1 where not listed."""
+    """Weights of ``composition-precise`` outside the composition blocks; 1 where not listed."""
     known: bool = True
-    """Whether blocks have roles at all; on transformers none are known."""
+    """False for transformers: nobody has measured what their blocks do."""
 
 
 _SD15 = Roles(
@@ -73,9 +73,9 @@ _SDXL = Roles(
     layout=frozenset({3}),
     precise={t: 0.1 for t in range(11) if t not in (3, 6)},
 )
-# The bundled model's, measured (imprompt.evaluation.layers, 24 pairs): of the style the last two blocks bring
-# 0.70 and 0.22, of the likeness the one before 0.37, each with an interval above 0; of the rest only the
-# first block's likeness has one. No block decides where things are.
+# Measured on the bundled model with each block alone (24 pairs): the last two blocks account for 0.70 and
+# 0.22 of the style, the one before them for 0.37 of the likeness; of the others only the first block's
+# likeness is above 0 beyond its interval. No block decides where things are.
 _EMOJI = Roles(
     count=7,
     composition={0: 1.0},
@@ -86,8 +86,8 @@ _EMOJI = Roles(
 )
 _FAMILIES = {(6, 1, 9): _SD15, (4, 1, 6): _SDXL, (2, 1, 4): _EMOJI}
 
-Share = Callable[[int, str, Roles], float]
-"""(t, block kind, roles) → share of the scale."""
+BlockWeight = Callable[[int, str, Roles], float]
+"""(position, kind of block, roles) → weight of the block."""
 
 
 def _away_from_middle(t: int, roles: Roles) -> float:
@@ -99,8 +99,8 @@ def _ramp(x: float) -> float:
     return 0.05 + 0.95 * x
 
 
-# The ramps divide by L although t ends at L-1, so they stop short of their far end: published, kept.
-PROFILES: dict[str, Share] = {
+# As published, the ramps divide by the number of blocks, so they stop short of their far end.
+PROFILES: dict[str, BlockWeight] = {
     "linear": lambda t, kind, r: 1.0,
     "ease-in": lambda t, kind, r: _ramp(1 - t / r.count),
     "ease-out": lambda t, kind, r: _ramp(t / r.count),
@@ -120,70 +120,67 @@ PROFILES: dict[str, Share] = {
     "style": lambda t, kind, r: float(t in r.instant_style),
     "layout": lambda t, kind, r: float(t in r.layout),
 }
-"""Share of the scale in each block, by profile name."""
+"""Profile name → weight of a block, to be multiplied by the prompt's scale."""
 
 _NEGATED: dict[str, Callable[[int, Roles], bool]] = {
     "style-transfer-precise": lambda t, r: t in r.composition,
     "composition-precise": lambda t, r: t not in r.composition,
 }
+"""Profile → blocks where the image acts as a negative prompt."""
 _SECOND: dict[str, Callable[[int, Roles], bool]] = {
     "style-and-composition": lambda t, r: t in r.composition,
     "strong-style-and-composition": lambda t, r: t in r.composition,
     "style-transfer-precise": lambda t, r: t in r.composition,
     "composition-precise": lambda t, r: t not in r.composition,
 }
-"""The blocks whose strength ``NAME:FACTOR`` sets apart: the published weight of the composition, or boost."""
+"""Profile → blocks that the factor of ``NAME:FACTOR`` multiplies: ComfyUI's weight_composition and boosts."""
 _STAGES = ("down", "mid", "up", "transformer_blocks", "single_transformer_blocks")
 _POSITIONAL = ("linear", "ease-in", "ease-out", "ease-in-out", "reverse-in-out")
-"""Profiles that need no roles of blocks: the ones for transformers, whose blocks have no measured roles."""
-_ALIASES = {
-    "normal": "linear",
-    "standard": "linear",
-    "prompt-is-more-important": "ease-out",
-    "style-comfy": "style-transfer",
-    "composition-comfy": "composition",
-}
+"""Profiles that work without roles, so on transformers too."""
 
 
 def layer_weights(profile: Profile, layers: Sequence[Site]) -> LayerWeights:
-    """A profile's weight for each of ``layers`` (published order), to be multiplied by the prompt's scale.
+    """Weights of a profile for ``layers`` (in published order), to be multiplied by the prompt's scale.
 
-    A name is one of :data:`PROFILES` (case, spaces, ``_`` and ``-`` do not matter). A sequence is in
-    execution order, one number a block or one a layer. A mapping takes block-name prefixes or shell patterns
-    (``{"up_blocks.0.attentions.1": 1.0, "default": 0.0}``; the longest pattern wins) or diffusers' nested
-    form (``{"down": {"block_2": [0, 1]}, "default": 0.0}``); without ``default`` every layer must be named.
-    Raises :class:`UsageError` for unknown names, a wrong length, patterns without layers and numbers not
-    finite.
+    A name is one of :data:`PROFILES`; case, spaces, ``_`` and ``-`` do not matter. A sequence is in execution
+    order, with one number for each block or each layer. A mapping takes block-name prefixes or shell patterns
+    (``{"up_blocks.0.attentions.1": 1.0, "default": 0.0}``; the longest match wins) or diffusers' nested form
+    (``{"down": {"block_2": [0, 1]}, "default": 0.0}``); without ``default`` every layer must match.
+    Raises :class:`UsageError` for unknown names, a wrong length, patterns that match nothing, and numbers
+    that are not finite.
     """
     profile = read_profile(profile)
     if isinstance(profile, str):
-        name, _, factor = profile.partition(":")
-        where = roles(layers)
-        if not where.known and name not in _POSITIONAL:
-            raise UsageError(
-                f"profile {name!r} is measured on UNet blocks and means nothing on a transformer base. Use "
-                f"{', '.join(_POSITIONAL)}, a list of weights, or block patterns."
-            )
-        negated = _NEGATED.get(name, lambda t, r: False)
-        apart = _SECOND.get(name, lambda t, r: False)
-        return LayerWeights(
-            tuple(
-                PROFILES[name](x.block_index, x.kind, where)
-                * (float(factor or 1) if apart(x.block_index, where) else 1.0)
-                for x in layers
-            ),
-            tuple(negated(layer.block_index, where) for layer in layers),
-        )
+        return _by_name(profile, layers)
     weights = _by_pattern(profile, layers) if isinstance(profile, Mapping) else _in_order(profile, layers)
     return LayerWeights(weights, (False,) * len(layers))
 
 
-def read_profile(profile: Profile) -> Profile:
-    """A profile in one form, whatever its spelling: a canonical name, with ``:FACTOR`` where it was said; a
-    tuple of numbers; or a mapping. Text may be any of them (a mapping as ``pattern:weight,…`` or as JSON).
+def _by_name(profile: str, layers: Sequence[Site]) -> LayerWeights:
+    name, _, factor = profile.partition(":")
+    found = roles(layers)
+    if not found.known and name not in _POSITIONAL:
+        raise UsageError(
+            f"profile {name!r} needs the measured roles of UNet blocks; a transformer base has none. Use "
+            f"{', '.join(_POSITIONAL)}, a list of weights, or block patterns."
+        )
 
-    Raises :class:`UsageError` for what can be told without layers: unknown names, a factor where there is no
-    second part, no numbers or not finite ones.
+    def chosen(table: Mapping[str, Callable[[int, Roles], bool]]) -> tuple[bool, ...]:
+        return tuple(name in table and table[name](layer.block_index, found) for layer in layers)
+
+    weights = [PROFILES[name](layer.block_index, layer.kind, found) for layer in layers]
+    if factor:
+        multiplied = zip(weights, chosen(_SECOND), strict=True)
+        weights = [weight * float(factor) if second else weight for weight, second in multiplied]
+    return LayerWeights(tuple(weights), chosen(_NEGATED))
+
+
+def read_profile(profile: Profile) -> Profile:
+    """Normalise a profile to a name (with ``:FACTOR`` if given), a tuple of numbers, or a mapping.
+
+    Text may be any of them; a mapping as ``pattern:weight,…`` or JSON. Raises :class:`UsageError` for what
+    can be told without layers: unknown names, a factor for a profile that takes none, and weights that are
+    not finite numbers.
     """
     if isinstance(profile, str):
         return _from_text(profile)
@@ -201,41 +198,45 @@ def _from_text(text: str) -> Profile:
             return read_profile(json.loads(text))
         except json.JSONDecodeError as error:
             raise UsageError(f"profile {text!r} is no valid JSON ({error}).") from error
-    parts = [part.strip() for part in text.split(",")]
+    parts = [part.rpartition(":") for part in text.split(",")]
+    names = [name.strip() for name, _, _ in parts]
+    if len(parts) == 1 and not _is_pattern(names[0]):
+        return _name_from_text(text)
+    weights = [_number_from_text(weight, text) for _, _, weight in parts]
+    if not any(names):
+        return read_profile(weights)
+    for name in names:
+        if not _is_pattern(name):
+            raise UsageError(
+                f"profile {text!r}: {name!r} names no blocks; patterns start with down, mid, up or "
+                "transformer_blocks, contain a '*', or are 'default'."
+            )
+    return read_profile(dict(zip(names, weights, strict=True)))
+
+
+def _name_from_text(text: str) -> str:
+    """``NAME`` or ``NAME:FACTOR`` with the canonical name."""
+    given, sign, factor = text.partition(":")
+    name = canonical("profile", given, PROFILES)
+    if not sign:
+        return name
+    if name not in _SECOND:
+        raise UsageError(f"profile {name!r} takes no factor; only {', '.join(_SECOND)} do.")
+    return f"{name}:{_number(_number_from_text(factor, text), 'factor'):g}"
+
+
+def _number_from_text(number: str, text: str) -> float:
     try:
-        if len(parts) > 1:
-            if all(":" in part for part in parts):
-                pairs = [part.rsplit(":", 1) for part in parts]
-                return read_profile({_pattern(name): float(weight) for name, weight in pairs})
-            return read_profile([float(part) for part in parts])
-        name, sign, factor = text.rpartition(":")
-        if not sign:
-            return canonical(text)
-        if _looks_like_pattern(name):
-            return read_profile({name.strip(): float(factor)})
-        name = canonical(name)
-        if name not in _SECOND:
-            raise UsageError(f"profile {name!r} has no second part; only {', '.join(_SECOND)} take a factor.")
-        return f"{name}:{_number(float(factor), 'factor'):g}"
-    except ValueError as error:
-        if isinstance(error, UsageError):
-            raise
+        return float(number)
+    except ValueError:
         raise UsageError(
-            f"profile {text!r}: {error}. Write a name, weights as 1,0.5,0, or up_blocks.1:1,default:0."
-        ) from error
+            f"profile {text!r}: {number.strip()!r} is no number. Write a name, weights such as 1,0.5,0, or "
+            "patterns such as up_blocks.1:1,default:0."
+        ) from None
 
 
-def _pattern(name: str) -> str:
-    if not _looks_like_pattern(name):
-        raise UsageError(
-            f"profile: {name.strip()!r} names no blocks; patterns start with down, mid, up or "
-            "transformer_blocks, hold a '*', or are 'default'."
-        )
-    return name.strip()
-
-
-def _looks_like_pattern(name: str) -> bool:
-    return name.strip() == "default" or "*" in name or name.strip().startswith(_STAGES)
+def _is_pattern(name: str) -> bool:
+    return name == "default" or "*" in name or name.startswith(_STAGES)
 
 
 def _check_table(table: Mapping[str, object], where: str) -> None:
@@ -251,63 +252,48 @@ def _check_table(table: Mapping[str, object], where: str) -> None:
             _number(value, str(name))
 
 
-def canonical(name: str) -> str:
-    """The profile's name as listed in :data:`PROFILES`; raises :class:`UsageError` that lists them all."""
-    key = "-".join(name.lower().replace("_", " ").replace("-", " ").split())
-    key = _ALIASES.get(key, key)
-    if key not in PROFILES:
-        near = difflib.get_close_matches(key, PROFILES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise UsageError(f"profile {name!r} is unknown{hint} Known: {', '.join(PROFILES)}.")
-    return key
-
-
 def roles(layers: Sequence[Site]) -> Roles:
-    """The blocks' roles: the published ones for the block structures of SD1.5 and SDXL, else by position.
+    """Roles of the blocks: the published ones for SD1.5 and SDXL, measured ones for the bundled model.
 
-    By position means SD1.5's roles told structurally: composition is the deepest attending down level (its
-    last block fully, the one before by a quarter), InstantStyle's style the first attending up level, its
-    layout the deepest down level and the middle, style transfer everything that is neither.
+    On other UNets they follow SD1.5's pattern. Composition: the last two blocks of the deepest down stage
+    (0.25 and 1). InstantStyle's style: the first up stage; its layout: the deepest down stage and the middle.
+    Style transfer: all the rest. Without down and up blocks there are no roles.
     """
-    known = _FAMILIES.get(block_counts(layers))
-    if known is not None:
-        return known
-    blocks = sorted(
-        {(layer.block_index, layer.kind, layer.block.rsplit(".attentions.", 1)[0]) for layer in layers}
+    blocks = {layer.block_index: layer for layer in sorted(layers, key=lambda layer: layer.block_index)}
+    kinds = [block.kind for block in blocks.values()]
+    published = _FAMILIES.get((kinds.count("input"), kinds.count("middle"), kinds.count("output")))
+    if published is not None:
+        return published
+    stages: dict[tuple[str, str], list[int]] = {}
+    for t, block in blocks.items():
+        stages.setdefault((block.kind, block.block.rsplit(".attentions.", 1)[0]), []).append(t)
+    down, middle, up = (
+        [some for (kind, _), some in stages.items() if kind == part] for part in ("input", "middle", "output")
     )
-    inputs = [(t, stage) for t, kind, stage in blocks if kind == "input"]
-    outputs = [(t, stage) for t, kind, stage in blocks if kind == "output"]
-    if not inputs or not outputs:
-        nothing: frozenset[int] = frozenset()
-        return Roles(len(blocks), {}, nothing, nothing, nothing, {}, known=False)
-    deepest = [t for t, stage in inputs if stage == inputs[-1][1]]
-    first_up = frozenset(t for t, stage in outputs if stage == outputs[0][1])
-    middle = frozenset(t for t, kind, _ in blocks if kind == "middle")
-    rest = frozenset(t for t, _, _ in blocks) - set(deepest) - middle - first_up
+    if not down or not up:
+        none: frozenset[int] = frozenset()
+        return Roles(len(blocks), {}, none, none, none, {}, known=False)
+    deepest, centre, first_up = frozenset(down[-1]), frozenset().union(*middle), frozenset(up[0])
     return Roles(
         count=len(blocks),
-        composition=dict(zip(deepest[-2:], (0.25, 1.0)[-len(deepest) :], strict=True)),
-        style=rest or first_up,
+        composition=dict(zip(down[-1][::-1], (1.0, 0.25), strict=False)),
+        style=frozenset(blocks) - deepest - centre - first_up or first_up,
         instant_style=first_up,
-        layout=frozenset(deepest) | middle,
-        precise=dict.fromkeys(middle | first_up, 0.1),
+        layout=deepest | centre,
+        precise=dict.fromkeys(centre | first_up, 0.1),
     )
 
 
 def _in_order(weights: Sequence[float], layers: Sequence[Site]) -> tuple[float, ...]:
-    numbers = [_number(weight, f"weight {i}") for i, weight in enumerate(weights)]
-    running = sorted(
-        range(len(layers)), key=lambda i: layers[i].block_index
-    )  # stable: layers inside a block keep order
     blocks = 1 + max(layer.block_index for layer in layers)
-    if len(numbers) == blocks:
-        return tuple(numbers[layer.block_index] for layer in layers)
-    if len(numbers) == len(layers):
-        by_layer = dict(zip(running, numbers, strict=True))
-        return tuple(by_layer[i] for i in range(len(layers)))
+    if len(weights) == blocks:
+        return tuple(weights[layer.block_index] for layer in layers)
+    if len(weights) == len(layers):  # sorting is stable: layers inside a block keep their order
+        order = sorted(range(len(layers)), key=lambda i: layers[i].block_index)
+        return tuple(weight for _, weight in sorted(zip(order, weights, strict=True)))
     raise UsageError(
-        f"profile has {len(numbers)} weights; this base takes {blocks} (one a block)"
-        + (f" or {len(layers)} (one a layer)" if len(layers) != blocks else "")
+        f"profile has {len(weights)} weights; this base takes {blocks} (one for each block)"
+        + (f" or {len(layers)} (one for each layer)" if len(layers) != blocks else "")
         + ", in execution order (UNets: down, middle, up)."
     )
 
@@ -318,17 +304,14 @@ def _by_pattern(table: Mapping[str, object], layers: Sequence[Site]) -> tuple[fl
     weights: list[float] = []
     used: set[str] = set()
     for layer in layers:
-        fitting = [pattern for pattern in patterns if _covers(pattern, layer.name)]
-        used.update(fitting)
-        if fitting:
-            weights.append(patterns[max(fitting, key=len)])
+        matching = [pattern for pattern in patterns if _covers(pattern, layer.name)]
+        used.update(matching)
+        if matching:
+            weights.append(patterns[max(matching, key=len)])
         elif default is not None:
             weights.append(default)
         else:
-            raise UsageError(
-                f"profile says nothing about layer {layer.block}; name it, or add a 'default' "
-                "(0 leaves it alone)."
-            )
+            raise UsageError(f"profile gives no weight for layer {layer.block}; name it, or add a 'default'.")
     unused = [pattern for pattern in patterns if pattern not in used]
     if unused:
         raise UsageError(
@@ -339,7 +322,7 @@ def _by_pattern(table: Mapping[str, object], layers: Sequence[Site]) -> tuple[fl
 
 
 def _flat(table: Mapping[str, object], layers: Sequence[Site]) -> dict[str, object]:
-    """diffusers' nested form (``down``/``mid``/``up`` → ``block_i`` → number or list) as name patterns."""
+    """diffusers' nested form (``down`` → ``block_2`` → number or list) as block-name patterns."""
     flat: dict[str, object] = {}
     for key, value in table.items():
         stage = {"down": "down_blocks", "up": "up_blocks", "mid": "mid_block"}.get(key)
@@ -347,20 +330,22 @@ def _flat(table: Mapping[str, object], layers: Sequence[Site]) -> dict[str, obje
             flat[key] = value
         elif isinstance(value, Mapping):
             for block, inner in value.items():
-                name = f"{stage}.{str(block).removeprefix('block_')}"
-                flat |= _spread(name, inner, layers)
+                flat |= _per_block(f"{stage}.{str(block).removeprefix('block_')}", inner, layers)
         else:
-            flat |= _spread(stage, value, layers)
+            flat |= _per_block(stage, value, layers)
     return flat
 
 
-def _spread(name: str, value: object, layers: Sequence[Site]) -> dict[str, object]:
+def _per_block(name: str, value: object, layers: Sequence[Site]) -> dict[str, object]:
+    """``name`` with its number, or each attention block inside it with its number of a list."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         return {name: value}
-    held = list(dict.fromkeys(layer.block for layer in layers if _covers(name, layer.name)))
-    if len(value) != len(held):
-        raise UsageError(f"profile gives {len(value)} weights for {name}, which has {len(held)} attentions.")
-    return dict(zip(held, value, strict=True))
+    blocks = list(dict.fromkeys(layer.block for layer in layers if _covers(name, layer.name)))
+    if len(value) != len(blocks):
+        raise UsageError(
+            f"profile gives {len(value)} weights for {name}, which has {len(blocks)} attentions."
+        )
+    return dict(zip(blocks, value, strict=True))
 
 
 def _covers(pattern: str, name: str) -> bool:
@@ -368,15 +353,6 @@ def _covers(pattern: str, name: str) -> bool:
 
 
 def _number(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not is_finite(value):
         raise UsageError(f"profile: {name} is {value!r}; a finite number is expected.")
     return float(value)
-
-
-def block_counts(layers: Sequence[Site]) -> tuple[int, int, int]:
-    """How many attention blocks there are in the input, middle and output part: (6, 1, 9) for SD1.5."""
-    blocks = {layer.block_index: layer.kind for layer in layers}
-    input_, middle, output = (
-        sum(kind == part for kind in blocks.values()) for part in ("input", "middle", "output")
-    )
-    return input_, middle, output

@@ -3,10 +3,12 @@
 Nothing here imports torch or opens a file.
 """
 
+import difflib
 import re
-from typing import Annotated, Any, Self
+from collections.abc import Mapping
+from typing import Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from imprompt.errors import UsageError
 from imprompt.io import printable
@@ -17,9 +19,9 @@ _OPTION = re.compile(rf",\s*([A-Za-z_]\w*)=(?:{_QUOTED}(?=,|$)|(.*?)(?=,\s*[A-Za
 
 
 class Record(BaseModel):
-    """An immutable record without unknown fields or NaN. What is wrong is one :class:`UsageError`."""
+    """Immutable, without unknown fields or NaN; raises one-line :class:`UsageError` for wrong values."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -27,24 +29,24 @@ class Record(BaseModel):
         except ValidationError as error:
             raise UsageError(describe_errors(type(self), error)) from error
 
+    @classmethod
+    def from_flag(cls, said: str, values: Mapping[str, Any]) -> Self:
+        """The record that a flag describes; errors begin with ``said``, the flag as it was given."""
+        try:
+            return cls(**values)
+        except UsageError as error:
+            raise UsageError(f"{said}: {error}") from error
+
     def replace(self, **changes: object) -> Self:
         """A copy with ``changes``, validated again. Raises :class:`UsageError`."""
         return type(self)(**{**dict(self), **changes})
 
 
-def _path_to_text(value: object) -> object:
-    return str(value) if hasattr(value, "__fspath__") else value
-
-
-PathText = Annotated[str, BeforeValidator(_path_to_text), Field(min_length=1, max_length=4096)]
-"""A path as text; :class:`pathlib.Path` is accepted."""
-
-
 def read_flag(flag: str, text: str, known: tuple[str, ...]) -> tuple[str, dict[str, str]]:
-    """The first part of ``FIRST[,OPTION=VALUE]…`` and its options.
+    """Split ``FIRST[,OPTION=VALUE]…`` into the first part and its options.
 
-    Parts may hold commas. One that holds ``,name=`` is written in double quotes, with ``\\"`` for a quote in
-    it. Raises :class:`UsageError` naming an option that is unknown or given twice.
+    Parts may contain commas. A part that contains ``,name=`` goes into double quotes, in which ``\\"`` is a
+    quote. Raises :class:`UsageError` naming an option that is unknown or given twice.
     """
     quoted = re.match(_QUOTED + r"\s*(?=,|$)", text)
     if quoted is not None:
@@ -61,8 +63,8 @@ def read_flag(flag: str, text: str, known: tuple[str, ...]) -> tuple[str, dict[s
         name, inside, plain = option.groups()
         if name not in known:
             raise UsageError(
-                f"{flag} '{text}': unknown option '{name}'; known are {', '.join(known)}. Text that holds "
-                "',name=' goes into double quotes."
+                f"{flag} '{text}': unknown option '{name}'; known are {', '.join(known)}. Text that "
+                "contains ',name=' goes into double quotes."
             )
         if name in options:
             raise UsageError(f"{flag} '{text}': '{name}' is given twice.")
@@ -76,17 +78,19 @@ def _unquoted(text: str) -> str:
 
 
 def describe_errors(model: type[BaseModel], error: ValidationError) -> str:
-    """What pydantic found wrong with a record, in one line that names the fields."""
+    """All of pydantic's findings in one line that names the fields."""
     lines = []
     for item in error.errors(include_url=False):
         field = ".".join(str(place) for place in item["loc"] if not str(place).startswith("function-"))
         message = item["msg"].removeprefix("Value error, ").rstrip(".")
         if item["type"] == "extra_forbidden":
-            message = f"no such field; known are {', '.join(model.model_fields)}"
+            near = difflib.get_close_matches(str(item["loc"][-1]), model.model_fields, n=1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            message = f"no such field; {hint}known are {', '.join(model.model_fields)}"
         elif item["type"] not in ("value_error", "missing"):
             given = repr(item["input"])
             message += f", got {given if len(given) <= 60 else given[:57] + '...'}"
-        named = message.startswith((f"{field} ", f"{field}:"))  # the message says the field itself
+        named = message.startswith((f"{field} ", f"{field}:"))  # the message names its field
         lines.append(f"{field}: {message[:1].lower()}{message[1:]}" if field and not named else message)
     message = printable("; ".join(lines))
     return f"{message if len(message) <= _LONGEST else message[:_LONGEST] + ' …'}."

@@ -1,10 +1,11 @@
-"""Everything frozen is computed once: latents, text states and image features of the whole set, on disk.
+"""Cache of all that the frozen models compute: latents, text states and image features of the whole set, on
+disk.
 
-The reference scripts encode picture, caption and reference anew in every step, half of their time. Here each
-is encoded once and kept under a hash of its content, in a folder named by what encoded it (weights and
-settings): a new picture is encoded alone, and another run on the same data finds the rest. Shards are named
-by a hash of their own bytes, so a damaged one is noticed and its pictures are encoded again. Processes share
-the encoding. Without a cache folder, pictures are encoded at every step.
+The reference scripts spend half of their time on encoding picture, caption and reference again in every
+step. Here each is encoded once and stored under a hash of its content, in a folder named after the encoder's
+weights and settings: adding a picture encodes that picture alone, and another run on the same data finds the
+rest. Shards are named by a hash of their bytes, so damage is noticed and the pictures are encoded again.
+Processes share the encoding. Without a cache folder, pictures are encoded at every step.
 """
 
 from __future__ import annotations
@@ -226,7 +227,7 @@ class FeatureEncoder(Protocol):
         """Each feature of ``N`` pictures. Raises :class:`InputError` for a picture that has none."""
 
     def negative(self) -> dict[str, Tensor]:
-        """What stands for no picture, one row of each feature."""
+        """The features for no picture, one row of each."""
 
 
 class ClipFeatures:

@@ -53,7 +53,7 @@ def crop_to_shape(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def crop_box(own_width: int, own_height: int, width: int, height: int) -> tuple[int, int, int, int]:
-    """That part as (left, top, right, bottom)."""
+    """The box (left, top, right, bottom) of :func:`crop_to_shape`."""
     if own_width * height > own_height * width:
         cropped_width, cropped_height = max(1, round(own_height * width / height)), own_height
     else:
@@ -191,17 +191,12 @@ class Plan:
             (other.captions[kind][0] for kind in ("concept", *other.captions) if other.captions.get(kind)), ""
         )
 
-    def draw(self, number: int, *, process: int = 0, processes: int = 1) -> Batch:
-        """The batch of forward pass ``number`` (counted over the whole run) on one of ``processes``.
+    def samples(self, indices: Sequence[int]) -> Batch:
+        """The samples of these global indices.
 
         Every training picture is shown as often as it repeats in an epoch, in an order of its own for each
         epoch.
         """
-        first = (number * processes + process) * self.config.batch
-        return self.samples(range(first, first + self.config.batch))
-
-    def samples(self, indices: Sequence[int]) -> Batch:
-        """The samples of these global indices."""
         config = self.config
         batch = Batch([], [], [], [], torch.zeros(len(indices), dtype=torch.bool))
         for place, index in enumerate(indices):

@@ -16,14 +16,14 @@ from imprompt.encoders.face_geometry import TEMPLATE, Face
 from imprompt.training.cache import fingerprint
 
 _WHOLE = Face((0.0, 0.0, 112.0, 112.0), 1.0, TEMPLATE.astype(np.float32))
-"""A face that fills its picture: only the width of its embedding is asked for."""
+"""A face that fills its picture; used to find the width of embeddings."""
 
 
 class FaceFeatures:
-    """A recogniser's embedding, of length 1; with ``encoder`` the look of the aligned crop as well.
+    """A recogniser's embedding, of length 1; with ``encoder`` also its hidden states of the aligned crop.
 
-    See :class:`imprompt.training.cache.FeatureEncoder`. No face is the embedding zero and, of the look, what
-    the encoder makes of a zero preprocessed tensor.
+    See :class:`imprompt.training.cache.FeatureEncoder`. The negative is a zero embedding and, with an
+    encoder, its hidden states of a zero input.
     """
 
     def __init__(self, reader: faces.FaceEmbedder, encoder: ImageEncoder | None = None) -> None:
@@ -42,7 +42,7 @@ class FaceFeatures:
         return features
 
     def negative(self) -> dict[str, Tensor]:
-        """What stands for no face."""
+        """The features for no face."""
         width = self.reader.embed(Image.new("RGB", (112, 112)), _WHOLE).shape[-1]
         zero = {"face": torch.zeros(1, int(width))}
         if self.encoder is not None:

@@ -1,8 +1,8 @@
-"""The folder of a training run: who may write to it, which run it holds, its log, and its checkpoints.
+"""The folder of a training run: its lock, its identity, its log, and its checkpoints.
 
-One process holds ``.lock`` while a run goes on. ``run.json`` says which run it is, by contents. A checkpoint
-is ``checkpoint-STEP.safetensors`` beside a ``.json`` manifest with its SHA-256; one that does not match its
-manifest is not used. Everything is written whole or not at all.
+One process holds ``.lock`` during a run. ``run.json`` has the run's identity. A checkpoint is
+``checkpoint-STEP.safetensors`` with a ``.json`` manifest that has its SHA-256; one that does not match its
+manifest is not used. Files are written whole or not at all.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RECORD, LOG, LOCK = "run.json", "log.jsonl", ".lock"
 
 @dataclass(frozen=True)
 class Identity:
-    """What a run is. Everything is known by its content, nothing by its path."""
+    """Identity of a run, by the contents of its inputs, never by their paths."""
 
     config: dict[str, Any]
     """The fields of the configuration that may not change."""
@@ -50,7 +50,7 @@ class Identity:
     """Batch × accumulate × processes."""
 
     def differences(self, before: Mapping[str, Any]) -> list[str]:
-        """How this run differs from the one that ``before`` records, in words."""
+        """The differences from the run that ``before`` records, in words."""
         now = json.loads(json.dumps(asdict(self)))
         was, fields = before.get("config", {}), now["config"]
         found = [
@@ -105,7 +105,7 @@ class RunFolder:
             raise UsageError(f"'{self.path}' already holds a run; resume it (--resume) or name a new folder.")
 
     def close(self) -> None:
-        """Give the folder free; one that no run began in is as it was before."""
+        """Release the folder; if no run began in it, leave it as it was."""
         if self._lock is None:
             return
         began = (self.path / RECORD).exists()
@@ -145,7 +145,7 @@ class RunFolder:
             handle.write(line + "\n")
 
     def records(self) -> list[dict[str, Any]]:
-        """The log's lines; what a crash left half-written is passed over."""
+        """The records in the log, without lines that a crash left half-written."""
         path = self.path / LOG
         if not path.exists():
             return []
@@ -158,7 +158,7 @@ class RunFolder:
         return found
 
     def rewind(self, step: int) -> None:
-        """Forget log lines of steps that the resumed run takes again."""
+        """Delete log lines of steps that the resumed run repeats."""
         kept = [record for record in self.records() if record["step"] <= step]
         self.write(LOG, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 

@@ -1,4 +1,4 @@
-"""How a run is placed: accelerate's devices, processes and number format, and work for the main process."""
+"""Launching a run: accelerate's device, processes and number format, and work for the main process alone."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ T = TypeVar("T")
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """accelerate's view of device, processes and number format. Raises :class:`UsageError` for a device or
-    number format that is not there."""
+    """The accelerator for a run. Raises :class:`UsageError` for a device or number format that is missing."""
     if config.device not in ("auto", "cpu", "cuda", "mps"):
         raise UsageError(
             f"device '{config.device}': auto, cpu, cuda or mps is expected; choose among several GPUs with "
@@ -54,7 +53,7 @@ def _trackers(config: TrainConfig) -> list[str]:
 
 
 def _check_launcher() -> None:
-    """accelerate starts a single process on the CPU, and only its port tells that several were asked for."""
+    """accelerate launch starts one process on the CPU; only its port shows that several were asked for."""
     several = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ
     if several and not {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"} & os.environ.keys():
         raise UsageError(
@@ -83,7 +82,7 @@ def _precision(config: TrainConfig) -> str | None:
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T | None:
-    """Do something in the main process alone; what it raises is raised in all of them."""
+    """Run ``work`` in the main process alone; an error of it is raised in all processes."""
     found, error = None, None
     if accelerator.is_main_process:
         try:

@@ -1,4 +1,4 @@
-"""What a run counts between two log lines: losses by band of the schedule, and gradients not finite.
+"""Counters between two log lines: losses by band of the schedule, and gradients that are not finite.
 
 Everything is summed on the device and read only when a line is written, so that no step waits for it.
 """
@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 BANDS = 4
-"""Equal parts of the schedule: the loss is told for each, and validation tests one timestep of each."""
+"""Number of equal bands of the schedule; losses are reported for each, and validation tests one timestep
+of each."""
 
 
 class Meter:

@@ -14,7 +14,7 @@ from imprompt.errors import ModelError
 
 
 def prediction_target(kind: str, clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """What a UNet of this ``prediction_type`` should output for ``√ᾱ·clean + √(1-ᾱ)·noise``.
+    """The target of a UNet of this ``prediction_type`` for the input ``√ᾱ·clean + √(1-ᾱ)·noise``.
 
     ``epsilon``: the noise; ``v_prediction``: ``√ᾱ·noise - √(1-ᾱ)·clean`` (Salimans & Ho 2022, §4);
     ``sample``: the clean latents. Latents ``B C h w``, ``alpha_bar`` ``B``. Raises
@@ -77,5 +77,5 @@ def drop_features(features: Tensor, negative: Tensor, dropped: Tensor) -> Tensor
 
 
 def broadcast(values: Tensor) -> Tensor:
-    """One number a picture, ``B``, beside latents ``B C h w``."""
+    """View ``B`` numbers as ``B 1 1 1``, to multiply latents ``B C h w``."""
     return values.view(-1, 1, 1, 1)

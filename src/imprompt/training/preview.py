@@ -1,7 +1,7 @@
-"""A sheet of samples drawn while training: what the adapter does by now, for people to look at.
+"""A sheet of samples drawn during training, to see what the adapter has learned.
 
-One row a held-out picture: the picture, drawn from its caption without the adapter, drawn from the picture
-alone, from both, and from the picture with the caption of something else. Noise is the same in every sheet.
+A row for each held-out picture: the picture, then drawings from its caption without the adapter, from the
+picture alone, from both, and from the picture with the caption of another. Noise is the same in every sheet.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.encoders.face import Faces as EncodedFaces
 from imprompt.encoders.images import load_image
+from imprompt.evaluation.charts import grid
 from imprompt.schema.prompt import ImagePrompt
 from imprompt.training.cache import EncodedSet
 from imprompt.training.data import Plan, crop_to_shape, generator_for
@@ -45,19 +46,12 @@ class Preview:
     @torch.no_grad()
     def draw(self) -> tuple[bytes, list[list[Image.Image]]]:
         """The sheet as PNG, and its pictures by column."""
-        if self._without is None:  # the same all through the run
+        if self._without is None:  # the same throughout the run
             self._without = self._draw(*self.asked[0])
         columns = [self.references, self._without, *(self._draw(*asked) for asked in self.asked[1:])]
-        wide, high = (max(size[axis] for size in self.sizes) for axis in (0, 1))
-        gap = max(2, wide // 32)
-        sheet = Image.new(
-            "RGB", (len(columns) * (wide + gap) + gap, len(self.shown) * (high + gap) + gap), "white"
-        )
-        for x, column in enumerate(columns):
-            for y, picture in enumerate(column):
-                sheet.paste(picture, (gap + x * (wide + gap), gap + y * (high + gap)))
+        cells = [picture for row in zip(*columns, strict=True) for picture in row]
         stream = io.BytesIO()
-        sheet.save(stream, "PNG")
+        grid(cells, COLUMNS, [""] * len(self.shown)).save(stream, "PNG")
         return stream.getvalue(), columns
 
     def _draw(self, captions: Sequence[str], with_picture: bool) -> list[Image.Image]:

@@ -1,4 +1,4 @@
-"""What a run leaves: the adapter file with its metadata, a model card, and both on the hub if asked for."""
+"""Results of a run: the adapter file with its metadata, the model card, and the upload to the hub."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The tensors of a training step: what each forward pass sees, and the adapter and UNet as one module.
+"""The tensors of a training step, and the adapter with the UNet as one module.
 
-A sample is a function of the run's seed and its global index alone, whichever process makes it.
+A sample is a function of the run's seed and its global index, whichever process makes it.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class Sample:
 
 
 Shown = Literal["picture", "negative", "bare"]
-"""What the adapter is shown in validation; ``bare``: there is no adapter."""
+"""Input of the adapter in validation; ``bare``: there is no adapter."""
 
 
 class Forward(nn.Module):
     """The adapter's weights and the UNet they act in, as one module that accelerate wraps.
 
-    The UNet is no submodule: it is frozen, and no process has to hear of its weights. The tokens stay in
-    place until :meth:`release`: a checkpointed UNet runs again in the backward pass and needs them.
+    The UNet is no submodule: it is frozen, so processes need not exchange its weights. The tokens stay in
+    place until :meth:`release`, because with gradient checkpointing the UNet runs again in the backward pass.
     """
 
     def __init__(self, adapter: IPAdapter, unet: Any) -> None:
@@ -97,7 +97,8 @@ class Samples:
         self.process, self.processes = process, processes
 
     def make(self, number: int) -> Sample:
-        """What forward pass ``number`` sees; a function of the run's seed and the samples' global indices."""
+        """The sample of forward pass ``number``, a function of the run's seed and the samples' global
+        indices."""
         config, data = self.config, self.data
         first = (number * self.processes + self.process) * config.batch
         indices = range(first, first + config.batch)

@@ -1,4 +1,4 @@
-"""What a run starts from: the frozen base, its image encoder, and the adapter with its first weights."""
+"""The start of a run: the frozen base, its image encoder, and the adapter with its first weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.face import OnnxFaces
 from imprompt.errors import UsageError
-from imprompt.generation.families import Base, find_base, load, load_adapter
+from imprompt.generation.families import Base, find_base
+from imprompt.generation.pipelines import load
 from imprompt.training.cache import ClipFeatures, FeatureEncoder
 from imprompt.training.config import Kind, TrainConfig
 from imprompt.training.faces import FaceFeatures
@@ -65,7 +66,7 @@ def load_start(config: TrainConfig, base: Base) -> IPAdapter | None:
 
 
 def kind_of(adapter: IPAdapter) -> Kind:
-    """The kind of training that an adapter's variant belongs to."""
+    """The kind of an adapter, by its variant."""
     variant = adapter.checkpoint.variant
     if variant.feature == "face":
         return "faceid-plus" if adapter.projection.patch_width is not None else "faceid"
@@ -73,10 +74,10 @@ def kind_of(adapter: IPAdapter) -> Kind:
 
 
 def new_adapter(config: TrainConfig, kind: Kind, unet: Any, widths: tuple[int, ...]) -> IPAdapter:
-    """New weights by the run's seed: a random projection, keys and values copied from the text's; of a face
-    adapter also a LoRA that adds nothing yet. ``widths`` are those of the features.
+    """An adapter with new weights by the run's seed: a random projection, and keys and values copied from
+    the text's; for faces also a LoRA that adds nothing yet. ``widths`` are those of the features.
 
-    Raises :class:`UsageError` for faceid-plus, whose resampler is trained on from a published adapter."""
+    Raises :class:`UsageError` for faceid-plus, which needs an adapter to start from."""
     if kind == "faceid-plus":
         raise UsageError("kind 'faceid-plus' is trained from an adapter only: name one with init.")
     with torch.random.fork_rng(devices=[]):
@@ -108,7 +109,7 @@ def widths(negative: Mapping[str, Tensor]) -> tuple[int, ...]:
 
 
 def trainable(adapter: IPAdapter, config: TrainConfig, unet: Any) -> list[torch.nn.Parameter]:
-    """Mark what is trained, all of it or the projection and the layers of ``config.layers``; returns it.
+    """Mark and return the parameters to train: all, or the projection and the layers of ``config.layers``.
 
     Raises :class:`UsageError` when no layer has such a name."""
     adapter.module.requires_grad_(True).train()
@@ -127,8 +128,10 @@ def trainable(adapter: IPAdapter, config: TrainConfig, unet: Any) -> list[torch.
 def feature_encoder(
     config: TrainConfig, kind: Kind, pipe: Any, initial: IPAdapter | None, device: torch.device
 ) -> tuple[FeatureEncoder, str]:
-    """What turns references into features, on the device, and the name of its image encoder (a face adapter
-    may have none). Raises :class:`UsageError` when there is none."""
+    """The encoder of references on the device, and the name of its image encoder; a face adapter may have
+    none.
+
+    Raises :class:`UsageError` when there is none."""
     names = FEATURES[kind]
     if "face" not in names:
         encoder = _image_encoder(config, pipe, initial).to(device)
@@ -199,7 +202,7 @@ def _named(name: str) -> IPAdapter:
         found = sorted(path.glob(f"{_CHECKPOINT}*.safetensors"))
         if found:
             return _from_checkpoint(found[-1])
-    return load_adapter(name)
+    return IPAdapter.from_pretrained(name)
 
 
 def _from_checkpoint(path: Path) -> IPAdapter:

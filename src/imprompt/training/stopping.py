@@ -1,4 +1,4 @@
-"""How a run is stopped from outside: Ctrl-C, SIGTERM, SIGHUP, its time; together in all processes."""
+"""Stopping a run early, by Ctrl-C, SIGTERM, SIGHUP or its time limit, together in all processes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 from accelerate import Accelerator
 
 AGREE_EVERY = 10
-"""Steps between two times that several processes ask each other whether to stop."""
+"""Steps between two agreements of several processes on whether to stop."""
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class Stopper:
-    """Notes that the run is to stop; ``minutes`` from now, if given."""
+    """Tells when the run should stop: on a signal, or ``minutes`` from now."""
 
     def __init__(self, accelerator: Accelerator, minutes: float | None) -> None:
         self.accelerator = accelerator

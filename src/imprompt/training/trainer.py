@@ -1,21 +1,20 @@
-"""The trainer: a frozen base, one adapter, and figures that say whether it learns.
+"""Train an adapter on a frozen base, with figures that show whether it learns.
 
-``train(config)`` writes ``ip-adapter.safetensors`` in the published layout into the run's folder, beside
-``run.json`` (which run it is), ``log.jsonl``, a model card and the newest checkpoints. The plain loss of a
-diffusion model stays flat while an adapter learns; what tells is the validation loss on fixed pictures, noise
-and timesteps *with* the picture, against *without* it and against the bare base. All are printed and logged.
+``train(config)`` writes ``ip-adapter.safetensors`` in the published layout into the run's folder, with
+``run.json`` (the run's identity), ``log.jsonl``, a model card and the newest checkpoints. The training loss
+stays flat while an adapter learns. What shows progress is the validation loss on fixed pictures, noise and
+timesteps: with the picture, without it, and of the bare base.
 
-Devices, processes, number formats and trackers are accelerate's: its configuration and ``accelerate launch``
-work. Nothing waits for the device between two log lines.
+accelerate handles devices, processes, number formats and trackers; its configuration and ``accelerate
+launch`` work. Nothing waits for the device between two log lines.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,17 +23,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler
-from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
 from imprompt.errors import ModelError
 from imprompt.io import write_atomic
-from imprompt.training import start
 from imprompt.training.config import TrainConfig
 from imprompt.training.folder import WEIGHT_NAME, RunFolder
 from imprompt.training.launch import make_accelerator, on_main
+from imprompt.training.learned import Learned
 from imprompt.training.meter import BANDS, Meter
 from imprompt.training.objective import broadcast, learning_rate, loss_weights, prediction_target
 from imprompt.training.prepare import Prepared, prepare
@@ -48,14 +46,13 @@ from imprompt.weights import silence_library_logging
 def train(
     config: TrainConfig, *, on_step: Callable[[int], None] | None = None, sheets: int | None = None
 ) -> Path:
-    """Train one adapter; returns the file written, reloaded once to prove that it reads.
+    """Train one adapter and return its file, which was read back as a check.
 
-    ``on_step`` is called with the number of steps taken after each one, in every process. ``sheets`` of
-    samples are drawn on the way, in place of one every ``config.sample_every`` steps.
+    ``on_step`` is called after each step with the number of steps so far, in every process. ``sheets`` is the
+    number of sample sheets to draw during the run; ``None``: one every ``config.sample_every`` steps.
 
-    With ``minutes`` the run may end before its last step: the adapter is written as it is then, and the same
-    configuration with ``resume`` goes on from there. Ctrl-C, SIGTERM and SIGHUP do the same and then raise
-    ``KeyboardInterrupt``.
+    With ``minutes`` the run may end before its last step: the adapter is written as it is then, and
+    ``resume`` continues the run. Ctrl-C, SIGTERM and SIGHUP do the same and then raise ``KeyboardInterrupt``.
     Raises :class:`UsageError` when the folder holds another run or the configuration cannot work,
     :class:`InputError` without usable pictures or with a full disk, :class:`ModelError` when the base cannot
     be loaded or steps stop having finite gradients.
@@ -76,7 +73,7 @@ def train(
 
 
 class Trainer:
-    """Owns a run: the frozen base, the adapter, optimizer, averaged weights."""
+    """A run: the frozen base, the adapter in training, validation, samples and checkpoints."""
 
     def __init__(
         self,
@@ -121,7 +118,7 @@ class Trainer:
             self.preview = Preview(self.pipe, self.adapter, self.data, self.plan, config.sample_guidance)
 
     def _begin(self, prepared: Prepared) -> None:
-        """Check that this is the run the folder holds, and say what it trains on."""
+        """Check that the folder is this run's, and report what it trains on."""
         self.folder.begin(prepared.identity)
         rejected = self.data.rejected
         self.folder.write("rejected.txt", "".join(f"{item}\n" for item in rejected))
@@ -145,27 +142,19 @@ class Trainer:
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.adapter.to(self.device, torch.float32)
-        self.parameters = start.trainable(self.adapter, config, self.unet)
+        self.learned = Learned(self.adapter, config, self.unet, self.device)
         self.adapter.attach(self.unet)
         if config.compile:
             self.unet.compile_repeated_blocks()
         self.forward = accelerator.prepare(Forward(self.adapter, self.unet))
-        self.fused = self.device.type in ("cpu", "cuda")
-        assert config.lr is not None
-        plain = torch.optim.AdamW(
-            self.parameters, config.lr, config.betas, weight_decay=config.weight_decay, fused=self.fused
-        )
-        self.plain_optimizer, self.optimizer = plain, accelerator.prepare(plain)
-        self.ema = EMAModel(self.parameters, decay=config.ema, foreach=True) if config.ema else None
-        if self.ema is not None:
-            self.ema.to(self.device)
+        self.optimizer = accelerator.prepare(self.learned.optimizer)
         if accelerator.log_with:
             accelerator.init_trackers("tracker", config={"run": str(config.output)})
 
     # ---- running
 
     def run(self, on_step: Callable[[int], None] | None = None) -> None:
-        """All remaining steps, with validation, samples, log lines and checkpoints on the way."""
+        """Take all remaining steps, with validation, samples, log lines and checkpoints."""
         config = self.config
         if self.step == 0:
             self._validate()
@@ -192,7 +181,7 @@ class Trainer:
             raise KeyboardInterrupt
 
     def _after_step(self, last: bool, bar: Any) -> None:
-        """What is due after a step: checks, a log line, a checkpoint, validation and samples."""
+        """Do what is due after a step: checks, a log line, a checkpoint, validation, samples."""
         config = self.config
 
         def due(every: int) -> bool:
@@ -213,7 +202,7 @@ class Trainer:
         self.meter.pause(time.monotonic() - before)
 
     def _prefetched(self) -> Iterator[list[Sample]]:
-        """The forward passes of each remaining step; the next step's are made while one is trained on."""
+        """The samples of each remaining step; those of the next are made during a step."""
         with ThreadPoolExecutor(1) as pool:
             pending = pool.submit(self._samples, self.step) if self.step < self.steps else None
             step = self.step
@@ -227,9 +216,9 @@ class Trainer:
         return [self.samples.make(step * self.accumulate + part) for part in range(self.accumulate)]
 
     def advance(self, samples: Sequence[Sample]) -> None:
-        """One optimizer step. A step without a finite gradient changes nothing and is counted."""
+        """Take one optimizer step. One without a finite gradient changes nothing and is counted."""
         config, accelerator = self.config, self.accelerator
-        for group in self.plain_optimizer.param_groups:
+        for group in self.learned.optimizer.param_groups:
             group["lr"] = self._rate(self.step)
         for sample in samples:
             with accelerator.accumulate(self.forward):
@@ -246,19 +235,20 @@ class Trainer:
                     self._update()
 
     def _update(self) -> None:
-        limit = self.config.clip or math.inf
-        bad = self.meter.gradient(torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters, limit)))
-        if self.accelerator.scaler is None and self.fused:
+        learned, limit = self.learned, self.config.clip or math.inf
+        norm = self.accelerator.clip_grad_norm_(learned.parameters, limit)
+        bad = self.meter.gradient(torch.as_tensor(norm))
+        if self.accelerator.scaler is None and learned.fused:
             # The contract of GradScaler: a fused optimizer skips the step on the device, without a sync.
-            self.plain_optimizer.grad_scale = None  # type: ignore[attr-defined]
-            self.plain_optimizer.found_inf = bad  # type: ignore[attr-defined]
+            learned.optimizer.grad_scale = None  # type: ignore[attr-defined]
+            learned.optimizer.found_inf = bad  # type: ignore[attr-defined]
         elif self.accelerator.scaler is None and bool(bad):
             self.optimizer.zero_grad()
             return
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.ema is not None:
-            self.ema.step(self.parameters)
+        if learned.average is not None:
+            learned.average.step(learned.parameters)
 
     def error(self, sample: Sample, *, with_adapter: bool = True) -> Tensor:
         """Mean squared error of each picture, ``B``."""
@@ -297,7 +287,7 @@ class Trainer:
         self._log({"step": self.step, "lr": rate, **values})
         if failed:
             self._say(f"step {self.step}: {failed} forward passes without a finite loss were left out")
-        if not self.terminal:  # a bar in a log file is no use
+        if not self.terminal:  # in a log file, lines instead of a bar
             left = _duration((self.steps - self.step) * self.plan.per_step / max(pace, 1e-9))
             self._say(
                 f"step {self.step}/{self.steps} loss {loss:.4f} lr {rate:.2g} {pace:.1f} pictures/s, "
@@ -313,10 +303,11 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """Loss on fixed pictures, noise and timesteps: with the picture, without it, and of the bare base."""
+        """Measure the loss on fixed pictures, noise and timesteps: with and without the picture, and of
+        the bare base."""
         if not self.accelerator.is_main_process:
             return
-        with self._averaged_weights():
+        with self.learned.averaged():
             found = {
                 "with_image": self._validation_loss("picture"),
                 "without_image": self._validation_loss("negative"),
@@ -353,10 +344,10 @@ class Trainer:
         return sums / len(self.plan.validation)
 
     def _sample(self) -> None:
-        """Draw a sheet of samples, and tell by the image encoder how near they are to their pictures."""
+        """Draw a sheet of samples."""
         if self.preview is None:
             return
-        with self._averaged_weights():
+        with self.learned.averaged():
             sheet, _ = self.preview.draw()
         path = self.folder.path / "samples" / f"{self.step:08d}.png"
         write_atomic(path, sheet, overwrite=True)
@@ -377,25 +368,13 @@ class Trainer:
 
     # ---- weights
 
-    @contextlib.contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
-        if self.ema is None:
-            yield
-            return
-        current = [parameter.detach().clone() for parameter in self.parameters]
-        self.ema.copy_to(self.parameters)
-        try:
-            yield
-        finally:
-            torch._foreach_copy_([parameter.data for parameter in self.parameters], current)
-
     def finish(self) -> Path:
-        """Write the adapter, the model card and what was asked for elsewhere; take the adapter off the
+        """Write the adapter and the model card, upload them if asked, and detach the adapter from the
         UNet."""
         path = self.folder.path / WEIGHT_NAME
         if self.accelerator.is_main_process:
             if self.config.keep == "last" or not path.exists():
-                with self._averaged_weights():
+                with self.learned.averaged():
                     self._write_adapter()
             kept = self._kept()
             self.folder.write("README.md", model_card(self.config, self.about, self.figures, kept))
@@ -407,7 +386,7 @@ class Trainer:
         return path
 
     def _kept(self) -> dict[str, Any] | None:
-        """The validation of the weights in the adapter file."""
+        """The validation record of the weights in the adapter file."""
         if not self.figures:
             return None
         if self.config.keep == "best":
@@ -419,58 +398,28 @@ class Trainer:
         write_adapter(self.adapter, self.folder.path, about, getattr(torch, self.config.save_dtype))
 
     def _save_checkpoint(self) -> None:
-        """Everything needed to go on. Checked finite, hashed, and written whole or not at all."""
+        """Write all that is needed to resume, if it is finite."""
         if not self.accelerator.is_main_process:
             return
-        tensors: dict[str, Tensor] = {
-            f"weights.{name}": tensor for name, tensor in self.adapter.named_parameters()
-        }
-        for name, parameter in self._trained():
-            state = self.plain_optimizer.state[parameter]
-            tensors |= {f"{key}.{name}": torch.as_tensor(value) for key, value in state.items()}
-        if self.ema is not None:
-            averaged = self.ema.shadow_params
-            tensors |= {f"averaged.{name}": averaged[n] for n, (name, _) in enumerate(self._trained())}
+        average, scaler = self.learned.average, self.accelerator.scaler
         about: dict[str, Any] = {
             "best": self.best if math.isfinite(self.best) else None,
             "skipped": self.meter.skipped,
+            "averages": 0 if average is None else average.optimization_step,
         }
-        about["averages"] = self.ema.optimization_step if self.ema is not None else 0
-        if self.accelerator.scaler is not None:
-            about["scale"] = self.accelerator.scaler.get_scale()
-        self.folder.save_checkpoint(self.step, tensors, about, self.config.keep_checkpoints)
-
-    def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, each) for name, each in self.adapter.named_parameters() if each.requires_grad]
-
-    @torch.no_grad()
-    def _put(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """A checkpoint's weights, averages and optimizer state. Raises :class:`ModelError` for another's."""
-        for name, parameter in self.adapter.named_parameters():
-            value = tensors.get(f"weights.{name}")
-            if value is None or value.shape != parameter.shape:
-                raise ModelError(
-                    f"the checkpoint of step {step} is of another adapter: '{name}' does not fit."
-                )
-            parameter.copy_(value)
-        for number, (name, parameter) in enumerate(self._trained()):
-            state = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            self.plain_optimizer.state[parameter] = {
-                key: value.to(self.device) if key != "step" or self.device.type == "cuda" else value
-                for key, value in state.items()
-            }
-            if self.ema is not None:
-                self.ema.shadow_params[number] = tensors[f"averaged.{name}"].to(self.device)
+        if scaler is not None:
+            about["scale"] = scaler.get_scale()
+        self.folder.save_checkpoint(self.step, self.learned.tensors(), about, self.config.keep_checkpoints)
 
     def _restore(self) -> None:
-        on_main(self.accelerator, self.folder.load_checkpoint)  # one says what is wrong, then each reads
+        on_main(self.accelerator, self.folder.load_checkpoint)  # one process reports damage, then each reads
         found = self.folder.load_checkpoint()
         if found is None:
             return
         tensors, manifest, damaged = found
-        self._put(tensors, manifest["step"])
-        if self.ema is not None:
-            self.ema.optimization_step = int(manifest["averages"])
+        self.learned.load(tensors, manifest["step"])
+        if self.learned.average is not None:
+            self.learned.average.optimization_step = int(manifest["averages"])
         self.step, self.meter.skipped = int(manifest["step"]), int(manifest["skipped"])
         self.best = math.inf if manifest["best"] is None else float(manifest["best"])
         if self.accelerator.is_main_process:

@@ -1,0 +1,215 @@
+"""Loading a base as a diffusers pipeline, and what differs between bases when the pipeline is called.
+
+:func:`load` makes the pipeline of a task, :func:`for_task` that of another task with the same weights.
+Weights are read from safetensors only.
+"""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+from imprompt import catalog, hub
+from imprompt.catalog import licences
+from imprompt.catalog.resolve import Source
+from imprompt.errors import ModelError, UsageError, first_line
+from imprompt.generation.families import Base, Kind
+from imprompt.schema.request import SCHEDULERS, Task
+from imprompt.weights import read_header, silence_library_logging
+
+
+def load(base: Base, task: Task, dtype: Any, quantize: str = "none") -> Any:
+    """The base's pipeline for a task, on the CPU, without what drawing does not need.
+
+    ``dtype`` is a torch dtype; ``quantize`` as a request has it. Raises :class:`ModelError` when it is
+    missing, damaged, of a kind that takes no image prompts, or cannot be had.
+    """
+    licence = base.row.licence if base.row else licences.KOLORS if base.family == "kolors" else ""
+    licences.check(f"base '{base.name}'", licence)
+    kind = base.kind
+    _check_channels(_stated_channels(base), base, task)
+    name = _class_for(kind, task, base)
+    if kind.needs is not None and find_spec(kind.needs[0]) is None:
+        package, extra = kind.needs
+        raise ModelError(
+            f"the text of base '{base.name}' is read by {package}: pip install 'imprompt[{extra}]'."
+        )
+    if base.path is None:
+        hub.fetch(base.source, "model_index.json", what=f"base '{base.name}'", about=_about(base))
+    options: dict[str, Any] = {"torch_dtype": dtype, **kind.unused}
+    variant = "fp16" if _halves(base, dtype) else None
+    try:
+        with silence_library_logging():
+            pipeline = getattr(diffusers, name)
+            if quantize != "none":
+                options[kind.denoiser] = _quantised(base, quantize, dtype, variant)
+            if base.path is not None and base.path.is_file():
+                pipe = _from_single_file(base, pipeline, options)
+            else:
+                pipe = pipeline.from_pretrained(base.source, variant=variant, use_safetensors=True, **options)
+    except ModelError:
+        raise
+    except Exception as error:  # loaders raise nearly anything on damaged or absent files
+        raise _not_loaded(base, error) from error
+    pipe.set_progress_bar_config(disable=True)
+    _check_channels(getattr(pipe, kind.denoiser).config.in_channels, base, task)
+    return pipe
+
+
+def for_task(pipe: Any, base: Base, task: Task) -> Any:
+    """The pipeline of another task around the same weights. Raises :class:`UsageError` if there is none."""
+    kind = base.kind
+    _check_channels(getattr(pipe, kind.denoiser).config.in_channels, base, task)
+    made = getattr(diffusers, _class_for(kind, task, base))(
+        **{name: part for name, part in pipe.components.items() if name != "safety_checker"}, **kind.unused
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def guidance_arguments(base: Base, guidance: float, negatives: Sequence[str]) -> dict[str, Any]:
+    """The pipeline's arguments for guidance, with one negative text for each picture.
+
+    Raises :class:`UsageError` for a negative text that the base cannot follow.
+    """
+    call: dict[str, Any] = {"guidance_scale": guidance}
+    if base.kind.distilled:
+        if any(negatives):
+            raise UsageError(
+                f"negative: base '{base.name}' is guidance-distilled, so that a negative text has no effect; "
+                "leave it out."
+            )
+        return call
+    if guidance > 1:
+        call["negative_prompt"] = list(negatives) if len(negatives) > 1 else negatives[0]
+    return call
+
+
+def scheduler_for(pipe: Any, name: str | None) -> Any:
+    """A new scheduler: the named one with the base's noise schedule, or the base's own for ``None``.
+
+    Raises :class:`UsageError` for a named one on a base of the flow-matching kind.
+    """
+    own = pipe.scheduler
+    if name is None:
+        return type(own).from_config(own.config)
+    if "FlowMatch" in type(own).__name__:
+        raise UsageError(
+            f"scheduler: '{name}' is for models that predict noise; this base has {type(own).__name__}."
+        )
+    class_name, options = SCHEDULERS[name]
+    return getattr(diffusers, class_name).from_config(own.config, **options)
+
+
+# ---- private
+
+
+def _from_single_file(base: Base, pipeline: Any, options: dict[str, Any]) -> Any:
+    kind = base.kind
+    if kind.parts is None:
+        return pipeline.from_single_file(base.source, **options)
+    row = catalog.bases()[kind.parts]
+    if kind.denoiser not in options:
+        options[kind.denoiser] = getattr(diffusers, kind.model).from_single_file(
+            base.source, config=row.repo, subfolder=kind.denoiser, torch_dtype=options["torch_dtype"]
+        )
+    return pipeline.from_pretrained(row.repo, use_safetensors=True, **options)
+
+
+def _halves(base: Base, dtype: Any) -> bool:
+    """Whether the files marked fp16 are read: where there are no others, or they are all that is needed."""
+    if base.row is not None:
+        return base.row.half_only or (base.row.half and str(dtype) == "torch.float16")
+    found = [] if base.path is None else [file.name for file in base.path.glob("*/*.safetensors")]
+    return bool(found) and all(".fp16" in name for name in found)
+
+
+def _quantised(base: Base, quantize: str, dtype: Any, variant: str | None) -> Any:
+    """The base's denoiser with its linear layers in fewer bits."""
+    gguf = quantize.endswith(".gguf")
+    package = "gguf" if gguf else "torchao"
+    if gguf and not Path(quantize).expanduser().is_file():
+        raise ModelError(f"quantize: there is no file '{quantize}'.")
+    if find_spec(package) is None:
+        raise ModelError(f"quantize: '{quantize}' needs {package}: pip install 'imprompt[quantize]'.")
+    if gguf:
+        return _from_gguf(base, quantize, dtype)
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+    kind, model = base.kind, getattr(diffusers, base.kind.model)
+    config = {"int8": Int8WeightOnlyConfig, "float8": Float8WeightOnlyConfig}[quantize]()
+    options = {"torch_dtype": dtype, "quantization_config": diffusers.TorchAoConfig(config)}
+    if base.path is not None and base.path.is_file():
+        return model.from_single_file(base.source, **options)
+    return model.from_pretrained(
+        base.source, subfolder=kind.denoiser, use_safetensors=True, variant=variant, **options
+    )
+
+
+def _from_gguf(base: Base, file: str, dtype: Any) -> Any:
+    if base.path is not None and base.path.is_file():
+        raise ModelError(
+            f"quantize: '{file}' has no configuration; name a diffusers folder or hub id as --base, not a "
+            "single file."
+        )
+    what = "UNet" if base.kind.denoiser == "unet" else "transformer"
+    try:
+        denoiser = getattr(diffusers, base.kind.model).from_single_file(
+            str(Path(file).expanduser()),
+            config=base.source,
+            subfolder=base.kind.denoiser,
+            torch_dtype=dtype,
+            quantization_config=diffusers.GGUFQuantizationConfig(compute_dtype=dtype),
+        )
+    except Exception as error:  # the reader and the loader raise nearly anything
+        raise ModelError(
+            f"quantize: '{file}' is no {what} of base '{base.name}': {first_line(error)}"
+        ) from error
+    if any(weight.is_meta for weight in denoiser.parameters()):
+        raise ModelError(f"quantize: '{file}' holds no whole {what} of base '{base.name}'.")
+    return denoiser
+
+
+def _class_for(kind: Kind, task: Task, base: Base) -> str:
+    if task not in kind.pipelines:
+        raise UsageError(
+            f"base '{base.name}' can {' and '.join(kind.pipelines)}, not {task}: diffusers has no pipeline "
+            "for that."
+        )
+    return kind.pipelines[task]
+
+
+def _stated_channels(base: Base) -> int:
+    """Input channels of the denoiser as far as can be told before gigabytes are loaded; else 4."""
+    if base.row is not None:
+        return 9 if base.row.inpaint else 4
+    if base.path is None:
+        return 4
+    if base.path.is_file():
+        header, _ = read_header(base.path)
+        _, shape = header.get("model.diffusion_model.input_blocks.0.0.weight", ("", (0, 4)))
+        return shape[1]
+    return int(Source("unet", base.path / "unet").config().get("in_channels") or 4)
+
+
+def _check_channels(channels: int, base: Base, task: Task) -> None:
+    if base.kind.denoiser == "unet" and channels != 4 and task != "inpaint":
+        other = "sdxl" if base.family == "sdxl" else "sd15"
+        raise UsageError(
+            f"base '{base.name}' is an inpainting model (its UNet takes {channels} channels) and cannot "
+            f"{task}; use it with inpaint, or a plain base such as '{other}'."
+        )
+
+
+def _about(base: Base) -> str:
+    if base.row is None:
+        return ""
+    return f"{base.row.note}, {base.row.gigabytes:g} GB, licence {base.row.licence}"
+
+
+def _not_loaded(base: Base, error: Exception) -> ModelError:
+    if base.path is not None:
+        return ModelError(f"base '{base.name}' cannot be loaded: {first_line(error)}")
+    return hub.failure(f"base '{base.name}'", base.source, error, about=_about(base))

@@ -1,0 +1,47 @@
+"""Requests of version 1, as older pictures contain them, in today's form.
+
+Version 1 listed single pictures (``path``, ``weight``, ``at``) with their steering, and joined neighbours
+with equal steering into one prompt. It also kept fields without effect: a ``scale`` that every picture
+overrode, and negative pictures without guidance.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+_OF_PICTURE = ("path", "weight", "at")
+"""Fields of a single picture in version 1; the others steer the prompt."""
+
+
+def upgraded(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of a request in today's form; those of today's requests unchanged."""
+    images = values.get("images")
+    if not isinstance(images, list) or not any(map(_is_picture, images)):
+        return values
+    refs = [{"path": ref} if isinstance(ref, str) else dict(ref) for ref in images]
+    prompts = [_joined(steering, list(same)) for steering, same in groupby(refs, _steering)]
+    if (values.get("guidance") or 2) <= 1 and values.get("image_guidance") is None:
+        prompts = [{**prompt, "negative": None, "noise": None} for prompt in prompts]
+    overridden = all(prompt.get("scale") is not None for prompt in prompts)
+    return {**values, "images": prompts, **({"scale": None} if overridden else {})}
+
+
+def _is_picture(ref: object) -> bool:
+    """Whether this is a picture of version 1."""
+    return isinstance(ref, Mapping) and "path" in ref
+
+
+def _steering(ref: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in ref.items() if name not in _OF_PICTURE}
+
+
+def _joined(steering: Mapping[str, Any], refs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One prompt of pictures that have the same steering."""
+    prompt: dict[str, Any] = {**steering, "image": [ref["path"] for ref in refs]}
+    weights = [ref.get("weight", 1) for ref in refs]
+    if any(weight != 1 for weight in weights):
+        prompt["weights"] = weights
+    frames = [ref["at"] for ref in refs if ref.get("at") is not None]
+    if frames:
+        prompt["at"] = "each" if frames == ["each"] else frames
+    return prompt
