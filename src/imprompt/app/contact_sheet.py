@@ -5,7 +5,7 @@ drawn through the engine, as on the command line, and the references are written
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from imprompt.catalog import ASSETS
 from imprompt.data.rows import Row, read_dataset
 from imprompt.encoders.images import load_image
 from imprompt.evaluation.charts import grid, stacked
-from imprompt.generation.engine import Engine
+from imprompt.generation.engine import Engine, Result
 from imprompt.schema.request import Request
 
 REFERENCES = (
@@ -125,7 +125,7 @@ class _Artist:
         for pictures, settings in rows:
             framed += range(len(cells), len(cells) + len(pictures))
             cells += [load_image(path) for path in pictures]
-            cells += [self._draw(fields, name) for name, fields in settings.items()]
+            cells += [result.images[0] for result in self._run(settings)]
         return grid(cells, [*shown, *rows[0][1]], [""] * len(rows), title=title, marked=framed)
 
     def clips(self, rows: Sequence[tuple[str, Path]], folder: Path) -> Image.Image:
@@ -133,7 +133,7 @@ class _Artist:
         cells: list[Image.Image] = []
         for prompt, reference in rows:
             fields = {"task": "animate", "prompt": prompt, "images": [str(reference)]}
-            result = self._run(fields, f"clip of “{prompt}”")
+            (result,) = self._run({f"clip of “{prompt}”": fields})
             output.save(result, folder / f"{reference.stem}.gif")
             cells += [load_image(reference), *result.images[::2]]
         columns = [
@@ -144,14 +144,15 @@ class _Artist:
         marked = range(0, len(cells), len(columns))
         return grid(cells, columns, [f"“{prompt}”" for prompt, _ in rows], title=title, marked=marked)
 
-    def _draw(self, fields: Fields, name: str) -> Image.Image:
-        return self._run(fields, name).images[0]
-
-    def _run(self, fields: Fields, name: str) -> Any:
-        result = self.engine.run(Request.from_mapping({"seed": self.seed, "steps": STEPS, **fields}))
-        self.drawn += 1
-        self.say(f"{self.drawn} drawings, {time.monotonic() - self.started:.0f} s: {name}")
-        return result
+    def _run(self, settings: Mapping[str, Fields]) -> list[Result]:
+        """Draw with each of ``settings``, as batches where they can be."""
+        fixed = {"seed": self.seed, "steps": STEPS}
+        requests = [Request.from_mapping({**fixed, **fields}) for fields in settings.values()]
+        results = self.engine.run_batch(requests)
+        self.drawn += len(results)
+        first, *_, last = [*settings, *settings]
+        self.say(f"{self.drawn} drawings, {time.monotonic() - self.started:.0f} s: {first} … {last}")
+        return results
 
 
 def _write_references(held_out: Sequence[Row], folder: Path) -> list[Path]:
