@@ -79,7 +79,7 @@ def test_the_loras_scale_acts_at_the_next_call() -> None:
         (torch.ones(1, POOLED), {"scale": float("nan")}, UsageError, "finite"),
         (torch.full((1, POOLED), 1e38), {}, InputError, "too large"),
         (torch.full((1, POOLED), float("inf")), {}, InputError, "NaN or infinite"),
-        (torch.ones(1, POOLED), {"curve": [(0, 1e9)]}, UsageError, "from -10 to 10"),
+        (torch.ones(1, POOLED), {"curve": [(0, 1e9)]}, UsageError, "outside -10 to 10"),
     ],
 )
 def test_numbers_that_are_not_meant_are_refused(
