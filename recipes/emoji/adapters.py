@@ -13,6 +13,9 @@ minutes.
 """
 
 import argparse
+import hashlib
+import math
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,9 @@ from base import say as say_some
 from common import (
     CHECKPOINTS,
     DEVICE,
+    HALF,
     MODEL,
+    STATE,
     Crew,
     Ema,
     Loop,
@@ -55,6 +60,31 @@ KINDS = {"base": "linear", "plus": "resampler"}
 def features(kind: str, encoder: CLIPVisionModelWithProjection, pixels: Tensor) -> Tensor:
     out = encoder(pixels, output_hidden_states=kind == "plus")
     return out.hidden_states[-2] if kind == "plus" else out.image_embeds
+
+
+class Seen:
+    """The encoder's features of the pool's pictures; each picture is encoded once and kept on disk."""
+
+    def __init__(self, kind: str, encoder: CLIPVisionModelWithProjection, pool: Pool) -> None:
+        self.kind, self.encoder, self.pool = kind, encoder, pool
+        weights = hashlib.sha256()
+        for value in encoder.state_dict().values():
+            weights.update(value.cpu().numpy().tobytes())
+        path = STATE / "features" / f"{kind}-{weights.hexdigest()[:12]}-{len(pool)}.bin"
+        path.parent.mkdir(exist_ok=True)
+        shape = (65, encoder.config.hidden_size) if kind == "plus" else (encoder.config.projection_dim,)
+        if not path.exists():  # processes that begin at once open the same file
+            with suppress(FileExistsError), path.open("xb") as file:
+                file.truncate(2 * len(pool) * math.prod(shape))
+        self.kept = np.memmap(path, np.float16, "r+", shape=(len(pool), *shape))
+
+    def __call__(self, picked: list[int]) -> Tensor:
+        new = sorted({i for i in picked if not self.kept[i].any()})
+        if new:
+            with torch.no_grad(), half():
+                found = features(self.kind, self.encoder, normalise(self.pool.pictures(new)))
+            self.kept[new] = found.half().cpu().numpy()
+        return torch.from_numpy(self.kept[picked]).float().to(DEVICE)
 
 
 def pair(facts: list[dict], size: int, rng: Generator, bare: float) -> tuple[int, int, str, bool, bool]:
@@ -181,7 +211,7 @@ def main() -> None:
             *adamw(text.parameters(), args.base_lr / 3).param_groups,
         ):
             optimizer.add_param_group(group)
-        if DEVICE == "cpu":
+        if DEVICE == "cpu" and HALF:
             unet.set_attn_processor(AttnProcessor())
     mark = fingerprint(
         stage=args.kind, width=width, layers=len(adapter.state_dict()["ip_adapter"]), base=args.with_base
@@ -204,14 +234,12 @@ def main() -> None:
             nothing = features(args.kind, encoder, torch.zeros(1, 3, 128, 128, device=DEVICE))
             if args.kind == "base":
                 nothing = torch.zeros_like(nothing)
+        seen = Seen(args.kind, encoder, pool)
         adapter.attach(unet)
         for step in loop:
             rng = np.random.default_rng([9, step, crew.rank])
             drawn = [pair(pool.facts, size, rng, 0.3 if args.with_base else 0.0) for _ in range(args.batch)]
-            with torch.no_grad(), half():
-                shown = features(
-                    args.kind, encoder, normalise(pool.pictures([one for one, *_ in drawn]))
-                ).float()
+            shown = seen([one for one, *_ in drawn])
             visible = torch.tensor([see for *_, see, _ in drawn], device=DEVICE)
             there = torch.tensor([float(there) for *_, there in drawn], device=DEVICE)
             shown = torch.where(visible.view(-1, *[1] * (shown.ndim - 1)), shown, nothing)

@@ -18,6 +18,7 @@ import torch
 from common import (
     CHECKPOINTS,
     DEVICE,
+    HALF,
     MODEL,
     START,
     Crew,
@@ -109,7 +110,7 @@ def main() -> None:
         CLIPTokenizer.from_pretrained(MODEL / "tokenizer") if args.export or crew.rank else make_tokenizer()
     )
     unet = UNet2DConditionModel.from_pretrained(START / "unet").float()
-    if DEVICE == "cpu":
+    if DEVICE == "cpu" and HALF:
         unet.set_attn_processor(AttnProcessor())  # a fifth faster to train there than fused attention
     both = nn.ModuleDict({"unet": unet, "text": make_encoder(tokenizer)}).train().to(DEVICE)
     texts = Texts(tokenizer, both["text"])

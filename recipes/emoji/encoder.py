@@ -4,7 +4,8 @@ Captions are exact functions of what was drawn, so the tower is taught that dire
 are thrown away: concept, look, kind and colours of the background, palette and placement from the pooled
 embedding (what the 4-token adapter reads), each patch's colours from the last layer but one (what the
 resampler reads). A contrast between two drawings of one icon, placed anew, among the icons of the batch
-teaches it to tell things it has no word for.
+teaches it to tell things it has no word for; and it is taught to say, patch by patch and in all, what an
+ImageNet network sees (EfficientNet-Lite0, see ``judge.py``), since three hundred icons teach few shapes.
 
     python recipes/emoji/encoder.py --minutes 20
 """
@@ -15,7 +16,20 @@ import shutil
 
 import numpy as np
 import torch
-from common import CHECKPOINTS, DEVICE, MODEL, START, Ema, Loop, fingerprint, half, progress_mean, save_half
+from common import (
+    CHECKPOINTS,
+    DEVICE,
+    HALF,
+    MODEL,
+    START,
+    STATE,
+    Ema,
+    Loop,
+    fingerprint,
+    half,
+    progress_mean,
+    save_half,
+)
 from draw import BACKGROUNDS, GROUP, LOOKS
 from icons import HERE
 from pool import Pool
@@ -51,6 +65,33 @@ def targets(facts: list[dict]) -> dict[str, Tensor]:
     return {"numbers": torch.tensor(np.float32(np.stack(numbers)), device=DEVICE), "classes": classes}
 
 
+class Teacher:
+    """What the ImageNet network sees in the pool's pictures; each is looked at once and kept on disk."""
+
+    def __init__(self, seed: int, size: int) -> None:
+        from judge import Likeness  # which needs WORDS
+
+        self.network, self.fine, self.coarse = (
+            Likeness(),
+            *(
+                np.memmap(path, np.float16, "r+" if path.exists() else "w+", shape=(size, *shape))
+                for path, shape in (
+                    (STATE / "pool" / f"{seed}-{size}-fine.bin", (64, 112)),
+                    (STATE / "pool" / f"{seed}-{size}-coarse.bin", (1280,)),
+                )
+            ),
+        )
+
+    def __call__(self, picked: list[int], pictures: np.ndarray) -> tuple[Tensor, Tensor]:
+        new = [k for k, i in enumerate(picked) if not self.coarse[i].any()]
+        if new:
+            fine, coarse = self.network.features(pictures[new])
+            for j, k in enumerate(new):
+                self.fine[picked[k]] = (fine[j] / 8).half().cpu().numpy()
+                self.coarse[picked[k]] = coarse[j].half().cpu().numpy()
+        return tuple(torch.from_numpy(a[picked]).float().to(DEVICE) for a in (self.fine, self.coarse))  # type: ignore[return-value]
+
+
 class Eye(nn.Module):
     """The tower with the heads that teach it."""
 
@@ -64,13 +105,16 @@ class Eye(nn.Module):
         self.numbers = nn.Linear(width, 21)
         self.instance = nn.Linear(width, 128)
         self.patches = nn.Linear(seen, 48)
+        self.fine, self.coarse = nn.Linear(seen, 112), nn.Linear(width, 1280)
         self.look_of_patches = nn.Linear(seen, len(LOOKS) + len(WORDS))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         out = self.tower(x, output_hidden_states=True)
         return out.image_embeds, out.hidden_states[-2]
 
-    def loss(self, x: Tensor, facts: list[dict]) -> tuple[Tensor, dict[str, float]]:
+    def loss(
+        self, x: Tensor, facts: list[dict], seen: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, dict[str, float]]:
         want = targets(facts)
         with half():
             embeds, hidden = self(x)
@@ -81,8 +125,13 @@ class Eye(nn.Module):
                 self.patches(hidden[:, 1:]),
             )
             pooled = self.look_of_patches(hidden.mean(1))
+            fine, coarse = self.fine(hidden[:, 1:]), self.coarse(embeds)
         classes = want["classes"]
         losses = [F.cross_entropy(p.float(), classes[:, i]) for i, p in enumerate(logits)]
+        losses[0] = 2 * losses[0]
+        fine_left = F.mse_loss(fine.float(), seen[0]) / seen[0].var()
+        alike = F.cosine_similarity(coarse.float(), seen[1] - seen[1].mean(0)).mean()
+        losses += [2 * fine_left, 3 * (1 - alike)]
         pooled = pooled.float()
         losses.append(0.3 * F.cross_entropy(pooled[:, : len(LOOKS)], classes[:, 1]))
         losses.append(0.3 * F.cross_entropy(pooled[:, len(LOOKS) :], classes[:, 0]))
@@ -103,6 +152,7 @@ class Eye(nn.Module):
             "ground": float((logits[2].argmax(1) == classes[:, 2]).float().mean()),
             "numbers": float(losses[-3].detach() / 4), "patches": float(losses[-2].detach() / 2),
             "same": float((same.argmax(1) == order).float().mean()),
+            "fine": float(fine_left.detach()), "alike": float(alike.detach()),
         }  # fmt: skip
         return sum(losses), log
 
@@ -113,31 +163,36 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--groups", type=int, default=16, help="of four pictures, in a batch")
-    parser.add_argument("--lr", type=float, default=8e-4)
+    parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--export", action="store_true", help="write the newest average and stop")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tower = CLIPVisionModelWithProjection.from_pretrained(
         START / "image_encoder",
-        attn_implementation="eager",  # a fifth faster to train on a CPU than sdpa
+        attn_implementation="eager" if HALF and DEVICE == "cpu" else "sdpa",  # each a fifth faster there
     ).float()
     eye = Eye(tower).train().to(DEVICE)
     optimizer = torch.optim.AdamW(eye.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
     loop = Loop(
         CHECKPOINTS / "encoder.pt", args.minutes, eye, optimizer, Ema(eye, 0.997),
-        fingerprint(stage="encoder", words=WORDS, looks=LOOKS), warmup=40,
+        fingerprint(stage="encoder", teacher="lite0", words=WORDS, looks=LOOKS), warmup=40,
     )  # fmt: skip
     pool = Pool(1)
+    teacher = Teacher(1, len(pool))
     if not args.export:
         for step in loop:
             if step % 100 == 0:
                 pool = Pool(1)
+                if len(pool) != len(teacher.coarse):
+                    teacher = Teacher(1, len(pool))
             rng = np.random.default_rng([5, step])
             groups = rng.choice(len(pool) // GROUP, args.groups, replace=False)
             picked = [int(g) * GROUP + k for g in groups for k in range(GROUP)]
             pictures = pool.pictures(picked)
-            loss, log = eye.loss(normalise(pictures), [pool.facts[i] for i in picked])
+            loss, log = eye.loss(
+                normalise(pictures), [pool.facts[i] for i in picked], teacher(picked, pictures)
+            )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(eye.parameters(), 1.0)
@@ -148,13 +203,13 @@ def main() -> None:
     loop.ema.copy_to(eye)
     eye.eval()
     held_out = Pool(2)
-    logs = []
+    logs, teacher = [], Teacher(2, len(held_out))
     with torch.no_grad():
         for i in range(0, 1280, 64):
             picked = list(range(i, i + 64))
-            logs.append(
-                eye.loss(normalise(held_out.pictures(picked)), [held_out.facts[j] for j in picked])[1]
-            )
+            pictures = held_out.pictures(picked)
+            facts = [held_out.facts[j] for j in picked]
+            logs.append(eye.loss(normalise(pictures), facts, teacher(picked, pictures))[1])
     print(
         "validation", {k: round(float(np.nanmean([log[k] for log in logs])), 3) for k in logs[0]}, flush=True
     )

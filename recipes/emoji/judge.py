@@ -154,29 +154,30 @@ class Likeness:
         return F.conv2d(x, weight, stride=stride, groups=groups)
 
     @torch.no_grad()
-    def __call__(self, pictures: np.ndarray) -> np.ndarray:
-        out = []
+    def features(self, pictures: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Maps of every 16×16 pixels (N, 64, 112) and pooled features (N, 1280) of (N, 128, 128, 3)."""
         mean, std = (
             torch.tensor(v, device=DEVICE).view(1, 3, 1, 1)
             for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         )
-        for i in range(0, len(pictures), 32):
-            x = F.relu6(
-                self._bn(self._conv((pixels(pictures[i : i + 32]) - mean) / std, "_conv_stem", 2), "_bn0")
-            )
-            number = 0
-            for repeats, first, _ in self.BLOCKS:
-                for r in range(repeats):
-                    name, before, stride = f"_blocks.{number}", x, first if r == 0 else 1
-                    if f"{name}._expand_conv.weight" in self.w:
-                        x = F.relu6(self._bn(self._conv(x, f"{name}._expand_conv"), f"{name}._bn0"))
-                    x = F.relu6(self._bn(self._conv(x, f"{name}._depthwise_conv", stride), f"{name}._bn1"))
-                    x = self._bn(self._conv(x, f"{name}._project_conv"), f"{name}._bn2")
-                    x = x + before if stride == 1 and x.shape == before.shape else x
-                    number += 1
-            x = F.relu6(self._bn(self._conv(x, "_conv_head"), "_bn1")).mean((2, 3))
-            out.append(F.normalize(x - x.mean(1, keepdim=True), dim=-1).cpu().numpy())
-        return np.concatenate(out)
+        x = F.relu6(self._bn(self._conv((pixels(pictures) - mean) / std, "_conv_stem", 2), "_bn0"))
+        number, fine = 0, x
+        for repeats, first, _ in self.BLOCKS:
+            for r in range(repeats):
+                name, before, stride = f"_blocks.{number}", x, first if r == 0 else 1
+                if f"{name}._expand_conv.weight" in self.w:
+                    x = F.relu6(self._bn(self._conv(x, f"{name}._expand_conv"), f"{name}._bn0"))
+                x = F.relu6(self._bn(self._conv(x, f"{name}._depthwise_conv", stride), f"{name}._bn1"))
+                x = self._bn(self._conv(x, f"{name}._project_conv"), f"{name}._bn2")
+                x = x + before if stride == 1 and x.shape == before.shape else x
+                number += 1
+            if x.shape[1] == 112:
+                fine = x
+        return fine.flatten(2).mT, F.relu6(self._bn(self._conv(x, "_conv_head"), "_bn1")).mean((2, 3))
+
+    def __call__(self, pictures: np.ndarray) -> np.ndarray:
+        pooled = torch.cat([self.features(pictures[i : i + 32])[1] for i in range(0, len(pictures), 32)])
+        return F.normalize(pooled - pooled.mean(1, keepdim=True), dim=-1).cpu().numpy()
 
 
 def main() -> None:

@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--out", type=Path, default=Path("sheet.png"))
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     model = load(args.model, args.adapter)
     if not args.references:
         sheet(draw(model, args.prompts, seeds=[args.seed + i for i in range(len(args.prompts))],
