@@ -186,7 +186,7 @@ def _sd_parts(in_channels: int, seed: int) -> dict[str, Any]:
         "unet": _unet("sd", in_channels, seed),
         "vae": _vae(seed),
         "text_encoder": CLIPTextModel(text).eval(),
-        "tokenizer": _tokenizer(),
+        "tokenizer": clip_tokenizer(),
         "scheduler": _scheduler(),
         "feature_extractor": None,
         "image_encoder": None,
@@ -202,8 +202,8 @@ def _sdxl_parts(in_channels: int, seed: int) -> dict[str, Any]:
         "vae": _vae(seed),
         "text_encoder": CLIPTextModel(text).eval(),
         "text_encoder_2": CLIPTextModelWithProjection(text).eval(),
-        "tokenizer": _tokenizer(),
-        "tokenizer_2": _tokenizer(),
+        "tokenizer": clip_tokenizer(),
+        "tokenizer_2": clip_tokenizer(),
         "scheduler": _scheduler(),
     }
 
@@ -339,7 +339,7 @@ def _text_config(**extra: int) -> CLIPTextConfig:
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=16,
-        vocab_size=len(_vocabulary()),
+        vocab_size=len(vocabulary()),
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
@@ -347,7 +347,7 @@ def _text_config(**extra: int) -> CLIPTextConfig:
     )
 
 
-def _vocabulary() -> dict[str, int]:
+def vocabulary() -> dict[str, int]:
     letters = [
         letter + end for end in ("", "</w>") for letter in string.ascii_lowercase + string.digits + ",.-"
     ]
@@ -355,8 +355,8 @@ def _vocabulary() -> dict[str, int]:
 
 
 @cache
-def _tokenizer() -> CLIPTokenizer:
-    return CLIPTokenizer(vocab=_vocabulary(), merges=[], model_max_length=16)
+def clip_tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer(vocab=vocabulary(), merges=[], model_max_length=16)
 
 
 def _scheduler() -> DDIMScheduler:

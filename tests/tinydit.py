@@ -1,21 +1,33 @@
 """Tiny transformer bases with random weights: FLUX, Chroma and SD3 pipelines, and adapters for them."""
 
 import copy
+import string
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
     CLIPImageProcessorPil,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
     SiglipVisionModel,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
 )
+
+import tiny
 
 JOINT = 32  # width of the text, and of XLabs' and InstantX's FLUX tokens
 POOLED = 24  # the tiny CLIP's projected embedding
@@ -285,3 +297,61 @@ def instantx_sd3_state(
             f"{n}.norm_ip_k.weight": 1 + weight(8),
         }
     return {"image_proj": proj, "ip_adapter": layers}
+
+
+@cache
+def _t5() -> tuple[T5EncoderModel, T5TokenizerFast]:
+    """T5 with a tokenizer that spells letter by letter."""
+    letters = [(letter, -2.0) for letter in string.ascii_lowercase + "▁,.-"]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters]
+    spelled = Tokenizer(models.Unigram(pieces, 2))
+    spelled.pre_tokenizer = pre_tokenizers.Metaspace()
+    spelled.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    torch.manual_seed(6)
+    config = T5Config(
+        vocab_size=len(pieces),
+        d_model=JOINT,
+        d_kv=8,
+        d_ff=37,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
+    return T5EncoderModel(config).eval(), T5TokenizerFast(
+        tokenizer_object=spelled, extra_ids=0, model_max_length=512
+    )
+
+
+def _clip_text(kind: type[Any], width: int) -> Any:
+    torch.manual_seed(8)
+    sizes = {"hidden_size": width, "projection_dim": 32, "intermediate_size": 37, "num_attention_heads": 2}
+    places = {"max_position_embeddings": 16, "vocab_size": len(tiny.vocabulary())}
+    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    return kind(CLIPTextConfig(num_hidden_layers=2, **sizes, **places, **ends)).eval()
+
+
+def save_base(kind: str, folder: Path) -> Path:
+    """A tiny FLUX, Chroma or SD3.5 as a folder, with its image encoder and an adapter in ``adapters/``."""
+    t5, t5_tokenizer = _t5()
+    clip_tokenizer = tiny.clip_tokenizer()
+    (folder / "adapters").mkdir(parents=True)
+    file = folder / "adapters" / "ip_adapter.safetensors"
+    if kind == "sd3":
+        pipe = sd3()
+        for n in ("", "_2"):
+            text_encoder = _clip_text(CLIPTextModelWithProjection, 16)
+            pipe.register_modules(**{f"text_encoder{n}": text_encoder, f"tokenizer{n}": clip_tokenizer})
+        pipe.register_modules(text_encoder_3=t5, tokenizer_3=t5_tokenizer)
+        state = instantx_sd3_state()
+        save_file({f"{part}.{name}": w for part, ws in state.items() for name, w in ws.items()}, file)
+    else:
+        pipe = flux() if kind == "flux" else chroma()
+        if kind == "flux":
+            text_encoder = _clip_text(CLIPTextModel, 32)
+            pipe.register_modules(text_encoder=text_encoder, tokenizer=clip_tokenizer)
+            pipe.register_modules(text_encoder_2=t5, tokenizer_2=t5_tokenizer)
+        else:
+            pipe.register_modules(text_encoder=t5, tokenizer=t5_tokenizer)
+        save_file(xlabs_state(), file)
+    pipe.save_pretrained(folder)
+    return folder
