@@ -27,7 +27,9 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def asked(base: Path, **fields: object) -> Request:
-    common = {"base": str(base), "adapter": str(base / "adapters"), "size": (48, 32), "steps": 3}
+    common = {"base": str(base), "size": (48, 32), "steps": 3}
+    if fields.get("images"):
+        common["adapter"] = str(base / "adapters")
     return Request.from_mapping({**common, "prompt": "a cat", "seed": 5, "guidance": 3.0, **fields})
 
 
@@ -60,10 +62,13 @@ def test_a_picture_a_scale_and_a_mask_act(engine: Engine, base: Path, pictures: 
 
 @pytest.mark.parametrize("task", ["edit", "inpaint"])
 def test_a_photo_is_drawn_anew(engine: Engine, base: Path, pictures: Path, task: str) -> None:
-    place = {"image": str(pictures / "wide.png"), "images": [str(pictures / "ref.png")], "strength": 0.7}
+    place = {"image": str(pictures / "other.png"), "size": (32, 32), "strength": 0.7}
+    place["images"] = [str(pictures / "ref.png")]
     if task == "inpaint":
+        if base.name == "sd3":
+            pytest.skip("diffusers inpaints with SD3 of 16 latent channels alone; the tiny one has 4")
         place["mask"] = str(pictures / "mask.png")
     request = asked(base, task=task, **place)
     got, again = drawn(engine, request), drawn(engine, request)
     assert np.array_equal(got, again)
-    assert np.abs(got - drawn(engine, request.model_copy(update={"images": ()}))).max() > 3
+    assert np.abs(got - drawn(engine, asked(base, task=task, **place | {"images": []}))).max() > 3

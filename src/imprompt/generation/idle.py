@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.adapter.frames import Track
+from imprompt.adapter.injection import find_denoiser
 from imprompt.adapter.schedule import Clock, evaluate
 from imprompt.generation.loading import Loaded
 from imprompt.generation.pipelines import scheduler_for
@@ -23,10 +23,14 @@ def idle_notes(request: Request, prompts: Sequence[ImagePrompt], loaded: Loaded)
     if not prompts:
         return []
     steps = step_fractions(request, loaded)
-    layers = cross_attentions(loaded.pipe.unet)
+    found = find_denoiser(loaded.pipe)
+    assert found is not None  # an adapter fits it
+    backbone, denoiser = found
+    sites = backbone.sites(denoiser)
     notes = []
     for number, prompt in enumerate(prompts):
         reason = _idle_in_time(prompt, steps)
+        layers = loaded.adapters[str(prompt.adapter)].sites_of(sites)
         if not any(layer_weights(prompt.profile, layers).weights):
             reason = "its profile is 0 in every layer"
         if request.frames and not any(_frame_factors(prompt, request.frames)):
@@ -40,7 +44,9 @@ def step_fractions(request: Request, loaded: Loaded) -> list[float]:
     """The fraction of the schedule at each step that the request really draws; 0 is pure noise."""
     assert request.steps is not None
     scheduler = scheduler_for(loaded.pipe, request.scheduler)
-    scheduler.set_timesteps(request.steps)
+    # Dynamic shifting moves the noise levels, not the number of steps, by which its schedulers are read.
+    shifted = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
+    scheduler.set_timesteps(request.steps, **shifted)
     timesteps = scheduler.timesteps.float().cpu()
     if request.strength is not None:
         drawn = min(int(request.steps * request.strength), request.steps)

@@ -54,6 +54,10 @@ def load(base: Base, task: Task, dtype: Any, quantize: str = "none") -> Any:
     except Exception as error:  # loaders raise nearly anything on damaged or absent files
         raise _not_loaded(base, error) from error
     pipe.set_progress_bar_config(disable=True)
+    if (
+        kind.model == "ChromaTransformer2DModel"
+    ):  # diffusers' inpainting reads it; the model has no such layer
+        pipe.transformer.register_to_config(guidance_embeds=False)
     _check_channels(getattr(pipe, kind.denoiser).config.in_channels, base, task)
     return pipe
 
