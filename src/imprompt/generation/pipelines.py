@@ -53,13 +53,8 @@ def load(base: Base, task: Task, dtype: Any, quantize: str = "none") -> Any:
         raise
     except Exception as error:  # loaders raise nearly anything on damaged or absent files
         raise _not_loaded(base, error) from error
-    pipe.set_progress_bar_config(disable=True)
-    if (
-        kind.model == "ChromaTransformer2DModel"
-    ):  # diffusers' inpainting reads it; the model has no such layer
-        pipe.transformer.register_to_config(guidance_embeds=False)
     _check_channels(getattr(pipe, kind.denoiser).config.in_channels, base, task)
-    return pipe
+    return _quiet(pipe)
 
 
 def for_task(pipe: Any, base: Base, task: Task) -> Any:
@@ -69,8 +64,16 @@ def for_task(pipe: Any, base: Base, task: Task) -> Any:
     made = getattr(diffusers, _class_for(kind, task, base))(
         **{name: part for name, part in pipe.components.items() if name != "safety_checker"}, **kind.unused
     )
-    made.set_progress_bar_config(disable=True)
-    return made
+    return _quiet(made)
+
+
+def _quiet(pipe: Any) -> Any:
+    """The pipeline without its progress bar, and with what diffusers' Chroma inpainting reads of a model that
+    has no such layer."""
+    pipe.set_progress_bar_config(disable=True)
+    if hasattr(pipe, "transformer") and "guidance_embeds" not in pipe.transformer.config:
+        pipe.transformer.register_to_config(guidance_embeds=False)
+    return pipe
 
 
 def guidance_arguments(base: Base, guidance: float, negatives: Sequence[str]) -> dict[str, Any]:
