@@ -106,7 +106,7 @@ def test_temporal_attention_is_never_prompted():
 
 
 REFUSED = [
-    (UsageError, "at: .*ascending|later than", {"at": (2, 1)}),
+    (UsageError, "at: .*each larger than the one before it", {"at": (2, 1)}),
     (UsageError, "whole numbers", {"at": (-1, 1)}),
     (UsageError, "3 frames are given for 2 pictures", {"at": (0, 1, 2)}),
     (UsageError, "stands at frame 9.*0 to 3", {"at": (0, 9)}),

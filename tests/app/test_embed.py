@@ -76,7 +76,7 @@ def test_a_picture_more_belongs_to_the_prompt_before_it() -> None:
         ("a.png,combine=subtract", "combine: 'subtract'"),
         ("a.png,weight=-1", "weights: -1.0 is negative"),
         ("a.png,weight=0", "add up to 0"),
-        ("a.png,weight=0.5", "no effect on a picture without others"),
+        ("a.png,weight=0.5", "weights: 0.5 has no effect on a single picture; use scale"),
         ("a.safetensors,framing=pad", "no effect on saved features"),
         ("a.safetensors,sharpen=0.5", "sharpen: has no effect on saved features"),
         ("a.png,sharpen=2", "less than or equal to 1"),

@@ -290,7 +290,7 @@ def test_a_control_is_read_from_one_flag(text, expected):
         ("canny:a.png,weight=2", "unknown option 'weight'; known are scale, start, end, model, at"),
         ("canny:a.png,scale=1,scale=2", "'scale' is given twice"),
         ("canny:a.png,scale=-1", "scale"),
-        ("frame:a.png", "say where, such as at=0"),
+        ("frame:a.png", "needs its place in the clip, such as at=0"),
         ("frame:a.png,at=x", "at: "),
         ("canny:a.png,start=0.5,end=0.5", "does not lie after start"),
     ],

@@ -71,12 +71,12 @@ def test_what_cannot_be_quantised_is_said_in_one_line(common, tmp_path: Path) ->
     assert "\n" not in str(error.value)
     with pytest.raises(UsageError, match="quantize"):
         Request(prompt="a", quantize="int3")
-    with pytest.raises(UsageError, match="quantize: clips are drawn by a UNet of their own"):
+    with pytest.raises(UsageError, match="quantize: has no effect on clips; the motion adapter.s UNet"):
         Request(task="animate", prompt="a", quantize="int8")
 
 
 def test_without_torchao_one_line_says_what_to_install(common, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao", None)
     bare = {name: value for name, value in common.items() if name != "adapter"}
-    with pytest.raises(ModelError, match=r"read by torchao: pip install 'imprompt\[quantize\]'"):
+    with pytest.raises(ModelError, match=r"needs torchao: pip install 'imprompt\[quantize\]'"):
         Engine().run(Request(prompt="a", **bare, quantize="int8"))

@@ -41,12 +41,15 @@ def published_encoders(*, here: bool = False) -> tuple[Source, ...]:
 
 
 def encoder_widths(source: Source) -> tuple[int, int]:
-    """(pooled, hidden) width of an image encoder, by the catalogue or its ``config.json``; zeros without one.
+    """(pooled, hidden) width of an image encoder by its ``config.json``, or by the catalogue where that is not
+    on this machine; zeros without either.
 
     Raises :class:`ModelError` for a damaged local file.
     """
+    file = "/".join(part for part in (source.inside, "config.json") if part)
     for row in encoders().values():
-        if (row.repo, row.folder) == (source.repo, source.inside):
+        known = (row.repo, row.folder) == (source.repo, source.inside)
+        if known and hub.cached_file(source.repo, file) is None:  # what the catalogue says need not be asked
             return row.pooled, row.hidden
     try:
         config = source.config()
