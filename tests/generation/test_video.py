@@ -421,12 +421,21 @@ CONTRADICTIONS = [
     ({"task": "generate", "images": [{"image": "a", "at": 3}]}, "at and frame_curve"),
     ({"task": "animate", "strength": 0.5}, "strength: has no effect without a video"),
     ({"task": "animate", "images": [{"image": ["a", "b"], "at": [3]}]}, "1 frames are given for 2 pictures"),
-    ({"task": "animate", "images": [{"image": ["a", "b"], "at": [3, 3]}]}, "each later than the one before"),
-    ({"task": "animate", "frames": 4, "images": [{"image": "a", "at": 4}]}, "behind the last of 4"),
+    (
+        {"task": "animate", "images": [{"image": ["a", "b"], "at": [3, 3]}]},
+        "larger than the one before it",
+    ),
+    (
+        {"task": "animate", "frames": 4, "images": [{"image": "a", "at": 4}]},
+        "after the last of 4 frames",
+    ),
     ({"task": "animate", "image": "a"}, "image: has no effect in the task 'animate'"),
     ({"task": "animate", "images": [{"image": "a", "at": "all"}]}, "at"),
     ({"task": "generate", "controls": [{"kind": "frame", "path": "a", "at": 0}]}, "controls: at has no"),
-    ({"task": "animate", "controls": [{"kind": "frame", "path": "a"}]}, "a frame stands somewhere"),
+    (
+        {"task": "animate", "controls": [{"kind": "frame", "path": "a"}]},
+        "needs its place in the clip",
+    ),
 ]
 
 

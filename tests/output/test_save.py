@@ -354,7 +354,7 @@ def test_a_target_is_checked_before_drawing(tmp_path: Path) -> None:
     assert output.check_target(tmp_path / "new" / "a.png") == tmp_path / "new" / "a.png"
     fast = clip()
     fast.request = fast.request.replace(fps=60)
-    with pytest.raises(UsageError, match="50 frames a second"):
+    with pytest.raises(UsageError, match="at most 50 frames per second, not 60"):
         output.save(fast, tmp_path / "a.gif")
 
 

@@ -235,7 +235,7 @@ def test_guidance_of_the_images_own_is_ordinary_at_the_same_scale() -> None:
 def test_regional_text_and_named_profiles_are_refused() -> None:
     pipe = tinydit.flux()
     adapter = ours(pipe)
-    with pytest.raises(UsageError, match="measured on UNet blocks"):
+    with pytest.raises(UsageError, match="needs the measured roles of UNet blocks"):
         adapter.set_prompt(picture(1), profile="style")
     with pytest.raises(UsageError, match="regional text is not supported"):
         adapter.set_prompt(picture(1), mask=left(), text=torch.zeros(4, tinydit.JOINT))

@@ -41,8 +41,8 @@ def published_encoders(*, here: bool = False) -> tuple[Source, ...]:
 
 
 def encoder_widths(source: Source) -> tuple[int, int]:
-    """(pooled, hidden) width of an image encoder by its ``config.json``, or by the catalogue where that is not
-    on this machine; zeros without either.
+    """(pooled, hidden) width of an image encoder by its ``config.json``, or by the catalogue where that file
+    is not on this machine; zeros without either.
 
     Raises :class:`ModelError` for a damaged local file.
     """

@@ -11,6 +11,7 @@ Dimensions: B prompts, K chunks, L tokens of a chunk, C token width.
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
+from inspect import signature
 from itertools import repeat
 from typing import Any
 
@@ -19,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 _WEIGHTED = re.compile(r"\(([^()]+):([+-]?\d*\.?\d+)\)")
+_COUNTS = {"num_images_per_prompt", "num_videos_per_prompt"}  # one of them, by pipeline
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 
 Piece = tuple[int, float]
@@ -71,7 +73,7 @@ def _pair_states(pipe: Any, prompt: str, negative: str | None) -> dict[str, Tens
         parts = pipe.encode_prompt(
             prompt=prompt,
             device=getattr(pipe, "_execution_device", pipe.device),
-            num_images_per_prompt=1,
+            **dict.fromkeys(_COUNTS & signature(pipe.encode_prompt).parameters.keys(), 1),
             do_classifier_free_guidance=negative is not None,
             negative_prompt=negative,
         )
