@@ -208,6 +208,22 @@ def not_finite(tensor: Tensor) -> bool:
 
 
 @contextlib.contextmanager
+def in_float32(model: Any, *, when: bool = True) -> Iterator[None]:
+    """While open, a model of diffusers' is in float32, if ``when``; one that already is stays untouched."""
+    before = model.dtype
+    if not when or before == torch.float32:
+        yield
+        return
+    with silence_library_logging():  # diffusers warns of each cast
+        model.to(torch.float32)
+    try:
+        yield
+    finally:
+        with silence_library_logging():
+            model.to(before)
+
+
+@contextlib.contextmanager
 def silence_library_logging() -> Iterator[None]:
     """While open, diffusers and transformers say nothing about loading.
 

@@ -16,6 +16,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from imprompt.weights import in_float32
+
 _PATCHWORK = 16  # latent pixels a side of the pictures that the preview's colours are fitted to
 
 
@@ -96,17 +98,11 @@ def latent_colours(vae: Any) -> Float[Tensor, "C1 3"]:
     works = [torch.rand(4, 3, n, n, generator=random) * 1.6 - 0.3 for n in (2, 4, 8)]  # also pure colours
     colours = torch.cat([F.interpolate(work.clamp(0, 1), _PATCHWORK) for work in works])
     picture = F.interpolate(colours, scale_factor=float(factor)) * 2 - 1
-    weight, dtype = next(vae.parameters()), vae.dtype
-    try:
-        if weight.is_meta:  # an offloading hook moves what comes in
-            picture = picture.to(dtype)
-        else:
-            vae.to(torch.float32)  # float16 overflows in SDXL's
-            picture = picture.to(weight.device)
+    weight = next(vae.parameters())
+    with in_float32(vae, when=not weight.is_meta):  # float16 overflows in SDXL's
+        # An offloading hook moves what comes in.
+        picture = picture.to(vae.dtype) if weight.is_meta else picture.to(weight.device)
         latents = vae.encode(picture).latent_dist.mode().float().cpu()
-    finally:
-        if not weight.is_meta:
-            vae.to(dtype)
     found = (latents * vae.config.scaling_factor).movedim(1, -1).flatten(0, 2)
     known = torch.cat((found, torch.ones(len(found), 1)), 1)
     return torch.linalg.lstsq(known, colours.movedim(1, -1).flatten(0, 2)).solution

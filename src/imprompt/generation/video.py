@@ -27,7 +27,7 @@ from imprompt.errors import AdapterMismatch, InputError, ModelError, UsageError,
 from imprompt.generation.families import Base
 from imprompt.io import fingerprint
 from imprompt.schema.request import Request
-from imprompt.weights import silence_library_logging
+from imprompt.weights import in_float32, silence_library_logging
 
 # Dimensions: C channels, F frames, h and w of latents.
 
@@ -158,7 +158,8 @@ def motion_pipeline(pipe: Any, motion: Motion, base: Base, dtype: torch.dtype) -
         raise UsageError(f"animate: base '{base.name}' is a {type(pipe).__name__}, which cannot move.")
     parts = {part: pipe.components[part] for part in _PARTS if part in pipe.components}
     try:
-        unet = diffusers.UNetMotionModel.from_unet2d(pipe.unet, adapter)
+        with silence_library_logging():  # diffusers warns of its own cast
+            unet = diffusers.UNetMotionModel.from_unet2d(pipe.unet, adapter)
     except (ValueError, RuntimeError) as error:
         raise AdapterMismatch(
             f"motion adapter '{motion.name}' does not fit base '{base.name}': {first_line(error)}"
@@ -327,13 +328,12 @@ def _noisy(
 
 
 def _decode(pipe: Any, latents: Float[Tensor, "1 C F h w"]) -> Iterator[np.ndarray]:
-    vae, before = pipe.vae, pipe.vae.dtype
-    if before == torch.float16 and vae.config.force_upcast:  # SDXL's VAE overflows in float16
-        vae.to(torch.float32)
+    vae = pipe.vae
+    overflows = vae.dtype == torch.float16 and vae.config.force_upcast  # SDXL's
     try:
-        for chunk in (latents[0].transpose(0, 1) / vae.config.scaling_factor).split(_CHUNK):
-            pixels = vae.decode(chunk.to(vae.dtype)).sample / 2 + 0.5
-            yield from pixels.clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
+        with in_float32(vae, when=overflows):
+            for chunk in (latents[0].transpose(0, 1) / vae.config.scaling_factor).split(_CHUNK):
+                pixels = vae.decode(chunk.to(vae.dtype)).sample / 2 + 0.5
+                yield from pixels.clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
     finally:
-        vae.to(before)
         pipe.maybe_free_model_hooks()
