@@ -140,6 +140,12 @@ def test_info_tells_what_a_picture_was_made_with(say):
     assert json.loads(say("info", "cat.png", "--json")[1])["request"]["images"][0]["image"] == "ref.png"
 
 
+def test_a_bundled_adapter_is_inspected_by_its_alias(say):
+    code, out, _ = say("inspect", "emoji-plus", "--json")
+    assert code == 0
+    assert "emoji" in json.loads(out)["fits"]
+
+
 def test_an_adapter_is_inspected_and_a_pickled_one_converted(say, place):
     adapter = place / "base" / "adapter.safetensors"
     code, out, _ = say("inspect", str(adapter), "--json")

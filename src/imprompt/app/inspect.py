@@ -8,7 +8,7 @@ HELP = "identify an adapter file and check that it is intact"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="an adapter's .safetensors file, or the folder of a training run")
+    parser.add_argument("file", help="an adapter: a .safetensors file, an alias, or a run's folder")
     parser.add_argument(
         "--variant", help="the adapter's variant or published file, if its weights do not tell"
     )
@@ -16,11 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from imprompt.catalog import bases_for
+    from imprompt.catalog import adapters, bases_for
     from imprompt.checkpoints.inspect import inspect
     from imprompt.checkpoints.locate import locate
 
-    file = locate(args.file)[0] if Path(args.file).is_dir() else args.file
+    named = Path(args.file).is_dir() or (args.file in adapters() and not Path(args.file).exists())
+    file = locate(args.file)[0] if named else args.file
     found = inspect(file, variant=args.variant)
     fits = bases_for(found.base)
     if args.json:
