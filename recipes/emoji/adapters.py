@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from base import SCHEDULE, noised, timesteps
+from base import SCHEDULE, learned, noised, say_plain, timesteps
 from base import say as say_some
 from common import (
     CHECKPOINTS,
@@ -41,7 +41,6 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from draw import GROUP, caption
 from encoder import normalise
-from latents import latents_of
 from numpy.random import Generator
 from pool import Pool
 from safetensors import safe_open
@@ -87,10 +86,20 @@ class Seen:
         return torch.from_numpy(self.kept[picked]).float().to(DEVICE)
 
 
+PLAIN_SHARE = 0.6
+"""Part of the draws without an adapter that are of plain pictures (see ``base.py``)."""
+
+
 def pair(facts: list[dict], size: int, rng: Generator, bare: float) -> tuple[int, int, str, bool, bool]:
-    """(reference, target, text, whether the picture is shown, whether the adapter is there at all)."""
+    """(reference, target, text, whether the picture is shown, whether the adapter is there at all).
+
+    Plain pictures begin at ``size``; they are targets alone.
+    """
     if rng.uniform() < bare:
-        while not facts[target := int(rng.integers(size))]["concept"] and rng.uniform() < 0.7:
+        if rng.uniform() < PLAIN_SHARE:
+            target = int(rng.integers(size, len(facts)))
+            return 0, target, caption(facts[target], rng, say_plain(rng)), False, False
+        while not facts[target := int(rng.integers(size))]["concept"] and rng.uniform() < 0.85:
             pass
         return target, target, caption(facts[target], rng, say_some(rng)), False, False
     group = int(rng.integers(size // GROUP)) * GROUP
@@ -165,10 +174,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=40)
     parser.add_argument("--caption-steps", type=int, default=400)
     parser.add_argument("--captions-only", action="store_true", help="stop when the projection says captions")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--with-base", action="store_true", help="UNet and text encoder learn on too")
-    parser.add_argument("--base-lr", type=float, default=8e-4)
+    parser.add_argument("--base-lr", type=float, default=2.5e-4)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--processes", type=int, default=1, help="that train together")
     parser.add_argument("--export", action="store_true", help="write the newest average and stop")
@@ -223,12 +232,11 @@ def main() -> None:
         optimizer,
         None if crew.rank else Ema(learners, 0.999 if args.with_base else 0.998),
         mark,
-        30,
+        100,
         crew=crew,
     )
     if not args.export:
-        latents = latents_of(1)
-        size = len(latents)
+        latents, facts, size = learned()
         abar = DDIMScheduler(**SCHEDULE).alphas_cumprod.to(DEVICE)
         with torch.no_grad():
             nothing = features(args.kind, encoder, torch.zeros(1, 3, 128, 128, device=DEVICE))
@@ -238,7 +246,7 @@ def main() -> None:
         adapter.attach(unet)
         for step in loop:
             rng = np.random.default_rng([9, step, crew.rank])
-            drawn = [pair(pool.facts, size, rng, 0.3 if args.with_base else 0.0) for _ in range(args.batch)]
+            drawn = [pair(facts, size, rng, 0.45 if args.with_base else 0.0) for _ in range(args.batch)]
             shown = seen([one for one, *_ in drawn])
             visible = torch.tensor([see for *_, see, _ in drawn], device=DEVICE)
             there = torch.tensor([float(there) for *_, there in drawn], device=DEVICE)

@@ -24,13 +24,14 @@ Stage = tuple[str, list[str]]
 DATA: list[list[Stage]] = [
     [("icons", ["icons.py"])],
     [("pool-train", ["pool.py", "--seed", "1", "--count", "60000"]),
-     ("pool-validation", ["pool.py", "--seed", "2", "--count", "2000"])],
+     ("pool-validation", ["pool.py", "--seed", "2", "--count", "2000"]),
+     ("pool-plain", ["pool.py", "--seed", "4", "--count", "4000"])],
     [("pool-test", ["pool.py", "--seed", "3", "--count", "2000"])],
 ]  # fmt: skip
 
 ORDER: tuple[tuple[str, ...], ...] = (
     ("vae", "encoder"),
-    ("latents",),
+    ("latents", "latents-plain"),
     ("base", "judge"),
     ("captions",),
     ("plus",),
@@ -43,6 +44,7 @@ COMMANDS = {
     "vae": ["vae.py"],
     "encoder": ["encoder.py"],
     "latents": ["latents.py"],
+    "latents-plain": ["latents.py", "--seed", "4"],
     "base": ["base.py", "--processes", "2"],
     "judge": ["judge.py"],
     "captions": ["adapters.py", "plus", "--captions-only"],

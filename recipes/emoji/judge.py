@@ -3,8 +3,8 @@
 - A small convolutional network, trained on true pictures only and apart from every model it judges, says
   concept and look. What it says of true pictures nobody trained on is printed beside its verdicts.
 - Colours are measured in closed form in CIELAB: a background is the border's median, a palette six clusters.
-- Likeness is that of an ImageNet network's features (EfficientNet-Lite0, Apache-2.0, from a PyPI wheel),
-  which no stage saw as a target.
+- Likeness is that of an ImageNet network's features (EfficientNet-Lite0, Apache-2.0, from a PyPI wheel). The
+  image encoder has learned to say them (``encoder.py``); UNet and adapters have not seen them.
 
     python recipes/emoji/judge.py --minutes 10
 """

@@ -2,6 +2,7 @@
 
 python recipes/emoji/pool.py --seed 1 --count 60000      # train
 python recipes/emoji/pool.py --seed 2 --count 2000       # validation; 3: test
+python recipes/emoji/pool.py --seed 4 --count 4000       # plain pictures for rehearsal
 """
 
 import argparse
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from common import STATE
-from draw import Icons, draw
+from draw import GROUP, PLAIN, PLAIN_SEED, Icons, draw
 
 CHUNK = 2000
 
@@ -48,7 +49,11 @@ def main() -> None:
         path = chunk_path(args.seed, number)
         if path.exists():
             continue
-        drawn = [draw(icons, args.seed, number * CHUNK + i) for i in range(CHUNK)]
+        indices = range(number * CHUNK, (number + 1) * CHUNK)
+        if args.seed == PLAIN_SEED:  # first members alone: the others take their colours from these
+            drawn = [draw(icons, args.seed, GROUP * i, style=PLAIN) for i in indices]
+        else:
+            drawn = [draw(icons, args.seed, i) for i in indices]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".json").write_text(json.dumps([fact for _, fact in drawn]))
         np.save(part := path.with_suffix(".part.npy"), np.stack([picture for picture, _ in drawn]))
