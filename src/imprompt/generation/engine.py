@@ -266,12 +266,11 @@ def complete(request: Request, base: Base) -> Request:
     """The request with everything that it leaves open filled in from the base. Raises
     :class:`UsageError`."""
     defaults = base.defaults
+    names = ("steps", "guidance", "scheduler")
     changes: dict[str, object] = {
-        "steps": defaults.steps if request.steps is None else request.steps,
-        "guidance": defaults.guidance if request.guidance is None else request.guidance,
-        "scheduler": defaults.scheduler if request.scheduler is None else request.scheduler,
-        "seed": secrets.randbelow(2**32) if request.seed is None else request.seed,
+        name: getattr(defaults, name) for name in names if getattr(request, name) is None
     }
+    changes["seed"] = secrets.randbelow(2**32) if request.seed is None else request.seed
     if request.task == "animate":
         changes |= video.clip_defaults(request, video.find_motion(request.motion, base))
     elif request.task != "generate" and request.strength is None:
