@@ -59,16 +59,26 @@ class _Timed(NamedTuple):
     source: PromptSource
     slot: Slot
     added: list[_Added]
+    features: Float[Tensor, "N P W"]
+    """Of the pictures of all sequences, on the device of the call."""
+    pictures: list[int]
+    """Number of pictures of each sequence."""
+
+    @classmethod
+    def of(cls, source: PromptSource, slot: Slot, added: list[_Added]) -> "_Timed":
+        """Bring the features to the device, once for all steps."""
+        features = [
+            _tokens(prompt, negative=branch == "uncond").unflatten(0, (prompt.pictures, -1))
+            for prompt, branch in slot.sequences
+        ]
+        whole = torch.cat([each.to(slot.call.device) for each in features])
+        return cls(source, slot, added, whole, [len(each) for each in features])
 
     def write(self, timestep: Float[Tensor, "1"], heads: dict[str, int]) -> None:
         """Write tokens, keys and values for ``timestep`` into the same tensors."""
         slot, call = self.slot, self.slot.call
-        features = [
-            _tokens(prompt, negative=branch == "uncond").unflatten(0, (prompt.pictures, -1)).to(call.device)
-            for prompt, branch in slot.sequences
-        ]
-        tokens, temb = self.source.tokens_at(torch.cat(features), timestep)
-        sets = tokens.split([len(each) for each in features])
+        tokens, temb = self.source.tokens_at(self.features, timestep)
+        sets = tokens.split(self.pictures)
         stack = pad_sequence([each.flatten(0, 1) for each in sets], batch_first=True)
         for at, kv, _ in self.added:
             module = self.source.key_value(at.site.index)
@@ -160,7 +170,7 @@ class Batch:
             _check_negatives(source, slot)
             of_slot = self._added(source, slot, number)
             if source.timed and of_slot:
-                self._timed.append(_Timed(source, slot, of_slot))
+                self._timed.append(_Timed.of(source, slot, of_slot))
             added += of_slot
             whens += [slot.prompts[m].when for m in slot.rows]
         factors = self._factors.set(

@@ -75,7 +75,9 @@ def combine(
     count = features.shape[0]
     given = read_weights(name, count, weights)
     if not bool(torch.isfinite(features).all()):
-        raise InputError("image features contain NaN or infinite values.")
+        raise InputError(
+            "image features contain NaN or infinite values; encode them again with sound weights."
+        )
     if name == "concat":
         kept = [i for i, weight in enumerate(given) if weight > 0]
         return features if len(kept) == count else features[kept]

@@ -358,7 +358,9 @@ class PromptEncoder:
         else:
             parts = given.pooled, None, None
         if any(part is not None and not bool(torch.isfinite(part).all()) for part in parts):
-            raise InputError("image features contain NaN or infinite values.")
+            raise InputError(
+                "image features contain NaN or infinite values; encode them again with sound weights."
+            )
         features, patches, zeros = parts
         if self._projection.variant.negative == "black_picture":
             zeros = self._black_picture()
@@ -401,7 +403,7 @@ def check_tokens(tokens: Tensor, width: int, name: str) -> None:
             f"adapter '{name}' reads tokens of width {width}, got shape {tuple(tokens.shape)}."
         )
     if not bool(torch.isfinite(tokens).all()):
-        raise InputError("image tokens contain NaN or infinite values.")
+        raise InputError("image tokens contain NaN or infinite values; finite ones are expected.")
 
 
 def _joined(parts: Sequence[Encoded]) -> Encoded:

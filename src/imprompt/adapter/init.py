@@ -27,7 +27,10 @@ def initial_weights(
     """
     found = find_denoiser(model)
     if found is None:
-        raise UsageError(f"a {type(model).__name__} is no denoiser that an adapter can be made for.")
+        raise UsageError(
+            f"a {type(model).__name__} is no denoiser that an adapter can be made for; a diffusers UNet with "
+            "cross-attention, or a FLUX, Chroma or SD3 transformer is expected."
+        )
     if features is None:
         raise UsageError("a new adapter needs feature_width= or an image encoder object to read it from.")
     if isinstance(features, ImageEncoder):

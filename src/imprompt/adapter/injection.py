@@ -86,7 +86,10 @@ class Injection:
         """
         found = find_denoiser(model)
         if found is None:
-            raise AdapterMismatch(f"{type(model).__name__} is no denoiser that image prompts are known for.")
+            raise AdapterMismatch(
+                f"{type(model).__name__} is no denoiser that image prompts are known for; a diffusers UNet "
+                "with cross-attention, or a FLUX, Chroma or SD3 transformer is expected."
+            )
         backbone, model = found
         sites = backbone.sites(model)
         attentions = [model.get_submodule(site.name) for site in sites]

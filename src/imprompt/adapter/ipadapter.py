@@ -353,6 +353,7 @@ class IPAdapter(AdapterWeights):
         return self._samples
 
     def begin_run(self, encode_text: Callable[[str], Tensor]) -> None:
+        """Encode regional words again, and keep their embeddings with the encoded prompts."""
         super().begin_run(encode_text)
         self._encoded = tuple(
             tuple(replace(prompt, text=made.text) for prompt, made in zip(prompts, sample, strict=True))

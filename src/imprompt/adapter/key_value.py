@@ -56,6 +56,7 @@ class NormedKeyValue(KeyValue):
     """Keys RMS-normed over the head width without weights, eps 1e-5; values raw (InstantX FLUX)."""
 
     def norm_key(self, key: Tensor) -> Tensor:
+        """RMS norm of keys ``S H T D`` over ``D``."""
         return F.rms_norm(key, key.shape[-1:], eps=1e-5)
 
 
@@ -70,16 +71,19 @@ class TimedKeyValue(KeyValue):
         self.norm_q, self.norm_k, self.norm_ip_k = (_Weight(weight) for weight in norms)
 
     def modulate(self, tokens: Tensor, temb: Tensor | None) -> Tensor:
+        """LayerNorm of tokens ``S T C``, shifted and scaled by the time embedding ``1 E``."""
         if temb is None:
             raise ValueError("a timed adapter's keys need the time embedding")
         shift, scale = linear(F.silu(temb.to(tokens.dtype)), self.norm_ip["linear"])[:, None].chunk(2, dim=-1)
         return F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
     def norm_key(self, key: Tensor) -> Tensor:
+        """RMS norm of keys ``S H T D`` over ``D``, with the published weight."""
         return rms(key, self.norm_ip_k.weight)
 
     @property
     def joint_norms(self) -> JointNorms | None:
+        """RMS norms of the queries and of the image keys, with the published weights."""
         return JointNorms(self.norm_q.weight, self.norm_k.weight)
 
 

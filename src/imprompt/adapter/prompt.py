@@ -156,7 +156,9 @@ def compile_prompt(encoded: EncodedPrompt, projection: ImageProjection) -> Compi
         sets = sets[:, chosen]
     tokens = sets.flatten(0, 1)
     if not bool(torch.isfinite(tokens).all()):
-        raise InputError("the image features are too large: their projection is not finite.")
+        raise InputError(
+            "the image features are too large: their projection is not finite; give an encoder's own."
+        )
     if negative is not None and len(tokens) % len(negative) == 0:
         # The same tokens repeated give the same attention; equal lengths need no padding.
         negative = negative.repeat(len(tokens) // len(negative), 1)

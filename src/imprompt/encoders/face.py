@@ -53,9 +53,13 @@ class FaceEmbedder(Protocol):
     """A model that finds and embeds faces: :class:`OnnxFaces`, or the user's own."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Its name in messages and records."""
+
     @property
-    def space(self) -> str: ...
+    def space(self) -> str:
+        """What its embeddings can be compared with, e.g. ``buffalo_l``; an adapter reads one space."""
+
     def find(self, image: Image.Image) -> list[Face]:
         """All faces, the largest first."""
 

@@ -234,7 +234,7 @@ def _eight_bit(image: Image.Image, name: str) -> Image.Image:
         return image
     values = np.asarray(image, dtype=np.float64)
     if not np.isfinite(values).all():
-        raise InputError(f"{name} holds NaN or infinite values.")
+        raise InputError(f"{name} holds NaN or infinite values; finite ones are expected.")
     low, high = float(values.min()), float(values.max())
     if image.mode == "F":
         top = next((top for top in (1.0, 255.0, 65535.0) if high <= top), None)

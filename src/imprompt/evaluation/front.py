@@ -25,7 +25,9 @@ class Measure(Protocol):
     """Scores drawings: text and picture fidelity of each, ``B`` and ``B``."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Its name in tables and plots."""
+
     def __call__(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]: ...
 
 

@@ -114,7 +114,6 @@ def _checked(pixels: np.ndarray) -> Image.Image:
     if float(pixels.max()) == 0.0:
         raise ModelError(
             "the picture came out black everywhere, a sign of overflow. Try --dtype float32, or a smaller "
-            "scale or "
-            "guidance."
+            "scale or guidance."
         )
     return Image.fromarray((pixels * 255).round().astype("uint8"))

@@ -35,6 +35,7 @@ class Job:
 
     @property
     def request(self) -> Request:
+        """The complete request."""
         return self.inputs.request
 
     @property
@@ -58,6 +59,7 @@ def shots_of(jobs: Sequence[Job]) -> list[Shot]:
 
 
 def changed(job: Job, **fields: object) -> Job:
+    """The job with other values of its request's fields."""
     return replace(job, inputs=replace(job.inputs, request=job.request.replace(**fields)))
 
 

@@ -54,7 +54,7 @@ def load(base: Base, task: Task, dtype: Any, quantize: str = "none") -> Any:
     except Exception as error:  # loaders raise nearly anything on damaged or absent files
         raise _not_loaded(base, error) from error
     _check_channels(getattr(pipe, kind.denoiser).config.in_channels, base, task)
-    return _quiet(pipe)
+    return _ready(pipe)
 
 
 def for_task(pipe: Any, base: Base, task: Task) -> Any:
@@ -64,14 +64,13 @@ def for_task(pipe: Any, base: Base, task: Task) -> Any:
     made = getattr(diffusers, _class_for(kind, task, base))(
         **{name: part for name, part in pipe.components.items() if name != "safety_checker"}, **kind.unused
     )
-    return _quiet(made)
+    return _ready(made)
 
 
-def _quiet(pipe: Any) -> Any:
-    """The pipeline without its progress bar, and with what diffusers' Chroma inpainting reads of a model that
-    has no such layer."""
+def _ready(pipe: Any) -> Any:
+    """The pipeline as requests call it."""
     pipe.set_progress_bar_config(disable=True)
-    if hasattr(pipe, "transformer") and "guidance_embeds" not in pipe.transformer.config:
+    if type(pipe) is diffusers.ChromaInpaintPipeline:  # diffusers (0.42) reads it; Chroma has no such layer
         pipe.transformer.register_to_config(guidance_embeds=False)
     return pipe
 

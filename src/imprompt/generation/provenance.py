@@ -62,6 +62,8 @@ def _of_encoders(name: str, adapter: IPAdapter) -> dict[str, str]:
 
 
 def provenance(job: Job, loaded: Loaded) -> dict[str, str]:
+    """What a picture notes of its making: versions, device, dtype, threads, and all models with their
+    fingerprints."""
     device = loaded.device
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     made_with = _versions() | {

@@ -61,7 +61,9 @@ def save(
             return _write(placed, overwrite=overwrite, exclusive=numbered)
         except FileExistsError as error:  # another process was faster
             if not numbered:
-                raise InputError(f"cannot write '{error.filename}': it was made meanwhile.") from error
+                raise InputError(
+                    f"cannot write '{error.filename}': it was made meanwhile; save under another name."
+                ) from error
 
 
 def save_page(image: Image.Image, path: str | Path, *, overwrite: bool = False) -> Path:

@@ -88,6 +88,10 @@ class TimedResamplerProjection(ResamplerProjection):
     def forward(
         self, features: Tensor, patches: Tensor | None = None, timestep: Tensor | None = None
     ) -> Float[Tensor, "N T C"]:
+        """Tokens of hidden states ``N P W`` at ``timestep`` (one, or ``N``; 0 to 1000).
+
+        Raises :class:`UsageError` without a timestep.
+        """
         self._check(features, patches)
         if timestep is None:
             raise UsageError(
@@ -146,6 +150,10 @@ class FaceResamplerProjection(ImageProjection):
     def forward(
         self, features: Tensor, patches: Tensor | None = None, timestep: Tensor | None = None
     ) -> Float[Tensor, "N T C"]:
+        """Tokens of face embeddings ``N E`` (or ``N F E``) and their crops' hidden states ``N P W``.
+
+        Raises :class:`EncoderMismatch` without the crops, or for shapes that do not fit.
+        """
         self._check(features, patches)
         if patches is None:
             raise EncoderMismatch(
@@ -168,6 +176,10 @@ class FaceResamplerProjection(ImageProjection):
     def negative(
         self, features: Tensor | None = None, timestep: Tensor | None = None
     ) -> Float[Tensor, "1 T C"]:
+        """Tokens of a zero face embedding and ``features``, the encoder's of an all-zero tensor.
+
+        Raises :class:`UsageError` without them.
+        """
         if features is None:
             raise UsageError(
                 "negative tokens of FaceID-Plus are made of a zero face embedding and the encoder's features "

@@ -260,7 +260,7 @@ def _check_source(prompt: ImagePrompt) -> None:
 
 def _check_time(prompt: ImagePrompt) -> None:
     if prompt.start > prompt.end:
-        raise UsageError(f"start: {prompt.start:g} lies after end {prompt.end:g}.")
+        raise UsageError(f"start: {prompt.start:g} lies after end {prompt.end:g}; it must come before.")
 
 
 def _check_mask(prompt: ImagePrompt) -> None:

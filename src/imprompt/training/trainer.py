@@ -327,7 +327,10 @@ class Trainer:
             f"{means['without_image']:.4f} without, {means['bare_base']:.4f} of the bare base"
         )
         if not all(math.isfinite(mean) for mean in means.values()):
-            raise ModelError(f"the validation loss is not finite at step {self.step}: {means}.")
+            raise ModelError(
+                f"the validation loss is not finite at step {self.step}: {means}; go on from the last "
+                "checkpoint with a smaller lr (--resume --lr)."
+            )
         if self.config.keep == "best" and means["with_image"] < self.best:
             self.best = means["with_image"]
             self._write_adapter()
