@@ -12,7 +12,6 @@ minutes.
     python recipes/emoji/adapters.py base --minutes 20
 """
 
-import argparse
 import hashlib
 import math
 from contextlib import suppress
@@ -34,8 +33,10 @@ from common import (
     adamw,
     fingerprint,
     half,
+    parsed,
     progress_mean,
     save_half,
+    stage_parser,
 )
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
@@ -45,10 +46,10 @@ from numpy.random import Generator
 from pool import Pool
 from safetensors import safe_open
 from safetensors.torch import save_file
-from text import Texts
+from text import Texts, frozen_base
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers import CLIPVisionModelWithProjection
 
 from imprompt import IPAdapter
 
@@ -167,32 +168,19 @@ def export(adapter: IPAdapter, kind: str) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = stage_parser(__doc__, minutes=40, lr=8e-4, batch=24)
     parser.add_argument("kind", choices=sorted(NAMES))
-    parser.add_argument("--minutes", type=float, default=40)
     parser.add_argument("--caption-steps", type=int, default=400)
     parser.add_argument("--captions-only", action="store_true", help="stop when the projection says captions")
-    parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--with-base", action="store_true", help="UNet and text encoder learn on too")
     parser.add_argument("--base-lr", type=float, default=2.5e-4)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--processes", type=int, default=1, help="that train together")
-    parser.add_argument("--export", action="store_true", help="write the newest average and stop")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parsed(parser)
     crew = Crew(args.processes)  # of more than one: run with --captions-only first
     torch.manual_seed(0)
-    unet = (
-        UNet2DConditionModel.from_pretrained(MODEL / "unet").float().eval().requires_grad_(False).to(DEVICE)
-    )
+    unet, texts = frozen_base()
     encoder = CLIPVisionModelWithProjection.from_pretrained(MODEL / "image_encoder").float().eval().to(DEVICE)
-    text = (
-        CLIPTextModel.from_pretrained(MODEL / "text_encoder").float().eval().requires_grad_(False).to(DEVICE)
-    )
-    texts = Texts(CLIPTokenizer.from_pretrained(MODEL / "tokenizer"), text)
+    text = texts.encoder
     width = encoder.config.hidden_size if args.kind == "plus" else encoder.config.projection_dim
     adapter = IPAdapter.new(
         unet, kind=KINDS[args.kind], feature_width=width, tokens=16 if args.kind == "plus" else 4

@@ -13,7 +13,6 @@ learns: three eighths of each batch are therefore plain pictures such as START d
     python recipes/emoji/base.py --minutes 300   # later: goes on from the plateau of the first run
 """
 
-import argparse
 import json
 
 import numpy as np
@@ -30,8 +29,10 @@ from common import (
     adamw,
     fingerprint,
     half,
+    parsed,
     progress_mean,
     save_half,
+    stage_parser,
 )
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
@@ -109,17 +110,9 @@ def write_pipeline() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=2.5e-4)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = stage_parser(__doc__, minutes=60, lr=2.5e-4, batch=32)
     parser.add_argument("--processes", type=int, default=1, help="that train together")
-    parser.add_argument("--export", action="store_true", help="write the newest average and stop")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parsed(parser)
     crew = Crew(args.processes)
     tokenizer = (
         CLIPTokenizer.from_pretrained(MODEL / "tokenizer") if args.export or crew.rank else make_tokenizer()

@@ -4,6 +4,7 @@ State (packages, caches, checkpoints, logs, the model as it becomes) lies in ``$
 beside this file; none of it belongs into git. ``START`` is the model a first run continues from.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -225,6 +226,27 @@ def save_half(module: Any, folder: Path) -> None:
     if "dtype" in config:
         config["dtype"] = "float32"
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def stage_parser(
+    about: str, *, minutes: float, lr: float, batch: int | None = None
+) -> argparse.ArgumentParser:
+    """The flags of every stage, with a stage's own defaults."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=minutes)
+    parser.add_argument("--lr", type=float, default=lr)
+    if batch is not None:
+        parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--export", action="store_true", help="write the newest average and stop")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The flags given, with as many threads set as they say."""
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    return args
 
 
 def progress_mean(log: dict[str, float], name: str, value: float) -> None:

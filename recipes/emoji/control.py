@@ -7,8 +7,6 @@ it is the edges that tell what to draw. Icons without a word are targets too: st
     python recipes/emoji/control.py --minutes 20
 """
 
-import argparse
-
 import cv2
 import numpy as np
 import torch
@@ -23,17 +21,18 @@ from common import (
     adamw,
     fingerprint,
     half,
+    parsed,
     progress_mean,
     save_half,
+    stage_parser,
 )
-from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from diffusers import ControlNetModel, DDIMScheduler
 from draw import caption
 from latents import latents_of
 from pool import Pool
-from text import Texts
+from text import frozen_base
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPTextModel, CLIPTokenizer
 
 OUT = MODEL / "controlnet-canny"
 
@@ -45,23 +44,9 @@ def condition_of(pictures: np.ndarray, low: list[float], high: list[float]) -> T
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=8e-4)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--export", action="store_true", help="write the newest average and stop")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    unet = (
-        UNet2DConditionModel.from_pretrained(MODEL / "unet").float().eval().requires_grad_(False).to(DEVICE)
-    )
-    text = (
-        CLIPTextModel.from_pretrained(MODEL / "text_encoder").float().eval().requires_grad_(False).to(DEVICE)
-    )
-    texts = Texts(CLIPTokenizer.from_pretrained(MODEL / "tokenizer"), text)
+    parser = stage_parser(__doc__, minutes=20, lr=8e-4, batch=16)
+    args = parsed(parser)
+    unet, texts = frozen_base()
     net = ControlNetModel.from_pretrained(START / "controlnet-canny").float()
     with torch.no_grad():  # the base has moved on since; what reads the edges has not
         fresh = {
@@ -101,10 +86,7 @@ def main() -> None:
                     noisy, t, hidden, down_block_additional_residuals=down, mid_block_additional_residual=mid
                 ).sample
             loss = F.mse_loss(out.float(), target)
-            loop.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            loop.optimizer.step()
+            loop.learn(loss)
             progress_mean(loop.log, "loss", loss.item())
     assert loop.ema
     loop.ema.copy_to(net)

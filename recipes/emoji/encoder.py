@@ -10,7 +10,6 @@ ImageNet network sees (EfficientNet-Lite0, see ``judge.py``), since three hundre
     python recipes/emoji/encoder.py --minutes 20
 """
 
-import argparse
 import json
 import shutil
 
@@ -27,8 +26,10 @@ from common import (
     Loop,
     fingerprint,
     half,
+    parsed,
     progress_mean,
     save_half,
+    stage_parser,
 )
 from draw import BACKGROUNDS, GROUP, LOOKS
 from icons import HERE
@@ -158,16 +159,9 @@ class Eye(nn.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--minutes", type=float, default=20)
+    parser = stage_parser(__doc__, minutes=20, lr=6e-4)
     parser.add_argument("--groups", type=int, default=16, help="of four pictures, in a batch")
-    parser.add_argument("--lr", type=float, default=6e-4)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--export", action="store_true", help="write the newest average and stop")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parsed(parser)
     tower = CLIPVisionModelWithProjection.from_pretrained(
         START / "image_encoder",
         attn_implementation="eager" if HALF and DEVICE == "cpu" else "sdpa",  # each a fifth faster there
@@ -193,10 +187,7 @@ def main() -> None:
             loss, log = eye.loss(
                 normalise(pictures), [pool.facts[i] for i in picked], teacher(picked, pictures)
             )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(eye.parameters(), 1.0)
-            optimizer.step()
+            loop.learn(loss)
             for name, value in log.items():
                 progress_mean(loop.log, name, value)
     assert loop.ema

@@ -9,7 +9,6 @@
     python recipes/emoji/judge.py --minutes 10
 """
 
-import argparse
 import hashlib
 import io
 import zipfile
@@ -17,7 +16,19 @@ import zipfile
 import cv2
 import numpy as np
 import torch
-from common import CHECKPOINTS, DEVICE, STATE, Ema, Loop, adamw, fingerprint, half, progress_mean
+from common import (
+    CHECKPOINTS,
+    DEVICE,
+    STATE,
+    Ema,
+    Loop,
+    adamw,
+    fingerprint,
+    half,
+    parsed,
+    progress_mean,
+    stage_parser,
+)
 from draw import LOOKS
 from encoder import WORDS
 from pool import Pool
@@ -181,16 +192,8 @@ class Likeness:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--export", action="store_true", help="write the newest average and stop")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    parser = stage_parser(__doc__, minutes=10, lr=2e-3, batch=64)
+    args = parsed(parser)
     network = Network().train().to(DEVICE)
     optimizer = adamw(network.parameters(), args.lr)
     mark = fingerprint(stage="judge", words=WORDS, looks=LOOKS)

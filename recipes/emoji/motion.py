@@ -9,7 +9,6 @@ the frames of a clip (Ge et al. 2023, "Preserve Your Own Correlation", §3.1), i
     python recipes/emoji/motion.py --minutes 30
 """
 
-import argparse
 import json
 import math
 
@@ -26,18 +25,19 @@ from common import (
     Loop,
     fingerprint,
     half,
+    parsed,
     progress_mean,
     save_half,
+    stage_parser,
     to_float,
 )
 from diffusers import AutoencoderKL, DDIMScheduler, MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from draw import Icons, apply_look, caption, choose, style_of, warp
 from latents import mark_of
-from text import MOTIONS, Texts
+from text import MOTIONS, frozen_base
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPTextModel, CLIPTokenizer
 
 FRAMES = 16
 SHARED = 0.8
@@ -153,19 +153,12 @@ class Positions:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--minutes", type=float, default=30)
+    parser = stage_parser(__doc__, minutes=30, lr=1e-3)
     parser.add_argument("--count", type=int, default=900, help="clips to learn from")
     parser.add_argument("--clips", type=int, default=3, help="clips a step, of 8 frames each")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--export", action="store_true", help="write the newest average and stop")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parsed(parser)
     adapter = MotionAdapter.from_pretrained(START / "motion").float().to(DEVICE)
-    base = UNet2DConditionModel.from_pretrained(MODEL / "unet").float().eval().to(DEVICE)
+    base, texts = frozen_base()
     unet = joined(base, adapter)
     trained = [p for p in adapter.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -174,14 +167,6 @@ def main() -> None:
         CHECKPOINTS / "motion.pt", args.minutes, adapter, optimizer, Ema(adapter, 0.997), mark, warmup=40
     )
     if not args.export:
-        text = (
-            CLIPTextModel.from_pretrained(MODEL / "text_encoder")
-            .float()
-            .eval()
-            .requires_grad_(False)
-            .to(DEVICE)
-        )
-        texts = Texts(CLIPTokenizer.from_pretrained(MODEL / "tokenizer"), text)
         latents, about = clips_of(args.count)
         positions = Positions(unet)
         abar = DDIMScheduler(**SCHEDULE).alphas_cumprod.to(DEVICE)
@@ -204,11 +189,8 @@ def main() -> None:
                 hidden = texts([words(*about[i], rng) for i in picked])
                 out = unet(noisy, t, hidden.repeat_interleave(len(shown), 0)).sample
             loss = F.mse_loss(out.float(), target)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loop.learn(loss)
             positions.restore()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
             progress_mean(loop.log, "loss", loss.item())
     assert loop.ema
     loop.ema.copy_to(adapter)

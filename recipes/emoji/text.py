@@ -10,6 +10,7 @@ import json
 import numpy as np
 import torch
 from common import DEVICE, LENGTH, MODEL, START
+from diffusers import UNet2DConditionModel
 from draw import BACKGROUNDS, COLOURS, LOOKS, plural
 from icons import HERE
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -102,6 +103,13 @@ class Texts:
         ).input_ids
         hidden = self.encoder(ids.to(DEVICE)).last_hidden_state
         return hidden[torch.tensor([unique.index(text) for text in texts], device=hidden.device)]
+
+
+def frozen_base() -> tuple[UNet2DConditionModel, Texts]:
+    """The UNet as it is now, and what encodes texts for it; neither is trained."""
+    unet = UNet2DConditionModel.from_pretrained(MODEL / "unet").float().eval().requires_grad_(False)
+    text = CLIPTextModel.from_pretrained(MODEL / "text_encoder").float().eval().requires_grad_(False)
+    return unet.to(DEVICE), Texts(CLIPTokenizer.from_pretrained(MODEL / "tokenizer"), text.to(DEVICE))
 
 
 def longest(tokenizer: CLIPTokenizer, texts: list[str]) -> int:

@@ -10,8 +10,6 @@ of a picture.
     python recipes/emoji/vae.py --decoder --minutes 60  # then the decoder alone: latents stay what they are
 """
 
-import argparse
-
 import numpy as np
 import torch
 from common import (
@@ -22,8 +20,10 @@ from common import (
     Ema,
     Loop,
     fingerprint,
+    parsed,
     progress_mean,
     save_half,
+    stage_parser,
     to_float,
 )
 from diffusers import AutoencoderKL
@@ -61,17 +61,9 @@ def quality(vae: AutoencoderKL, pictures: Tensor) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--minutes", type=float, default=15)
-    parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = stage_parser(__doc__, minutes=15, lr=1.5e-3, batch=24)
     parser.add_argument("--decoder", action="store_true", help="train the decoder of the present model alone")
-    parser.add_argument("--export", action="store_true", help="write the newest average and stop")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parsed(parser)
     source = MODEL / "vae" if args.decoder else START / "vae"
     vae = AutoencoderKL.from_pretrained(source).float().train().to(DEVICE, memory_format=torch.channels_last)
     if args.decoder:
@@ -109,10 +101,7 @@ def main() -> None:
                     small = F.interpolate(latents, scale_factor=0.5, mode="bilinear", antialias=True)
                     loss = loss + 0.25 * distance(vae.decode(small).sample, F.avg_pool2d(real, 2))
                 loss = loss + 1e-4 * latents.square().mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
+            loop.learn(loss)
             progress_mean(loop.log, "loss", loss.item())
             if step % 400 == 0:
                 print(
