@@ -70,7 +70,7 @@ def for_task(pipe: Any, base: Base, task: Task) -> Any:
 def _ready(pipe: Any) -> Any:
     """The pipeline as requests call it."""
     pipe.set_progress_bar_config(disable=True)
-    if type(pipe) is diffusers.ChromaInpaintPipeline:  # diffusers (0.42) reads it; Chroma has no such layer
+    if type(pipe).__name__ == "ChromaInpaintPipeline":  # diffusers (0.42) reads it; Chroma has no such layer
         pipe.transformer.register_to_config(guidance_embeds=False)
     return pipe
 
