@@ -8,7 +8,7 @@ pipeline then computes ``e∅ + s_text (cond − e∅)`` as ever; without guidan
 Dimensions: B batch rows.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -23,18 +23,21 @@ WIDENED: dict[tuple[Branch, ...], tuple[Branch, ...]] = {
 """The batch's branches → the same with the branch ``text`` added."""
 
 
-def widened(value: Any, rows: Collection[int], branches: int) -> Any:
-    """Repeat the last of ``branches`` equal parts in every tensor with a number of rows in ``rows``, also
-    inside lists, tuples and dicts. Everything else is returned unchanged."""
+def of_rows(change: Callable[[Tensor], Tensor], value: Any, rows: Collection[int]) -> Any:
+    """``value`` with ``change`` applied to every tensor with a number of rows in ``rows``, also inside lists,
+    tuples and dicts. Everything else is returned unchanged."""
     if isinstance(value, Tensor):
-        if value.ndim == 0 or value.shape[0] not in rows:
-            return value
-        return torch.cat((value, value[-(value.shape[0] // branches) :]))
+        return change(value) if value.ndim and value.shape[0] in rows else value
     if isinstance(value, tuple | list):
-        return type(value)(widened(item, rows, branches) for item in value)
-    if isinstance(value, dict):
-        return {name: widened(item, rows, branches) for name, item in value.items()}
+        return type(value)(of_rows(change, item, rows) for item in value)
+    if isinstance(value, dict):  # diffusers' outputs are such as well
+        return type(value)(**{name: of_rows(change, item, rows) for name, item in value.items()})
     return value
+
+
+def widened(value: Any, rows: Collection[int], branches: int) -> Any:
+    """Repeat the last of ``branches`` equal parts in the tensors of :func:`of_rows`."""
+    return of_rows(lambda x: torch.cat((x, x[-(x.shape[0] // branches) :])), value, rows)
 
 
 def merged(output: Any, branches: int, ratio: float) -> Any:

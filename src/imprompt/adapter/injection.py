@@ -59,6 +59,8 @@ class Injection:
         self.backbone, self.sites = backbone, sites
         self.sources: list[PromptSource] = []
         self.recorder: Recorder | None = None
+        self.branches: tuple[Branch, ...] | None = None
+        """The CFG branches in the batch, where the pipeline's flags do not tell."""
         self.drawing = Drawing()
         self._model = weakref.ref(model)
         self._pipe: weakref.ref[object] | None = None
@@ -93,12 +95,7 @@ class Injection:
         backbone, model = found
         sites = backbone.sites(model)
         attentions = [model.get_submodule(site.name) for site in sites]
-        there = {
-            p.injection
-            for a in attentions
-            if isinstance(p := a.processor, SiteProcessor) and p.injection.attached
-        }
-        injection = there.pop() if there else cls(backbone, model, sites)
+        injection = cls.of(model) or cls(backbone, model, sites)
         with injection.drawing.undisturbed():
             if not injection._hooks:
                 for site, attention in zip(sites, attentions, strict=True):
@@ -108,6 +105,13 @@ class Injection:
             injection._last = injection._run = None
             injection.invalidate()
         return injection
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Injection | None":
+        """The injection of a denoiser, if there is one."""
+        processors = (getattr(part, "processor", None) for part in model.modules())
+        there = (p.injection for p in processors if isinstance(p, SiteProcessor))
+        return next((injection for injection in there if injection.attached), None)
 
     def __deepcopy__(self, _: object) -> "Injection":
         raise UsageError(
@@ -287,9 +291,9 @@ class Injection:
 
     def _branches(self, inputs: Inputs, caller: Caller | None) -> tuple[Branch, ...]:
         """The CFG branches of this call: as the user stated, else as the calling pipeline has them."""
-        for source in self.sources:
-            if source.branches is not None:
-                return source.branches
+        for stated in (self.branches, *(source.branches for source in self.sources)):
+            if stated is not None:
+                return stated
         if caller is None:
             caller = self._absent_caller()
         if caller is None:

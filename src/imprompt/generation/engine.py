@@ -43,6 +43,7 @@ from imprompt.generation.job import (
 )
 from imprompt.generation.loading import LOADING, Loaded, Models
 from imprompt.generation.provenance import fingerprints, provenance
+from imprompt.generation.speed import check_speed, hurried
 from imprompt.generation.steps import OnStep, Step, reported
 from imprompt.generation.text import cut_words, in_chunks
 from imprompt.schema.request import Request
@@ -218,6 +219,7 @@ class Engine:
         what records where image prompts act."""
         with ExitStack() as watch:
             watch.enter_context(fresh_scheduler(loaded.pipe, job.request.scheduler))
+            watch.enter_context(hurried(loaded.pipe, job.request.speed))
             watch.enter_context(reported(loaded.pipe, on_step, start, total))
             watch.enter_context(face_controls(loaded.pipe, job.controls, loaded.adapters))
             label = "drawing" if total == 1 else f"drawing {start + 1} of {total}"
@@ -265,6 +267,7 @@ def generate(request: Request, *, pictures: Mapping[str, Image.Image] | None = N
 def complete(request: Request, base: Base) -> Request:
     """The request with everything that it leaves open filled in from the base. Raises
     :class:`UsageError`."""
+    check_speed(request, base)
     defaults = base.defaults
     names = ("steps", "guidance", "scheduler")
     changes: dict[str, object] = {
@@ -307,6 +310,8 @@ def _check_explainable(request: Request) -> None:
         raise UsageError("explain: there is no image prompt to explain; give one in `images`.")
     if request.task == "animate":
         raise UsageError("explain: it is for stills; draw one with generate.")
+    if request.speed == "fast":
+        raise UsageError("explain: at speed 'fast' most layers do not run at each step; use 'exact'.")
 
 
 def _counted_on(on_step: OnStep, before: int, total: int) -> OnStep:

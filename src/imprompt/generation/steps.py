@@ -75,9 +75,8 @@ def reported(pipe: Any, on_step: OnStep | None, picture: int, pictures: int) -> 
         nonlocal done
         output = step(*args, **kwargs)
         done += 1
-        total = getattr(pipe, "_num_timesteps", None) or len(scheduler.timesteps)
         # Most schedulers also return what they expect the finished latents to be.
-        on_step(Step(done, total, picture, pictures, output[-1], colours, factor))
+        on_step(Step(done, step_count(pipe), picture, pictures, output[-1], colours, factor))
         return output
 
     scheduler.step = counted
@@ -85,6 +84,11 @@ def reported(pipe: Any, on_step: OnStep | None, picture: int, pictures: int) -> 
         yield
     finally:
         del scheduler.step
+
+
+def step_count(pipe: Any) -> int:
+    """Number of steps of the drawing that ``pipe`` is at."""
+    return getattr(pipe, "_num_timesteps", None) or len(pipe.scheduler.timesteps)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ _NEEDED = {"edit": ("image",), "inpaint": ("image", "mask")}
 
 def contradictions(request: "Request") -> Iterator[str]:
     """All findings, the most important first."""
-    for check in (_task, _source, _clip, _frames, _prompts, _adapters, _guidance):
+    for check in (_task, _source, _clip, _frames, _prompts, _adapters, _guidance, _speed):
         yield from check(request)
 
 
@@ -101,3 +101,10 @@ def _guidance(request: "Request") -> Iterator[str]:
             for name in ("negative", "noise"):
                 if getattr(prompt, name) is not None:
                     yield f"images.{number}.{name}: has no effect {weak}"
+
+
+def _speed(request: "Request") -> Iterator[str]:
+    if request.speed == "balanced" and request.guidance is not None and request.guidance <= 1:
+        yield f"speed: 'balanced' leaves guidance out, of which there is none at {request.guidance:g}."
+    if request.speed != "exact" and request.image_guidance is not None:
+        yield f"image_guidance: speed '{request.speed}' leaves guidance out; use one of the two."

@@ -62,6 +62,7 @@ MAX_SIDE = 4096
 """Largest width or height of a drawn picture, in pixels."""
 
 Task = Literal["generate", "edit", "inpaint", "animate"]
+Speed = Literal["exact", "balanced", "fast"]
 
 
 class ControlRef(Record):
@@ -224,6 +225,9 @@ class Request(Record):
     exact: bool = False
     """Draw pictures one by one, each with the same pixels as alone; otherwise pictures are drawn in batches
     where possible, which is faster and differs by 1 of 255 in a few places."""
+    speed: Speed = "exact"
+    """UNets: exact computes all of each step; balanced leaves guidance out of the last 40 % of steps; fast
+    also runs inner blocks at every third step only. The picture changes a little."""
     seed: int | None = Field(default=None, ge=0, le=2**53 - 1)
     """Seed of the first picture; ``None``: a random one, which the picture records."""
     frames: int | None = Field(default=None, ge=2, le=512)
