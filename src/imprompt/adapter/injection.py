@@ -77,6 +77,7 @@ class Injection:
         """Scheduler and timesteps of the run; a new run has new ones."""
         self._clock: Clock | None = None
         """The clock of the run."""
+        self._compiled = False
         self._hooks: list[Any] = []
 
     @classmethod
@@ -202,7 +203,7 @@ class Injection:
         if not self._enter(model if caller is None else caller.pipe):
             return None
         self._keep_processors()
-        self._begin_run(caller)
+        self._begin_run(model, caller)
         inputs = self.backbone.inputs(args, kwargs)
         call = self._read(model, inputs, kwargs, caller)
         training = any(source.training is not None for source in self.sources)
@@ -231,16 +232,21 @@ class Injection:
                     source.prompter.drawn()
         return True
 
-    def _begin_run(self, caller: Caller | None) -> None:
+    def _begin_run(self, model: nn.Module, caller: Caller | None) -> None:
         """At the first call of a run, let the sources encode their texts again, as the pipeline encodes its
         prompt now: its text encoder may have changed since they were set."""
         scheduler = self._scheduler(caller)
         run = scheduler, getattr(scheduler, "timesteps", None)
         if self._run is None or any(a is not b for a, b in zip(run, self._run, strict=True)):
-            self._run, self._clock = run, None
+            self._run, self._clock, self._compiled = run, None, self._is_compiled(model)
             encode_text = cache(partial(self.encode_text, caller=caller))
             for source in self.sources:
                 source.begin_run(encode_text)
+
+    def _is_compiled(self, model: nn.Module) -> bool:
+        """Whether torch.compile runs the denoiser, or parts of it."""
+        wrapped = hasattr(getattr(self.pipe, self.backbone.component, None), "_orig_mod")
+        return wrapped or any(part._compiled_call_impl is not None for part in model.modules())
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The forward hook: merge the output of a widened batch."""
@@ -278,6 +284,7 @@ class Injection:
             device=latents.device,
             dtype=torch.get_autocast_dtype(kind) if autocast else latents.dtype,
             branches=branches,
+            steady=self._compiled,
         )
 
     def _grid_of(self, model: nn.Module, inputs: Inputs, kwargs: dict[str, Any]) -> Any:

@@ -77,12 +77,13 @@ class Slot:
         return [(prompt, branch) for branch in self.branches for prompt in self.prompts]
 
     def acting(self, source: PromptSource, sites: Sequence[Site]) -> Iterator[SlotSite]:
-        """The sites at which any sequence has a strength. All others keep the base's own processor."""
+        """The sites at which any sequence has a strength; all of them if the call is to be steady. Others
+        keep the base's own processor."""
         weights = [_layer_weights(prompt, branch, source, sites) for prompt, branch in self.sequences]
         strengths = zip(*(each.weights for each in weights), strict=True)
         negated = zip(*(each.negated for each in weights), strict=True)
         for at in map(SlotSite, sites, negated, strengths):
-            if any(at.strengths):
+            if any(at.strengths) or self.call.steady:
                 yield at
 
     def scaled(self, key: Tensor, value: Tensor, bias: Tensor | None, at: SlotSite) -> tuple[Tensor, Tensor]:
@@ -95,9 +96,9 @@ class Slot:
 
     def mask(self, size: tuple[int, int]) -> Float[Tensor, "_ 1 L 1"] | None:
         """The mask of each row on a grid of ``size`` (height, width), cached by size; ``None`` if no prompt
-        has one."""
+        has one and the call need not be steady."""
         masks = [prompt.mask for prompt in self.prompts]
-        if all(mask is None for mask in masks):
+        if all(mask is None for mask in masks) and not self.call.steady:
             return None
         if size not in self._masks:
             device = self.call.device

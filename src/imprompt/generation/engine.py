@@ -24,6 +24,7 @@ from imprompt.adapter.regions import TextRegions
 from imprompt.encoders import face_onnx
 from imprompt.errors import ModelError, UsageError
 from imprompt.generation import video
+from imprompt.generation.compiling import compile_failure
 from imprompt.generation.control import Map, find_controls, named_controls
 from imprompt.generation.drawing import draw, fresh_scheduler
 from imprompt.generation.families import Base, find_adapter, find_base
@@ -159,6 +160,8 @@ class Engine:
             try:
                 yield
             except (MemoryError, RuntimeError) as error:
+                if (failure := compile_failure(error)) is not None:
+                    raise failure from error
                 if not _is_of_memory(error):
                     raise
                 self.release()

@@ -17,6 +17,7 @@ from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.encoders.store import FeatureStore
 from imprompt.errors import UsageError, first_line
 from imprompt.generation import video
+from imprompt.generation.compiling import check_compiler, compile_denoiser
 from imprompt.generation.control import Control, check_fits, controlled, load_net
 from imprompt.generation.extras import add_embeddings, add_loras
 from imprompt.generation.families import Base
@@ -85,7 +86,9 @@ class Models:
         """
         device = choose_device(request.device)
         dtype = choose_dtype(request.dtype, device)
-        extras = (request.quantize, repr(request.loras), repr(request.embeddings))
+        extras = (request.quantize, repr(request.loras), repr(request.embeddings), request.compile)
+        if request.compile != "off":
+            check_compiler(device)
         key = (base.source, str(device), str(dtype), request.offload, *extras)
         with LOADING:
             if self._key != key:
@@ -111,6 +114,7 @@ class Models:
                 pipe = load(base, request.task, dtype, request.quantize)
                 add_loras(pipe, request.loras)
                 add_embeddings(pipe, request.embeddings)
+                compile_denoiser(getattr(pipe, base.kind.denoiser), request.compile)
             self._pipes[request.task] = _placed(pipe, request.offload, device)
         return self._pipes[request.task]
 
@@ -123,7 +127,9 @@ class Models:
                 still = for_task(next(iter(self._pipes.values())), base, "generate")
             else:
                 still = load(base, "generate", dtype)
-            pipe = _placed(video.motion_pipeline(still, motion, base, dtype), request.offload, device)
+            made = video.motion_pipeline(still, motion, base, dtype)
+            compile_denoiser(made.unet, request.compile)
+            pipe = _placed(made, request.offload, device)
             self._moving = (motion.name, pipe)
         pipe = self._moving[1]
         return (

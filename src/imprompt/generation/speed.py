@@ -68,9 +68,10 @@ def guided_early(model: nn.Module, pipe: Any) -> Iterator[None]:
     def after(_: nn.Module, args: Any, output: Any) -> Any:
         return of_rows(lambda x: torch.cat((x, x)), output, halved)
 
-    hooks = [
-        model.register_forward_pre_hook(before, prepend=True, with_kwargs=True),  # adapters see the cond rows
-        model.register_forward_hook(after),
+    off = torch.compiler.disable  # for hooks that count calls
+    hooks = [  # first of all, so that adapters see the cond rows
+        model.register_forward_pre_hook(off(before), prepend=True, with_kwargs=True),
+        model.register_forward_hook(off(after)),
     ]
     try:
         yield

@@ -21,7 +21,7 @@ _NEEDED = {"edit": ("image",), "inpaint": ("image", "mask")}
 
 def contradictions(request: "Request") -> Iterator[str]:
     """All findings, the most important first."""
-    for check in (_task, _source, _clip, _frames, _prompts, _adapters, _guidance, _speed):
+    for check in (_task, _source, _clip, _frames, _prompts, _adapters, _guidance, _speed, _compile):
         yield from check(request)
 
 
@@ -108,3 +108,10 @@ def _speed(request: "Request") -> Iterator[str]:
         yield f"speed: 'balanced' leaves guidance out, of which there is none at {request.guidance:g}."
     if request.speed != "exact" and request.image_guidance is not None:
         yield f"image_guidance: speed '{request.speed}' leaves guidance out; use one of the two."
+
+
+def _compile(request: "Request") -> Iterator[str]:
+    if request.compile == "full" and request.speed == "fast":
+        yield "compile: 'full' makes the UNet one piece, and speed 'fast' leaves out parts; use 'regional'."
+    if request.compile != "off" and request.offload != "none":
+        yield f"compile: what is compiled stays on the device, and offload '{request.offload}' moves it away."

@@ -256,6 +256,9 @@ class Request(Record):
     quantize: str = Field(default="none", pattern=r"^(none|int8|float8|.+\.gguf)$")
     """The denoiser in fewer bits, to save memory: int8, float8, or a .gguf file of the base; the picture
     changes a little."""
+    compile: Literal["off", "regional", "full"] = "off"
+    """torch.compile for the denoiser, which pays for many pictures of one size: regional compiles its
+    transformer blocks; full all of it, in minutes, and is faster then. Needs a C++ compiler."""
     hashes: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of each file that the request names, recorded when drawn; a file that differs is an error."""
     fingerprints: dict[str, str] = Field(default_factory=dict)

@@ -88,6 +88,9 @@ class Call:
     device: torch.device
     dtype: torch.dtype
     branches: tuple[Branch, ...]
+    steady: bool = False
+    """Whether each site gets every prompt, with a mask, even where strength is 0 or there is no mask: then
+    the graph of a compiled denoiser fits all prompts of one length."""
 
     @property
     def samples(self) -> int:

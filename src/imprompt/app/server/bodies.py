@@ -24,7 +24,7 @@ from imprompt.io import read_json
 from imprompt.schema.request import Request
 
 Fields = TypeVar("Fields", bound=BaseModel)
-_OWN = ("device", "dtype", "offload", "quantize", "face_model", "hashes", "embeddings")
+_OWN = ("device", "dtype", "offload", "quantize", "compile", "face_model", "hashes", "embeddings")
 """Fields that are the server's own affair."""
 _DATA_URL = re.compile(r"data:image/(?:png|jpeg|webp|gif|bmp|avif|\*);base64,", re.IGNORECASE)
 
