@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import NoReturn, Protocol, cast
 
 from imprompt.app.hints import for_command, for_flag
+from imprompt.app.threads import thread_settings
 from imprompt.errors import ImpromptError, UsageError
 
 VERBS = (
@@ -72,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(list(arguments))
     given = sys.argv[1:]
     signal.signal(signal.SIGTERM, _interrupt)
+    os.environ.update(thread_settings(os.environ))
     short = bool(given) and given[0] in _SHORT_LIVED
     if short:
         # Imports create a million objects that stay; scanning them for garbage took 1 s of 8.
