@@ -14,7 +14,7 @@ from tiny import tiny_unet
 def tiny_controlnet(family: str = "sd", seed: int = 11) -> ControlNetModel:
     """The ControlNet of :func:`tiny.tiny_sd`'s UNet (``"sd"``) or :func:`tiny.tiny_sdxl`'s (``"sdxl"``)."""
     net = ControlNetModel.from_unet(tiny_unet(family), conditioning_embedding_out_channels=(8, 16))
-    return _random(net, seed)
+    return randomised(net, seed)
 
 
 def tiny_union(seed: int = 13) -> ControlNetUnionModel:
@@ -34,13 +34,13 @@ def tiny_union(seed: int = 13) -> ControlNetUnionModel:
         num_trans_layer=1,
         num_proj_channel=32,
     )
-    return _random(net, seed)
+    return randomised(net, seed)
 
 
 def tiny_t2i(seed: int = 17) -> T2IAdapter:
     """A T2I-Adapter for :func:`tiny.tiny_sd`'s UNet."""
     net = T2IAdapter(channels=[32, 64], num_res_blocks=1, downscale_factor=2, adapter_type="full_adapter")
-    return _random(net, seed)
+    return randomised(net, seed)
 
 
 def tiny_sparse(*, rgb: bool = True, frames: int = 8, seed: int = 19) -> SparseControlNetModel:
@@ -60,7 +60,7 @@ def tiny_sparse(*, rgb: bool = True, frames: int = 8, seed: int = 19) -> SparseC
         motion_max_seq_length=frames,
         motion_num_attention_heads=2,
     )
-    return _random(net, seed)
+    return randomised(net, seed)
 
 
 def saved(net: torch.nn.Module, folder: Path) -> str:
@@ -69,7 +69,8 @@ def saved(net: torch.nn.Module, folder: Path) -> str:
     return str(folder)
 
 
-def _random(net: torch.nn.Module, seed: int) -> torch.nn.Module:
+def randomised(net: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """``net`` with random weights where they are zero."""
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in net.parameters():

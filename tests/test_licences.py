@@ -30,7 +30,7 @@ def test_the_list_has_what_may_be_used_commercially(capsys: pytest.CaptureFixtur
     }  # fmt: skip
     assert set(motions()) - set(shown["motions"]) == {name for name in motions() if name != "emoji-motion"}
     assert set(controls()) - set(shown["controls"]) == {
-        "sd15-sparse-rgb", "sd15-sparse-scribble", "sdxl-instantid"
+        "sd15-sparse-rgb", "sd15-sparse-scribble", "sdxl-instantid", "flux-union", "flux-union-2"
     }  # fmt: skip
 
 

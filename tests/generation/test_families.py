@@ -10,7 +10,9 @@ import tinydit
 from imprompt.catalog import bases
 from imprompt.errors import ModelError, UsageError
 from imprompt.generation.families import KINDS, find_base
-from imprompt.generation.pipelines import for_task, guidance_arguments, load, scheduler_for
+from imprompt.generation.guided import check_guidance, guidance_arguments
+from imprompt.generation.pipelines import for_task, load, scheduler_for
+from imprompt.schema.request import Request
 from layouts import sparse
 from tiny import tiny_sd
 
@@ -110,9 +112,36 @@ def test_every_base_of_the_catalogue_has_a_kind_and_defaults() -> None:
         load(find_base("flux-fill"), "generate", torch.float32)
 
 
-def test_a_distilled_base_takes_no_negative_text() -> None:
-    assert guidance_arguments(find_base("flux"), 3.5, [""]) == {"guidance_scale": 3.5}
-    with pytest.raises(UsageError, match="guidance-distilled"):
-        guidance_arguments(find_base("flux"), 3.5, ["blurry"])
-    assert guidance_arguments(find_base("sdxl"), 5.0, ["a", "b"])["negative_prompt"] == ["a", "b"]
-    assert "negative_prompt" not in guidance_arguments(find_base("sdxl"), 1.0, ["a"])
+def test_a_distilled_base_reads_a_negative_with_true_guidance_alone() -> None:
+    flux, sdxl = find_base("flux"), find_base("sdxl")
+    plain = Request(prompt="a", guidance=3.5)
+    assert guidance_arguments(plain, flux, [""]) == {"guidance_scale": 3.5}
+    with pytest.raises(UsageError, match="guidance-distilled and reads it with true_guidance above 1 alone"):
+        check_guidance(plain.replace(negative="blurry"), flux)
+    guided = plain.replace(negative="blurry", true_guidance=4.0)
+    check_guidance(guided, flux)
+    assert guidance_arguments(guided, flux, ["blurry"]) == {
+        "guidance_scale": 3.5, "true_cfg_scale": 4.0, "negative_prompt": "blurry"
+    }  # fmt: skip
+    assert guidance_arguments(plain, sdxl, ["a", "b"])["negative_prompt"] == ["a", "b"]
+    assert "negative_prompt" not in guidance_arguments(plain.replace(guidance=1.0), sdxl, ["a"])
+
+
+def test_guidance_that_a_pipeline_does_not_have_is_refused() -> None:
+    guided = Request(prompt="a", true_guidance=4.0)
+    for name in ("sdxl", "chroma", "sd35"):
+        with pytest.raises(UsageError, match=rf"true_guidance: base '{name}' is not guidance-distilled"):
+            check_guidance(guided, find_base(name))
+    fill = guided.replace(task="inpaint", image="a.png", mask="b.png")
+    with pytest.raises(UsageError, match=r"true_guidance: diffusers' FluxFillPipeline"):
+        check_guidance(fill, find_base("flux-fill"))
+    with pytest.raises(UsageError, match=r"negative: diffusers' FluxFillPipeline"):
+        check_guidance(fill.replace(negative="blurry", true_guidance=None), find_base("flux-fill"))
+
+
+def test_a_negative_needs_one_guidance_above_one() -> None:
+    assert Request(prompt="a", negative="b", guidance=0.0, true_guidance=3.0).negative == "b"
+    with pytest.raises(UsageError, match="negative: has no effect with true_guidance 1"):
+        Request(prompt="a", negative="b", guidance=3.5, true_guidance=1.0)
+    with pytest.raises(UsageError, match="negative: has no effect with guidance 1"):
+        Request(prompt="a", negative="b", guidance=1.0)

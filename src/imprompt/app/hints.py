@@ -33,6 +33,8 @@ _ELSEWHERE: Mapping[str, str] = {
     "--reference": "--image",
     "--sampler": "--scheduler",
     "--textual-inversion": "--embedding",
+    "--true-cfg": "--true-guidance",
+    "--true-cfg-scale": "--true-guidance",
     "--vae": "a diffusers folder with that VAE as --base",
     "--weight": "--scale",
     "--width": "--size WIDTHxHEIGHT",

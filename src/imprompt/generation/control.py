@@ -22,12 +22,12 @@ from imprompt.catalog import ControlRow
 from imprompt.catalog.resolve import Source, resolve
 from imprompt.errors import ModelError, UsageError, first_line
 from imprompt.generation.control_checks import CHECKS, is_t2i_xl
-from imprompt.generation.families import Base, stills
+from imprompt.generation.families import KINDS, Base, stills
 from imprompt.io import fingerprint, read_json
 from imprompt.schema.request import ControlRef, Request, Task
 from imprompt.weights import silence_library_logging
 
-NetName = Literal["controlnet", "union", "t2i", "sparse"]
+NetName = Literal["controlnet", "union", "t2i", "sparse", "flux", "sd3"]
 
 Map = Image.Image | tuple[Image.Image, ...]
 """The map that a control follows, at the drawn size; for a control that moves, one for each frame."""
@@ -40,10 +40,12 @@ class _Net:
     title: str
     class_name: str
     pipelines: Mapping[Task, str] = field(default_factory=dict)
-    """diffusers' pipeline of each task for SD 1.5 and 2."""
+    """diffusers' pipeline of each task; of those for UNets, for SD 1.5 and 2."""
     xl_pipelines: Mapping[Task, str] = field(default_factory=dict)
     shared: bool = False
     """Whether one model follows several controls."""
+    kind: str | None = None
+    """The only kind of base (:data:`~imprompt.generation.families.KINDS`) that it is for; ``None``: UNets."""
 
 
 _NETS: dict[NetName, _Net] = {
@@ -72,7 +74,25 @@ _NETS: dict[NetName, _Net] = {
         {"animate": "AnimateDiffSparseControlNetPipeline"},
         shared=True,
     ),
+    "flux": _Net(
+        "a FLUX ControlNet",
+        "FluxControlNetModel",
+        {
+            "generate": "FluxControlNetPipeline",
+            "edit": "FluxControlNetImg2ImgPipeline",
+            "inpaint": "FluxControlNetInpaintPipeline",
+        },
+        kind="flux",
+    ),
+    "sd3": _Net(
+        "an SD3 ControlNet",
+        "SD3ControlNetModel",
+        {"generate": "StableDiffusion3ControlNetPipeline"},
+        kind="sd3",
+    ),
 }
+_UNIONS = {"ControlNetUnionModel": "sdxl-union", "FluxControlNetModel": "flux-union"}
+"""Class of a union model → row of the catalogue that has the numbers of its kinds."""
 _WIDTHS = {256: "emoji", 768: "SD 1.5", 1024: "SD 2", 2048: "SDXL"}  # of cross-attention
 
 
@@ -146,17 +166,13 @@ def find_controls(request: Request, base: Base) -> tuple[Control, ...]:
         )
     found = tuple(_find(ref, base) for ref in named_controls(request.controls, base))
     first = found[0]
-    for other in found[1:]:
-        if other.net != first.net or (_NETS[first.net].shared and other.source != first.source):
-            raise UsageError(
-                f"controls: '{first.name}' is {first.net_title}, '{other.name}' {other.net_title}; several "
-                "controls must all be ControlNets, all T2I-Adapters, or all of one ControlNet-Union or "
-                "SparseCtrl."
-            )
+    _check_alike(found)
+    if base.row is not None or base.path is not None:  # else its kind is known once it is loaded
+        _check_kind_of_base(first, base)
     CHECKS[first.net](found, request)
-    unet = base.path / "unet" / "config.json" if base.path is not None else None
-    if unet is not None and unet.is_file():
-        config = read_json(unet, f"'{unet}'", error=ModelError)
+    denoiser = base.path / base.kind.denoiser / "config.json" if base.path is not None else None
+    if denoiser is not None and denoiser.is_file():
+        config = read_json(denoiser, f"'{denoiser}'", error=ModelError)
         for control in found:
             check_fits(control, config, base)
     windows(found, request)
@@ -164,11 +180,15 @@ def find_controls(request: Request, base: Base) -> tuple[Control, ...]:
 
 
 def check_fits(control: Control, unet: Mapping[str, Any], base: Base) -> None:
-    """Check that a control was made for UNets like the base's, whose configuration is ``unet``.
+    """Check that a control was made for denoisers like the base's, whose configuration is ``unet``.
 
     Raises :class:`ModelError`, naming both, when it was not, and :class:`UsageError` where diffusers has no
     pipeline for the two.
     """
+    _check_kind_of_base(control, base)
+    if _NETS[control.net].kind is not None:
+        _check_transformer_fits(control, unet, base)
+        return
     xl = unet.get("addition_embed_type") == "text_time"
     if xl and control.net == "sparse":
         raise UsageError(
@@ -218,13 +238,15 @@ def controlled(pipe: Any, task: Task, controls: Sequence[Control], nets: Mapping
     """
     first = controls[0]
     net = _NETS[first.net]
-    pipeline = _pipeline_class(net, task, type(pipe).__name__)
+    pipeline = _class(controlled_class(first, task, type(pipe).__name__))
     taken = inspect.signature(pipeline.__init__).parameters
     parts = {name: part for name, part in pipe.components.items() if name in taken}
     switches = {"safety_checker": None, "requires_safety_checker": False, "add_watermarker": False}
     parts |= {name: value for name, value in switches.items() if name in taken}
     models = [nets[control.source] for control in controls]
     single = len(models) == 1 or net.shared
+    if first.net == "flux" and len(set(map(id, models))) == 1:
+        models = models[:1]  # a union, which diffusers calls once for each map
     part = "adapter" if first.net == "t2i" else "controlnet"
     result = pipeline(**parts, **{part: models[0] if single else models})
     for name in {"image_encoder", "feature_extractor"} & (pipe.components.keys() - taken.keys()):
@@ -233,10 +255,14 @@ def controlled(pipe: Any, task: Task, controls: Sequence[Control], nets: Mapping
     return result
 
 
-def _pipeline_class(net: _Net, task: Task, around: str) -> Any:
+def controlled_class(control: Control, task: Task, around: str) -> str:
+    """Name of the pipeline of ``task`` with a control, in place of the pipeline class ``around``."""
+    net = _NETS[control.net]
     name = (net.xl_pipelines if "XL" in around else net.pipelines)[task]
-    if "VideoToVideo" in around:
-        name = "AnimateDiffVideoToVideoControlNetPipeline"
+    return "AnimateDiffVideoToVideoControlNetPipeline" if "VideoToVideo" in around else name
+
+
+def _class(name: str) -> Any:
     library = "imprompt.generation.sdxl_clips" if name == "AnimateDiffSDXLControlNetPipeline" else "diffusers"
     return getattr(importlib.import_module(library), name)
 
@@ -266,8 +292,8 @@ def control_call(controls: Sequence[Control], maps: Sequence[Map], request: Requ
         "control_guidance_start": each(starts),
         "control_guidance_end": each(ends),
     }
-    if first.net == "union":
-        call["control_mode"] = [control.mode for control in controls]
+    if first.net in ("union", "flux"):
+        call["control_mode"] = each([control.mode for control in controls])
     return call | _map_call(each, maps, request, first)
 
 
@@ -338,8 +364,8 @@ def _find(ref: ControlRef, base: Base) -> Control:
         _check_kind(ref, kind, name, row.modes)
     config = _config_of(place)
     net = _net_of(config, name)
-    if row is None and net == "union":
-        row = catalog.controls()["sdxl-union"]
+    if row is None and (net == "union" or config.get("num_mode") is not None):
+        row = catalog.controls()[_UNIONS[_NETS[net].class_name]]
     modes = {} if row is None else row.modes
     _check_kind(ref, kind, name, modes)
     return Control(ref, net, place, config, kind, modes.get(kind))
@@ -381,6 +407,39 @@ def _config_of(place: Source) -> Mapping[str, Any]:
         raise ModelError(f"{what} is a file; a folder of diffusers' layout or a hub id is expected.")
     config: Mapping[str, Any] = read_json(place.file("config.json", what=what), what, error=ModelError)
     return config
+
+
+def _check_alike(controls: Sequence[Control]) -> None:
+    first = controls[0]
+    for other in controls[1:]:
+        if other.net != first.net or (_NETS[first.net].shared and other.source != first.source):
+            raise UsageError(
+                f"controls: '{first.name}' is {first.net_title}, '{other.name}' {other.net_title}; several "
+                "controls must all be ControlNets, all T2I-Adapters, or all of one ControlNet-Union or "
+                "SparseCtrl."
+            )
+
+
+def _check_kind_of_base(control: Control, base: Base) -> None:
+    """Raise :class:`ModelError` where diffusers has no pipeline for a kind of control and a kind of base."""
+    kind = _NETS[control.net].kind
+    if base.kind is not KINDS[kind] if kind is not None else base.kind.denoiser != "unet":
+        made_for = "UNets" if kind is None else f"a {KINDS[kind].pipelines['generate']}"
+        own = next(iter(base.kind.pipelines.values()))
+        raise ModelError(f"{control.title}, which is for {made_for}; base '{base.name}' is a {own}.")
+
+
+def _check_transformer_fits(control: Control, transformer: Mapping[str, Any], base: Base) -> None:
+    """Raise :class:`ModelError` unless a control has the width and the latents of the base's transformer."""
+    names = ("num_attention_heads", "attention_head_dim", "in_channels")
+    own, theirs = ([int(config.get(name) or 0) for name in names] for config in (control.config, transformer))
+    if own[0] * own[1] != theirs[0] * theirs[1] or own[2] != theirs[2]:
+        raise ModelError(
+            f"{control.title} of width {own[0] * own[1]} for {own[2]} channels; the transformer of base "
+            f"'{base.name}' has {theirs[0] * theirs[1]} and {theirs[2]}. See imprompt models."
+        )
+    if control.config.get("extra_conditioning_channels"):
+        raise ModelError(f"{control.title} that also reads a mask, which is not supported.")
 
 
 def _check_t2i_fits(control: Control, channels: int, xl: bool, base: Base) -> None:

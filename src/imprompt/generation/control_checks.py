@@ -72,6 +72,15 @@ def _check_sparse(controls: "Sequence[Control]", request: Request) -> None:
         )
 
 
+def _check_sd3(controls: "Sequence[Control]", request: Request) -> None:
+    """diffusers' pipeline for SD3's ControlNets starts from noise."""
+    if request.task != "generate":
+        raise UsageError(
+            f"{controls[0].title}, which diffusers takes for generate only, not for {request.task}."
+        )
+    _check_nowhere(controls, request)
+
+
 def _sparse_problem(control: "Control", first: "Control", frames: int) -> str | None:
     ref = control.ref
     if ref.at is None:
@@ -91,5 +100,7 @@ CHECKS: dict[str, Callable[["Sequence[Control]", Request], None]] = {
     "union": _check_union,
     "t2i": _check_t2i,
     "sparse": _check_sparse,
+    "flux": _check_nowhere,
+    "sd3": _check_sd3,
 }
 """Kind of control model → raises :class:`UsageError` for what its pipelines cannot do."""

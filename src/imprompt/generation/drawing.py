@@ -12,9 +12,10 @@ from PIL import Image
 from imprompt.errors import ModelError, UsageError
 from imprompt.generation import video
 from imprompt.generation.control import control_call
+from imprompt.generation.guided import guidance_arguments
 from imprompt.generation.job import Job, Shot
 from imprompt.generation.loading import Loaded
-from imprompt.generation.pipelines import guidance_arguments, scheduler_for
+from imprompt.generation.pipelines import scheduler_for
 from imprompt.generation.text import chunk_count
 from imprompt.io import seed_for
 
@@ -45,9 +46,21 @@ def draw(loaded: Loaded, shots: Sequence[Shot]) -> list[list[Image.Image]]:
             frames = video.draw(pipe, call, request, job.inputs.frames, generators[0])
             return [[_checked(frame) for frame in frames]]
         generator = generators[0] if len(shots) == 1 else generators
-        with torch.inference_mode():
+        with torch.inference_mode(), _own_noise(job, generators[0]):
             pixels = pipe(**call, generator=generator, output_type="np").images
     return [[_finished(job, _checked(one))] for (job, _), one in zip(shots, pixels, strict=True)]
+
+
+@contextmanager
+def _own_noise(job: Job, generator: torch.Generator) -> Iterator[None]:
+    """While open, torch's own generator is seeded where a pipeline draws from it: diffusers (0.42) samples
+    the latents of an SD3 ControlNet's map without the generator it is given."""
+    if not any(control.net == "sd3" for control in job.controls):
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(generator.initial_seed())
+        yield
 
 
 def _seed(job: Job, index: int) -> int:
@@ -58,9 +71,8 @@ def _seed(job: Job, index: int) -> int:
 def _texts(loaded: Loaded, shots: Sequence[Shot]) -> dict[str, Any]:
     """The arguments of prompt, negative and guidance; CLIP's texts as their states."""
     job, _ = shots[0]
-    assert job.request.guidance is not None
     prompts, negatives = ([getattr(job.request, name) for job, _ in shots] for name in ("prompt", "negative"))
-    call = guidance_arguments(job.base, job.request.guidance, negatives)
+    call = guidance_arguments(job.request, job.base, negatives)
     if video.in_windows(job.request):
         if chunk_count(loaded.pipe, *prompts, *negatives):
             raise UsageError(

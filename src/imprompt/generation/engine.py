@@ -28,6 +28,7 @@ from imprompt.generation.compiling import compile_failure
 from imprompt.generation.control import Map, find_controls, named_controls
 from imprompt.generation.drawing import draw, fresh_scheduler
 from imprompt.generation.families import Base, find_adapter, find_base
+from imprompt.generation.guided import check_guidance, negative_notes
 from imprompt.generation.identity import face_controls
 from imprompt.generation.idle import idle_notes
 from imprompt.generation.inputs import read_inputs
@@ -177,6 +178,7 @@ class Engine:
         base = find_base(request.base)
         request = complete(request, base)
         controls = find_controls(request, base)
+        check_guidance(request, base, controls)
         motion = video.find_motion(request.motion, base) if request.task == "animate" else None
         inputs = read_inputs(request, pictures, base.defaults.size, base.kind.multiple)
         return Job(base, controls, motion, inputs)
@@ -382,7 +384,8 @@ def _notes(job: Job, loaded: Loaded) -> list[str]:
         if shows_pictures(job, name) and (reader := adapter.face_embedder) is not None:
             note = face_onnx.licence_note(reader.space)
             notes += [note] if note else []
-    return notes + _cut_notes(job, loaded.pipe) + idle_notes(job.request, job.inputs.prompts, loaded)
+    notes += _cut_notes(job, loaded.pipe) + negative_notes(job, loaded.adapters)
+    return notes + idle_notes(job.request, job.inputs.prompts, loaded)
 
 
 def _cut_notes(job: Job, pipe: Any) -> list[str]:

@@ -42,7 +42,8 @@ class Kind:
     needs: tuple[str, str] | None = None
     """A Python package that reads its text, and the extra that installs the package."""
     distilled: bool = False
-    """Guidance-distilled: the guidance scale is an input of the model, and a negative text has no effect."""
+    """Guidance-distilled: the guidance scale is an input of the model; classifier-free guidance, which
+    reads a negative, has a scale of its own."""
     strength: bool = True
     """Editing starts from the noised picture; if false, the model sees the picture beside the noise."""
     single_file: str = ""

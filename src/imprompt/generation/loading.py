@@ -144,7 +144,7 @@ class Models:
     ) -> Any:  # fmt: skip
         """The pipeline with controls; only the last ones' weights are kept."""
         for control in controls:
-            check_fits(control, pipe.unet.config, base)
+            check_fits(control, getattr(pipe, base.kind.denoiser).config, base)
         sources = [control.source for control in controls]
         key = " ".join([request.task, *sources])
         if key not in self._pipes:

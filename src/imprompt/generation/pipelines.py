@@ -4,7 +4,6 @@
 Weights are read from safetensors only.
 """
 
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from imprompt import catalog, hub
 from imprompt.catalog import licences
 from imprompt.catalog.resolve import Source
 from imprompt.errors import ModelError, UsageError, first_line
-from imprompt.generation.families import Base, Kind
+from imprompt.generation.families import Base
 from imprompt.schema.request import SCHEDULERS, Task
 from imprompt.weights import read_header, silence_library_logging
 
@@ -30,7 +29,7 @@ def load(base: Base, task: Task, dtype: Any, quantize: str = "none") -> Any:
     licences.check(f"base '{base.name}'", licence)
     kind = base.kind
     _check_channels(_stated_channels(base), base, task)
-    name = _class_for(kind, task, base)
+    name = pipeline_class(base, task)
     if kind.needs is not None and find_spec(kind.needs[0]) is None:
         package, extra = kind.needs
         raise ModelError(
@@ -61,10 +60,21 @@ def for_task(pipe: Any, base: Base, task: Task) -> Any:
     """The pipeline of another task around the same weights. Raises :class:`UsageError` if there is none."""
     kind = base.kind
     _check_channels(getattr(pipe, kind.denoiser).config.in_channels, base, task)
-    made = getattr(diffusers, _class_for(kind, task, base))(
+    made = getattr(diffusers, pipeline_class(base, task))(
         **{name: part for name, part in pipe.components.items() if name != "safety_checker"}, **kind.unused
     )
     return _ready(made)
+
+
+def pipeline_class(base: Base, task: Task) -> str:
+    """Name of diffusers' pipeline for a task on the base. Raises :class:`UsageError` if there is none."""
+    kind = base.kind
+    if task not in kind.pipelines:
+        raise UsageError(
+            f"base '{base.name}' can {' and '.join(kind.pipelines)}, not {task}: diffusers has no pipeline "
+            "for that."
+        )
+    return kind.pipelines[task]
 
 
 def _ready(pipe: Any) -> Any:
@@ -73,24 +83,6 @@ def _ready(pipe: Any) -> Any:
     if type(pipe).__name__ == "ChromaInpaintPipeline":  # diffusers (0.42) reads it; Chroma has no such layer
         pipe.transformer.register_to_config(guidance_embeds=False)
     return pipe
-
-
-def guidance_arguments(base: Base, guidance: float, negatives: Sequence[str]) -> dict[str, Any]:
-    """The pipeline's arguments for guidance, with one negative text for each picture.
-
-    Raises :class:`UsageError` for a negative text that the base cannot follow.
-    """
-    call: dict[str, Any] = {"guidance_scale": guidance}
-    if base.kind.distilled:
-        if any(negatives):
-            raise UsageError(
-                f"negative: base '{base.name}' is guidance-distilled, so that a negative text has no effect; "
-                "leave it out."
-            )
-        return call
-    if guidance > 1:
-        call["negative_prompt"] = list(negatives) if len(negatives) > 1 else negatives[0]
-    return call
 
 
 def scheduler_for(pipe: Any, name: str | None) -> Any:
@@ -176,15 +168,6 @@ def _from_gguf(base: Base, file: str, dtype: Any) -> Any:
     if any(weight.is_meta for weight in denoiser.parameters()):
         raise ModelError(f"quantize: '{file}' holds no whole {what} of base '{base.name}'.")
     return denoiser
-
-
-def _class_for(kind: Kind, task: Task, base: Base) -> str:
-    if task not in kind.pipelines:
-        raise UsageError(
-            f"base '{base.name}' can {' and '.join(kind.pipelines)}, not {task}: diffusers has no pipeline "
-            "for that."
-        )
-    return kind.pipelines[task]
 
 
 def _stated_channels(base: Base) -> int:

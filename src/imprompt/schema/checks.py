@@ -91,16 +91,18 @@ def _adapters(request: "Request") -> Iterator[str]:
 
 
 def _guidance(request: "Request") -> Iterator[str]:
-    if request.guidance is None or request.guidance > 1:
+    name = "guidance" if request.true_guidance is None else "true_guidance"
+    scale = getattr(request, name)
+    if scale is None or scale > 1:
         return
-    weak = f"with guidance {request.guidance:g}; it needs more than 1."
+    weak = f"with {name} {scale:g}; it needs more than 1."
     if request.negative:
         yield f"negative: has no effect {weak}"
     if request.image_guidance is None:
         for number, prompt in enumerate(request.images):
-            for name in ("negative", "noise"):
-                if getattr(prompt, name) is not None:
-                    yield f"images.{number}.{name}: has no effect {weak}"
+            for field in ("negative", "noise"):
+                if getattr(prompt, field) is not None:
+                    yield f"images.{number}.{field}: has no effect {weak}"
 
 
 def _speed(request: "Request") -> Iterator[str]:

@@ -179,7 +179,7 @@ class Request(Record):
     prompt: str = Field(default="", max_length=20_000)
     """What to draw; may be empty with images."""
     negative: str = Field(default="", max_length=20_000)
-    """What to avoid; needs guidance above 1."""
+    """What to avoid; needs guidance above 1, on FLUX true_guidance."""
     images: tuple[Annotated[ImagePrompt, BeforeValidator(_as_prompt)], ...] = Field(default=(), max_length=64)
     """Image prompts, at most 64; each has one or several pictures."""
     regions: tuple[TextRegion, ...] = Field(default=(), max_length=16)
@@ -211,6 +211,9 @@ class Request(Record):
     """Denoising steps of the whole schedule; ``None``: the base's default, often 30."""
     guidance: float | None = Field(default=None, ge=0, le=100)
     """Classifier-free guidance scale, 1 switches it off; ``None``: the base's default, often 7.5."""
+    true_guidance: float | None = Field(default=None, ge=0, le=100)
+    """FLUX: classifier-free guidance scale beside the distilled one, at twice the work; ``None`` or 1: off,
+    with no negative."""
     image_guidance: float | None = Field(default=None, ge=0, le=100)
     """Guidance scale of the image prompts alone, at half again the work; ``None``: that of the text."""
     scheduler: str | None = Field(
