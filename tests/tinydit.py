@@ -27,6 +27,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
+import controls
 import tiny
 
 JOINT = 32  # width of the text, and of XLabs' and InstantX's FLUX tokens
@@ -44,14 +45,14 @@ def _seeded(model: Any, seed: int) -> Any:
 
 
 @cache
-def _vae() -> AutoencoderKL:
+def _vae(channels: int = 4) -> AutoencoderKL:
     torch.manual_seed(1)
     return AutoencoderKL(
         block_out_channels=(4, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=channels,
         norm_num_groups=1,
         use_quant_conv=False,
         use_post_quant_conv=False,
@@ -62,7 +63,7 @@ def _vae() -> AutoencoderKL:
 
 
 @cache
-def flux_transformer(in_channels: int = 16) -> diffusers.FluxTransformer2DModel:
+def flux_transformer(in_channels: int = 16, joint: int = JOINT) -> diffusers.FluxTransformer2DModel:
     torch.manual_seed(2)
     return _seeded(
         diffusers.FluxTransformer2DModel(
@@ -73,7 +74,7 @@ def flux_transformer(in_channels: int = 16) -> diffusers.FluxTransformer2DModel:
             num_single_layers=3,
             attention_head_dim=16,
             num_attention_heads=2,
-            joint_attention_dim=JOINT,
+            joint_attention_dim=joint,
             pooled_projection_dim=32,
             axes_dims_rope=(4, 4, 8),
             guidance_embeds=True,
@@ -104,20 +105,22 @@ def chroma_transformer() -> diffusers.ChromaTransformer2DModel:
 
 
 @cache
-def sd3_transformer(dual: bool = False, qk_norm: str | None = None) -> diffusers.SD3Transformer2DModel:
+def sd3_transformer(
+    dual: bool = False, qk_norm: str | None = None, channels: int = 4
+) -> diffusers.SD3Transformer2DModel:
     torch.manual_seed(2)
     return _seeded(
         diffusers.SD3Transformer2DModel(
             sample_size=32,
             patch_size=2,
-            in_channels=4,
+            in_channels=channels,
             num_layers=2,
             attention_head_dim=8,
             num_attention_heads=4,
             caption_projection_dim=32,
             joint_attention_dim=JOINT,
             pooled_projection_dim=64,
-            out_channels=4,
+            out_channels=channels,
             pos_embed_max_size=32,
             dual_attention_layers=(0,) if dual else (),
             qk_norm=qk_norm,
@@ -143,31 +146,61 @@ def clip() -> CLIPVisionModelWithProjection:
 
 
 @cache
-def siglip() -> SiglipVisionModel:
+def siglip(side: int = 32) -> SiglipVisionModel:
     torch.manual_seed(4)
     config = SiglipVisionConfig(
         hidden_size=24,
         intermediate_size=37,
         num_hidden_layers=3,
         num_attention_heads=4,
-        image_size=32,
+        image_size=side,
         patch_size=8,
     )
     return SiglipVisionModel(config).eval()
+
+
+def flux_controlnet(num_mode: int | None = None, seed: int = 11) -> diffusers.FluxControlNetModel:
+    """A ControlNet for :func:`flux_transformer`; with ``num_mode`` a union of so many kinds."""
+    config = flux_transformer().config
+    shared = (
+        "in_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim",
+        "pooled_projection_dim", "axes_dims_rope", "guidance_embeds",
+    )  # fmt: skip
+    fields = {name: config[name] for name in shared}
+    torch.manual_seed(seed)
+    net = diffusers.FluxControlNetModel(
+        patch_size=1, num_layers=1, num_single_layers=1, num_mode=num_mode, **fields
+    )
+    return controls.randomised(net, seed)
+
+
+def sd3_controlnet(channels: int = 16) -> diffusers.SD3ControlNetModel:
+    """A ControlNet for :func:`sd3_transformer`."""
+    config = sd3_transformer(channels=channels).config
+    shared = (
+        "sample_size", "patch_size", "in_channels", "out_channels", "attention_head_dim",
+        "num_attention_heads", "joint_attention_dim", "caption_projection_dim", "pooled_projection_dim",
+        "pos_embed_max_size",
+    )  # fmt: skip
+    fields = {name: config[name] for name in shared}
+    torch.manual_seed(12)
+    return controls.randomised(diffusers.SD3ControlNetModel(num_layers=1, **fields), 12)
 
 
 def clip_processor() -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
 
 
-def siglip_processor() -> SiglipImageProcessorPil:
-    return SiglipImageProcessorPil(size={"height": 32, "width": 32})
+def siglip_processor(side: int = 32) -> SiglipImageProcessorPil:
+    return SiglipImageProcessorPil(size={"height": side, "width": side})
 
 
-def flux(kind: type[Any] = diffusers.FluxPipeline, in_channels: int = 16, **parts: Any) -> Any:
+def flux(
+    kind: type[Any] = diffusers.FluxPipeline, in_channels: int = 16, joint: int = JOINT, **parts: Any
+) -> Any:
     """A FLUX pipeline of ``kind`` without text encoders, with the tiny CLIP where it takes one."""
     texts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    return _pipe(kind, flux_transformer(in_channels), texts, clip(), clip_processor(), parts)
+    return _pipe(kind, flux_transformer(in_channels, joint), texts, clip(), clip_processor(), parts)
 
 
 def chroma(kind: type[Any] = diffusers.ChromaPipeline) -> Any:
@@ -176,10 +209,16 @@ def chroma(kind: type[Any] = diffusers.ChromaPipeline) -> Any:
 
 
 def sd3(
-    kind: type[Any] = diffusers.StableDiffusion3Pipeline, *, dual: bool = False, qk_norm: str | None = None
+    kind: type[Any] = diffusers.StableDiffusion3Pipeline,
+    *,
+    dual: bool = False,
+    qk_norm: str | None = None,
+    channels: int = 4,
 ) -> Any:
     texts = dict.fromkeys(f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3"))
-    return _pipe(kind, sd3_transformer(dual, qk_norm), texts, siglip(), siglip_processor(), {}, shift=3.0)
+    parts = {"vae": copy.deepcopy(_vae(channels))}
+    transformer = sd3_transformer(dual, qk_norm, channels)
+    return _pipe(kind, transformer, texts, siglip(), siglip_processor(), parts, shift=3.0)
 
 
 def _pipe(
@@ -188,10 +227,8 @@ def _pipe(
 ) -> Any:  # fmt: skip
     pipe = kind(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
-        vae=copy.deepcopy(_vae()),
         transformer=copy.deepcopy(transformer),
-        **texts,
-        **parts,
+        **{"vae": copy.deepcopy(_vae()), **texts, **parts},
     )
     if "image_encoder" in pipe.components:
         pipe.register_modules(image_encoder=copy.deepcopy(encoder), feature_extractor=processor)
@@ -199,10 +236,10 @@ def _pipe(
     return pipe
 
 
-def text(rows: int = 1, seed: int = 5, pooled: int | None = 32) -> dict[str, Tensor]:
+def text(rows: int = 1, seed: int = 5, pooled: int | None = 32, width: int = JOINT) -> dict[str, Tensor]:
     """Prompt embeddings for pipelines without text encoders."""
     random = torch.Generator().manual_seed(seed)
-    found = {"prompt_embeds": torch.randn(rows, 7, JOINT, generator=random)}
+    found = {"prompt_embeds": torch.randn(rows, 7, width, generator=random)}
     if pooled is not None:
         found["pooled_prompt_embeds"] = torch.randn(rows, pooled, generator=random)
     return found
@@ -221,20 +258,31 @@ def _random(seed: int) -> Any:
     return weight
 
 
-def xlabs_state(tokens: int = 4, blocks: int = 2, *, seed: int = 7) -> dict[str, Tensor]:
+def xlabs_state(tokens: int = 4, blocks: int = 2, *, seed: int = 7, joint: int = JOINT) -> dict[str, Tensor]:
     """XLabs' published keys for the tiny FLUX (and Chroma)."""
     weight = _random(seed)
     state = {
-        "ip_adapter_proj_model.proj.weight": weight(tokens * JOINT, POOLED),
-        "ip_adapter_proj_model.proj.bias": weight(tokens * JOINT),
-        "ip_adapter_proj_model.norm.weight": 1 + weight(JOINT),
-        "ip_adapter_proj_model.norm.bias": weight(JOINT),
+        "ip_adapter_proj_model.proj.weight": weight(tokens * joint, POOLED),
+        "ip_adapter_proj_model.proj.bias": weight(tokens * joint),
+        "ip_adapter_proj_model.norm.weight": 1 + weight(joint),
+        "ip_adapter_proj_model.norm.bias": weight(joint),
     }
     for i in range(blocks):
         for part in "kv":
             name = f"double_blocks.{i}.processor.ip_adapter_double_stream_{part}_proj"
-            state |= {f"{name}.weight": 2 * weight(32, JOINT), f"{name}.bias": 5 * weight(32)}
+            state |= {f"{name}.weight": 2 * weight(32, joint), f"{name}.bias": 5 * weight(32)}
     return state
+
+
+def redux_state(width: int = 24, seed: int = 13) -> dict[str, Tensor]:
+    """FLUX.1 Redux's published keys for the tiny FLUX, of SigLIP's last hidden state."""
+    weight = _random(seed)
+    return {
+        "redux_up.weight": weight(3 * JOINT, width),
+        "redux_up.bias": weight(3 * JOINT),
+        "redux_down.weight": 2 * weight(JOINT, 3 * JOINT),
+        "redux_down.bias": weight(JOINT),
+    }
 
 
 def instantx_flux_state(
@@ -331,13 +379,14 @@ def _clip_text(kind: type[Any], width: int) -> Any:
 
 
 def save_base(kind: str, folder: Path) -> Path:
-    """A tiny FLUX, Chroma or SD3.5 as a folder, with its image encoder and an adapter in ``adapters/``."""
+    """A tiny FLUX, FLUX Fill, Chroma or SD3.5 as a folder, with its image encoder and an adapter in
+    ``adapters/``."""
     t5, t5_tokenizer = _t5()
     clip_tokenizer = tiny.clip_tokenizer()
     (folder / "adapters").mkdir(parents=True)
     file = folder / "adapters" / "ip_adapter.safetensors"
     if kind == "sd3":
-        pipe = sd3()
+        pipe = sd3(channels=16)
         for n in ("", "_2"):
             text_encoder = _clip_text(CLIPTextModelWithProjection, 16)
             pipe.register_modules(**{f"text_encoder{n}": text_encoder, f"tokenizer{n}": clip_tokenizer})
@@ -345,8 +394,12 @@ def save_base(kind: str, folder: Path) -> Path:
         state = instantx_sd3_state()
         save_file({f"{part}.{name}": w for part, ws in state.items() for name, w in ws.items()}, file)
     else:
-        pipe = flux() if kind == "flux" else chroma()
-        if kind == "flux":
+        pipe = chroma() if kind == "chroma" else flux()
+        if kind == "flux-fill":  # of the picture, its masked part and the mask
+            pipe = flux(diffusers.FluxFillPipeline, in_channels=48)
+            clip().save_pretrained(folder / "image_encoder")
+            clip_processor().save_pretrained(folder / "feature_extractor")
+        if kind != "chroma":
             text_encoder = _clip_text(CLIPTextModel, 32)
             pipe.register_modules(text_encoder=text_encoder, tokenizer=clip_tokenizer)
             pipe.register_modules(text_encoder_2=t5, tokenizer_2=t5_tokenizer)

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from imprompt.adapter.attention import ImageKV
 from imprompt.adapter.backbones.base import Call, Site
+from imprompt.adapter.beside_text import BesideText
 from imprompt.adapter.prompt import CompiledPrompt
 from imprompt.adapter.regional import Regional, Regions, project_text
 from imprompt.adapter.scaling import split_strength
@@ -126,7 +127,10 @@ class Batch:
     """Everything the sites read, for one layout of the denoiser's batch."""
 
     def __init__(self, call: Call, sites: Sequence[Site], heads: dict[str, int]) -> None:
-        self.call, self.sites, self.heads = call, tuple(sites), heads
+        self.key, self.sites, self.heads = call, tuple(sites), heads
+        self.call = call
+        """The layout, with the tokens that stand among the text's; ``key`` is without them."""
+        self.beside_text: BesideText | None = None
         self.image_kvs: dict[str, tuple[ImageKV, ...]] = {}
         self.regional: dict[str, Regional | None] = {}
         self._keys: list[_Keys] = []
@@ -138,11 +142,9 @@ class Batch:
         used."""
         self._projection = text_projection
         training = [(source, source.training) for source in sources if source.training is not None]
-        slots = [
-            (source, Slot(prompts, self.call))
-            for source in sources
-            for prompts in prompt_slots(() if training else source.samples)
-        ]
+        self.beside_text = None if training else BesideText.of(sources, self.key)
+        self.call = _lengthened(self.key, self.beside_text)
+        slots = [] if training else _slots(sources, self.call)
         made: dict[str, list[ImageKV]] = {site.name: [] for site in self.sites}
         for site, kv in (*self._training_kvs(training), *self._prompt_kvs(slots)):
             made[site.name].append(kv)
@@ -153,11 +155,14 @@ class Batch:
     @property
     def gated(self) -> bool:
         """Whether :meth:`step` has anything to do."""
-        return self._factors.gate is not None or bool(self._timed)
+        beside = self.beside_text is not None and self.beside_text.gated
+        return self._factors.gate is not None or bool(self._timed) or beside
 
     def step(self, clock: Clock, timestep: Float[Tensor, "*B"]) -> None:
         """Set the factors for ``timestep``, and make a timed adapter's keys and values for it."""
         self._factors.step(clock, timestep)
+        if self.beside_text is not None:
+            self.beside_text.step(clock, timestep)
         for timed in self._timed:
             timed.write(timestep.reshape(-1)[:1], self.heads)
 
@@ -269,6 +274,23 @@ class Batch:
 
     def _projected(self, source: PromptSource, tokens: Float[Tensor, "S T E"]) -> Float[Tensor, "S T C"]:
         return project_text(self._projection if source.uses_text_projection else None, tokens)
+
+
+def _slots(sources: Sequence[PromptSource], call: Call) -> list[tuple[PromptSource, Slot]]:
+    """The slots of all sources that act at sites."""
+    return [
+        (source, Slot(prompts, call))
+        for source in sources
+        if not source.beside_text
+        for prompts in prompt_slots(source.samples)
+    ]
+
+
+def _lengthened(call: Call, beside: BesideText | None) -> Call:
+    """The call with more text tokens."""
+    if beside is None:
+        return call
+    return replace(call, grid=replace(call.grid, text_tokens=call.grid.text_tokens + beside.count))
 
 
 def _written(old: Tensor | None, new: Tensor) -> Tensor:

@@ -200,7 +200,7 @@ class PromptEncoder:
         """Whether an image encoder of these widths gives what the adapter reads."""
         if self._projection.patch_width is not None:
             return self._projection.patch_width == hidden
-        width = {"pooled": pooled, "hidden": hidden}.get(self._projection.feature)
+        width = {"pooled": pooled, "hidden": hidden, "last": hidden}.get(self._projection.feature)
         return self._projection.feature_width == width
 
     def _check_widths(self, pooled: int, hidden: int, name: str) -> None:
@@ -355,6 +355,13 @@ class PromptEncoder:
             # Files of other programs may lack the negative's, as a tensor of width 0.
             zeros = given.negative_hidden if given.negative_hidden.numel() else None
             parts = given.hidden, None, zeros
+        elif self._projection.feature == "last":
+            if given.last is None:
+                raise EncoderMismatch(
+                    f"adapter '{self.name}' needs SigLIP's last hidden state, which other encoders, tiles "
+                    "and files of other programs do not have."
+                )
+            parts = given.last, None, None
         else:
             parts = given.pooled, None, None
         if any(part is not None and not bool(torch.isfinite(part).all()) for part in parts):
@@ -368,7 +375,7 @@ class PromptEncoder:
 
     def _bare(self, features: Tensor, *, check_length: bool) -> Tensor:
         """Features given as a tensor, with the picture dimension added if it was left out."""
-        one = 2 if self._projection.feature == "hidden" else 1
+        one = 2 if self._projection.feature in ("hidden", "last") else 1
         features = features[None] if features.ndim == one else features
         if self.face is not None and check_length:
             self.face.check_length(features)
@@ -387,6 +394,8 @@ class PromptEncoder:
         if self.face is not None:
             self.face.check_fields(prompt)
             return
+        if self._projection.variant.beside_text:
+            _check_beside_text(prompt, self.name)
         for field, usual in (("face", ("largest", "0")), ("s_scale", (None,))):
             if getattr(prompt, field) not in usual:
                 raise UsageError(
@@ -404,6 +413,17 @@ def check_tokens(tokens: Tensor, width: int, name: str) -> None:
         )
     if not bool(torch.isfinite(tokens).all()):
         raise InputError("image tokens contain NaN or infinite values; finite ones are expected.")
+
+
+def _check_beside_text(prompt: ImagePrompt, name: str) -> None:
+    """Raise :class:`UsageError` for fields that have no effect on tokens among the text's."""
+    where = f"has no effect on adapter '{name}', whose tokens all layers read among the text's"
+    for field in ("profile", "scaling"):
+        if getattr(prompt, field) != (usual := ImagePrompt.model_fields[field].default):
+            raise UsageError(f"{field}: {getattr(prompt, field)!r} {where}; leave {usual!r}.")
+    factors = [factor for _, factor in options.read_curve(prompt.curve)]
+    if min(factors) < 0 or (prompt.scale is not None and prompt.scale < 0):
+        raise UsageError(f"scale: a negative strength {where}; 0 is no picture and 1 as trained.")
 
 
 def _joined(parts: Sequence[Encoded]) -> Encoded:

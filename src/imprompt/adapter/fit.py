@@ -31,6 +31,9 @@ def check_fits(
             f"{mine} was made for {made_for}, {name} has a {backbone.noun}. Use an adapter trained for this "
             "base."
         )
+    if checkpoint.variant.beside_text:
+        _check_reads_tokens(checkpoint, model, mine, name)
+        return
     sites = backbone.sites(model)
     theirs = {site.index: (site.width, site.cross_dim) for site in sites}
     if keys != theirs if backbone.name == "unet" else not keys.items() <= theirs.items():
@@ -47,6 +50,16 @@ def check_fits(
             "trained for this base."
         )
     _check_text(checkpoint, token_width, backbone.text_projection(model), mine, name)
+
+
+def _check_reads_tokens(checkpoint: Checkpoint, model: Any, mine: str, name: str) -> None:
+    """Check that a model reads an adapter's tokens among its text: FLUX of that width; Chroma masks text."""
+    width = model.config.joint_attention_dim
+    if type(model).__name__ != "FluxTransformer2DModel" or width != checkpoint.cross_dim:
+        raise AdapterMismatch(
+            f"{mine} makes tokens of width {checkpoint.cross_dim} that FLUX reads among its text's; {name} "
+            f"has a {type(model).__name__} with text of width {width}. Use an adapter trained for this base."
+        )
 
 
 def _check_text(checkpoint: Checkpoint, token_width: int, projection: Any, mine: str, name: str) -> None:

@@ -216,7 +216,9 @@ class Injection:
             clock = self._clock = self._clock or Clock.of(self._scheduler(caller), call.device)
             batch.step(clock, timestep)
             if self.recorder is not None:
-                self.recorder.step(clock.position(timestep).mean() / clock.length, call, self.sites)
+                self.recorder.step(clock.position(timestep).mean() / clock.length, batch.call, self.sites)
+        if batch.beside_text is not None:
+            return (), batch.beside_text.into(model, args, kwargs)
         return None if ratio is None else (args, kwargs)
 
     def _enter(self, owner: object) -> bool:
@@ -395,7 +397,7 @@ class Injection:
         device = batch.call.device.type
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
             batch.update(self.sources, self.text_projection)
-        self._stale.discard(batch.call)
+        self._stale.discard(batch.key)
 
     def _scheduler(self, caller: Caller | None) -> Any:
         return getattr(self.pipe if caller is None else caller.pipe, "scheduler", None)

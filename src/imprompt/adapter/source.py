@@ -47,6 +47,8 @@ class PromptSource:
     """Timed sources: number of tokens that the features of one picture become."""
     shows_uncond: bool = True
     """Whether the uncond branch has image tokens at all (FLUX InstantX was published without)."""
+    beside_text: bool = False
+    """Whether the base reads its tokens among the text's; it has no sites then."""
     uses_text_projection: bool = False
     """Whether its tokens go through the UNet's own text projection (Kolors' FaceID-Plus)."""
     _samples: tuple[tuple[CompiledPrompt, ...], ...] = ()

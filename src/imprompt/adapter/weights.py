@@ -31,6 +31,7 @@ class AdapterWeights(PromptSource):
         self.timed, self.token_count = variant.timed, self.projection.tokens
         self.after_block = checkpoint.layout == "xlabs"
         self.shows_uncond = variant.negative != "none"
+        self.beside_text = variant.beside_text
         self.uses_text_projection = variant.uses_text_projection
         normed = checkpoint.layout == "instantx-flux"
         self._layers = {n: key_value_of(checkpoint.site(n), normed=normed) for n in checkpoint.layers}

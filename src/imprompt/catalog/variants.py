@@ -36,6 +36,8 @@ class Variant:
     """Whether tokens are as wide as the text before the UNet's own projection, and go through it."""
     timed: bool = False
     """Whether the tokens depend on the timestep."""
+    beside_text: bool = False
+    """Whether the base reads the tokens among the text's."""
 
 
 VARIANTS = {
@@ -76,7 +78,8 @@ VARIANTS = {
             "Perceiver resampler that reads all patches and the timestep", timed=True,
         ),
         Variant(
-            "redux", "redux", "last", "none", "an MLP on each patch; the tokens are appended to FLUX's text"
+            "redux", "redux", "last", "none",
+            "an MLP on each patch; the tokens are appended to FLUX's text", beside_text=True,
         ),
     )
 }  # fmt: skip

@@ -46,7 +46,7 @@ _PLAIN = (
 _LAYOUTS = (
     Layout(
         "redux", "flux", "none", (("redux_up.weight", ("redux",)),), (), mark="image_proj.redux_up.weight",
-        names=((r"redux_(up|down)\.", r"image_proj.redux_\1.", r"image_proj\.redux_", "redux_"),),
+        names=((r"^redux_(up|down)\.", r"image_proj.redux_\1.", r"image_proj\.redux_", "redux_"),),
     ),
     Layout(
         "instantx-sd3", "sd3", "consecutive", (("time_embedding.linear_1.weight", ("instantx-sd3",)),),

@@ -31,7 +31,7 @@ def idle_notes(request: Request, prompts: Sequence[ImagePrompt], loaded: Loaded)
     for number, prompt in enumerate(prompts):
         reason = _idle_in_time(prompt, steps)
         layers = loaded.adapters[str(prompt.adapter)].sites_of(sites)
-        if not any(layer_weights(prompt.profile, layers).weights):
+        if layers and not any(layer_weights(prompt.profile, layers).weights):
             reason = "its profile is 0 in every layer"
         if request.frames and not any(_frame_factors(prompt, request.frames)):
             reason = "its frame_curve is 0 in every frame"
