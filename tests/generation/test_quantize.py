@@ -11,28 +11,11 @@ from diffusers import UNet2DConditionModel
 from imprompt.errors import ModelError, UsageError
 from imprompt.generation.engine import Engine
 from imprompt.schema.request import Request
+from quantized import gguf_file
 from tiny import tiny_sd
 
 FAR = {"int8": 0.02, "float8": 0.06, "gguf": 0.02}
 """How far a value of the picture, 0 to 1, may be from the unquantised one's."""
-
-
-def gguf_file(place: Path) -> Path:
-    """The tiny base's UNet in blocks of 8 bits, as llama.cpp's format has them."""
-    gguf = pytest.importorskip("gguf", reason="reading .gguf needs the extra 'quantize'")
-    kind = gguf.GGMLQuantizationType.Q8_0
-    writer = gguf.GGUFWriter(place, "sd1")
-    for name, weight in tiny_sd().unet.state_dict().items():
-        values = weight.numpy()
-        if values.ndim == 2 and values.shape[1] % 32 == 0:
-            writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return place
 
 
 def drawn(engine: Engine, request: Request) -> np.ndarray:
@@ -41,7 +24,7 @@ def drawn(engine: Engine, request: Request) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", FAR)
 def test_an_adapter_draws_on_a_quantised_unet(kind: str, common, pictures, tmp_path: Path) -> None:
-    how = str(gguf_file(tmp_path / "unet.gguf")) if kind == "gguf" else kind
+    how = str(gguf_file(tmp_path / "unet.gguf", tiny_sd().unet)) if kind == "gguf" else kind
     if kind != "gguf":
         pytest.importorskip("torchao", reason=f"{kind} needs torchao, in the extra 'quantize'")
     asked = Request(prompt="a cat", images=[pictures / "ref.png"], scale=1.0, **common)

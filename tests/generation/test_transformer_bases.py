@@ -6,13 +6,16 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from PIL import Image
 
 import tinydit
 from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.errors import ModelError
 from imprompt.generation.engine import Engine
 from imprompt.schema.prompt import ImagePrompt
 from imprompt.schema.request import Request
+from quantized import gguf_file
 
 PIPELINES = {
     "flux": diffusers.FluxPipeline,
@@ -24,6 +27,11 @@ PIPELINES = {
 @pytest.fixture(scope="module", params=PIPELINES)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tinydit.save_base(request.param, tmp_path_factory.mktemp("bases") / request.param)
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tinydit.save_base("flux", tmp_path_factory.mktemp("bases") / "flux")
 
 
 def asked(base: Path, **fields: object) -> Request:
@@ -53,8 +61,8 @@ def test_a_request_draws_what_the_pipeline_draws(engine: Engine, base: Path, pic
 def test_a_picture_a_scale_and_a_mask_act(engine: Engine, base: Path, pictures: Path) -> None:
     shown, mask = str(pictures / "ref.png"), str(pictures / "mask.png")
     plain = drawn(engine, asked(base))
-    whole = drawn(engine, asked(base, images=[ImagePrompt(shown)]))
-    masked = drawn(engine, asked(base, images=[ImagePrompt(shown, mask=mask)]))
+    whole = drawn(engine, asked(base, images=[ImagePrompt(shown, scale=3)]))
+    masked = drawn(engine, asked(base, images=[ImagePrompt(shown, scale=3, mask=mask)]))
     assert np.abs(whole - plain).max() > 3
     assert np.abs(masked - plain).max() > 3
     assert np.abs(masked - whole).max() > 3
@@ -63,12 +71,101 @@ def test_a_picture_a_scale_and_a_mask_act(engine: Engine, base: Path, pictures: 
 @pytest.mark.parametrize("task", ["edit", "inpaint"])
 def test_a_photo_is_drawn_anew(engine: Engine, base: Path, pictures: Path, task: str) -> None:
     place = {"image": str(pictures / "other.png"), "size": (32, 32), "strength": 0.7}
-    place["images"] = [str(pictures / "ref.png")]
+    place["images"] = [ImagePrompt(str(pictures / "ref.png"), scale=3)]
     if task == "inpaint":
-        if base.name == "sd3":
-            pytest.skip("diffusers inpaints with SD3 of 16 latent channels alone; the tiny one has 4")
         place["mask"] = str(pictures / "mask.png")
     request = asked(base, task=task, **place)
     got, again = drawn(engine, request), drawn(engine, request)
     assert np.array_equal(got, again)
     assert np.abs(got - drawn(engine, asked(base, task=task, **place | {"images": []}))).max() > 3
+
+
+def test_true_guidance_draws_what_diffusers_draws(engine: Engine, flux: Path, pictures: Path) -> None:
+    """A negative text and picture are read, each request's own in a batch; with the same two calls a step."""
+    pipe = diffusers.FluxPipeline.from_pretrained(flux)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_ip_adapter(str(flux / "adapters"), weight_name="ip_adapter.safetensors")
+    pipe.set_ip_adapter_scale(0.8)
+    shown, other = (Image.open(pictures / f"{name}.png").convert("RGB") for name in ("ref", "other"))
+    wanted = pipe(
+        "a cat", negative_prompt="a dog", true_cfg_scale=2.5, guidance_scale=3.0, num_inference_steps=3,
+        height=32, width=48, generator=torch.Generator().manual_seed(5), ip_adapter_image=shown,
+        negative_ip_adapter_image=other,
+    ).images[0]  # fmt: skip
+    prompt = ImagePrompt(str(pictures / "ref.png"), scale=0.8, negative=str(pictures / "other.png"))
+    request = asked(flux, images=[prompt], negative="a dog", true_guidance=2.5)
+    got = drawn(engine, request)
+    assert np.abs(got - np.asarray(wanted, np.int16)).max() <= 1
+    plain = request.replace(images=[ImagePrompt(str(pictures / "ref.png"), scale=0.8)])
+    others = [plain, plain.replace(negative="a bird"), plain.replace(negative="", true_guidance=None)]
+    drawings = [drawn(engine, each) for each in others]
+    for drawing in drawings:
+        assert np.abs(drawing - got).max() > 3
+    assert np.abs(drawings[0] - drawings[1]).max() > 1
+    together = engine.run_batch([request, others[1]])
+    for result, alone in zip(together, (got, drawings[1]), strict=True):
+        assert np.abs(np.asarray(result.images[0], np.int16) - alone).max() <= 1
+
+
+def test_a_negative_picture_that_is_not_read_is_noted(engine: Engine, flux: Path, pictures: Path) -> None:
+    shown, other = str(pictures / "ref.png"), str(pictures / "other.png")
+    plain = asked(flux, images=[ImagePrompt(shown)])
+    asked_for = plain.replace(images=[ImagePrompt(shown, negative=other)])
+    result = engine.run(asked_for)
+    assert "images.0.negative has no effect: this base reads it with true_guidance above 1" in result.notes
+    assert np.array_equal(np.asarray(result.images[0], np.int16), drawn(engine, plain))
+    for read in ({"true_guidance": 2.0}, {"image_guidance": 2.0}):
+        assert not engine.run(asked_for.replace(**read)).notes
+        assert not np.array_equal(
+            drawn(engine, asked_for.replace(**read)), drawn(engine, plain.replace(**read))
+        )
+
+
+@pytest.mark.parametrize("how", ["gguf", "int8"])
+def test_a_quantised_transformer_draws_nearly_the_same(
+    base: Path, pictures: Path, how: str, tmp_path: Path
+) -> None:
+    if how == "gguf":
+        transformer = PIPELINES[base.name].from_pretrained(base).transformer
+        how = str(gguf_file(tmp_path / "transformer.gguf", transformer))
+    else:
+        pytest.importorskip("torchao", reason="int8 needs torchao, in the extra 'quantize'")
+    engine, shown = Engine(), asked(base, images=[ImagePrompt(str(pictures / "ref.png"), scale=3)])
+    whole, bare = drawn(engine, shown), drawn(engine, asked(base))
+    got = drawn(engine, shown.replace(quantize=how))
+    assert 0 < np.abs(got - whole).max() < np.abs(whole - bare).max()
+    assert np.abs(got - drawn(engine, asked(base, quantize=how))).max() > 3
+
+
+def test_a_file_that_is_no_transformer_is_said_in_one_line(
+    engine: Engine, base: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf", reason="reading .gguf needs the extra 'quantize'")
+    (tmp_path / "no.gguf").write_bytes(b"GGUF" + b"\0" * 60)
+    with pytest.raises(ModelError, match=r"no\.gguf' is no transformer of base") as error:
+        engine.run(asked(base, quantize=str(tmp_path / "no.gguf")))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("how", ["model", "sequential"])
+def test_offloading_changes_no_pixel(base: Path, pictures: Path, how: str) -> None:
+    """On the CPU, with the hooks that ``--offload`` installs; the Engine refuses it without a GPU."""
+    pipe = PIPELINES[base.name].from_pretrained(base)
+    pipe.set_progress_bar_config(disable=True)
+    adapter = IPAdapter.from_pretrained(base / "adapters").attach(pipe)
+    adapter.set_prompt(Image.open(pictures / "ref.png"), scale=0.8)
+    call = {"height": 32, "width": 48, "num_inference_steps": 2, "guidance_scale": 3.0}
+
+    def draw() -> np.ndarray:
+        image = pipe("a cat", generator=torch.Generator().manual_seed(5), **call).images[0]
+        return np.asarray(image, np.int16)
+
+    wanted = draw()
+    if how == "model":
+        pipe.enable_model_cpu_offload(device="cpu")
+    else:  # what enable_sequential_cpu_offload does; accelerate fails on a text encoder for the CPU
+        cpu_offload(pipe.transformer, "cpu")
+        assert next(pipe.transformer.parameters()).is_meta
+    assert np.array_equal(draw(), wanted)
+    adapter.set_prompt(Image.open(pictures / "other.png"), scale=0.8)
+    assert not np.array_equal(draw(), wanted)

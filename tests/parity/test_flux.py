@@ -112,6 +112,25 @@ def test_two_adapters_equal_diffusers(tmp_path: Path) -> None:
     torch.testing.assert_close(call(pipe, cfg=True), call(oracle, cfg=True, **shown), atol=1e-5, rtol=1e-5)
 
 
+def test_sixteen_tokens_equal_diffusers(tmp_path: Path) -> None:
+    """XLabs' v2; diffusers tells it by 65536 rows, 16 tokens of FLUX's true width."""
+    joint = 4096
+    save_file(tinydit.xlabs_state(16, joint=joint), tmp_path / "ip.safetensors")
+    pipe, oracle = tinydit.flux(joint=joint), tinydit.flux(joint=joint)
+    text = tinydit.text(width=joint)
+    plain = pipe(generator=seeds(), **STEPS, **text).images
+    encoder = ImageEncoder(tinydit.clip(), tinydit.clip_processor())
+    adapter = IPAdapter.from_pretrained(tmp_path / "ip.safetensors", image_encoder=encoder).attach(pipe)
+    assert adapter.checkpoint.tokens == 16
+    adapter.set_prompt(picture(1), profile=[0.3, 0.92])  # a rise, as its authors advise
+    got = pipe(generator=seeds(), **STEPS, **text).images
+    oracle.load_ip_adapter(str(tmp_path), weight_name="ip.safetensors")
+    oracle.set_ip_adapter_scale([0.3, 0.92])
+    wanted = oracle(generator=seeds(), ip_adapter_image=picture(1), **STEPS, **text).images
+    assert (got - plain).abs().max() > 1e-2
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
 # Without both, Kontext draws and reads a megapixel, whatever the size it is called with.
 KONTEXT = {"image": picture(3), "_auto_resize": False, "max_area": STEPS["height"] * STEPS["width"]}
 TASKS = {

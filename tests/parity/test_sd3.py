@@ -6,6 +6,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import tinydit
@@ -150,10 +151,32 @@ def test_strength_may_act_on_the_keys_too() -> None:
     assert (drawn["k+v", 0.5] - drawn["v-only", 0.5]).abs().max() > 1e-6
 
 
-def test_two_kinds_of_pipelines_share_the_formula(tmp_path: Path) -> None:
-    kind = diffusers.StableDiffusion3Img2ImgPipeline
-    pipe, oracle = tinydit.sd3(kind), theirs(tinydit.sd3(kind), tmp_path, 0.8)
+TASKS = {
+    "image-to-image": (diffusers.StableDiffusion3Img2ImgPipeline, {}),
+    "inpaint": (diffusers.StableDiffusion3InpaintPipeline, {"mask_image": Image.new("L", (48, 32), 255)}),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_other_tasks_share_the_formula(task: str, tmp_path: Path) -> None:
+    kind, fields = TASKS[task]
+    fields = {"image": picture(3), "strength": 0.7, **fields}
+    pipe, oracle = (tinydit.sd3(kind, channels=16) for _ in "ab")  # diffusers inpaints with 16 alone
+    theirs(oracle, tmp_path, 0.8)
+    plain = draw(pipe, **fields)
     ours(pipe).set_prompt(features(1), scale=0.8)
-    fields = {"image": picture(3), "strength": 0.7}
+    got = draw(pipe, **fields)
+    assert (got - plain).abs().max() > 1e-3
     wanted = draw(oracle, **fields, ip_adapter_image=picture(1))
-    torch.testing.assert_close(draw(pipe, **fields), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_no_picture_is_zero_features_not_those_of_a_black_one() -> None:
+    pipe = tinydit.sd3()
+    adapter = ours(pipe)
+    drawn = []
+    for negative in (None, torch.zeros_like(features(1)), Image.new("RGB", (32, 32))):
+        adapter.set_prompt(ImagePrompt(features=features(1), scale=0.8, negative=negative))
+        drawn.append(draw(pipe))
+    assert torch.equal(drawn[0], drawn[1])
+    assert (drawn[2] - drawn[0]).abs().max() > 1e-4
