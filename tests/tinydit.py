@@ -379,7 +379,7 @@ def _clip_text(kind: type[Any], width: int) -> Any:
 
 
 def save_base(kind: str, folder: Path) -> Path:
-    """A tiny FLUX, FLUX Fill, Chroma or SD3.5 as a folder, with its image encoder and an adapter in
+    """A tiny FLUX, Kontext, Fill, Chroma or SD3.5 as a folder, with its image encoder and an adapter in
     ``adapters/``."""
     t5, t5_tokenizer = _t5()
     clip_tokenizer = tiny.clip_tokenizer()
@@ -399,6 +399,8 @@ def save_base(kind: str, folder: Path) -> Path:
             pipe = flux(diffusers.FluxFillPipeline, in_channels=48)
             clip().save_pretrained(folder / "image_encoder")
             clip_processor().save_pretrained(folder / "feature_extractor")
+        elif kind == "flux-kontext":
+            pipe = flux(diffusers.FluxKontextPipeline)
         if kind != "chroma":
             text_encoder = _clip_text(CLIPTextModel, 32)
             pipe.register_modules(text_encoder=text_encoder, tokenizer=clip_tokenizer)

@@ -11,7 +11,7 @@ from PIL import Image
 
 import tinydit
 from imprompt.adapter.ipadapter import IPAdapter
-from imprompt.errors import ModelError
+from imprompt.errors import ModelError, UsageError
 from imprompt.generation.engine import Engine
 from imprompt.schema.prompt import ImagePrompt
 from imprompt.schema.request import Request
@@ -169,3 +169,35 @@ def test_offloading_changes_no_pixel(base: Path, pictures: Path, how: str) -> No
     assert np.array_equal(draw(), wanted)
     adapter.set_prompt(Image.open(pictures / "other.png"), scale=0.8)
     assert not np.array_equal(draw(), wanted)
+
+
+@pytest.mark.parametrize("task", ["generate", "edit", "inpaint"])
+def test_kontext_draws_the_size_that_is_asked_for(
+    engine: Engine, pictures: Path, task: str, tmp_path: Path
+) -> None:
+    base = tinydit.save_base("flux-kontext", tmp_path / "kontext")
+    kind = diffusers.FluxKontextInpaintPipeline if task == "inpaint" else diffusers.FluxKontextPipeline
+    pipe = kind.from_pretrained(base)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_ip_adapter(str(base / "adapters"), weight_name="ip_adapter.safetensors")
+    pipe.set_ip_adapter_scale(0.8)
+    start, mask = (Image.open(pictures / f"{name}.png").resize((32, 32)) for name in ("other", "mask"))
+    places = {"generate": {}, "edit": {"image": "start"}, "inpaint": {"image": "start", "mask": "mask"}}[task]
+    request = asked(base, task=task, images=[ImagePrompt("shown", scale=0.8)], **{"size": (32, 32)} | places)
+    given = {"start": start, "mask": mask, "shown": Image.open(pictures / "ref.png")}
+    result = engine.run(request, pictures=given)
+    assert result.images[0].size == (32, 32)
+    assert result.request.strength == (1.0 if task == "inpaint" else None)
+    call = {"num_inference_steps": 3, "guidance_scale": 3.0, "width": 32, "height": 32, "max_area": 32 * 32}
+    call |= {"image": start} if places else {}
+    call |= {"mask_image": mask, "strength": 1.0} if task == "inpaint" else {}
+    wanted = pipe(
+        prompt="a cat", generator=torch.Generator().manual_seed(5), ip_adapter_image=given["shown"],
+        _auto_resize=False, **call,
+    ).images[0]  # fmt: skip
+    wanted = Image.composite(wanted, start, mask) if task == "inpaint" else wanted
+    far = np.abs(np.asarray(result.images[0], np.int16) - np.asarray(wanted, np.int16))
+    assert far.max() <= 1
+    if task == "edit":
+        with pytest.raises(UsageError, match=r"strength: base .* draws anew what the text says"):
+            engine.run(request.replace(strength=0.5), pictures=given)

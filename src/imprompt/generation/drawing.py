@@ -12,6 +12,7 @@ from PIL import Image
 from imprompt.errors import ModelError, UsageError
 from imprompt.generation import video
 from imprompt.generation.control import control_call
+from imprompt.generation.families import KINDS
 from imprompt.generation.guided import guidance_arguments
 from imprompt.generation.job import Job, Shot
 from imprompt.generation.loading import Loaded
@@ -97,13 +98,15 @@ def _call(loaded: Loaded, shots: Sequence[Shot]) -> dict[str, Any]:
     def each(values: list[Any]) -> Any:
         return values if len(shots) > 1 else values[0]
 
+    width, height = request.size
     call = {"num_inference_steps": request.steps} | _texts(loaded, shots)
-    kind = job.base.kind
-    if request.task != "edit" or kind.denoiser == "transformer":  # SD's read it from the picture
-        call |= {"width": request.size[0], "height": request.size[1]}
+    if request.task != "edit" or job.base.kind.denoiser == "transformer":  # SD's read it from the picture
+        call |= {"width": width, "height": height}
+    if job.base.kind is KINDS["flux-kontext"]:  # else it reads and draws a megapixel, whatever the size
+        call |= {"max_area": width * height, "_auto_resize": False}
     if inputs.start is not None:
         call["image"] = each([inputs.start] * len(shots))
-        if kind.strength:
+        if request.strength is not None:
             call["strength"] = request.strength
     if inputs.region is not None:
         call["mask_image"] = each([inputs.region] * len(shots))

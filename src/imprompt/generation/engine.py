@@ -44,6 +44,7 @@ from imprompt.generation.job import (
     together_limit,
 )
 from imprompt.generation.loading import LOADING, Loaded, Models
+from imprompt.generation.pipelines import takes
 from imprompt.generation.provenance import fingerprints, provenance
 from imprompt.generation.speed import check_speed, hurried
 from imprompt.generation.steps import OnStep, Step, reported
@@ -281,8 +282,8 @@ def complete(request: Request, base: Base) -> Request:
     changes["seed"] = secrets.randbelow(2**32) if request.seed is None else request.seed
     if request.task == "animate":
         changes |= video.clip_defaults(request, video.find_motion(request.motion, base))
-    elif request.task != "generate" and request.strength is None:
-        changes["strength"] = 0.6 if request.task == "edit" else 1.0
+    elif request.task != "generate":
+        changes["strength"] = _strength(request, base)
     if request.controls:
         changes["controls"] = named_controls(request.controls, base)
     filled = request.replace(**changes, **_completed_prompts(request, base))
@@ -291,6 +292,17 @@ def complete(request: Request, base: Base) -> Request:
             f"strength: {filled.strength:g} of {filled.steps} steps is less than one; nothing would be drawn."
         )
     return filled
+
+
+def _strength(request: Request, base: Base) -> float | None:
+    """The share of the schedule to redraw; ``None`` on a base that sees the picture beside the noise."""
+    if not takes(base, request.task, "strength"):
+        if request.strength is not None:
+            raise UsageError(
+                f"strength: base '{base.name}' draws anew what the text says of the picture; leave it out."
+            )
+        return None
+    return request.strength or (0.6 if request.task == "edit" else 1.0)
 
 
 def _completed_prompts(request: Request, base: Base) -> dict[str, object]:

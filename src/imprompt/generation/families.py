@@ -44,8 +44,6 @@ class Kind:
     distilled: bool = False
     """Guidance-distilled: the guidance scale is an input of the model; classifier-free guidance, which
     reads a negative, has a scale of its own."""
-    strength: bool = True
-    """Editing starts from the noised picture; if false, the model sees the picture beside the noise."""
     single_file: str = ""
     """A key that only single-file checkpoints of this kind have, from the published files."""
     parts: str | None = None
@@ -103,7 +101,6 @@ KINDS: dict[str, Kind] = {
         stills("FluxKontext", "generate", "inpaint") | {"edit": "FluxKontextPipeline"},
         model=_FLUX,
         distilled=True,
-        strength=False,
     ),
     "flux-fill": Kind({"inpaint": "FluxFillPipeline"}, model=_FLUX, distilled=True),
 }

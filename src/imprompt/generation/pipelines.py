@@ -5,6 +5,7 @@ Weights are read from safetensors only.
 """
 
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,12 @@ def pipeline_class(base: Base, task: Task) -> str:
             "for that."
         )
     return kind.pipelines[task]
+
+
+def takes(base: Base, task: Task, argument: str) -> bool:
+    """Whether diffusers' pipeline for a task takes an argument. Raises :class:`UsageError` if there is no
+    pipeline."""
+    return argument in signature(getattr(diffusers, pipeline_class(base, task)).__call__).parameters
 
 
 def _ready(pipe: Any) -> Any:

@@ -204,7 +204,8 @@ class Request(Record):
     mask: PathText | None = None
     """inpaint: white is redrawn, black is kept; of the picture's proportions."""
     strength: float | None = Field(default=None, gt=0, le=1)
-    """edit, inpaint, animate: share of the schedule to redraw; ``None``: 0.6 for edit, 1 for inpaint."""
+    """edit, inpaint, animate: share of the schedule to redraw; ``None``: 0.6 for edit, 1 for inpaint. FLUX
+    Kontext edits without it."""
     scale: float | None = Field(default=None, ge=-10, le=10)
     """Strength of the image prompts: 0 none, 1 as trained; ``None``: 0.6 with text, 1 without."""
     steps: int | None = Field(default=None, ge=1, le=1000)
