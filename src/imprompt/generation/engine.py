@@ -44,7 +44,7 @@ from imprompt.generation.job import (
     together_limit,
 )
 from imprompt.generation.loading import LOADING, Loaded, Models
-from imprompt.generation.pipelines import takes
+from imprompt.generation.pipelines import pipeline_class, takes
 from imprompt.generation.provenance import fingerprints, provenance
 from imprompt.generation.speed import check_speed, hurried
 from imprompt.generation.steps import OnStep, Step, reported
@@ -296,7 +296,7 @@ def complete(request: Request, base: Base) -> Request:
 
 def _strength(request: Request, base: Base) -> float | None:
     """The share of the schedule to redraw; ``None`` on a base that sees the picture beside the noise."""
-    if not takes(base, request.task, "strength"):
+    if not takes(pipeline_class(base, request.task), "strength"):
         if request.strength is not None:
             raise UsageError(
                 f"strength: base '{base.name}' draws anew what the text says of the picture; leave it out."

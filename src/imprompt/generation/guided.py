@@ -5,17 +5,14 @@ reads the negative text and pictures, is then ``true_guidance``, diffusers' ``tr
 """
 
 from collections.abc import Mapping, Sequence
-from inspect import signature
 from typing import Any
-
-import diffusers
 
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.errors import UsageError
 from imprompt.generation.control import Control, controlled_class
 from imprompt.generation.families import Base
 from imprompt.generation.job import Job
-from imprompt.generation.pipelines import pipeline_class
+from imprompt.generation.pipelines import pipeline_class, takes
 from imprompt.schema.request import Request
 
 
@@ -38,7 +35,7 @@ def check_guidance(request: Request, base: Base, controls: Sequence[Control] = (
     field = "true_guidance" if guided else "negative"
     plain = pipeline_class(base, request.task)
     pipeline = controlled_class(controls[0], request.task, plain) if controls else plain
-    if "true_cfg_scale" not in signature(getattr(diffusers, pipeline).__call__).parameters:
+    if not takes(pipeline, "true_cfg_scale"):
         raise UsageError(
             f"{field}: diffusers' {pipeline} has the distilled guidance alone and reads no negative; "
             "leave it out."

@@ -4,6 +4,7 @@
 Weights are read from safetensors only.
 """
 
+from functools import cache
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
@@ -78,10 +79,11 @@ def pipeline_class(base: Base, task: Task) -> str:
     return kind.pipelines[task]
 
 
-def takes(base: Base, task: Task, argument: str) -> bool:
-    """Whether diffusers' pipeline for a task takes an argument. Raises :class:`UsageError` if there is no
-    pipeline."""
-    return argument in signature(getattr(diffusers, pipeline_class(base, task)).__call__).parameters
+@cache
+def takes(pipeline: str, argument: str) -> bool:
+    """Whether diffusers' pipeline of that name can be called with an argument."""
+    with silence_library_logging():
+        return argument in signature(getattr(diffusers, pipeline).__call__).parameters
 
 
 def _ready(pipe: Any) -> Any:
