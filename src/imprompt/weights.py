@@ -6,6 +6,7 @@ that they may change on the disk while in use. Pickles are read by :func:`load_p
 """
 
 import contextlib
+import ctypes
 import importlib
 import pickle
 import struct
@@ -205,6 +206,14 @@ def not_finite(tensor: Tensor) -> bool:
         ):
             return True
     return False
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system and to other programs on a GPU; glibc and torch keep it else."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another libc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager

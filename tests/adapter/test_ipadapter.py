@@ -186,6 +186,32 @@ def test_weights_are_raised_to_the_unets_precision_but_never_lowered(pipe: Stabl
     assert adapter.attach(pipe).dtype == torch.float64
 
 
+def test_what_is_read_once_a_prompt_stays_as_stored_and_computes_as_if_it_were_not(
+    pipe: StableDiffusionPipeline,
+) -> None:
+    drawn, sizes = [], []
+    for cast in (False, True):
+        adapter = IPAdapter.from_state_dict(random_adapter_state(pipe.unet)).to(dtype=torch.float16)
+        if cast:
+            adapter.to(dtype=torch.float32)
+        adapter.attach(pipe).set_prompt(picture(1))
+        drawn.append(draw(pipe))
+        sizes.append(sum(weight.nbytes for weight in adapter.state_dict()["ip_adapter"].values()))
+        adapter.detach()
+    np.testing.assert_array_equal(*drawn)
+    assert 2 * sizes[0] == sizes[1]
+
+
+def test_training_is_as_fine_as_the_projection(pipe: StableDiffusionPipeline) -> None:
+    adapter = IPAdapter.from_state_dict(random_adapter_state(pipe.unet)).to(dtype=torch.float16)
+    adapter.attach(pipe.unet).module.requires_grad_(True)
+    before = list(adapter.parameters())
+    with adapter.training_tokens(torch.randn(1, 4, adapter.projection.cross_dim)):
+        pass
+    assert {weight.dtype for weight in adapter.parameters()} == {torch.float32}
+    assert all(one is other for one, other in zip(adapter.parameters(), before, strict=True))
+
+
 def test_half_precision_pipelines_draw_with_it(pipe: StableDiffusionPipeline, adapter: IPAdapter) -> None:
     adapter.attach(pipe).set_prompt(picture(1))
     single = draw(pipe)

@@ -157,7 +157,8 @@ class IPAdapter(AdapterWeights):
         :meth:`batch`. Everything is checked first: :class:`AdapterMismatch`, :class:`EncoderMismatch` or
         :class:`UsageError` leave the pipeline unchanged. A FaceID file's LoRA (:attr:`lora`) is active while
         a face prompt is set; the user's own LoRAs are not changed. The weights are moved to the UNet's
-        device, and cast to its dtype if that is finer, unless they are being trained.
+        device, and cast to its dtype if that is finer, unless they are being trained; the layers of keys and
+        values, which are read once a prompt, are cast when they are read.
         """
         found = find_denoiser(target)
         if found is None:
@@ -182,7 +183,9 @@ class IPAdapter(AdapterWeights):
             source.prompt_encoder for source in injection.sources if isinstance(source, IPAdapter)
         )
         if not any(parameter.requires_grad for parameter in self.parameters()):
-            self.to(device, None if dtype is None else precise(self.dtype, dtype))
+            self.to(device)
+            if dtype is not None:
+                self._refine(precise(self.dtype, dtype))
         return self
 
     def detach(self) -> None:
@@ -273,6 +276,8 @@ class IPAdapter(AdapterWeights):
         """
         if tokens.shape[-1] != self.projection.cross_dim:
             check_tokens(tokens, self.projection.cross_dim, self.checkpoint.name)
+        if any(parameter.requires_grad for parameter in self.parameters()):
+            self.module.to(dtype=self.dtype)  # attach() leaves some as they are stored
         self.training = TrainingTokens(tokens, scale)
         try:
             yield

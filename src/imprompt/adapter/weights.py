@@ -81,6 +81,15 @@ class AdapterWeights(PromptSource):
         """All weights with their published flat names."""
         return self.module.named_parameters()
 
+    def _refine(self, dtype: torch.dtype) -> None:
+        """Cast what is read often. Keys and values are made once a prompt, unless timed, and their layers,
+        most of an adapter, stay as they are stored: they compute in the finer dtype all the same."""
+        often: list[nn.Module] = [self.module if self.timed else self.projection]
+        if self.lora is not None:
+            often += [low for parts in self.lora.layers.values() for low in parts.values()]
+        for part in often:
+            part.to(dtype=dtype)
+
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
@@ -88,7 +97,7 @@ class AdapterWeights(PromptSource):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the weights."""
+        """Dtype of the projection's weights."""
         return next(self.module.parameters()).dtype
 
     def versions(self) -> tuple[object, ...]:

@@ -4,6 +4,7 @@
 belongs to another base, device, number format or set of LoRAs.
 """
 
+import gc
 import threading
 import warnings
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from imprompt.generation.pipelines import for_task, load
 from imprompt.generation.text import TextStates
 from imprompt.generation.video import Motion
 from imprompt.schema.request import Request
+from imprompt.weights import give_back_memory
 
 LOADING = threading.RLock()
 """Held while weights are loaded: the libraries change torch's modules for all threads meanwhile."""
@@ -66,10 +68,14 @@ class Models:
         return (*base, *(name for name, _ in self._adapters))
 
     def release(self) -> None:
-        """Forget all models and features."""
+        """Forget all models and features, and give their memory back."""
+        held = bool(self._pipes or self._moving or self._adapters)
         self._pipes, self._nets, self._key, self._adapters, self._moving = {}, {}, None, {}, None
         self.features.clear()
         self.texts.clear()
+        if held:
+            gc.collect()  # pipelines refer to themselves
+            give_back_memory()
 
     def load(
         self,
@@ -161,7 +167,10 @@ class Models:
 
     def _load_adapters(self, names: Sequence[str], face_model: str | None) -> dict[str, IPAdapter]:
         kept = {key: adapter for key, adapter in self._adapters.items() if key[0] in names}
+        replaced = len(kept) < len(self._adapters)
         self._adapters, found = {}, {}
+        if replaced:
+            give_back_memory()
         for name in names:
             of_faces, of_pictures = (name, face_model or ""), (name, None)
             adapter = kept.get(of_pictures) or kept.get(of_faces) or _load_adapter(name, face_model)
