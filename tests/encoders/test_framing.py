@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import tinydit
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.framing import MEAN_COLOUR, encode, frame, merge_hidden, noisy, sharpened, tiles
 from imprompt.errors import InputError, UsageError
@@ -82,6 +83,20 @@ def test_tiles_of_equal_patches_merge_to_themselves_and_others_to_area_means() -
     torch.testing.assert_close(merged[1], hidden[0, [1, 2, 5, 6]].mean(0))
     # The last is that of the last tile's lower right.
     torch.testing.assert_close(merged[16], hidden[3, [11, 12, 15, 16]].mean(0))
+
+
+def test_tiles_of_siglip_have_no_class_token() -> None:
+    hidden = torch.randn(4, 16, 3)
+    merged = merge_hidden(hidden, 2, 2)
+    torch.testing.assert_close(merged[0], hidden[0, [0, 1, 4, 5]].mean(0))
+    siglip = ImageEncoder(tinydit.siglip(), tinydit.siglip_processor())
+    found = encode(siglip, [picture(1, (96, 32)), picture(2, (40, 40))], "tile")
+    plain = siglip.encode([picture(1, (96, 32)), picture(2, (40, 40))])
+    assert found.last is not None
+    assert plain.last is not None
+    for tiled, whole in ((found.hidden, plain.hidden), (found.last, plain.last)):
+        assert not torch.allclose(tiled[0], whole[0], atol=1e-3)
+        torch.testing.assert_close(tiled[1], whole[1])
 
 
 @pytest.fixture(scope="module")

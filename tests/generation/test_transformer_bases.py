@@ -121,6 +121,13 @@ def test_a_negative_picture_that_is_not_read_is_noted(engine: Engine, flux: Path
         )
 
 
+def test_a_crop_is_noted_where_the_encoder_crops(engine: Engine, base: Path, pictures: Path) -> None:
+    """SigLIP, which SD3.5's adapter reads, squashes a picture to a square."""
+    notes = engine.run(asked(base, images=[str(pictures / "wide.png")])).notes
+    cropped = [note for note in notes if "50% lies outside the centre square" in note]
+    assert len(cropped) == (0 if base.name == "sd3" else 1)
+
+
 @pytest.mark.parametrize("how", ["gguf", "int8"])
 def test_a_quantised_transformer_draws_nearly_the_same(
     base: Path, pictures: Path, how: str, tmp_path: Path

@@ -358,8 +358,8 @@ class PromptEncoder:
         elif self._projection.feature == "last":
             if given.last is None:
                 raise EncoderMismatch(
-                    f"adapter '{self.name}' needs SigLIP's last hidden state, which other encoders, tiles "
-                    "and files of other programs do not have."
+                    f"adapter '{self.name}' needs SigLIP's last hidden state, which other encoders and "
+                    "files of other programs do not have."
                 )
             parts = given.last, None, None
         else:

@@ -55,18 +55,19 @@ def encode(
     whole = encode_sharpened([frame(p, "squash" if framing == "tile" else framing, side) for p in pictures])
     if framing != "tile":
         return whole
-    pooled, hidden = [], []
+    pooled, hidden = list(whole.pooled), list(whole.hidden)
+    last = [] if whole.last is None else list(whole.last)
     for n, picture in enumerate(pictures):
         cuts, rows, columns = tiles(picture, side)
         if len(cuts) == 1:
-            pooled.append(whole.pooled[n])
-            hidden.append(whole.hidden[n])
             continue
         parts = encode_sharpened(cuts)
-        merged = merge_hidden(parts.hidden, rows, columns)
-        pooled.append(torch.lerp(whole.pooled[n], parts.pooled.mean(0), detail))
-        hidden.append(torch.lerp(whole.hidden[n], merged, detail))
-    return Features(torch.stack(pooled), torch.stack(hidden), whole.negative_hidden)
+        pooled[n] = torch.lerp(pooled[n], parts.pooled.mean(0), detail)
+        hidden[n] = torch.lerp(hidden[n], merge_hidden(parts.hidden, rows, columns), detail)
+        if parts.last is not None:
+            last[n] = torch.lerp(last[n], merge_hidden(parts.last, rows, columns), detail)
+    lasts = torch.stack(last) if last else None
+    return Features(torch.stack(pooled), torch.stack(hidden), whole.negative_hidden, lasts)
 
 
 def frame(image: Image.Image, framing: str, side: int) -> Image.Image:
@@ -125,22 +126,23 @@ def tiles(image: Image.Image, side: int) -> tuple[list[Image.Image], int, int]:
 
 def merge_hidden(hidden: Float[Tensor, "N P W"], rows: int, columns: int) -> Float[Tensor, "P W"]:
     """Merge the hidden states of tiles: the grids of patches are joined and averaged down to one grid, the
-    class tokens are averaged (ComfyUI_IPAdapter_plus, vision enhancer).
+    class tokens are averaged (ComfyUI_IPAdapter_plus, vision enhancer). SigLIP has no class token.
 
     ``N`` is ``rows·columns``, row by row. Raises :class:`InputError` for another number of tiles, and for
-    states that are not a class token and a square grid.
+    states that are not a square grid, perhaps behind a class token.
     """
-    grid = math.isqrt(hidden.shape[1] - 1)
-    if grid * grid != hidden.shape[1] - 1 or hidden.shape[0] != rows * columns:
+    grid = math.isqrt(hidden.shape[1])
+    first = hidden.shape[1] - grid * grid  # of the patches
+    if first > 1 or hidden.shape[0] != rows * columns:
         raise InputError(
-            f"hidden states of shape {tuple(hidden.shape)} are not {rows * columns} tiles, each a class "
-            "token and a square grid of patches."
+            f"hidden states of shape {tuple(hidden.shape)} are not {rows * columns} tiles, each a square "
+            "grid of patches, perhaps behind a class token."
         )
     exact = hidden.float()
-    patches = exact[:, 1:].reshape(rows, columns, grid, grid, -1)
+    patches = exact[:, first:].reshape(rows, columns, grid, grid, -1)
     joined = patches.permute(4, 0, 2, 1, 3).reshape(1, -1, rows * grid, columns * grid)
     back = F.adaptive_avg_pool2d(joined, grid)[0].flatten(1).T
-    return torch.cat((exact[:, 0].mean(0, keepdim=True), back)).to(hidden.dtype)
+    return torch.cat((exact[:, :first].mean(0), back)).to(hidden.dtype)
 
 
 def sharpened(image: Image.Image, amount: float, side: int) -> Image.Image:

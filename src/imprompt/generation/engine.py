@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from imprompt.adapter.encoding import FeatureCache
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.adapter.recorder import Attribution, Recorder
 from imprompt.adapter.regions import TextRegions
 from imprompt.encoders import face_onnx
@@ -31,7 +32,7 @@ from imprompt.generation.families import Base, find_adapter, find_base
 from imprompt.generation.guided import check_guidance, negative_notes
 from imprompt.generation.identity import face_controls
 from imprompt.generation.idle import idle_notes
-from imprompt.generation.inputs import read_inputs
+from imprompt.generation.inputs import crop_notes, read_inputs
 from imprompt.generation.job import (
     Job,
     Shot,
@@ -43,7 +44,7 @@ from imprompt.generation.job import (
     sorted_for_batches,
     together_limit,
 )
-from imprompt.generation.loading import LOADING, Loaded, Models
+from imprompt.generation.loading import LOADING, Loaded, Models, reads_faces
 from imprompt.generation.pipelines import pipeline_class, takes
 from imprompt.generation.provenance import fingerprints, provenance
 from imprompt.generation.speed import check_speed, hurried
@@ -391,13 +392,22 @@ def _attached(loaded: Loaded, jobs: Sequence[Job]) -> Iterator[Callable[[Sequenc
 
 
 def _notes(job: Job, loaded: Loaded) -> list[str]:
-    notes = list(job.inputs.notes)
+    whole = [name for name, adapter in loaded.adapters.items() if _reads_all(job, name, adapter)]
+    notes = [*job.inputs.notes, *crop_notes(job.inputs, whole)]
     for name, adapter in loaded.adapters.items():
         if shows_pictures(job, name) and (reader := adapter.face_embedder) is not None:
             note = face_onnx.licence_note(reader.space)
             notes += [note] if note else []
     notes += _cut_notes(job, loaded.pipe) + negative_notes(job, loaded.adapters)
     return notes + idle_notes(job.request, job.inputs.prompts, loaded)
+
+
+def _reads_all(job: Job, name: str, adapter: IPAdapter) -> bool:
+    """Whether an adapter reads all of a picture: a face wherever it is, or SigLIP, which squashes."""
+    if reads_faces(adapter):
+        return True
+    encoder = adapter.image_encoder if shows_pictures(job, name) else None
+    return encoder is not None and encoder.is_siglip
 
 
 def _cut_notes(job: Job, pipe: Any) -> list[str]:

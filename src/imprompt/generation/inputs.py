@@ -4,8 +4,8 @@ In: a request with its defaults filled in, and pictures handed over by name. Out
 place of names, the pictures to start from at the drawn size, and notes for the user.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def read_inputs(request: Request, pictures: Mapping[str, Any], side: int, multip
         region=None if region is None else fitted(region, size),
         frames=None if frames is None else tuple(fitted(frame, size) for frame in frames),
         maps=_maps(request, controls, size),
-        notes=(*_size_notes(request, start, controls, region), *files.notes, *place.notes),
+        notes=(*_size_notes(request, start, controls, region), *files.notes),
     )
 
 
@@ -91,6 +91,23 @@ def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     if image.size == size:
         return image
     return image.resize(size, Image.Resampling.LANCZOS, box=_box(image, size))
+
+
+def crop_notes(inputs: Inputs, whole: Collection[str]) -> list[str]:
+    """A note for each picture of which an image encoder sees the centre alone; ``whole`` are the adapters
+    that read all of a picture."""
+    notes = list[str]()
+    for named, shown in zip(inputs.request.images, inputs.prompts, strict=True):
+        if named.framing != "crop" or named.at == "each" or str(shown.adapter) in whole:
+            continue
+        for name, picture in zip(named.pictures, shown.pictures, strict=True):
+            lost = 1 - min(picture.size) / max(picture.size) if isinstance(picture, Image.Image) else 0.0
+            if lost > _LOST:
+                notes.append(
+                    f"'{name}': {lost:.0%} lies outside the centre square that is seen; framing=pad, squash "
+                    "or tile shows all of it"
+                )
+    return list(dict.fromkeys(notes))
 
 
 # ---- files
@@ -247,13 +264,12 @@ def _inpainted(files: _Files, request: Request, start: Image.Image | None) -> Im
 
 @dataclass
 class _Placing:
-    """Puts pictures and masks into the prompts, and notes what is cropped away."""
+    """Puts pictures and masks into the prompts."""
 
     files: _Files
     request: Request
     aligned: list[Image.Image]
     """Pictures that are cropped around the centre to the drawn proportions: the start, and controls."""
-    notes: list[str] = field(default_factory=list)
 
     def mask(self, name: str) -> Image.Image | tuple[Image.Image, ...]:
         """A mask of a prompt or region: cropped as the picture of its proportions is, else to be stretched
@@ -286,22 +302,10 @@ class _Placing:
             frames = self.files.clip(prompt.image)[0]
             self._check_count(prompt.image, len(frames), "pictures")
             return prompt.replace(image=frames, at=range(len(frames)), **changes)
-        pictures = [self._shown(name) for name in prompt.pictures]
-        if prompt.framing == "crop":
-            for name, picture in zip(prompt.pictures, pictures, strict=True):
-                self._note_crop(name, picture)
-        return prompt.replace(image=pictures, **changes)
+        return prompt.replace(image=[self._shown(name) for name in prompt.pictures], **changes)
 
     def _shown(self, name: str) -> Image.Image | str:
         return name if self.files.saved(name) else self.files.picture(name)
-
-    def _note_crop(self, name: str, picture: Image.Image | str) -> None:
-        if isinstance(picture, Image.Image) and (lost := 1 - min(picture.size) / max(picture.size)) > _LOST:
-            note = (
-                f"'{name}': {lost:.0%} lies outside the centre square that is seen; framing=pad, squash or "
-                "tile shows all of it"
-            )
-            self.notes += [note] if note not in self.notes else []
 
     def _check_count(self, name: str, count: int, what: str) -> None:
         """Raises :class:`InputError` unless there is one for each frame."""
