@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from diffusers.callbacks import SDCFGCutoffCallback
+from diffusers import AnimateDiffPipeline, StableDiffusionControlNetPipeline, UNetMotionModel
 
 import tiny
 from controls import saved, tiny_controlnet, tiny_t2i
@@ -34,32 +34,71 @@ def counted(module):
         hook.remove()
 
 
-@pytest.fixture
-def prompted():
-    pipe = tiny.tiny_sd()
+def sd():
+    return tiny.tiny_sd()
+
+
+def with_control():
+    return StableDiffusionControlNetPipeline(
+        **tiny.tiny_sd().components, controlnet=tiny_controlnet(), requires_safety_checker=False
+    )
+
+
+def moving():
+    parts = tiny.tiny_sd().components
+    motion = tiny.tiny_motion()
+    parts["unet"] = UNetMotionModel.from_unet2d(parts["unet"], motion)
+    names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+    return AnimateDiffPipeline(**{name: parts[name] for name in names}, motion_adapter=motion)
+
+
+PIPES = {
+    sd: ["prompt_embeds"],
+    tiny.tiny_sdxl: ["prompt_embeds", "add_text_embeds", "add_time_ids"],
+    tiny.tiny_kolors: ["prompt_embeds", "add_text_embeds", "add_time_ids"],
+    with_control: ["prompt_embeds", "image"],
+    moving: ["prompt_embeds"],
+}
+"""Pipeline → the tensors of which it holds a half for each CFG branch."""
+
+
+def call(pipe, **options):
+    if pipe.__class__ is StableDiffusionControlNetPipeline:
+        options["image"] = tiny.picture(3)
+    if pipe.__class__ is AnimateDiffPipeline:
+        options["num_frames"] = 3
+    pipe.set_progress_bar_config(disable=True)
+    drawn = pipe(
+        "", num_inference_steps=5, guidance_scale=5, width=32, height=32, output_type="latent",
+        generator=torch.Generator().manual_seed(0), **options,
+    )  # fmt: skip
+    return drawn[0]
+
+
+@pytest.mark.parametrize("make", PIPES, ids=lambda make: make.__name__)
+def test_late_steps_run_the_cond_rows_alone_and_draw_what_diffusers_does_without_guidance(make):
+    if make is tiny.tiny_kolors:
+        pytest.importorskip("sentencepiece")
+    pipe = make()
     encoder = ImageEncoder(*tiny.tiny_encoder(), name="tiny")
     adapter = IPAdapter.from_state_dict(tiny.random_adapter_state(pipe.unet), image_encoder=encoder)
     adapter.attach(pipe).set_prompt(tiny.picture(1))
-    return pipe
 
+    def late(pipe, step, timestep, tensors):
+        """As diffusers' own SDCFGCutoffCallback, for all kinds of pipelines."""
+        if step != 2:
+            return tensors
+        pipe._guidance_scale = 0.0
+        return {name: tensor.chunk(2)[1] for name, tensor in tensors.items()}
 
-def call(pipe, steps=5, **options):
-    return pipe(
-        "", num_inference_steps=steps, guidance_scale=5, width=32, height=32, output_type="latent",
-        generator=torch.Generator().manual_seed(0), **options,
-    ).images  # fmt: skip
-
-
-def test_late_steps_run_the_cond_rows_alone_and_draw_what_diffusers_does_without_guidance(prompted):
-    late = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=2)
-    wanted = call(prompted, callback_on_step_end=late, callback_on_step_end_tensor_inputs=["prompt_embeds"])
-    exact = call(prompted)
-    with hurried(prompted, "balanced"), counted(prompted.unet.conv_in) as rows:
-        drawn = call(prompted)  # the empty text is both rows', which cannot be told apart by comparing
-    assert rows == [2, 2, 2, 1, 1]
+    wanted = call(pipe, callback_on_step_end=late, callback_on_step_end_tensor_inputs=PIPES[make])
+    exact = call(pipe)
+    with hurried(pipe, "balanced"), counted(pipe.unet.conv_in) as rows:
+        drawn = call(pipe)  # the empty text is both rows', which cannot be told apart by comparing
+    assert [count // rows[-1] for count in rows] == [2, 2, 2, 1, 1]
     torch.testing.assert_close(drawn, wanted, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(drawn, exact, atol=1e-3)
-    assert torch.equal(call(prompted), exact), "nothing stays behind"
+    assert torch.equal(call(pipe), exact), "nothing stays behind"
 
 
 def test_inner_blocks_run_at_every_third_call_and_when_the_number_of_rows_changes():
