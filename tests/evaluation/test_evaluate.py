@@ -71,6 +71,12 @@ def test_one_picture_gives_no_interval_and_json_no_nan(settings):
     assert "one picture" in table(report)
 
 
+def test_what_a_speed_costs_is_measured_as_any_other_setting(settings, tuned_base):
+    each = [Contender(adapter=tuned_base["adapter"], label=speed, speed=speed) for speed in ("exact", "fast")]
+    found = means(evaluate(EvaluateConfig(**settings | {"n": 1, "samples": 1, "contenders": tuple(each)})))
+    assert found["exact", "CLIP-I"] != found["fast", "CLIP-I"]
+
+
 class Counting(Engine):
     """Counts what is really drawn."""
 
@@ -233,5 +239,6 @@ def test_contenders_are_read_from_words():
     each = Contender.parse("a/b.safetensors,scale=0.5,profile=style")
     assert (each.adapter, each.scale, each.profile) == ("a/b.safetensors", 0.5, "style")
     assert each.name == "b scale 0.5 style"
+    assert Contender.parse("a/b.safetensors,speed=fast").name == "b fast"
     with pytest.raises(UsageError, match="scale"):
         Contender.parse(f"a,scale={math.nan}")

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter",
         action="append",
         default=[],
-        metavar="NAME[,scale=X][,profile=NAME][,label=TEXT]",
+        metavar="NAME[,scale=X][,profile=NAME][,speed=NAME][,label=TEXT]",
         help="an adapter to measure; repeat it to compare several; default: the base's default adapter",
     )
     add_field_flags(parser, EvaluateConfig, _FLAGS)

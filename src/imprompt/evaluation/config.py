@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 
 from imprompt.errors import UsageError
 from imprompt.schema.record import Record, read_flag
+from imprompt.schema.request import Speed
 
 
 class Contender(Record):
@@ -20,13 +21,15 @@ class Contender(Record):
     """Strength of the image prompt."""
     profile: str | None = None
     """Layer profile, as in a request."""
+    speed: Speed = "exact"
+    """How fast it draws, as in a request."""
     label: str = ""
     """Name in the report."""
 
     @classmethod
     def parse(cls, text: str) -> Contender:
-        """Read ``ADAPTER[,scale=X][,profile=NAME][,label=TEXT]``. Raises :class:`UsageError`."""
-        adapter, stated = read_flag("--adapter", text, ("scale", "profile", "label"))
+        """Read ``ADAPTER[,scale=X][,profile=NAME][,speed=NAME][,label=TEXT]``. Raises :class:`UsageError`."""
+        adapter, stated = read_flag("--adapter", text, ("scale", "profile", "speed", "label"))
         if "," in adapter:
             raise UsageError(f"--adapter '{text}': NAME,field=value is expected.")
         return cls.from_flag(f"--adapter '{text}'", {"adapter": adapter, **stated})
@@ -38,7 +41,8 @@ class Contender(Record):
             return self.label
         said = [Path(self.adapter).stem if Path(self.adapter).suffix else self.adapter]
         said += [f"scale {self.scale:g}"] if self.scale != 1 else []
-        return " ".join([*said, self.profile] if self.profile else said)
+        said += [self.profile] if self.profile else []
+        return " ".join([*said, self.speed] if self.speed != "exact" else said)
 
 
 class EvaluateConfig(Record):

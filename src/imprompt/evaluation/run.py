@@ -317,6 +317,7 @@ class _Artist:
             if contender.profile is not None:
                 shown["profile"] = contender.profile
             fields |= {"images": [shown], "adapter": contender.adapter, "scale": contender.scale}
+            fields["speed"] = contender.speed
         return Request.from_mapping({name: value for name, value in fields.items() if value is not None})
 
     def _place(self, case: int, request: Request, contender: Contender | None) -> Path | None:
