@@ -181,6 +181,8 @@ def test_the_name_of_a_file_says_nothing(quick: Running) -> None:
         ({"loras": ["/tmp/x.safetensors"]}, "loras.path"),
         ({"device": "cuda:7"}, "device"),
         ({"quantize": "x.gguf"}, "quantize"),
+        ({"compile": "full"}, "compile"),
+        ({"speed": "quick"}, "speed"),
         ({"face_model": "/tmp"}, "face_model"),
         ({"prompt": 7}, "prompt"),
         ({"colour": "red"}, "colour"),

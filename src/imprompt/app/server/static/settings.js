@@ -3,7 +3,7 @@
 export const AUTO_SCALE = { withText: 0.6, alone: 1 };
 const TAKES = { everything: "linear", style: "style", composition: "layout" };
 const DRAFT = "imprompt.draft";
-const OWN = new Set(["device", "dtype", "offload", "quantize", "hashes", "fingerprints", "face_model", "embeddings"]); // the server's affair
+const OWN = new Set(["device", "dtype", "offload", "quantize", "compile", "hashes", "fingerprints", "face_model", "embeddings"]); // the server's affair
 
 const EMPTY = {
   task: "generate", prompt: "", negative: "", references: [], source: null, mask: null, strength: null, control: null,
