@@ -5,7 +5,12 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from diffusers import AnimateDiffPipeline, StableDiffusionControlNetPipeline, UNetMotionModel
+from diffusers import (
+    AnimateDiffPipeline,
+    StableDiffusionControlNetPipeline,
+    UNet2DConditionModel,
+    UNetMotionModel,
+)
 
 import tiny
 from controls import saved, tiny_controlnet, tiny_t2i
@@ -217,3 +222,12 @@ def test_what_only_shows_when_drawing_is_said_before(engine, ask):
         engine.run(ask(speed="fast"), explain=True)
     with pytest.raises(UsageError, match="speed: 'fast' is for UNets, and base 'flux' has a transformer"):
         engine.run(Request(prompt="a cat", base="flux", speed="fast"))
+
+
+def test_a_unet_that_takes_guidance_as_an_input_has_nothing_to_leave_out():
+    pipe = tiny.tiny_sd()
+    pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config, time_cond_proj_dim=8)
+    with pytest.raises(UsageError, match="takes guidance as an input"), hurried(pipe, "balanced"):
+        pass
+    with hurried(pipe, "fast"):
+        pass

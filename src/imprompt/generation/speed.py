@@ -33,7 +33,15 @@ def check_speed(request: Request, base: Base) -> None:
 
 @contextmanager
 def hurried(pipe: Any, speed: Speed) -> Iterator[None]:
-    """While open, ``pipe`` draws at a speed of :class:`~imprompt.schema.request.Request`."""
+    """While open, ``pipe`` draws at a speed of :class:`~imprompt.schema.request.Request`.
+
+    Raises :class:`UsageError` where the speed has nothing to leave out.
+    """
+    if speed == "balanced" and getattr(pipe.unet.config, "time_cond_proj_dim", None):
+        raise UsageError(
+            "speed: this UNet takes guidance as an input, as LCM's do, so 'balanced' leaves out nothing; "
+            "use 'exact' or 'fast'."
+        )
     with ExitStack() as hurry:
         if speed != "exact":
             for model in (pipe.unet, getattr(pipe, "controlnet", None)):
