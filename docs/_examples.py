@@ -11,9 +11,9 @@ from imprompt.encoders.images import load_image
 
 FOLDER = Path(imprompt.app.server.__file__).parent / "static" / "examples"
 EXAMPLES = (
-    ("a rocket, fluent-3d style", "", None),
-    ("a house", "star", None),
-    ("a house", "red-heart", 1.0),
+    ("a rocket", "", None),
+    ("a house", "cactus-neon", None),
+    ("a cat", "sunset", 1.0),
 )  # as EXAMPLES in static/main.js
 
 

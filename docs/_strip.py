@@ -13,8 +13,8 @@ from imprompt.encoders.images import load_image
 from imprompt.evaluation.charts import grid
 from imprompt.output import save_page
 
-REFERENCES = (("star", "fluent-mono"), ("red-heart", "noto"), ("frog", "streamline"))
-TEXTS = ("an owl", "a house")
+REFERENCES = (("sunset", "outside"), ("cactus", "neon"), ("tulip", "blueprint"))
+TEXTS = ("a heart", "a mushroom")
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
         reference = load_image(rows[name].read())
         cells.append(reference)
         for text in TEXTS:
-            request = Request(prompt=text, images=("reference",), scale=0.9, steps=20, seed=7)
+            request = Request(prompt=text, images=("reference",), steps=16, seed=2)
             cells += engine.run(request, pictures={"reference": reference}).images
     columns = ["picture", *(f"“{text}”" for text in TEXTS)] * len(REFERENCES)
     save_page(grid(cells, columns, marked=range(0, len(cells), 3)), Path("docs/strip.png"), overwrite=True)

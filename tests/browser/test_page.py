@@ -141,9 +141,9 @@ def test_words_that_the_bundled_model_knows_are_written_by_a_click(opening: Open
     page = opening()
     page.locator("#words-hint summary").click()
     page.get_by_role("button", name="owl", exact=True).click()
-    for style in ("noto", "twemoji"):
+    for style in ("neon", "clay"):
         page.get_by_role("button", name=f"{style} style", exact=True).click()
-    assert page.input_value("#prompt") == "an owl, twemoji style"
+    assert page.input_value("#prompt") == "an owl, clay style"
 
 
 def test_a_dropped_picture_gives_its_settings_back(opening: Open, running: Running) -> None:

@@ -40,7 +40,7 @@ def test_steps_are_those_that_are_really_drawn(engine, common, pictures):
 
 def test_the_last_preview_resembles_the_picture():
     steps = []
-    request = Request(prompt="a red apple, noto style", steps=12, seed=3)
+    request = Request(prompt="a red apple, neon style", steps=12, seed=3)
     drawn = Engine().run(request, on_step=steps.append).images[0]
     preview = steps[-1].preview()
     assert preview.size == drawn.size
@@ -76,7 +76,7 @@ def test_pictures_of_several_requests_are_counted_on(engine, common, pictures):
 
 def test_a_clip_previews_a_frame():
     steps = []
-    request = Request(task="animate", prompt="a red apple, noto style", frames=4, steps=2, seed=1)
+    request = Request(task="animate", prompt="a red apple, neon style", frames=4, steps=2, seed=1)
     Engine().run(request, on_step=steps.append)
     assert isinstance(steps[-1].preview(), Image.Image)
     assert steps[-1].preview().size == (128, 128)

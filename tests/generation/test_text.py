@@ -8,7 +8,10 @@ from imprompt.generation.text import cut_words
 from imprompt.schema.prompt import TextRegion
 from imprompt.schema.request import Request
 
-LONG = "a cute smiling brown bear with a little blue hat that sits on the green grass, noto style"
+LONG = (
+    "a cute smiling brown bear with a little blue hat that sits on the green grass beside "
+    "two very large old blue houses, neon style"
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,28 +26,28 @@ def drawn(engine, prompt, **fields):
 
 def test_the_last_word_of_a_long_prompt_matters(bundled):
     one, notes = drawn(bundled, LONG)
-    other, _ = drawn(bundled, LONG.replace("noto", "fluent"))
+    other, _ = drawn(bundled, LONG.replace("neon", "clay"))
     assert not np.array_equal(one, other)
     assert not any("does not read" in note for note in notes)
 
 
 def test_a_long_negative_goes_with_a_short_prompt(bundled):
     one, _ = drawn(bundled, "a bear", negative=LONG)
-    other, _ = drawn(bundled, "a bear", negative=LONG.replace("noto", "fluent"))
+    other, _ = drawn(bundled, "a bear", negative=LONG.replace("neon", "clay"))
     assert not np.array_equal(one, other)
 
 
 def test_a_weight_of_one_is_the_word_and_another_is_not(bundled):
-    plain, _ = drawn(bundled, "a bear, noto style")
-    one, _ = drawn(bundled, "a (bear:1.0), noto style")
-    more, _ = drawn(bundled, "a (bear:1.5), noto style")
+    plain, _ = drawn(bundled, "a bear, neon style")
+    one, _ = drawn(bundled, "a (bear:1.0), neon style")
+    more, _ = drawn(bundled, "a (bear:1.5), neon style")
     assert np.abs(one - plain).max() <= 1
     assert np.abs(more - plain).max() > 2
 
 
 def test_a_break_begins_a_chunk(bundled):
-    apart, _ = drawn(bundled, "a bear BREAK noto style")
-    together, _ = drawn(bundled, "a bear noto style")
+    apart, _ = drawn(bundled, "a bear BREAK neon style")
+    together, _ = drawn(bundled, "a bear neon style")
     assert not np.array_equal(apart, together)
 
 
@@ -53,7 +56,7 @@ def test_a_regions_text_that_is_cut_is_said(bundled, pictures):
     _, notes = drawn(bundled, "a bear", regions=[region])
     (note,) = (note for note in notes if "does not read" in note)
     assert note.startswith("regions.0.text: the text encoder does not read its end: '")
-    assert note.endswith("noto style'")
+    assert note.endswith("neon style'")
 
 
 def test_long_and_short_texts_of_a_batch_are_drawn_as_alone(bundled):
@@ -69,5 +72,5 @@ def test_what_fits_is_not_cut(bundled):
     from imprompt.generation.pipelines import load
 
     pipe = load(find_base("emoji"), "generate", None)
-    assert cut_words(pipe, "a bear, noto style") == ""
-    assert cut_words(pipe, LONG).endswith("noto style")
+    assert cut_words(pipe, "a bear, neon style") == ""
+    assert cut_words(pipe, LONG).endswith("neon style")

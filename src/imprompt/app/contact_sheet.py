@@ -1,11 +1,12 @@
-"""The contact sheet of ``imprompt demo``: what image prompts do, drawn with the bundled model.
+"""The contact sheet of ``imprompt demo``: what image prompts do, at a glance, drawn with the bundled model.
 
-One table for each task, with a row for each reference picture; training never saw these pictures. All is
-drawn through the engine, as on the command line, and the references are written beside the sheet.
+Framed cells were shown to the model, and no training saw them; the others are drawn through the engine, as on
+the command line. The references are written beside the sheet.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,27 +15,36 @@ from PIL import Image
 
 from imprompt import output
 from imprompt.catalog import ASSETS
-from imprompt.data.rows import Row, read_dataset
+from imprompt.data.rows import read_dataset
 from imprompt.encoders.images import load_image
-from imprompt.evaluation.charts import grid, stacked
-from imprompt.generation.engine import Engine, Result
+from imprompt.evaluation.charts import Band, Cell, bands
+from imprompt.generation.engine import Engine
 from imprompt.schema.request import Request
 
-REFERENCES = (
-    ("bus", "twemoji"), ("star", "fluent-mono"), ("red-heart", "noto"), ("rainbow", "twemoji"),
-    ("frog", "streamline"),
-)  # fmt: skip
-"""(concept, style) of held-out pictures."""
-PROMPTS = ("an owl", "a house")
-SCALES = (0.3, 0.6, 1.0)
-STRENGTHS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 STEPS = 16
-ALONE = "emoji"
-"""The adapter for drawings from a picture alone; with text, the base's default."""
+THINGS = ("an owl", "a house", "a star", "a rocket", "a mushroom", "a fish")
+OUTSIDE = (
+    "red-disc", "blue-disc", "yellow-disc-on-navy", "sunset", "childs-drawing", "logo", "tartan", "night",
+)  # fmt: skip
+"""References that are made otherwise than anything that the model was trained on."""
+LOOKS = ("sunset", "tulip-blueprint", "cactus-neon")
+ALONE = ("pig-clay", "umbrella-sticker")
+EDITED = "koala-flat"
+SCALES = (0, 0.25, 0.5, 0.75, 1)
+STRENGTHS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _SIDE = 128
 
-Fields = dict[str, Any]
-"""Fields of a request."""
+
+@dataclass(frozen=True)
+class _Asked:
+    """A cell to be drawn: fields of a request."""
+
+    title: str
+    fields: dict[str, Any]
+
+
+_Row = list[Path | _Asked]
+"""Pictures that are shown to the model, and cells to be drawn."""
 
 
 def contact_sheet(folder: str | Path, *, seed: int = 7, say: Callable[[str], None] = print) -> Path:
@@ -43,70 +53,87 @@ def contact_sheet(folder: str | Path, *, seed: int = 7, say: Callable[[str], Non
     Raises :class:`~imprompt.errors.ModelError` when the bundled model is missing.
     """
     folder = Path(folder)
-    references = _write_references(read_dataset(ASSETS / "eval").rows, folder / "pictures")
-    first, second, third, *_ = references
-    mask = _write_mask(folder / "pictures" / "right-half.png")
+    shown = _write_references(folder / "pictures")
     draw = _Artist(Engine(), seed, say)
-    pages = [
-        draw.page(
-            "generate: from a picture alone, from a text alone, and from both at several scales",
-            ("reference",),
-            [((reference,), _generate(reference)) for reference in references],
-        ),
-        draw.page(
-            "edit: start from a picture and move towards another; the strength says how far",
-            ("picture", "reference"),
-            [(pair, _edit(*pair)) for pair in ((first, second), (second, third))],
-        ),
-        draw.page(
-            "inpaint: redraw where the mask is white; the rest stays the same, pixel for pixel",
-            ("picture", "mask", "reference"),
-            [
-                ((start, mask, other), _inpaint(start, mask, other, seed))
-                for start, other in ((third, first), (first, second))
-            ],
-        ),
-    ]
-    if find_spec("cv2") is not None and (ASSETS / "controlnet-canny").is_dir():
-        pairs = [(shape, style) for shape in (first, second) for style in references if style != shape]
-        pages.append(
-            draw.page(
-                "control: the edges of one picture, the style of another, and a text",
-                ("edges of", "style of"),
-                [(pair, _control(*pair)) for pair in pairs[:4]],
-            )
-        )
+    pages = [draw.band(*band) for band in _bands(shown, seed)]
     if (ASSETS / "motion").is_dir():
-        pages.append(draw.clips(list(zip(PROMPTS, references[1:3], strict=False)), folder))
-    title = "imprompt: image prompts for diffusion models. Framed pictures were shown to the model"
-    return output.save_page(stacked(pages, title), folder / "contact-sheet.png")
+        pages.append(draw.clips([("an owl", shown["sunset"])], folder))
+    title = "imprompt: show a diffusion model a picture and it draws with it"
+    note = "Framed: shown to the model, never in its training. The rest: drawn by the bundled model on a CPU."
+    return output.save_page(bands(pages, title, note), folder / "contact-sheet.png")
 
 
-def _generate(reference: Path) -> dict[str, Fields]:
-    settings: dict[str, Fields] = {"no text": {"images": [str(reference)], "adapter": ALONE}}
-    for prompt in PROMPTS:
-        settings[f"“{prompt}” alone"] = {"prompt": prompt}
-        settings |= {
-            f"“{prompt}”, scale {scale:g}": {"prompt": prompt, "images": [str(reference)], "scale": scale}
-            for scale in SCALES
-        }
-    return settings
+def _bands(shown: dict[str, Path], seed: int) -> list[tuple[str, str, list[_Row]]]:
+    """Title, sentence and rows of each band."""
+    right, start, sunset = shown["right-half"], shown[EDITED], shown["sunset"]
+    seeds = range(seed, seed + 3)
+    koala = {"prompt": "a koala", "image": str(start)}
+    inpaint = {"task": "inpaint", **koala, "mask": str(right)}
+    edges = {"prompt": "a koala", "controls": [{"kind": "canny", "path": str(start)}]}
+    halves = [{"image": str(shown[f"{colour}-disc"]), "mask": str(shown[f"{side}-half"])}
+              for colour, side in (("red", "left"), ("blue", "right"))]  # fmt: skip
+    made: list[tuple[str, str, list[_Row]]] = [
+        (
+            "One picture, many things",
+            "The words say what to draw; the picture says in which look and colours.",
+            [[shown[name], *_things(_shown(shown[name]))] for name in LOOKS],
+        ),
+        (
+            "One word, many pictures",
+            "“a cat”, each below the picture it was drawn with.",
+            [[shown[name] for name in OUTSIDE],
+             [_Asked("“a cat”", {"prompt": "a cat", **_shown(shown[name])}) for name in OUTSIDE]],
+        ),
+        (
+            "No words",
+            "A picture alone is a prompt, too.",
+            [[cell for name in ALONE for cell in (
+                shown[name], *_settings("seed", seeds, _shown(shown[name])))]],
+        ),
+        (
+            "How much",
+            "The scale says how much the picture counts beside “a house”.",
+            [[sunset, *_settings("scale", SCALES, {"prompt": "a house", **_shown(sunset)})]],
+        ),
+        (
+            "Where",
+            "Each picture has a mask: one for the left half, one for the right.",
+            [[shown["red-disc"], shown["blue-disc"], *_things({"images": halves})]],
+        ),
+        (
+            "Edit",
+            "From one picture towards another; the strength says how far.",
+            [[start, shown["cactus-neon"], *_settings(
+                "strength", STRENGTHS, {"task": "edit", **koala, **_shown(shown["cactus-neon"])})]],
+        ),
+        (
+            "Inpaint",
+            "What the mask marks is drawn anew, in the look of another picture; the rest stays as it is.",
+            [[start, right, *_koalas(inpaint, shown, LOOKS)]],
+        ),
+    ]  # fmt: skip
+    if find_spec("cv2") is not None and (ASSETS / "controlnet-canny").is_dir():
+        row = [start, *_koalas(edges, shown, (*LOOKS, "night"))]
+        made.append(("Structure", "The edges of the first picture, the look of the others.", [row]))
+    return made
 
 
-def _edit(start: Path, reference: Path) -> dict[str, Fields]:
-    fields = {"task": "edit", "image": start, "images": [str(reference)], "adapter": ALONE, "scale": 1}
-    return {f"strength {strength:g}": {**fields, "strength": strength} for strength in STRENGTHS}
+def _things(fields: dict[str, Any]) -> _Row:
+    return [_Asked(f"“{thing}”", {"prompt": thing, **fields}) for thing in THINGS]
 
 
-def _inpaint(start: Path, mask: Path, reference: Path, seed: int) -> dict[str, Fields]:
-    fields = {"task": "inpaint", "image": start, "mask": mask, "images": [str(reference)], "adapter": ALONE}
-    scales = {f"scale {scale:g}": {**fields, "scale": scale} for scale in (0.4, 0.7, 1.0)}
-    return scales | {f"seed {other}": {**fields, "scale": 1, "seed": other} for other in (seed + 1, seed + 2)}
+def _settings(name: str, values: Iterable[float], fields: dict[str, Any]) -> _Row:
+    return [_Asked(f"{name} {value:g}", fields | {name: value}) for value in values]
 
 
-def _control(shape: Path, style: Path) -> dict[str, Fields]:
-    fields = {"images": [str(style)], "controls": [{"kind": "canny", "path": shape}], "scale": 0.8}
-    return {f"“{prompt}”": {**fields, "prompt": prompt} for prompt in PROMPTS}
+def _koalas(fields: dict[str, Any], shown: dict[str, Path], looks: Iterable[str]) -> _Row:
+    """Each reference, and beside it what is drawn with it."""
+    pairs = [(shown[name], _Asked("“a koala”", fields | _shown(shown[name]))) for name in looks]
+    return [cell for pair in pairs for cell in pair]
+
+
+def _shown(reference: Path) -> dict[str, Any]:
+    return {"images": [str(reference)]}
 
 
 class _Artist:
@@ -116,55 +143,51 @@ class _Artist:
         self.engine, self.seed, self.say, self.drawn = engine, seed, say, 0
         self.started = time.monotonic()
 
-    def page(
-        self, title: str, shown: Sequence[str], rows: Sequence[tuple[Sequence[Path], dict[str, Fields]]]
-    ) -> Image.Image:
-        """A row for the pictures ``shown`` to the model and a drawing with each of the row's settings."""
-        cells: list[Image.Image] = []
-        framed: list[int] = []
-        for pictures, settings in rows:
-            framed += range(len(cells), len(cells) + len(pictures))
-            cells += [load_image(path) for path in pictures]
-            cells += [result.images[0] for result in self._run(settings)]
-        return grid(cells, [*shown, *rows[0][1]], [""] * len(rows), title=title, marked=framed)
-
-    def clips(self, rows: Sequence[tuple[str, Path]], folder: Path) -> Image.Image:
-        """A row for each clip: every second frame. The clips are written to ``folder``."""
-        cells: list[Image.Image] = []
-        for prompt, reference in rows:
-            fields = {"task": "animate", "prompt": prompt, "images": [str(reference)]}
-            (result,) = self._run({f"clip of “{prompt}”": fields})
-            output.save(result, folder / f"{reference.stem}.gif")
-            cells += [load_image(reference), *result.images[::2]]
-        columns = [
-            "reference",
-            *(f"frame {number}" for number in range(0, 2 * len(cells) // len(rows) - 2, 2)),
-        ]
-        title = "animate: a clip from a picture and a text; it also lies beside this sheet as a GIF"
-        marked = range(0, len(cells), len(columns))
-        return grid(cells, columns, [f"“{prompt}”" for prompt, _ in rows], title=title, marked=marked)
-
-    def _run(self, settings: Mapping[str, Fields]) -> list[Result]:
-        """Draw with each of ``settings``, as batches where they can be."""
+    def band(self, title: str, about: str, rows: Sequence[_Row]) -> Band:
+        """The rows of a band, drawn as batches where they can be."""
+        asked = [cell for row in rows for cell in row if isinstance(cell, _Asked)]
         fixed = {"seed": self.seed, "steps": STEPS}
-        requests = [Request.from_mapping({**fixed, **fields}) for fields in settings.values()]
-        results = self.engine.run_batch(requests)
-        self.drawn += len(results)
-        first, *_, last = [*settings, *settings]
-        self.say(f"{self.drawn} drawings, {time.monotonic() - self.started:.0f} s: {first} … {last}")
-        return results
+        requests = [Request.from_mapping({**fixed, **cell.fields}) for cell in asked]
+        drawn = iter(self.engine.run_batch(requests))
+        self.drawn += len(asked)
+        self.say(f"{self.drawn} pictures, {time.monotonic() - self.started:.0f} s: {title}")
+        cells = [
+            [
+                Cell(cell.title, next(drawn).images[0]) if isinstance(cell, _Asked) else _given(cell)
+                for cell in row
+            ]
+            for row in rows
+        ]
+        return Band(title, about, cells)
+
+    def clips(self, rows: Sequence[tuple[str, Path]], folder: Path) -> Band:
+        """A row for each clip: every second frame. The clips are written to ``folder``."""
+        cells = []
+        for prompt, reference in rows:
+            fields = {"task": "animate", "prompt": prompt, "seed": self.seed, "steps": STEPS}
+            result = self.engine.run(Request.from_mapping(fields | _shown(reference)))
+            output.save(result, folder / f"{reference.stem}.gif")
+            frames = [Cell(f"frame {n + 1}", result.images[n]) for n in range(0, len(result.images), 2)]
+            cells.append([_given(reference), *frames])
+        self.say(f"{len(rows)} clips, {time.monotonic() - self.started:.0f} s")
+        said = ", ".join(f"“{prompt}”" for prompt, _ in rows)
+        return Band("In motion", f"{said}: the clip lies beside this sheet as a GIF.", cells)
 
 
-def _write_references(held_out: Sequence[Row], folder: Path) -> list[Path]:
+def _given(path: Path) -> Cell:
+    return Cell(path.stem.replace("-", " "), load_image(path), framed=True)
+
+
+def _write_references(folder: Path) -> dict[str, Path]:
+    """Every held-out picture by name (``thing-look``, or the name of one from outside), and two masks."""
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = {(row.groups["concept"], row.groups["style"]): row for row in held_out}
-    wanted = [key for key in REFERENCES if key in pictures] or list(pictures)[:5]
-    return [
-        output.save_page(load_image(pictures[key].read()), folder / f"{'-'.join(key)}.png") for key in wanted
-    ]
-
-
-def _write_mask(path: Path) -> Path:
-    mask = Image.new("L", (_SIDE, _SIDE), 0)
-    mask.paste(255, (_SIDE // 2, 0, _SIDE, _SIDE))
-    return output.save_page(mask, path)
+    written = {}
+    for row in read_dataset(ASSETS / "eval").rows:
+        name = "-".join(row.groups.values()).replace(" ", "-").replace("'", "").removesuffix("-outside")
+        if name in (*LOOKS, *ALONE, EDITED, *OUTSIDE):
+            written[name] = output.save_page(load_image(row.read()), folder / f"{name}.png")
+    for side, x in (("left", 0), ("right", _SIDE // 2)):
+        mask = Image.new("L", (_SIDE, _SIDE), 0)
+        mask.paste(255, (x, 0, x + _SIDE // 2, _SIDE))
+        written[f"{side}-half"] = output.save_page(mask, folder / f"{side}-half.png")
+    return written

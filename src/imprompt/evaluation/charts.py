@@ -1,4 +1,4 @@
-"""Pages to look at: pictures in a labelled grid, and a scatter plot. Drawn with Pillow alone."""
+"""Pages to look at: a labelled grid, bands of pictures, a scatter plot. Drawn with Pillow alone."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -51,19 +51,50 @@ def grid(
     return page
 
 
-def stacked(pages: Sequence[Image.Image], title: str) -> Image.Image:
-    """Pages below each other under a title, with a line between them."""
-    font, head = ImageFont.load_default(22), 64
-    width = max(*(page.width for page in pages), _width([title], font) + 2 * _MARGIN)
-    whole = Image.new("RGB", (width, head + sum(page.height for page in pages)), "white")
-    pen = ImageDraw.Draw(whole)
-    pen.text((_MARGIN, _MARGIN), title, _INK, font)
-    y = head
-    for page in pages:
-        whole.paste(page, (0, y))
+@dataclass(frozen=True)
+class Cell:
+    """A picture with its title below; framed where it was shown to the model."""
+
+    title: str
+    image: Image.Image
+    framed: bool = False
+
+
+@dataclass(frozen=True)
+class Band:
+    """Rows of pictures under a title and a sentence."""
+
+    title: str
+    about: str
+    rows: Sequence[Sequence[Cell]]
+
+
+def bands(of: Sequence[Band], title: str, note: str) -> Image.Image:
+    """Bands below each other under a title and a note, with a line between them."""
+    side = _SMALLEST + _GAP
+    columns = max(len(row) for band in of for row in band.rows)
+    rows = sum(len(band.rows) for band in of)
+    head, foot = 3 * _LINE, _LINE + _GAP
+    width, y = 2 * _MARGIN + columns * side, 2 * _MARGIN + 3 * _LINE
+    page = Image.new("RGB", (width, y + len(of) * (head + _GAP) + rows * (side + foot)), "white")
+    pen = ImageDraw.Draw(page)
+    pen.text((_MARGIN, _MARGIN), title, _INK, ImageFont.load_default(22))
+    pen.text((_MARGIN, _MARGIN + 2 * _LINE), note, _PALE, ImageFont.load_default(13))
+    for band in of:
         pen.line((_MARGIN, y, width - _MARGIN, y), _RULE)
-        y += page.height
-    return whole
+        pen.text((_MARGIN, y + _GAP), band.title, _INK, ImageFont.load_default(18))
+        pen.text((_MARGIN, y + _GAP + 22), band.about, _PALE, ImageFont.load_default(13))
+        y += head
+        for row in band.rows:
+            for x, cell in enumerate(row):
+                left = _MARGIN + x * side
+                page.paste(cell.image.resize((_SMALLEST, _SMALLEST), Image.Resampling.LANCZOS), (left, y))
+                box = (left - 2, y - 2, left + _SMALLEST + 1, y + _SMALLEST + 1)
+                pen.rectangle(box, outline=_MARK if cell.framed else _RULE, width=2 if cell.framed else 1)
+                pen.text((left, y + _SMALLEST + 3), cell.title, _PALE, ImageFont.load_default(12))
+            y += side + foot
+        y += _GAP
+    return page
 
 
 # ---- the scatter plot

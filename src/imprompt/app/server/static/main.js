@@ -12,9 +12,9 @@ import * as stage from "./stage.js";
 const SWEEP = [0, 0.25, 0.5, 0.75, 1];
 const THEMES = { system: "auto", light: "sun", dark: "moon" };
 const EXAMPLES = [
-  { title: "example2", text: "a house", picture: "/static/examples/star.webp", drawn: "/static/examples/drawn-2.webp" },
-  { title: "example3", text: "a house", picture: "/static/examples/red-heart.webp", scale: 1, drawn: "/static/examples/drawn-3.webp" },
-  { title: "example1", text: "a rocket, fluent-3d style", picture: null, drawn: "/static/examples/drawn-1.webp" },
+  { title: "example2", text: "a house", picture: "/static/examples/cactus-neon.webp", drawn: "/static/examples/drawn-2.webp" },
+  { title: "example3", text: "a cat", picture: "/static/examples/sunset.webp", scale: 1, drawn: "/static/examples/drawn-3.webp" },
+  { title: "example1", text: "a rocket", picture: null, drawn: "/static/examples/drawn-1.webp" },
 ];
 const EXAMPLE_STEPS = 20;
 
