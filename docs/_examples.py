@@ -12,7 +12,7 @@ from imprompt.encoders.images import load_image
 FOLDER = Path(imprompt.app.server.__file__).parent / "static" / "examples"
 EXAMPLES = (
     ("a rocket", "", None),
-    ("a house", "cactus-neon", None),
+    ("a heart", "cactus-neon", None),
     ("a cat", "sunset", 1.0),
 )  # as EXAMPLES in static/main.js
 

@@ -12,7 +12,7 @@ import * as stage from "./stage.js";
 const SWEEP = [0, 0.25, 0.5, 0.75, 1];
 const THEMES = { system: "auto", light: "sun", dark: "moon" };
 const EXAMPLES = [
-  { title: "example2", text: "a house", picture: "/static/examples/cactus-neon.webp", drawn: "/static/examples/drawn-2.webp" },
+  { title: "example2", text: "a heart", picture: "/static/examples/cactus-neon.webp", drawn: "/static/examples/drawn-2.webp" },
   { title: "example3", text: "a cat", picture: "/static/examples/sunset.webp", scale: 1, drawn: "/static/examples/drawn-3.webp" },
   { title: "example1", text: "a rocket", picture: null, drawn: "/static/examples/drawn-1.webp" },
 ];
