@@ -89,22 +89,15 @@ class Seen:
 
 PLAIN_SHARE = 0.6
 """Part of the draws without an adapter that are of plain pictures (see ``base.py``)."""
-
-
 HARD_GROUNDS, HARD_LOOKS = ("striped", "dotted", "checked"), ("stained glass",)
 HARD_SHARE = 0.2
 """How often a group of a hard look or background is drawn beside the others: these teach last and least."""
 
 
-def groups_of(facts: list[dict], size: int, rng: Generator) -> np.ndarray:
-    """The numbers of the groups that are drawn from, most of the hard ones left out."""
-    hard = np.array(
-        [
-            f["ground"] in HARD_GROUNDS or f["look"] in HARD_LOOKS
-            for f in facts[: size // GROUP * GROUP : GROUP]
-        ]
-    )
-    return np.flatnonzero(~hard | (rng.uniform(size=len(hard)) < HARD_SHARE))
+def hard_groups(facts: list[dict], size: int) -> np.ndarray:
+    """Of each group, whether its look or background is hard (bool)."""
+    first = facts[: size // GROUP * GROUP : GROUP]
+    return np.array([f["ground"] in HARD_GROUNDS or f["look"] in HARD_LOOKS for f in first])
 
 
 def pair(
@@ -256,10 +249,11 @@ def main() -> None:
             if args.kind == "base":
                 nothing = torch.zeros_like(nothing)
         seen = Seen(args.kind, encoder, pool)
+        hard = hard_groups(facts, size)
         adapter.attach(unet)
         for step in loop:
             rng = np.random.default_rng([9, step, crew.rank])
-            groups = groups_of(facts, size, rng)
+            groups = np.flatnonzero(~hard | (rng.uniform(size=len(hard)) < HARD_SHARE))
             drawn = [
                 pair(facts, size, groups, rng, 0.35 if args.with_base else 0.0) for _ in range(args.batch)
             ]

@@ -1,8 +1,5 @@
 """XLabs' adapters on tiny FLUX and Chroma pipelines, against diffusers' own load_ip_adapter."""
 
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import tinydit
+from compiled import check_one_graph
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.errors import UsageError
@@ -260,31 +258,6 @@ def test_regional_text_and_named_profiles_are_refused() -> None:
         adapter.set_prompt(picture(1), mask=left(), text=torch.zeros(4, tinydit.JOINT))
 
 
-COMPILING = """
-import torch
-from test_flux import call, ours, tinydit
-from tiny import picture
-
-pipe, graphs = tinydit.flux(), []
-adapter = ours(pipe)
-adapter.set_prompt(picture(1), scale=0.5, end=0.9)
-wanted = call(pipe)
-pipe.transformer = torch.compile(
-    pipe.transformer, backend=lambda graph, inputs: graphs.append(graph) or graph, dynamic=False
-)
-torch.testing.assert_close(call(pipe), wanted)
-count = len(graphs)
-for scale in (0.9, 0.2):
-    adapter.set_prompt(picture(2), scale=scale, end=0.5)
-    call(pipe)
-assert len(graphs) == count, (count, len(graphs))
-"""
-
-
 @pytest.mark.slow
 def test_a_compiled_transformer_compiles_nothing_anew_for_another_prompt() -> None:
-    # In a process of its own: the run-time type check of this one is nothing that can be traced.
-    here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", COMPILING], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    check_one_graph("test_flux", "call", '({"scale": 0.9, "end": 0.5}, {"scale": 0.2, "end": 0.5})')

@@ -1,8 +1,5 @@
 """FLUX Redux on tiny FLUX pipelines, against diffusers' own prior and pipelines with a longer text."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import tinydit
+from compiled import check_one_graph
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.errors import AdapterMismatch, EncoderMismatch, UsageError
@@ -269,31 +267,6 @@ def test_what_it_cannot_do_is_said_in_one_line() -> None:
             adapter.attach(target)
 
 
-COMPILING = """
-import torch
-from test_flux_redux import draw, left, ours, tinydit
-from tiny import picture
-
-pipe, graphs = tinydit.flux(), []
-adapter = ours(pipe)
-adapter.set_prompt(picture(1), scale=0.5, end=0.9)
-wanted = draw(pipe)
-pipe.transformer = torch.compile(
-    pipe.transformer, backend=lambda graph, inputs: graphs.append(graph) or graph, dynamic=False
-)
-torch.testing.assert_close(draw(pipe), wanted)
-count = len(graphs)
-for fields in ({"scale": 0.2}, {}, {"mask": left()}, {"start": 0.3}):
-    adapter.set_prompt(picture(2), **fields)
-    draw(pipe)
-assert count and len(graphs) == count, (count, len(graphs))
-"""
-
-
 @pytest.mark.slow
 def test_a_compiled_transformer_compiles_nothing_anew_for_another_prompt() -> None:
-    # In a process of its own: the run-time type check of this one is nothing that can be traced.
-    here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", COMPILING], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    check_one_graph("test_flux_redux", "draw", '({"scale": 0.2}, {}, {"mask": left()}, {"start": 0.3})')

@@ -9,8 +9,9 @@ is darkest, so that it does not carry the prompt elsewhere.
 Dimensions: R batch rows, T image tokens, P tokens of the drawn picture, X all of a call, C token width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -105,7 +106,7 @@ class BesideText:
 
     def into(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of the denoiser's call, with the tokens behind the text's."""
-        call = dict(zip(signature(model.forward).parameters, args, strict=False)) | dict(kwargs)
+        call = dict(zip(_parameters(type(model).forward), args, strict=False)) | dict(kwargs)
         text, latents, ids = call["encoder_hidden_states"], call["hidden_states"], call["txt_ids"]
         call["encoder_hidden_states"] = torch.cat([text, self._tokens.to(text)], dim=1)
         call["txt_ids"] = F.pad(ids, (0, 0, 0, self.count))  # the text's are zeros as well
@@ -122,6 +123,12 @@ class BesideText:
         queries = max(bias.shape[2] for bias in biases)
         joined = torch.cat([bias.expand(-1, -1, queries, -1) for bias in biases], dim=-1)
         return F.pad(joined, (text, image))
+
+
+@cache
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of a method's arguments, in order."""
+    return tuple(signature(forward).parameters)[1:]
 
 
 def _stacked(slot: Slot) -> tuple[Float[Tensor, "R T C"], Float[Tensor, "R 1 1 T"]]:

@@ -179,7 +179,8 @@ def _given(path: Path) -> Cell:
 
 
 def _write_references(folder: Path) -> dict[str, Path]:
-    """Every held-out picture by name (``thing-look``, or the name of one from outside), and two masks."""
+    """The held-out pictures of the sheet by name (``thing-look``, or that of one from outside), and two
+    masks, ``left-half`` and ``right-half``."""
     folder.mkdir(parents=True, exist_ok=True)
     written = {}
     for row in read_dataset(ASSETS / "eval").rows:
