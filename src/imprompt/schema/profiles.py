@@ -73,9 +73,9 @@ _SDXL = Roles(
     layout=frozenset({3}),
     precise={t: 0.1 for t in range(11) if t not in (3, 6)},
 )
-# Measured on the bundled model with each block alone (24 pairs): the last two blocks account for 0.70 and
-# 0.22 of the style, the one before them for 0.37 of the likeness; of the others only the first block's
-# likeness is above 0 beyond its interval. No block decides where things are.
+# Measured on the bundled model (16 validation pairs): the palette's distance to the picture is 32 without a
+# picture and 12 with it; with the last block alone 16, with the one before it 21, with any other 29 to 32. No
+# block decides where things are.
 _EMOJI = Roles(
     count=7,
     composition={0: 1.0},
