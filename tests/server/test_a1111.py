@@ -7,6 +7,7 @@ import pytest
 import webuiapi
 from PIL import Image
 
+from imprompt.app.server.a1111 import TextToImage, guidance_fields
 from serving import STEPS, Running, mask, picture
 
 SMALL = {"steps": STEPS, "width": 128, "height": 128, "seed": 9}
@@ -112,3 +113,18 @@ def test_what_is_not_here_is_refused(client: httpx.Client, change: dict, field: 
     answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a cat", **SMALL, **change})
     assert answer.status_code in (404, 422)
     assert answer.json()["field"] == field
+
+
+@pytest.mark.parametrize(
+    ("base", "sent", "wanted"),
+    [
+        ("emoji", {}, {"guidance": 7.0, "negative": "blue"}),
+        ("emoji", {"cfg_scale": 1, "distilled_cfg_scale": 3.5}, {"guidance": 1.0}),
+        ("flux", {}, {"guidance": None, "true_guidance": None}),
+        ("flux", {"cfg_scale": 1, "distilled_cfg_scale": 3.5}, {"guidance": 3.5, "true_guidance": None}),
+        ("flux", {"cfg_scale": 2}, {"guidance": None, "true_guidance": 2.0, "negative": "blue"}),
+    ],
+)
+def test_flux_is_guided_as_forge_means_it(base: str, sent: dict, wanted: dict) -> None:
+    body = TextToImage(negative_prompt="blue", **sent)
+    assert guidance_fields(body, base) == wanted

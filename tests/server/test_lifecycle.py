@@ -95,6 +95,20 @@ def test_sigterm_finishes_what_is_drawn_and_the_next_server_draws_the_rest(tmp_p
     assert second.wait(60) == 0
 
 
+def test_the_servers_own_process_loads_no_torch() -> None:
+    """It is there at once, small, and never stops for the garbage of two hundred thousand objects."""
+    asks = (
+        "import sys, pathlib\n"
+        "from imprompt.app.server.process import serve\n"
+        "from imprompt.app.server.capabilities import capabilities\n"
+        "from imprompt.app.server.settings import Settings\n"
+        "capabilities(Settings(folder=pathlib.Path('nowhere')))\n"
+        "print(sorted({'torch', 'diffusers', 'transformers'} & sys.modules.keys()))"
+    )
+    told = subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"
+
+
 def test_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:
     one, other = free_port(), free_port()
     first = serve(tmp_path, one)

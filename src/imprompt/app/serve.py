@@ -4,11 +4,14 @@ import argparse
 import json
 import logging
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 from imprompt.errors import ModelError, UsageError
+
+_GPU_NODES = ("/dev/nvidiactl", "/dev/nvmap", "/dev/kfd", "/dev/dxg")  # CUDA, Jetson, ROCm, WSL
 
 HELP = "serve the page and the HTTP protocols"
 
@@ -95,10 +98,15 @@ def _loras(folder: Path | None) -> dict[str, str]:
 
 
 def _devices() -> tuple[str, ...]:
-    """All GPUs, else whatever there is."""
-    import torch
-
-    return tuple(f"cuda:{number}" for number in range(torch.cuda.device_count())) or ("auto",)
+    """All GPUs, else whatever there is. Asked in a process of its own: the server's never loads torch."""
+    if sys.platform == "linux" and not any(Path(node).exists() for node in _GPU_NODES):
+        return ("auto",)
+    count = "import torch; print(torch.cuda.device_count())"
+    asked = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        said = asked.stderr.strip().rpartition("\n")[2]
+        raise ModelError(f"torch cannot count the GPUs ({said}); say --device, or mend torch.")
+    return tuple(f"cuda:{number}" for number in range(int(asked.stdout))) or ("auto",)
 
 
 class _JSONLines(logging.Formatter):

@@ -17,6 +17,7 @@ from fastapi import Request as HTTPRequest
 from PIL import Image, ImageFilter, ImageOps
 from pydantic import BaseModel, Field
 
+from imprompt import catalog
 from imprompt.app.server.a1111_units import MODULES, read_units
 from imprompt.app.server.bodies import Body, checked, decoded_picture, described, json_body
 from imprompt.app.server.capabilities import capabilities, offered_bases
@@ -41,6 +42,8 @@ SAMPLERS = {
 }  # fmt: skip
 """Their name of a sampler → ours."""
 SCHEDULERS = ("automatic", "uniform", "karras")
+_FLOWS = ("flux", "chroma", "sd35")
+"""Families that match flows; what these programs call Euler is their own scheduler."""
 _LORA = re.compile(r"<lora:([^:>]+)(?::([-+0-9.]+))?(?::[^>]*)?>")
 _REFUSED = {
     "enable_hr": "a second pass at a larger size",
@@ -80,7 +83,10 @@ class TextToImage(Body):
     negative_prompt: str = ""
     seed: int = -1
     steps: int = 20
-    cfg_scale: float = 7.0
+    cfg_scale: float | None = None
+    """7 if left out; 1 on FLUX bases."""
+    distilled_cfg_scale: float | None = None
+    """Forge's: the guidance that FLUX bases take as an input; others have none."""
     batch_size: int = 1
     n_iter: int = 1
     width: int = 512
@@ -151,21 +157,38 @@ async def _fields(
     """A request's fields from theirs. Raises :class:`Problem`."""
     _check_supported(values, body)
     prompt, loras = _without_loras(body.prompt)
+    base = str(body.override_settings.get("sd_model_checkpoint") or _chosen_base(http))
     fields: dict[str, Any] = {
         "prompt": prompt,
         "loras": loras,
-        "base": str(body.override_settings.get("sd_model_checkpoint") or _chosen_base(http)),
-        "guidance": body.cfg_scale,
+        "base": base,
         "steps": body.steps,
         "count": body.batch_size * body.n_iter,
         "size": [body.width, body.height],
-        "scheduler": _scheduler(body),
+        "scheduler": _scheduler(body, base),
     }
-    if body.cfg_scale > 1:
-        fields["negative"] = body.negative_prompt
     if body.seed >= 0:
         fields["seed"] = body.seed
-    return fields | await read_units(body.alwayson_scripts, queue)
+    return fields | guidance_fields(body, base) | await read_units(body.alwayson_scripts, queue)
+
+
+def guidance_fields(body: TextToImage, base: str) -> dict[str, Any]:
+    """Guidance, and the negative prompt where it is read. On FLUX as Forge means it: ``cfg_scale`` is
+    classifier-free guidance, off at 1, beside the distilled one."""
+    scale = (1.0 if _is_distilled(base) else 7.0) if body.cfg_scale is None else body.cfg_scale
+    found: dict[str, Any] = {"guidance": scale}
+    if _is_distilled(base):
+        found = {"guidance": body.distilled_cfg_scale, "true_guidance": scale if scale > 1 else None}
+    return found | ({"negative": body.negative_prompt} if scale > 1 else {})
+
+
+def _is_distilled(base: str) -> bool:
+    return _family(base) == "flux"
+
+
+def _family(base: str) -> str | None:
+    row = catalog.bases().get(base)
+    return None if row is None else row.family
 
 
 def _check_supported(values: Mapping[str, Any], body: TextToImage) -> None:
@@ -198,7 +221,7 @@ def _chosen_base(http: HTTPRequest) -> str:
     return getattr(http.app.state, "a1111_base", http.app.state.settings.base)
 
 
-def _scheduler(body: TextToImage) -> str | None:
+def _scheduler(body: TextToImage, base: str) -> str | None:
     """Our scheduler for their sampler and scheduler. Raises :class:`Problem` for one that is not here."""
     name = body.sampler_name or body.sampler_index
     if not name:
@@ -208,6 +231,8 @@ def _scheduler(body: TextToImage) -> str | None:
     if found is None:
         text = f"sampler_name: '{name[:60]}' is not here."
         raise Problem(404, "sampler_not_found", text, "sampler_name")
+    if found == "euler" and _family(base) in _FLOWS:
+        return None
     return "dpm++2m-karras" if found == "dpm++2m" and body.scheduler.lower() == "karras" else found
 
 
@@ -248,15 +273,18 @@ def _info(job: Job, files: list[bytes]) -> dict[str, Any]:
     request = job.record or {}
     seeds = [request["seed"] + index for index in range(len(files))]
     width, height = request["size"]
+    distilled = _is_distilled(request["base"])
+    guidance = request["true_guidance"] or 1.0 if distilled else request["guidance"]
     return {
         "prompt": request["prompt"], "all_prompts": [request["prompt"]] * len(files),
         "negative_prompt": request["negative"], "all_negative_prompts": [request["negative"]] * len(files),
         "seed": seeds[0], "all_seeds": seeds, "subseed": -1, "all_subseeds": [-1] * len(files),
         "subseed_strength": 0, "width": width, "height": height, "sampler_name": request["scheduler"],
-        "cfg_scale": request["guidance"], "steps": request["steps"], "batch_size": len(files),
+        "cfg_scale": guidance, "steps": request["steps"], "batch_size": len(files),
         "sd_model_name": request["base"], "sd_model_hash": "", "denoising_strength": request["strength"],
         "index_of_first_image": 0, "infotexts": [_parameters(content) for content in files],
-        "job_timestamp": str(int(job.created)), "clip_skip": 1, "styles": [], "extra_generation_params": {},
+        "job_timestamp": str(int(job.created)), "clip_skip": 1, "styles": [],
+        "extra_generation_params": {"Distilled CFG Scale": request["guidance"]} if distilled else {},
     }  # fmt: skip
 
 

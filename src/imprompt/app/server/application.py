@@ -1,6 +1,7 @@
 """The FastAPI application: routes of all protocols, the page, health and metrics, and one form of errors."""
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -49,7 +50,7 @@ def create_app(settings: Settings) -> FastAPI:
         metrics.watch(queue)
         await queue.start()
         # What a first request would import, imported beside; the server answers meanwhile.
-        warming = asyncio.create_task(asyncio.to_thread(capabilities, settings))
+        warming = asyncio.create_task(asyncio.to_thread(_warm_up, settings))
         watching = asyncio.create_task(queue.watch_loop())
         yield
         watching.cancel()
@@ -68,6 +69,12 @@ def create_app(settings: Settings) -> FastAPI:
     _add_page(app)
     _add_errors(app)
     return app
+
+
+def _warm_up(settings: Settings) -> None:
+    """Import what a first request would, and let the garbage collector never look at all that again."""
+    capabilities(settings)
+    gc.freeze()
 
 
 def error_body(path: str, problem: Problem) -> dict[str, Any]:

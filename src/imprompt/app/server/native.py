@@ -13,15 +13,22 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query
 from fastapi import Request as HTTPRequest
-from fastapi.responses import JSONResponse, Response
-from fastapi.sse import EventSourceResponse, ServerSentEvent
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, StrictBool
 
 from imprompt.app.server.bodies import Body, checked, described, form_body, json_body, uploads
 from imprompt.app.server.capabilities import capabilities
 from imprompt.app.server.jobs import Job
 from imprompt.app.server.problems import Problem
-from imprompt.app.server.protocols import QueueHere, as_base64, checked_request, errors, keep
+from imprompt.app.server.protocols import (
+    QueueHere,
+    as_base64,
+    checked_request,
+    errors,
+    keep,
+    server_sent,
+    streamed,
+)
 from imprompt.app.server.queue import Queue
 from imprompt.app.server.store import Picture
 from imprompt.encoders.images import load_image
@@ -33,6 +40,7 @@ JobId = Annotated[str, Path(pattern="^[0-9a-f]{24}$", description="a job's id")]
 PictureId = Annotated[str, Path(pattern="^[0-9a-f]{64}$", description="a picture's id")]
 STILLS, CLIPS = (".png", ".jpg", ".webp"), (".webp", ".gif", ".mp4")  # the first is the default
 _FILES: dict[str, Any] = {"image/*": {}, "video/mp4": {}}
+_EVENTS: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
 
 
 class ErrorView(BaseModel):
@@ -259,23 +267,27 @@ async def cancel(job: JobHere, queue: QueueHere) -> Any:
     return job_view(queue, job)
 
 
-@router.get("/jobs/{job}/events", response_class=EventSourceResponse)
-async def events(job: JobHere, queue: QueueHere) -> AsyncIterator[ServerSentEvent]:
+@router.get("/jobs/{job}/events", response_class=Response, responses={200: {"content": _EVENTS}})
+async def events(job: JobHere, queue: QueueHere) -> StreamingResponse:
     """Server-sent events ``queued``, ``step``, ``done``, ``failed``, ``cancelled``, with the job as JSON.
 
     ``step`` has ``preview`` now and then, a small picture as a data URL. The stream ends with the
     job; a client that lost it asks again and gets the state as it is.
     """
+    return streamed(_events(job, queue))
+
+
+async def _events(job: Job, queue: Queue) -> AsyncIterator[str]:
     shown: bytes | None = None
     async for _ in queue.changes(job):
         if job.state != "running":
-            yield ServerSentEvent(event=job.state, data=job_view(queue, job))
+            yield server_sent(job.state, job_view(queue, job))
             continue
         body: dict[str, Any] = {"step": job.step, "steps": job.steps, "estimate": queue.estimate(job)}
         if job.preview is not None and job.preview is not shown:
             shown = job.preview
             body["preview"] = f"data:image/webp;base64,{as_base64(shown)}"
-        yield ServerSentEvent(event="step", data=body)
+        yield server_sent("step", body)
 
 
 @router.get("/jobs/{job}/pictures/{number}", response_class=Response, responses={200: {"content": _FILES}})

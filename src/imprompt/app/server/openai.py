@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from PIL import Image, ImageOps
 from pydantic import BaseModel, Field
 from starlette.datastructures import FormData
@@ -45,6 +45,8 @@ from imprompt.app.server.protocols import (
     errors,
     finished,
     keep,
+    server_sent,
+    streamed,
 )
 from imprompt.app.server.queue import Queue
 from imprompt.encoders.images import load_image
@@ -274,10 +276,7 @@ async def _answer(http: HTTPRequest, queue: Queue, body: Generation, request: Re
         job, _ = await queue.submit(
             request, http.state.client, suffix=suffix, previews=body.partial_images > 0
         )
-        events = _events(queue, job, body, kind)
-        return StreamingResponse(
-            events, media_type="text/event-stream", headers={"Cache-Control": "no-store"}
-        )
+        return streamed(_events(queue, job, body, kind))
     job = await drawn(queue, http, request, suffix)
     if body.response_format == "url":
         base = str(http.base_url).rstrip("/")
@@ -318,7 +317,7 @@ async def _events(queue: Queue, job: Job, body: Generation, kind: str) -> AsyncI
         for content in await contents(queue, finished(job).pictures):
             yield _event(f"{kind}.completed", job, body, {"b64_json": as_base64(content)})
     except Problem as problem:
-        yield f"event: error\ndata: {json.dumps({'type': 'error', **error_body(problem)})}\n\n"
+        yield server_sent("error", {"type": "error", **error_body(problem)})
     finally:
         if not job.over and not queue.draining:
             await queue.cancel(job)
@@ -326,4 +325,4 @@ async def _events(queue: Queue, job: Job, body: Generation, kind: str) -> AsyncI
 
 def _event(name: str, job: Job, body: Generation, more: dict[str, Any]) -> str:
     data = {"type": name, "created_at": int(time.time()), **more, **_about(job, body)}
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
+    return server_sent(name, data)

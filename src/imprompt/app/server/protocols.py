@@ -3,10 +3,13 @@ client waits."""
 
 import asyncio
 import base64
+import json
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import Depends
 from fastapi import Request as HTTPRequest
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from imprompt import catalog
@@ -111,6 +114,17 @@ async def contents(queue: Queue, pictures: list[dict[str, Any]]) -> list[bytes]:
     """The files of a job's pictures."""
     paths = [queue.store.path(picture["id"]) for picture in pictures]
     return await asyncio.to_thread(lambda: [path.read_bytes() for path in paths])
+
+
+def server_sent(event: str, data: object) -> str:
+    """One server-sent event, with its data as JSON."""
+    return f"event: {event}\ndata: {json.dumps(data)}\n\n"
+
+
+def streamed(events: AsyncIterator[str]) -> StreamingResponse:
+    """Server-sent events as an answer, which proxies pass on at once."""
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
 
 def as_base64(content: bytes) -> str:

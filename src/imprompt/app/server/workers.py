@@ -1,19 +1,24 @@
-"""Starts worker processes, carries messages to and from them, and starts another where one has died."""
+"""Starts worker processes, carries messages to and from them, and starts another where one has died.
+
+The server's own process never imports torch: it starts at once, stays small, and has few objects for the
+garbage collector to look at while clients wait.
+"""
 
 import asyncio
 import contextlib
 import logging
 import multiprocessing
+import os
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from imprompt.app.server import messages as say
-from imprompt.app.server import worker
 
 log = logging.getLogger("imprompt.server")
 
 _LONGEST_PAUSE = 30.0  # between two attempts to start a worker that dies at once
+_NICENESS = 5  # of a worker beside the server, which answers in time while the processors draw
 
 
 class Worker:
@@ -53,7 +58,7 @@ class Worker:
         """Start the process; :attr:`ready` follows when its base is loaded."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=worker.main, args=(theirs, self.setup), daemon=True)
+        process = context.Process(target=_work, args=(theirs, self.setup), daemon=True)
         process.start()
         theirs.close()
         self._process, self._pipe = process, ours
@@ -119,3 +124,12 @@ class Worker:
     def _restart(self) -> None:
         if not self._stopping:
             self.start()
+
+
+def _work(pipe: Connection, setup: say.Setup) -> None:
+    """What the new process runs."""
+    if hasattr(os, "nice"):  # not on Windows
+        os.nice(_NICENESS)
+    from imprompt.app.server import worker  # here, and not above: see the module's first lines
+
+    worker.main(pipe, setup)
