@@ -342,7 +342,11 @@ def _check_nesting(value: object, max_depth: int) -> None:
 
 def is_text(text: str) -> bool:
     """Whether a text can be encoded, that is, holds no lone surrogate."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def printable(text: str) -> str:

@@ -29,8 +29,10 @@ from imprompt.app.server.protocols import (
     checked_request,
     contents,
     drawn,
+    encoded,
     errors,
     keep,
+    keep_encoded,
 )
 from imprompt.app.server.queue import Queue
 from imprompt.encoders.images import load_image
@@ -143,7 +145,7 @@ async def img2img(http: HTTPRequest, queue: QueueHere) -> dict[str, Any]:
     values = await json_body(http, queue.settings)
     body = checked(ImageToImage, values)
     fields = await _fields(values, body, http, queue)
-    source = await keep(queue, decoded_picture(body.init_images[0], "init_images"), "init_images")
+    source = await keep_encoded(queue, body.init_images[0], "init_images")
     fields |= {"task": "edit", "image": source.id, "strength": max(body.denoising_strength, 0.01)}
     if body.mask:
         mask = await asyncio.to_thread(_mask, body, source.id, queue)
@@ -263,7 +265,7 @@ async def _answer(
     files = await contents(queue, job.pictures)
     large = ("init_images", "mask", "alwayson_scripts")
     return {
-        "images": [as_base64(content) for content in files] if body.send_images else [],
+        "images": await encoded(files) if body.send_images else [],
         "parameters": {name: value for name, value in values.items() if name not in large},
         "info": json.dumps(_info(job, files)),
     }
@@ -299,7 +301,8 @@ def _parameters(content: bytes) -> str:
 async def png_info(http: HTTPRequest, queue: QueueHere) -> dict[str, Any]:
     """What a picture says about how it was drawn."""
     body = checked(PictureBody, await json_body(http, queue.settings))
-    picture = await keep(queue, content := decoded_picture(body.image, "image"), "image")
+    content = await asyncio.to_thread(decoded_picture, body.image, "image")
+    picture = await keep(queue, content, "image")
     record = await asyncio.to_thread(queue.store.record, picture.id)
     items = {} if record is None else {"imprompt": record.to_json()}
     return {"info": await asyncio.to_thread(_parameters, content), "items": items, "parameters": {}}

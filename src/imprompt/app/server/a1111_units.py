@@ -8,9 +8,9 @@ from typing import Any
 from pydantic import AliasChoices, Field, field_validator
 
 from imprompt import catalog
-from imprompt.app.server.bodies import Body, checked, decoded_picture
+from imprompt.app.server.bodies import Body, checked
 from imprompt.app.server.problems import Problem
-from imprompt.app.server.protocols import PICTURE, keep
+from imprompt.app.server.protocols import PICTURE, keep_encoded
 from imprompt.app.server.queue import Queue
 
 MODULES = {
@@ -93,8 +93,8 @@ async def _image_prompt(unit: Unit, queue: Queue) -> dict[str, Any]:
         "profile": unit.advanced_weighting or _looked_up("weight_type", unit.weight_type, _WEIGHT_TYPES),
     }
     if unit.effective_region_mask:
-        mask = decoded_picture(unit.effective_region_mask, "effective_region_mask")
-        found["mask"] = (await keep(queue, mask, "effective_region_mask")).id
+        mask = await keep_encoded(queue, unit.effective_region_mask, "effective_region_mask")
+        found["mask"] = mask.id
     return found
 
 
@@ -142,4 +142,4 @@ async def _picture(unit: Unit, queue: Queue) -> str:
         image = image[0]
     if isinstance(image, dict):
         image = image.get("image")
-    return (await keep(queue, decoded_picture(image, "image"), "image")).id
+    return (await keep_encoded(queue, image, "image")).id

@@ -42,6 +42,7 @@ from imprompt.app.server.protocols import (
     checked_request,
     contents,
     drawn,
+    encoded,
     errors,
     finished,
     keep,
@@ -282,7 +283,7 @@ async def _answer(http: HTTPRequest, queue: Queue, body: Generation, request: Re
         base = str(http.base_url).rstrip("/")
         data = [{"url": f"{base}/api/v1/pictures/{picture['id']}"} for picture in job.pictures]
     else:
-        data = [{"b64_json": as_base64(content)} for content in await contents(queue, job.pictures)]
+        data = [{"b64_json": text} for text in await encoded(await contents(queue, job.pictures))]
     return JSONResponse({"created": int(job.created), "data": data, **_about(job, body)})
 
 
@@ -314,8 +315,8 @@ async def _events(queue: Queue, job: Job, body: Generation, kind: str) -> AsyncI
                 sent += 1
             else:
                 yield ": still drawing\n\n"
-        for content in await contents(queue, finished(job).pictures):
-            yield _event(f"{kind}.completed", job, body, {"b64_json": as_base64(content)})
+        for text in await encoded(await contents(queue, finished(job).pictures)):
+            yield _event(f"{kind}.completed", job, body, {"b64_json": text})
     except Problem as problem:
         yield server_sent("error", {"type": "error", **error_body(problem)})
     finally:

@@ -13,7 +13,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from imprompt import catalog
-from imprompt.app.server.bodies import read_request
+from imprompt.app.server.bodies import decoded_picture, read_request
 from imprompt.app.server.jobs import Job
 from imprompt.app.server.problems import Problem
 from imprompt.app.server.queue import Queue
@@ -57,6 +57,11 @@ async def keep(queue: Queue, content: bytes, field: str) -> Picture:
     except ImpromptError as error:
         raise Problem(422, "bad_picture", f"{field}: {error}", field) from error
     return await queue.blocking(queue.store.keep, content)
+
+
+async def keep_encoded(queue: Queue, value: object, field: str) -> Picture:
+    """Store a picture that came in base64. Raises :class:`Problem`."""
+    return await keep(queue, await asyncio.to_thread(decoded_picture, value, field), field)
 
 
 async def checked_request(queue: Queue, values: dict[str, Any]) -> Request:
@@ -114,6 +119,11 @@ async def contents(queue: Queue, pictures: list[dict[str, Any]]) -> list[bytes]:
     """The files of a job's pictures."""
     paths = [queue.store.path(picture["id"]) for picture in pictures]
     return await asyncio.to_thread(lambda: [path.read_bytes() for path in paths])
+
+
+async def encoded(files: list[bytes]) -> list[str]:
+    """Files in base64, encoded beside the event loop."""
+    return await asyncio.to_thread(lambda: [as_base64(content) for content in files])
 
 
 def server_sent(event: str, data: object) -> str:

@@ -356,5 +356,5 @@ def disk_problem(error: Exception) -> Problem:
         full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
         cause = cause.__cause__
     if full:
-        return Problem(507, "disk_full", "the server's disk is full; nothing was accepted.")
-    return Problem(503, "storage", "the server cannot write to its folder; nothing was accepted.")
+        return Problem(507, "disk_full", "the server's disk is full; nothing was kept.")
+    return Problem(503, "storage", "the server cannot write to its folder; nothing was kept.")
