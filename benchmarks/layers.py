@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 import imprompt
@@ -40,6 +40,20 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 EMOJI = Path(imprompt.__file__).parent / "assets" / "emoji"
 PROMPTS = {"one prompt": 1, "eight masked": 8}
+
+
+class OneStep(DiffusionPipeline):
+    """A pipeline of one guided step: image prompts find out from the pipeline that calls how a batch is laid
+    out, and that its text stays the same."""
+
+    do_classifier_free_guidance = True
+
+    def __init__(self, unet: UNet2DConditionModel, scheduler: DDIMScheduler) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    def __call__(self, sample: Tensor, text: Tensor, callback_on_step_end: None = None) -> object:
+        return self.unet(sample, 500, text)
 
 
 def unet_of(name: str, dtype: torch.dtype) -> UNet2DConditionModel:
@@ -93,10 +107,10 @@ def passes(
     return lambda: [layer(states, encoder_hidden_states=text) for layer, states, text in layers]
 
 
-def with_ours(unet: UNet2DConditionModel, step: Callable[[], object], state: Any, count: int) -> None:
+def with_ours(unet: UNet2DConditionModel, sample: Tensor, text: Tensor, state: Any, count: int) -> None:
     """Attach and show ``count`` prompts; the step builds their keys and values."""
-    adapter = IPAdapter.from_state_dict(state).attach(unet)
-    adapter.batch(guidance=True)
+    pipe = OneStep(unet, DDIMScheduler())
+    adapter = IPAdapter.from_state_dict(state).attach(pipe)
     width = unet.config.cross_attention_dim
     masks = torch.eye(count)[:, :, None].expand(-1, -1, 4).reshape(count, -1, 1).expand(-1, -1, 16)
     adapter.set_prompt(
@@ -108,8 +122,8 @@ def with_ours(unet: UNet2DConditionModel, step: Callable[[], object], state: Any
             for i in range(count)
         ]
     )  # fmt: skip
-    step()
-    unet.adapter = adapter  # lives as long as the model
+    pipe(sample, text)
+    unet.keep = pipe, adapter  # as long as the model lives
 
 
 def with_theirs(unet: UNet2DConditionModel, state: Any, count: int) -> None:
@@ -146,7 +160,7 @@ def measure(name: str, size: int, dtype: torch.dtype, rounds: int) -> dict[str, 
     kinds["plain again"] = passes(plain, inputs)
     for label, count in PROMPTS.items():
         ours, theirs = sharing(plain), sharing(plain)
-        with_ours(ours, step(ours), state, count)
+        with_ours(ours, sample, text, state, count)
         with_theirs(theirs, state, count)
         kinds[f"imprompt, {label}"] = passes(ours, inputs)
         kinds[f"diffusers, {label}"] = passes(theirs, inputs)

@@ -9,7 +9,7 @@ from imprompt.adapter.injection import find_denoiser
 from imprompt.checkpoints.checkpoint import StateDict
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.errors import UsageError
-from imprompt.projections import new_linear, new_resampler
+from imprompt.projections.build import new_linear, new_resampler
 
 
 def initial_weights(

@@ -28,6 +28,7 @@ from imprompt.adapter.backbones.base import (
 from imprompt.adapter.backbones.table import BACKBONES
 from imprompt.adapter.batch import Batch
 from imprompt.adapter.guidance import WIDENED, merged, widened
+from imprompt.adapter.kept_text import KeptText, stays_the_same
 from imprompt.adapter.recorder import Recorder
 from imprompt.adapter.regional import encode_text, project_text, text_options
 from imprompt.adapter.schedule import Clock
@@ -59,6 +60,8 @@ class Injection:
         self.backbone, self.sites = backbone, sites
         self.sources: list[PromptSource] = []
         self.recorder: Recorder | None = None
+        self.kept_text: KeptText | None = None
+        """Keys and values of the text that this call reads; ``None`` where they are not kept."""
         self.branches: tuple[Branch, ...] | None = None
         """The CFG branches in the batch, where the pipeline's flags do not tell."""
         self.drawing = Drawing()
@@ -159,6 +162,7 @@ class Injection:
         self.sources = [other for other in self.sources if other is not source]
         self.invalidate()
         self._batches.clear()
+        self.kept_text = None
         if self.sources:
             return
         for hook in self._hooks:
@@ -211,6 +215,7 @@ class Injection:
         if ratio is not None:
             args, kwargs, call = self._widen(args, kwargs, call, ratio)
         batch = self._batch(call, training)
+        self._keep_text(inputs.text, call, caller)
         timestep = inputs.timestep.to(call.device, torch.float32)
         if batch.gated or self.recorder is not None:
             clock = self._clock = self._clock or Clock.of(self._scheduler(caller), call.device)
@@ -241,9 +246,19 @@ class Injection:
         run = scheduler, getattr(scheduler, "timesteps", None)
         if self._run is None or any(a is not b for a, b in zip(run, self._run, strict=True)):
             self._run, self._clock, self._compiled = run, None, self._is_compiled(model)
+            self.kept_text = None
             encode_text = cache(partial(self.encode_text, caller=caller))
             for source in self.sources:
                 source.begin_run(encode_text)
+
+    def _keep_text(self, text: Tensor | None, call: Call, caller: Caller | None) -> None:
+        """Keep the text's keys and values over the run's steps, where nothing can change them unseen."""
+        # A compiled graph has its own constants; what is kept would be one more thing that it depends on.
+        if text is None or self._compiled or not stays_the_same(caller):
+            self.kept_text = None
+            return
+        self.kept_text = self.kept_text or KeptText()
+        self.kept_text.show(text, call)
 
     def _is_compiled(self, model: nn.Module) -> bool:
         """Whether torch.compile runs the denoiser, or parts of it."""

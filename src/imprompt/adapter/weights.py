@@ -11,7 +11,7 @@ from imprompt.adapter.key_value import KeyValue, key_value_of
 from imprompt.adapter.lora import FaceLora
 from imprompt.adapter.source import PromptSource
 from imprompt.checkpoints.checkpoint import Checkpoint, StateDict, write
-from imprompt.projections import build_projection
+from imprompt.projections.build import build_projection
 from imprompt.projections.modules import ImageProjection
 from imprompt.projections.resamplers import TimedResamplerProjection
 

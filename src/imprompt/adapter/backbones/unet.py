@@ -6,6 +6,7 @@ run: down, middle, up. Attention of motion modules (``motion_modules``, ``tempor
 never counted.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,9 @@ class UNetProcessor(SiteProcessor):
         query = split_heads(attn.to_q(hidden_states), attn.heads)
         if attn.norm_q is not None:
             query = attn.norm_q(query)
-        out = _text_attention(attn, query, hidden_states, encoder_hidden_states, attention_mask)
+        key, value = self._key_value(attn, hidden_states, encoder_hidden_states)
+        mask = _text_mask(attn, key, attention_mask)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         if self.regional is not None:
             out = self.regional.read(attn, query, out)
         out = self.add_images(out, lambda kv: kv.attend(query), attn.to_out[0])
@@ -58,6 +61,14 @@ class UNetProcessor(SiteProcessor):
         if attn.residual_connection:
             out = out + residual
         return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
+
+    def _key_value(self, attn: Attention, states: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
+        if text is None:
+            return _projected(attn, states)
+        kept = self.injection.kept_text
+        if kept is None:
+            return _text_key_value(attn, text)
+        return kept.key_value(self.site.name, attn, partial(_text_key_value, attn, text))
 
 
 def _prepared(attn: Attention, hidden_states: Tensor, temb: Tensor | None) -> Tensor:
@@ -70,21 +81,21 @@ def _prepared(attn: Attention, hidden_states: Tensor, temb: Tensor | None) -> Te
     return hidden_states
 
 
-def _text_attention(
-    attn: Attention, query: Tensor, hidden_states: Tensor, text: Tensor | None, mask: Tensor | None
-) -> Tensor:
-    if text is None:
-        text = hidden_states
-    elif attn.norm_cross:
-        text = attn.norm_encoder_hidden_states(text)
-    if mask is not None:
-        rows, length = text.shape[:2]
-        mask = attn.prepare_attention_mask(mask, length, rows)
-        mask = mask.view(rows, attn.heads, -1, mask.shape[-1])
-    key, value = split_heads(attn.to_k(text), attn.heads), split_heads(attn.to_v(text), attn.heads)
-    if attn.norm_k is not None:
-        key = attn.norm_k(key)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+def _text_mask(attn: Attention, key: Tensor, mask: Tensor | None) -> Tensor | None:
+    if mask is None:
+        return None
+    rows, length = key.shape[0], key.shape[2]
+    mask = attn.prepare_attention_mask(mask, length, rows)
+    return mask.view(rows, attn.heads, -1, mask.shape[-1])
+
+
+def _text_key_value(attn: Attention, text: Tensor) -> tuple[Tensor, Tensor]:
+    return _projected(attn, attn.norm_encoder_hidden_states(text) if attn.norm_cross else text)
+
+
+def _projected(attn: Attention, states: Tensor) -> tuple[Tensor, Tensor]:
+    key, value = split_heads(attn.to_k(states), attn.heads), split_heads(attn.to_v(states), attn.heads)
+    return key if attn.norm_k is None else attn.norm_k(key), value
 
 
 def cross_attentions(unet: Any) -> tuple[Site, ...]:
