@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from imprompt.errors import ModelError
-from imprompt.weights import load_tensors, read_header, save_tensors
+from imprompt.tensorfile import read_header
+from imprompt.weights import load_tensors, save_tensors
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b.c": torch.ones(4, dtype=torch.float16)}
 

@@ -1,108 +1,40 @@
 """Weight files: the one door through which tensors come in from ``.safetensors``, and out to it.
 
-A file is checked before a tensor is read: that it is no pickle, web page or pointer, that its header is small
-and agrees with the file's size. Small files (adapters, features, embeddings) are copied into own memory, so
-that they may change on the disk while in use. Pickles are read by :func:`load_pickle` alone, as data.
+:mod:`imprompt.tensorfile` checks a file before a tensor is read. Small files (adapters, features, embeddings)
+are copied into own memory, so that they may change on the disk while in use. Pickles are read by
+:func:`load_pickle` alone, as data.
 """
 
 import contextlib
 import ctypes
 import importlib
 import pickle
-import struct
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from imprompt.errors import ImpromptError, InputError, ModelError, first_line
 from imprompt.io import write_atomic
-
-Header: TypeAlias = dict[str, tuple[str, tuple[int, ...]]]
-"""Key → (dtype as safetensors names it, shape)."""
-
-MAX_HEADER = 4 * 1024 * 1024
-"""Largest header that is read, in bytes; that of SDXL's UNet has 0.2 MB."""
-
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".ipadpt")
-_NO_WEIGHTS = {
-    b"version https://git-lfs": "is a Git LFS pointer; the weights behind it were never fetched",
-    b"<!doctype": "is a web page; the download gave an error page or a login form",
-    b"<html": "is a web page; the download gave an error page or a login form",
-    b"gguf": "is a GGUF file",
-}
-
-
-def read_header(path: Path) -> tuple[Header, dict[str, str]]:
-    """Dtypes and shapes of a ``.safetensors`` file's tensors, and its metadata; no tensor is read.
-
-    Raises :class:`ModelError` for what is missing, a folder, empty, a pickle by whatever name, truncated or
-    damaged.
-    """
-    with open_tensors(path) as file:
-        header: Header = {}
-        for key in file.keys():  # noqa: SIM118  # no mapping
-            part = file.get_slice(key)
-            header[key] = part.get_dtype(), tuple(part.get_shape())
-        return header, file.metadata() or {}
+from imprompt.tensorfile import file_size, open_tensors
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a ``.safetensors`` file, in own memory. Raises as :func:`read_header` does."""
+    """All tensors of a ``.safetensors`` file, in own memory. Raises as
+    :func:`~imprompt.tensorfile.read_header` does."""
     return {key: tensor.clone() for key, tensor in iter_tensors(path)}
 
 
 def iter_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Key and tensor, one after the other, mapped from the file. Raises as :func:`read_header` does."""
+    """Key and tensor, one after the other, mapped from the file. Raises as
+    :func:`~imprompt.tensorfile.read_header` does."""
     with open_tensors(path) as file:
         for key in file.keys():  # noqa: SIM118  # no mapping
             yield key, file.get_tensor(key)
-
-
-@contextlib.contextmanager
-def open_tensors(path: Path, error: type[ImpromptError] = ModelError) -> Iterator[Any]:
-    """A ``.safetensors`` file, checked and open (safetensors' ``safe_open`` for torch).
-
-    Whatever is wrong with it, also while it is read, is raised as ``error``, in one line.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    check_start(path, error)
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as wrong:
-        if isinstance(wrong, ImpromptError):
-            raise
-        raise error(f"'{path}' is truncated or damaged ({_fault(wrong)}). Get it again.") from wrong
-
-
-def check_start(path: Path, error: type[ImpromptError] = ModelError) -> None:
-    """Raise ``error`` for a file that is not there or empty, or whose first bytes are not those of a
-    ``.safetensors`` file with a header of at most :data:`MAX_HEADER` bytes."""
-    size = _size(path, error)
-    try:
-        with path.open("rb") as file:
-            start = file.read(64)
-    except OSError as wrong:
-        raise error(f"'{path}' cannot be read: {wrong.strerror or wrong}.") from wrong
-    _check_kind(path, start, error)
-    if size < 8:
-        raise error(f"'{path}' is truncated: {size} bytes are no safetensors file.")
-    (length,) = struct.unpack("<Q", start[:8])
-    if length > MAX_HEADER:
-        raise error(
-            f"'{path}' is no safetensors file that is read here: it would have a header of {length:,} bytes."
-        )
-    if length > size - 8:
-        raise error(
-            f"'{path}' is truncated: its header alone takes {length:,} bytes, the file has {size:,}. "
-            "Get it again."
-        )
 
 
 def load_pickle(path: Path) -> dict[str, Tensor]:
@@ -123,7 +55,7 @@ def unpickle(path: Path) -> object:
 
     Raises :class:`ModelError` for what needs more than that, and for what is damaged.
     """
-    _size(path, ModelError)
+    file_size(path)
     with path.open("rb") as file:
         start = file.read(64)
     if not start.startswith((b"PK", b"\x80")):
@@ -270,37 +202,6 @@ _EXPONENTS = {  # dtype → integers of its width, and the bits of infinity
 }
 
 
-def _size(path: Path, error: type[ImpromptError]) -> int:
-    if path.is_dir():
-        raise error(f"'{path}' is a folder; the weights' file is expected.")
-    if not path.is_file():
-        raise error(f"there is no file '{path}'.")
-    size = path.stat().st_size
-    if not size:
-        raise error(f"'{path}' is empty. Get it again.")
-    return size
-
-
-def _check_kind(path: Path, start: bytes, error: type[ImpromptError]) -> None:
-    # No safetensors file with a header of at most 4 MB begins like a zip archive or a pickle's protocol.
-    if start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and start[8:9] != b"{"):
-        renamed = path.suffix not in _PICKLES
-        named = f" under the name of a {path.suffix or 'file'}" if renamed else ""
-        target = f"{path.stem}{'.converted' if renamed else ''}.safetensors"
-        raise error(
-            f"'{path}' is a pickle{named}, and unpickling can run code. Make it safe first: "
-            f"imprompt convert {path.name} {target}"
-        )
-    for mark, reason in _NO_WEIGHTS.items():
-        if start.lstrip().lower().startswith(mark):
-            raise error(f"'{path}' {reason}.")
-    if path.suffix in _PICKLES:
-        raise error(
-            f"'{path}' is named as a pickle, which is not opened here: imprompt convert makes a .safetensors "
-            "of it."
-        )
-
-
 def _leaves(
     nested: Mapping[Any, object], prefix: str, what: str, above: tuple[int, ...]
 ) -> Iterator[tuple[str, object]]:
@@ -313,10 +214,6 @@ def _leaves(
             yield from _leaves(value, f"{prefix}{key}.", what, (*above, id(nested)))
         else:
             yield prefix + key, value
-
-
-def _fault(error: BaseException) -> str:
-    return _reason(error).removeprefix("Error while deserializing header: ").rstrip(".")
 
 
 def _reason(error: BaseException) -> str:

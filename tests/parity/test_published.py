@@ -10,7 +10,7 @@ from diffusers.loaders.unet import UNet2DConditionLoadersMixin
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.checkpoints.checkpoint import read
 from imprompt.errors import AdapterMismatch
-from imprompt.projections import build_projection
+from imprompt.projections.build import build_projection
 from layouts import PUBLISHED, Layout
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from imprompt.catalog.variants import VARIANTS
 from imprompt.checkpoints.checkpoint import read
 from imprompt.errors import EncoderMismatch, ModelError, UsageError
-from imprompt.projections import build_projection, skeleton
+from imprompt.projections.build import build_projection, skeleton
 from imprompt.projections.modules import ImageProjection
 from imprompt.projections.resamplers import FaceResamplerProjection
 from layouts import Shapes, face, face_plus, full_face, layers, linear, resampler

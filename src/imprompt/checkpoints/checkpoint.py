@@ -5,29 +5,28 @@ all layouts, or one :class:`ModelError` that names the file, what is wrong and w
 the catalogue, how it is named in :mod:`imprompt.checkpoints.layouts`.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from imprompt.catalog import AdapterRow, Backbone, families, licences
 from imprompt.catalog.variants import Variant
-from imprompt.checkpoints.identify import NOTED_PUBLISHED, NOTED_VARIANT, Identity, identify
-from imprompt.checkpoints.layouts import LAYOUTS, SECTIONS, our_form, published_form
-from imprompt.checkpoints.structure import FOREIGN, LORA, Shape, Structure, either, examine, some
+from imprompt.checkpoints.contents import Contents, by_section
+from imprompt.checkpoints.identify import NOTED_PUBLISHED, NOTED_VARIANT
+from imprompt.checkpoints.layouts import LAYOUTS, our_form, published_form
+from imprompt.checkpoints.structure import LORA, either, some
 from imprompt.errors import ModelError, UsageError
-from imprompt.weights import flatten, load_tensors, not_finite, read_header, save_tensors
+from imprompt.weights import flatten, load_tensors, not_finite, save_tensors
 
 StateDict: TypeAlias = dict[str, dict[str, Tensor]]
 """``{"image_proj": {...}, "ip_adapter": {...}}``."""
 
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _STATE_DICT = "the adapter's state dict"
-T = TypeVar("T")
 
 
 @dataclass
@@ -86,62 +85,6 @@ class Checkpoint:
         }
 
 
-@dataclass(frozen=True)
-class Contents:
-    """Keys, shapes, dtypes and metadata of a file or state dict."""
-
-    file: Path | None
-    name: str
-    structure: Structure
-    shapes: dict[str, dict[str, Shape]]
-    """By section."""
-    dtypes: dict[str, str]
-    """By key, in our form."""
-    metadata: dict[str, str]
-
-    @classmethod
-    def of_file(cls, path: Path, name: str | None = None) -> "Contents":
-        """Read the header of a ``.safetensors`` file. Raises :class:`ModelError`."""
-        header, metadata = read_header(path)
-        return cls._examined(header, metadata, name or path.stem, path)
-
-    @classmethod
-    def of_tensors(cls, tensors: Mapping[str, Tensor], name: str, file: Path | None = None) -> "Contents":
-        """Examine tensors with their published names; ``file`` is their file, if any."""
-        header = {
-            key: (_DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
-            for key, tensor in tensors.items()
-        }
-        return cls._examined(header, {}, name, file)
-
-    @classmethod
-    def _examined(
-        cls,
-        header: Mapping[str, tuple[str, Shape]],
-        metadata: dict[str, str],
-        name: str,
-        file: Path | None,
-    ) -> "Contents":
-        for pattern, what in FOREIGN:
-            if any(re.match(pattern, key) for key in header):
-                raise ModelError(f"'{name}' is no adapter that can be read here, it is {what}.")
-        ours, layout = our_form(header)
-        odd = [f"{key} ({dtype})" for key, (dtype, _) in ours.items() if dtype not in _DTYPES.values()]
-        shapes = _sections({key: shape for key, (_, shape) in ours.items()}, name)
-        if odd:
-            raise ModelError(
-                f"adapter '{name}' has weights that are not {either(_DTYPES.values())}: {some(odd)}."
-            )
-        dtypes = {key: dtype for key, (dtype, _) in ours.items()}
-        return cls(file, name, examine(shapes, layout, name), shapes, dtypes, metadata)
-
-    def identify(self, variant: str | None, *, hashed: bool = True) -> Identity:
-        """See :func:`imprompt.checkpoints.identify.identify`; ``hashed=False`` does not read the whole
-        file."""
-        file = self.file if hashed else None
-        return identify(self.structure, self.name, variant, self.metadata, self.dtypes, file)
-
-
 def read(
     source: str | Path | Mapping[str, object], *, variant: str | None = None, name: str | None = None
 ) -> Checkpoint:
@@ -154,9 +97,19 @@ def read(
     """
     if isinstance(source, Mapping):
         tensors = flatten(source, _STATE_DICT)
-        return checkpoint_of(Contents.of_tensors(tensors, name or "adapter"), tensors, variant)
+        return checkpoint_of(contents_of(tensors, name or "adapter"), tensors, variant)
     contents = Contents.of_file(Path(source), name)
     return checkpoint_of(contents, load_tensors(Path(source)), variant)
+
+
+def contents_of(tensors: Mapping[str, Tensor], name: str, file: Path | None = None) -> Contents:
+    """Examine tensors with their published names; ``file`` is their file, if any. Raises
+    :class:`ModelError`."""
+    header = {
+        key: (_DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+        for key, tensor in tensors.items()
+    }
+    return Contents.of_header(header, {}, name, file)
 
 
 def checkpoint_of(contents: Contents, published: Mapping[str, Tensor], variant: str | None) -> Checkpoint:
@@ -170,7 +123,7 @@ def checkpoint_of(contents: Contents, published: Mapping[str, Tensor], variant: 
     tensors, _ = our_form(published)
     if bad := [key for key, tensor in tensors.items() if not_finite(tensor)]:
         raise ModelError(f"adapter '{name}' has NaN or infinite weights in {some(bad)}. Get the file again.")
-    state = _sections(tensors, name)
+    state = by_section(tensors, name)
     lora = {key: state["ip_adapter"].pop(key) for key in list(state["ip_adapter"]) if LORA.fullmatch(key)}
     return Checkpoint(
         state=state,
@@ -210,20 +163,3 @@ def write(checkpoint: Checkpoint, path: str | Path) -> None:
     if checkpoint.published is not None:
         metadata[NOTED_PUBLISHED] = checkpoint.published.published
     save_tensors({names[key]: value for key, value in tensors.items()}, metadata, path)
-
-
-def _sections(flat: Mapping[str, T], name: str) -> dict[str, dict[str, T]]:
-    """Sort keys by section. Raises :class:`ModelError` for keys of another."""
-    sections: dict[str, dict[str, T]] = {section: {} for section in SECTIONS}
-    extra = []
-    for key, value in flat.items():
-        section, _, rest = key.partition(".")
-        if section in sections and rest:
-            sections[section][rest] = value
-        else:
-            extra.append(key)
-    if extra:
-        raise ModelError(
-            f"'{name}' is no adapter: beside 'image_proj.…' and 'ip_adapter.…' it has {some(extra)}."
-        )
-    return sections

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from imprompt.checkpoints.checkpoint import Contents, checkpoint_of, read, write
+from imprompt.checkpoints.checkpoint import checkpoint_of, contents_of, read, write
 from imprompt.checkpoints.inspect import Inspection, inspect
 from imprompt.errors import ModelError, UsageError
 from imprompt.io import sha256
@@ -30,7 +30,7 @@ def convert(source: str | Path, target: str | Path, *, variant: str | None = Non
     if source.resolve() == target.resolve():
         raise UsageError(f"convert needs another target than the source '{source}'.")
     tensors = _trained(load_tensors(source) if source.suffix == ".safetensors" else load_pickle(source))
-    checkpoint = checkpoint_of(Contents.of_tensors(tensors, source.stem, source), tensors, variant)
+    checkpoint = checkpoint_of(contents_of(tensors, source.stem, source), tensors, variant)
     checkpoint.metadata = {_SOURCE: sha256(source)}
     write(checkpoint, target)
     again = read(target)

@@ -8,9 +8,9 @@ from typing import Literal
 
 from imprompt.catalog import AdapterRow, encoder_with
 from imprompt.catalog.variants import Variant
-from imprompt.checkpoints.checkpoint import Contents
+from imprompt.checkpoints.contents import Contents
 from imprompt.checkpoints.structure import LORA, Shapes, Structure, either, some
-from imprompt.weights import iter_tensors, not_finite
+from imprompt.tensorfile import not_finite_tensors
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def inspect(path: str | Path, *, variant: str | None = None, weights: bool = Tru
     file = Path(path)
     contents = Contents.of_file(file)
     structure, identity = contents.structure, contents.identify(variant, hashed=weights)
-    bad = tuple(key for key, tensor in iter_tensors(file) if not_finite(tensor)) if weights else ()
+    bad = not_finite_tensors(file) if weights else ()
     kind = identity.variants[0]
     return Inspection(
         name=contents.name,

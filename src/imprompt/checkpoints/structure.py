@@ -13,8 +13,7 @@ from imprompt.catalog import Backbone, families, family_of
 from imprompt.catalog.variants import VARIANTS, Variant
 from imprompt.checkpoints.layouts import Layout
 from imprompt.errors import ModelError
-from imprompt.projections import skeleton
-from imprompt.projections.modules import ImageProjection
+from imprompt.projections.shapes import Sizes, expected_shapes, sizes_of
 
 Shape: TypeAlias = tuple[int, ...]
 Shapes: TypeAlias = Mapping[str, Mapping[str, Shape]]
@@ -86,8 +85,8 @@ class Structure:
 def examine(shapes: Shapes, layout: Layout, name: str) -> Structure:
     """Check every key and shape of an adapter of that layout. Raises :class:`ModelError`."""
     image_proj, ip_adapter = shapes["image_proj"], shapes["ip_adapter"]
-    variants, module = _projection(image_proj, layout, name)
-    cross_dim = module.cross_dim
+    variants, projection = _projection(image_proj, layout, name)
+    cross_dim = projection.cross_dim
     if variants[0] == "faceid-plus" and ip_adapter.get("1.to_k_ip.weight", ())[1:] == (cross_dim // 2,):
         # Kolors' text is twice as wide as its cross-attention, and so are these tokens.
         variants, cross_dim = ("faceid-plus-kolors",), cross_dim // 2
@@ -98,24 +97,22 @@ def examine(shapes: Shapes, layout: Layout, name: str) -> Structure:
         )
     sites = {key: shape for key, shape in ip_adapter.items() if key not in lora}
     layers = _layers(sites, layout, name)
-    sizes = {"cross": cross_dim, "2·cross": 2 * cross_dim, "time": getattr(module, "time_width", 0)}
+    sizes = {"cross": cross_dim, "2·cross": 2 * cross_dim, "time": projection.time_width}
     _check_sites(sites, layers, layout, sizes, name)
     return Structure(
         layout=layout,
         variants=tuple(VARIANTS[each] for each in variants),
-        tokens=module.tokens,
+        tokens=projection.tokens,
         cross_dim=cross_dim,
-        feature_width=module.feature_width,
-        patch_width=module.patch_width,
+        feature_width=projection.feature_width,
+        patch_width=projection.patch_width,
         layers=layers,
         lora_rank=_lora_rank(lora, layers, name) if lora else None,
     )
 
 
-def _projection(
-    image_proj: Mapping[str, Shape], layout: Layout, name: str
-) -> tuple[tuple[str, ...], ImageProjection]:
-    """Names of the variants with this projection, and the projection on the meta device."""
+def _projection(image_proj: Mapping[str, Shape], layout: Layout, name: str) -> tuple[tuple[str, ...], Sizes]:
+    """Names of the variants with this projection, and its sizes."""
     if not image_proj:
         raise ModelError(f"adapter '{name}' has an empty 'image_proj': no projection to make tokens with.")
     variants = next((variants for key, variants in layout.variants if key in image_proj), None)
@@ -125,15 +122,15 @@ def _projection(
             f"{either(key for key, _ in layout.variants)} is there."
         )
     try:
-        module = skeleton(VARIANTS[variants[0]], image_proj)
+        kind = VARIANTS[variants[0]].projection
+        sizes = sizes_of(kind, image_proj)
     except ModelError as error:
         raise ModelError(f"adapter '{name}': {error}") from error
-    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    _compare(image_proj, expected, f"adapter '{name}', image_proj ({variants[0]})")
+    _compare(image_proj, expected_shapes(kind, sizes), f"adapter '{name}', image_proj ({variants[0]})")
     if variants == ("resampler", "faceid-raw"):
-        raw = (module.feature_width, module.cross_dim) == (_ARCFACE, 2048)
+        raw = (sizes.feature_width, sizes.cross_dim) == (_ARCFACE, 2048)
         variants = variants[1:] if raw else variants[:1]
-    return variants, module
+    return variants, sizes
 
 
 def _layers(sites: Mapping[str, Shape], layout: Layout, name: str) -> tuple[int, ...]:

@@ -19,7 +19,8 @@ from imprompt.encoders.clip import Features
 from imprompt.errors import InputError
 from imprompt.io import check_path, read_json
 from imprompt.schema.values import is_saved
-from imprompt.weights import not_finite, open_tensors, save_tensors
+from imprompt.tensorfile import open_tensors
+from imprompt.weights import not_finite, save_tensors
 
 _FORMAT = "imprompt-features-1"
 _PARTS = ("pooled", "hidden", "negative_hidden")

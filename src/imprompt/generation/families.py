@@ -17,7 +17,7 @@ from imprompt.catalog.resolve import Source, resolve
 from imprompt.errors import ModelError, UsageError
 from imprompt.io import fingerprint, read_json, sha256
 from imprompt.schema.request import Task
-from imprompt.weights import read_header
+from imprompt.tensorfile import read_header
 
 # ---- the table
 

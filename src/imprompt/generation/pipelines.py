@@ -18,7 +18,8 @@ from imprompt.catalog.resolve import Source
 from imprompt.errors import ModelError, UsageError, first_line
 from imprompt.generation.families import Base
 from imprompt.schema.request import SCHEDULERS, Task
-from imprompt.weights import read_header, silence_library_logging
+from imprompt.tensorfile import read_header
+from imprompt.weights import silence_library_logging
 
 
 def load(base: Base, task: Task, dtype: Any, quantize: str = "none") -> Any:

@@ -7,18 +7,15 @@ Dimensions: ``N`` pictures, ``P`` patches (all tokens of the encoder), ``E`` wid
 embedding, ``W`` of hidden states, ``T`` tokens, ``C`` cross-attention width, ``F`` photos of one person.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Self
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
 from imprompt.catalog.variants import Feature, Variant
-from imprompt.errors import EncoderMismatch, ModelError, UsageError
+from imprompt.errors import EncoderMismatch, UsageError
+from imprompt.projections.shapes import Sizes
 
-Shapes = Mapping[str, Sequence[int]]
 _SHAPES: dict[Feature, tuple[str, tuple[int, ...]]] = {
     "pooled": ("N E", (2,)),
     "hidden": ("N P W", (3,)),
@@ -37,26 +34,18 @@ class ImageProjection(nn.Module):
     s_scale: float = 1.0
     """FaceID-PlusV2: weight of the face crop; no effect on other kinds."""
 
-    def __init__(self, variant: Variant, tokens: int, cross_dim: int, feature_width: int) -> None:
+    def __init__(self, variant: Variant, sizes: Sizes) -> None:
         super().__init__()
         self.variant = variant
-        self.tokens = tokens
+        self.tokens = sizes.tokens
         """Tokens of one picture; nominal for kinds that make one per patch."""
-        self.cross_dim = cross_dim
-        self.feature_width = feature_width
+        self.cross_dim = sizes.cross_dim
+        self.feature_width = sizes.feature_width
 
     @property
     def feature(self) -> Feature:
         """The features that it reads, see :class:`~imprompt.catalog.variants.Variant`."""
         return self.variant.feature
-
-    @classmethod
-    def from_shapes(cls, variant: Variant, shapes: Shapes) -> Self:
-        """Make the module for the shapes of a published ``image_proj``.
-
-        Raises :class:`ModelError` for missing keys and shapes that do not agree.
-        """
-        raise NotImplementedError
 
     def forward(
         self, features: Tensor, patches: Tensor | None = None, timestep: Tensor | None = None
@@ -125,16 +114,10 @@ class ImageProjection(nn.Module):
 class LinearProjection(ImageProjection):
     """``LayerNorm(reshape(W·e + b))``: pooled embedding to ``T`` tokens (Ye et al. 2023, §3.2; XLabs)."""
 
-    def __init__(self, variant: Variant, tokens: int, cross_dim: int, feature_width: int) -> None:
-        super().__init__(variant, tokens, cross_dim, feature_width)
-        self.proj = nn.Linear(feature_width, tokens * cross_dim)
-        self.norm = nn.LayerNorm(cross_dim)
-
-    @classmethod
-    def from_shapes(cls, variant: Variant, shapes: Shapes) -> Self:
-        rows, feature_width = shape_of(shapes, "proj.weight", 2)
-        (cross_dim,) = shape_of(shapes, "norm.weight", 1)
-        return cls(variant, ratio(rows, cross_dim, "proj.weight", "norm.weight"), cross_dim, feature_width)
+    def __init__(self, variant: Variant, sizes: Sizes) -> None:
+        super().__init__(variant, sizes)
+        self.proj = nn.Linear(sizes.feature_width, sizes.tokens * sizes.cross_dim)
+        self.norm = nn.LayerNorm(sizes.cross_dim)
 
     def _tokens(self, features: Tensor) -> Float[Tensor, "N T C"]:
         tokens: Tensor = self.norm(self.proj(features).unflatten(-1, (self.tokens, self.cross_dim)))
@@ -144,17 +127,14 @@ class LinearProjection(ImageProjection):
 class PatchMLPProjection(ImageProjection):
     """``LayerNorm(MLP(patch))``: each of the encoder's tokens becomes one (full-face)."""
 
-    def __init__(self, variant: Variant, cross_dim: int, feature_width: int, inner: int) -> None:
-        super().__init__(variant, 257, cross_dim, feature_width)
+    def __init__(self, variant: Variant, sizes: Sizes) -> None:
+        super().__init__(variant, sizes)
         self.proj = nn.Sequential(
-            nn.Linear(feature_width, inner), nn.GELU(), nn.Linear(inner, cross_dim), nn.LayerNorm(cross_dim)
+            nn.Linear(sizes.feature_width, sizes.inner),
+            nn.GELU(),
+            nn.Linear(sizes.inner, sizes.cross_dim),
+            nn.LayerNorm(sizes.cross_dim),
         )
-
-    @classmethod
-    def from_shapes(cls, variant: Variant, shapes: Shapes) -> Self:
-        inner, feature_width = shape_of(shapes, "proj.0.weight", 2)
-        (cross_dim,) = shape_of(shapes, "proj.3.weight", 1)
-        return cls(variant, cross_dim, feature_width, inner)
 
     def _tokens(self, features: Tensor) -> Float[Tensor, "N T C"]:
         tokens: Tensor = self.proj(features)
@@ -164,20 +144,14 @@ class PatchMLPProjection(ImageProjection):
 class MLPProjection(ImageProjection):
     """``LayerNorm(reshape(MLP(e)))``: an embedding to ``T`` tokens (FaceID, portrait, FLUX InstantX)."""
 
-    def __init__(self, variant: Variant, tokens: int, cross_dim: int, feature_width: int, inner: int) -> None:
-        super().__init__(variant, tokens, cross_dim, feature_width)
+    def __init__(self, variant: Variant, sizes: Sizes) -> None:
+        super().__init__(variant, sizes)
         self.proj = nn.Sequential(
-            nn.Linear(feature_width, inner), nn.GELU(), nn.Linear(inner, tokens * cross_dim)
+            nn.Linear(sizes.feature_width, sizes.inner),
+            nn.GELU(),
+            nn.Linear(sizes.inner, sizes.tokens * sizes.cross_dim),
         )
-        self.norm = nn.LayerNorm(cross_dim)
-
-    @classmethod
-    def from_shapes(cls, variant: Variant, shapes: Shapes) -> Self:
-        inner, feature_width = shape_of(shapes, "proj.0.weight", 2)
-        rows, _ = shape_of(shapes, "proj.2.weight", 2)
-        (cross_dim,) = shape_of(shapes, "norm.weight", 1)
-        tokens = ratio(rows, cross_dim, "proj.2.weight", "norm.weight")
-        return cls(variant, tokens, cross_dim, feature_width, inner)
+        self.norm = nn.LayerNorm(sizes.cross_dim)
 
     def _tokens(self, features: Tensor) -> Float[Tensor, "N T C"]:
         tokens: Tensor = self.norm(self.proj(features).unflatten(-1, (self.tokens, self.cross_dim)))
@@ -187,34 +161,11 @@ class MLPProjection(ImageProjection):
 class ReduxProjection(ImageProjection):
     """``W₂·SiLU(W₁·patch)``: each of SigLIP's tokens becomes one of FLUX's text (FLUX.1 Redux)."""
 
-    def __init__(self, variant: Variant, cross_dim: int, feature_width: int, inner: int) -> None:
-        super().__init__(variant, 729, cross_dim, feature_width)
-        self.redux_up = nn.Linear(feature_width, inner)
-        self.redux_down = nn.Linear(inner, cross_dim)
-
-    @classmethod
-    def from_shapes(cls, variant: Variant, shapes: Shapes) -> Self:
-        inner, feature_width = shape_of(shapes, "redux_up.weight", 2)
-        cross_dim, _ = shape_of(shapes, "redux_down.weight", 2)
-        return cls(variant, cross_dim, feature_width, inner)
+    def __init__(self, variant: Variant, sizes: Sizes) -> None:
+        super().__init__(variant, sizes)
+        self.redux_up = nn.Linear(sizes.feature_width, sizes.inner)
+        self.redux_down = nn.Linear(sizes.inner, sizes.cross_dim)
 
     def _tokens(self, features: Tensor) -> Float[Tensor, "N T C"]:
         tokens: Tensor = self.redux_down(functional.silu(self.redux_up(features)))
         return tokens
-
-
-def shape_of(shapes: Shapes, key: str, dims: int) -> tuple[int, ...]:
-    """The shape of a key. Raises :class:`ModelError` if it is missing or has another number of dimensions."""
-    if key not in shapes:
-        raise ModelError(f"'image_proj' has no '{key}'.")
-    shape = tuple(shapes[key])
-    if len(shape) != dims or 0 in shape:
-        raise ModelError(f"'image_proj.{key}' has shape {shape}; {dims} non-zero dimensions were expected.")
-    return shape
-
-
-def ratio(rows: int, width: int, of: str, by: str) -> int:
-    """``rows / width``. Raises :class:`ModelError` if that is no whole number."""
-    if rows % width:
-        raise ModelError(f"'image_proj.{of}' has {rows} rows, not a multiple of the width {width} of '{by}'.")
-    return rows // width

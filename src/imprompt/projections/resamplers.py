@@ -4,7 +4,7 @@ Dimensions as in :mod:`imprompt.projections.modules`; ``D`` is the resampler's w
 """
 
 import math
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from imprompt.catalog.variants import Variant
-from imprompt.errors import EncoderMismatch, ModelError, UsageError
-from imprompt.projections.modules import ImageProjection, Shapes, ratio, shape_of
-
-HEAD_WIDTH = 64  # of every published resampler; its number of heads follows from to_q
+from imprompt.errors import EncoderMismatch, UsageError
+from imprompt.projections.modules import ImageProjection
+from imprompt.projections.shapes import HEAD_WIDTH, Sizes
 
 
 class ResamplerProjection(ImageProjection):
@@ -26,16 +25,10 @@ class ResamplerProjection(ImageProjection):
     proj_out: nn.Linear
     norm_out: nn.LayerNorm
 
-    def __init__(
-        self, variant: Variant, tokens: int, cross_dim: int, feature_width: int, widths: "Widths"
-    ) -> None:
-        super().__init__(variant, tokens, cross_dim, feature_width)
-        self.latents = nn.Parameter(torch.empty(1, tokens, widths.width))
-        _add_resampler(self, feature_width, cross_dim, widths)
-
-    @classmethod
-    def from_shapes(cls, variant: Variant, shapes: Shapes) -> Self:
-        return cls(variant, *_outer_sizes(shapes), Widths.of(shapes))
+    def __init__(self, variant: Variant, sizes: Sizes) -> None:
+        super().__init__(variant, sizes)
+        self.latents = nn.Parameter(torch.empty(1, sizes.tokens, sizes.resampler.width))
+        _add_resampler(self, sizes.feature_width, sizes)
 
     def _tokens(self, features: Tensor) -> Float[Tensor, "N T C"]:
         # Each face embedding is a sequence of one.
@@ -57,28 +50,13 @@ class TimedResamplerProjection(ResamplerProjection):
     and before the feed-forward.
     """
 
-    def __init__(
-        self,
-        variant: Variant,
-        tokens: int,
-        cross_dim: int,
-        feature_width: int,
-        widths: "Widths",
-        frequencies: int,
-    ) -> None:
-        super().__init__(variant, tokens, cross_dim, feature_width, widths)
-        width = widths.width
-        self.time_width = width
-        """Width of the embedded timestep."""
-        self.time_embedding = _TimeEmbedding(frequencies, width)
+    def __init__(self, variant: Variant, sizes: Sizes) -> None:
+        super().__init__(variant, sizes)
+        width = sizes.time_width
+        self.time_embedding = _TimeEmbedding(sizes.frequencies, width)
         for block in self.layers:
             assert isinstance(block, nn.ModuleList)
             block.append(nn.Sequential(nn.SiLU(), nn.Linear(width, 4 * width)))
-
-    @classmethod
-    def from_shapes(cls, variant: Variant, shapes: Shapes) -> Self:
-        _, frequencies = shape_of(shapes, "time_embedding.linear_1.weight", 2)
-        return cls(variant, *_outer_sizes(shapes), Widths.of(shapes), frequencies)
 
     def embed_time(self, timestep: Float[Tensor, "N"]) -> Float[Tensor, "N D"]:
         """The embedded timestep, which the adapter's layers read as well; ``timestep`` is in 0 to 1000."""
@@ -115,37 +93,19 @@ class TimedResamplerProjection(ResamplerProjection):
 class FaceResamplerProjection(ImageProjection):
     """Face tokens that gather the face crop's patches (FaceID-Plus), added to themselves in PlusV2."""
 
-    def __init__(
-        self,
-        variant: Variant,
-        tokens: int,
-        feature_width: int,
-        inner: int,
-        cross_dim: int,
-        patch_width: int,
-        widths: "Widths",
-    ) -> None:
-        super().__init__(variant, tokens, cross_dim, feature_width)
-        self.patch_width = patch_width
+    def __init__(self, variant: Variant, sizes: Sizes) -> None:
+        super().__init__(variant, sizes)
+        assert sizes.patch_width is not None
+        width = sizes.resampler.width
+        self.patch_width = sizes.patch_width
         self.proj = nn.Sequential(
-            nn.Linear(feature_width, inner), nn.GELU(), nn.Linear(inner, tokens * widths.width)
+            nn.Linear(sizes.feature_width, sizes.inner),
+            nn.GELU(),
+            nn.Linear(sizes.inner, sizes.tokens * width),
         )
-        self.norm = nn.LayerNorm(widths.width)
+        self.norm = nn.LayerNorm(width)
         self.perceiver_resampler = nn.Module()
-        _add_resampler(self.perceiver_resampler, patch_width, cross_dim, widths)
-
-    @classmethod
-    def from_shapes(cls, variant: Variant, shapes: Shapes) -> Self:
-        prefix = "perceiver_resampler."
-        inside = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
-        inner, feature_width = shape_of(shapes, "proj.0.weight", 2)
-        rows, _ = shape_of(shapes, "proj.2.weight", 2)
-        (width,) = shape_of(shapes, "norm.weight", 1)
-        _, patch_width = shape_of(inside, "proj_in.weight", 2)
-        cross_dim, _ = shape_of(inside, "proj_out.weight", 2)
-        tokens = ratio(rows, width, "proj.2.weight", "norm.weight")
-        widths = Widths.of(inside, width)
-        return cls(variant, tokens, feature_width, inner, cross_dim, patch_width, widths)
+        _add_resampler(self.perceiver_resampler, sizes.patch_width, sizes)
 
     def forward(
         self, features: Tensor, patches: Tensor | None = None, timestep: Tensor | None = None
@@ -186,39 +146,6 @@ class FaceResamplerProjection(ImageProjection):
                 "of an all-zero preprocessed tensor (Kolors': zeros of their shape): pass them."
             )
         return self(self._zeros(), features)
-
-
-class Widths(NamedTuple):
-    """Inner sizes of a resampler: width ``D``, depth, heads' total width, and each feed-forward's width."""
-
-    width: int
-    depth: int
-    inner: int
-    hidden: int
-
-    @classmethod
-    def of(cls, shapes: Shapes, width: int | None = None) -> Self:
-        """Read from a resampler's shapes. Raises :class:`ModelError` for what no resampler has."""
-        blocks = {key.split(".")[1] for key in shapes if key.startswith("layers.")}
-        depth = 1 + max((int(block) for block in blocks if block.isdecimal()), default=0)
-        if depth > len(blocks):
-            raise ModelError(
-                f"the resampler's blocks are not numbered 0 to {depth - 1}: found {sorted(blocks)}."
-            )
-        inner, columns = shape_of(shapes, "layers.0.0.to_q.weight", 2)
-        hidden, _ = shape_of(shapes, "layers.0.1.1.weight", 2)
-        if inner % HEAD_WIDTH:
-            raise ModelError(
-                f"'layers.0.0.to_q.weight' has {inner} rows, not a multiple of {HEAD_WIDTH}, a head's width."
-            )
-        return cls(width or columns, depth, inner, hidden)
-
-
-def _outer_sizes(shapes: Shapes) -> tuple[int, int, int]:
-    """Tokens, cross-attention width and feature width of a resampler."""
-    _, tokens, _ = shape_of(shapes, "latents", 3)
-    cross_dim, _ = shape_of(shapes, "proj_out.weight", 2)
-    return tokens, cross_dim, shape_of(shapes, "proj_in.weight", 2)[1]
 
 
 class _TimeEmbedding(nn.Module):
@@ -268,7 +195,8 @@ class _Attention(nn.Module):
         return out
 
 
-def _add_resampler(owner: Any, feature_width: int, cross_dim: int, widths: Widths) -> None:
+def _add_resampler(owner: Any, feature_width: int, sizes: Sizes) -> None:
+    widths = sizes.resampler
     width, hidden = widths.width, widths.hidden
     owner.proj_in = nn.Linear(feature_width, width)
     owner.layers = nn.ModuleList(
@@ -285,8 +213,8 @@ def _add_resampler(owner: Any, feature_width: int, cross_dim: int, widths: Width
         )
         for _ in range(widths.depth)
     )
-    owner.proj_out = nn.Linear(width, cross_dim)
-    owner.norm_out = nn.LayerNorm(cross_dim)
+    owner.proj_out = nn.Linear(width, sizes.cross_dim)
+    owner.norm_out = nn.LayerNorm(sizes.cross_dim)
 
 
 def _resample(
