@@ -58,9 +58,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    plain = Request(prompt="a cat", base="emoji", seed=1, steps=args.steps, guidance=5.0, scale=0.6)
-    first = Engine().run(plain.replace(scale=None)).images[0]
-    request = plain.replace(images=["shown"], adapter="emoji-plus", count=args.count)
+    plain = Request(prompt="a cat", base="emoji", seed=1, steps=args.steps, guidance=5.0)
+    first = Engine().run(plain).images[0]
+    request = plain.replace(images=["shown"], adapter="emoji-plus", scale=0.6, count=args.count)
     draw = theirs(request, first.width)
     kinds = {"diffusers": draw, "imprompt": ours(request), "again": draw}
     times: dict[str, list[float]] = {name: [] for name in kinds}

@@ -174,7 +174,7 @@ def flux_controlnet(num_mode: int | None = None, seed: int = 11) -> diffusers.Fl
     return controls.randomised(net, seed)
 
 
-def sd3_controlnet(channels: int = 16) -> diffusers.SD3ControlNetModel:
+def sd3_controlnet(channels: int = 16, **extra: int) -> diffusers.SD3ControlNetModel:
     """A ControlNet for :func:`sd3_transformer`."""
     config = sd3_transformer(channels=channels).config
     shared = (
@@ -184,7 +184,7 @@ def sd3_controlnet(channels: int = 16) -> diffusers.SD3ControlNetModel:
     )  # fmt: skip
     fields = {name: config[name] for name in shared}
     torch.manual_seed(12)
-    return controls.randomised(diffusers.SD3ControlNetModel(num_layers=1, **fields), 12)
+    return controls.randomised(diffusers.SD3ControlNetModel(num_layers=1, **fields, **extra), 12)
 
 
 def clip_processor() -> CLIPImageProcessorPil:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -35,6 +36,14 @@ def test_an_image_prompt_changes_the_picture_and_zero_scale_does_not(engine, com
     assert np.abs(pixels(shown) - pixels(alone)).max() > 2
     assert np.array_equal(pixels(silent), pixels(alone))
     assert np.array_equal(pixels(again), pixels(alone))
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="asks Linux what the processor can do")
+def test_a_number_format_that_the_processor_imitates_is_noted(engine, common):
+    known = set(Path("/proc/cpuinfo").read_text().split())
+    imitated = platform.machine() == "x86_64" and not known & {"avx512_bf16", "amx_bf16"}
+    result = engine.run(Request(prompt="a cat", dtype="bfloat16", device="cpu", base=common["base"], steps=1))
+    assert any("no bfloat16 arithmetic" in note for note in result.notes) == imitated
 
 
 def test_a_picture_needs_no_text(engine, common, pictures):

@@ -199,6 +199,9 @@ def test_what_does_not_go_together_is_said_before_anything_is_loaded(
     wide = diffusers.FluxControlNetModel(num_layers=0, num_single_layers=0, in_channels=16)
     nets = nets | {"wide": saved(wide, folder / "net-wide")}
     assert "of width 3072 for 16 channels; the transformer" in refused(flux, "generate", "wide")
+    masked = tinydit.sd3_controlnet(extra_conditioning_channels=1)
+    nets = nets | {"masked": saved(masked, folder / "net-masked")}
+    assert "that also reads a mask, which is not supported" in refused(sd3, "generate", "masked")
     followed = [ControlRef(kind="none", path="map", model=nets["flux"])]
     with pytest.raises(UsageError, match=r"true_guidance: diffusers' FluxControlNetImg2ImgPipeline"):
         Engine().run(asked(flux, "edit", followed, true_guidance=2.0), pictures=PICTURES)

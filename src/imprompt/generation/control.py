@@ -439,7 +439,10 @@ def _check_transformer_fits(control: Control, transformer: Mapping[str, Any], ba
             f"'{base.name}' has {theirs[0] * theirs[1]} and {theirs[2]}. See imprompt models."
         )
     if control.config.get("extra_conditioning_channels"):
-        raise ModelError(f"{control.title} that also reads a mask, which is not supported.")
+        raise ModelError(
+            f"{control.title} that also reads a mask, which is not supported; base '{base.name}' inpaints "
+            "without one (imprompt inpaint)."
+        )
 
 
 def _check_t2i_fits(control: Control, channels: int, xl: bool, base: Base) -> None:

@@ -44,7 +44,7 @@ from imprompt.generation.job import (
     sorted_for_batches,
     together_limit,
 )
-from imprompt.generation.loading import LOADING, Loaded, Models, reads_faces
+from imprompt.generation.loading import LOADING, Loaded, Models, format_notes, reads_faces
 from imprompt.generation.pipelines import pipeline_class, takes
 from imprompt.generation.provenance import fingerprints, provenance
 from imprompt.generation.speed import check_speed, hurried
@@ -393,7 +393,7 @@ def _attached(loaded: Loaded, jobs: Sequence[Job]) -> Iterator[Callable[[Sequenc
 
 def _notes(job: Job, loaded: Loaded) -> list[str]:
     whole = [name for name, adapter in loaded.adapters.items() if _reads_all(job, name, adapter)]
-    notes = [*job.inputs.notes, *crop_notes(job.inputs, whole)]
+    notes = [*job.inputs.notes, *crop_notes(job.inputs, whole), *format_notes(loaded.device, loaded.dtype)]
     for name, adapter in loaded.adapters.items():
         if shows_pictures(job, name) and (reader := adapter.face_embedder) is not None:
             note = face_onnx.licence_note(reader.space)

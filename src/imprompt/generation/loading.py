@@ -5,6 +5,7 @@ belongs to another base, device, number format or set of LoRAs.
 """
 
 import gc
+import platform
 import threading
 import warnings
 from collections.abc import Sequence
@@ -221,6 +222,17 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         chosen: torch.dtype = getattr(torch, name)
         return chosen
     return torch.float32 if device.type == "cpu" else torch.float16
+
+
+def format_notes(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """A note where the processor only imitates the number format: measured, a step of the bundled UNet took
+    12 times as long in bfloat16 as in float32 on an AVX2 machine."""
+    if device.type != "cpu" or dtype != torch.bfloat16 or platform.machine() not in ("x86_64", "AMD64"):
+        return []
+    tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    if any(getattr(torch.cpu, name, bool)() for name in tests):
+        return []
+    return ["dtype: this processor has no bfloat16 arithmetic and imitates it; float32 is much faster here"]
 
 
 def _placed(pipe: Any, offload: str, device: torch.device) -> Any:

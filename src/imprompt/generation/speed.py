@@ -19,6 +19,7 @@ from imprompt.schema.request import Request, Speed
 
 GUIDED = 0.6
 """Share of the steps that are guided; what guidance changes later is hardly seen."""
+_TEXT = "encoder_hidden_states"
 EVERY = 3
 """The inner blocks run at every third step."""
 
@@ -59,9 +60,10 @@ def guided_early(model: nn.Module, pipe: Any) -> Iterator[None]:
     Their output stands for the uncond rows too, so that the pipeline's ``e∅ + s (e − e∅)`` is ``e`` exactly.
     """
     injection, calls, halved = Injection.of(model), 0, set[int]()
+    whole_text = cond_text = None
 
     def before(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        nonlocal calls, halved
+        nonlocal calls, halved, whole_text, cond_text
         calls += 1
         halved = set()
         if not pipe.do_classifier_free_guidance or calls <= round(GUIDED * step_count(pipe)):
@@ -71,7 +73,12 @@ def guided_early(model: nn.Module, pipe: Any) -> Iterator[None]:
         shape = _latents(args, kwargs).shape
         rows = {shape[0], shape[0] * (shape[2] if len(shape) == 5 else 1)}  # of a clip, frames are rows
         halved = {count // 2 for count in rows}
-        return of_rows(_cond, args, rows), of_rows(_cond, kwargs, rows)
+        text, kwargs = kwargs.get(_TEXT), of_rows(_cond, kwargs, rows)
+        if text is not whole_text:
+            whole_text, cond_text = text, kwargs.get(_TEXT)
+        elif text is not None:
+            kwargs[_TEXT] = cond_text  # the same object at each step: its keys and values are kept
+        return of_rows(_cond, args, rows), kwargs
 
     def after(_: nn.Module, args: Any, output: Any) -> Any:
         return of_rows(lambda x: torch.cat((x, x)), output, halved)
