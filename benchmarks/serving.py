@@ -10,6 +10,7 @@ event loop; how late that is stands beside the rejections, which it makes look l
 
 import argparse
 import asyncio
+import random
 import signal
 import statistics
 import subprocess
@@ -128,8 +129,12 @@ async def until_ready(client: httpx.AsyncClient) -> None:
 
 
 async def one_client(number: int, args: argparse.Namespace) -> tuple[list[str], list[float]]:
-    """Submit this client's jobs, wait for all; their ids, and how long each rejection took."""
+    """Submit this client's jobs, wait for all; their ids, and how long each rejection took.
+
+    It tries again at moments of its own: in step, twenty clients of one process would wait for each other.
+    """
     headers = {"X-Client-Id": f"client-{number}"}
+    pause = random.Random(number)
     ids: list[str] = []
     rejections: list[float] = []
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{PORT}", timeout=120, headers=headers) as client:
@@ -143,7 +148,7 @@ async def one_client(number: int, args: argparse.Namespace) -> tuple[list[str], 
                     break
                 assert answer.status_code == 429, answer.text
                 rejections.append(time.perf_counter() - start)
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(pause.uniform(0.2, 0.8))
         return [job for job in ids if await is_done(client, job)], rejections
 
 

@@ -1,6 +1,7 @@
 """The page in real Chromium: what an artist does with it."""
 
 import base64
+import io
 import json
 import os
 from collections.abc import Callable
@@ -46,9 +47,9 @@ def last_request(running: Running) -> dict:
         return client.get("/api/v1/history?limit=1").json()["jobs"][0]["request"]
 
 
-def drop(page, selector: str, content: bytes) -> None:
-    """Drop a file as the desktop does: enter the window, then drop on a target."""
-    data = page.evaluate_handle(
+def dropped(page, content: bytes):
+    """A file as the desktop or the clipboard hands it over."""
+    return page.evaluate_handle(
         """([text]) => {
             const bytes = Uint8Array.from(atob(text), (one) => one.charCodeAt(0));
             const data = new DataTransfer();
@@ -57,6 +58,11 @@ def drop(page, selector: str, content: bytes) -> None:
         }""",
         [base64.b64encode(content).decode()],
     )
+
+
+def drop(page, selector: str, content: bytes) -> None:
+    """Drop a file as the desktop does: enter the window, then drop on a target."""
+    data = dropped(page, content)
     page.dispatch_event("body", "dragenter", {"dataTransfer": data})
     page.wait_for_selector(selector)
     page.dispatch_event(selector, "drop", {"dataTransfer": data})
@@ -122,6 +128,79 @@ def test_paints_a_mask_and_redraws_inside_it(opening: Open, running: Running, sh
     page.get_by_role("button", name="Compare", exact=True).click()
     page.get_by_label("How much of the first picture is shown").fill("30")
     shot(page, "6-compare")
+
+
+def test_a_painted_area_is_inverted_undone_and_zoomed(opening: Open, running: Running) -> None:
+    page = opening()
+    set_up(page, "an owl", steps=2)
+    add_reference(page, picture("red"))
+    page.locator("#references summary").first.click()
+    page.get_by_role("button", name="Only in one area").click()
+    canvas = page.locator("canvas.paper")
+    canvas.focus()
+    page.keyboard.press("Space")
+    page.get_by_role("button", name="Invert").click()
+    for name in ("Undo", "Redo"):
+        page.get_by_role("button", name=name).click()
+    before = canvas.bounding_box()["width"]
+    page.get_by_role("button", name="Zoom in").click()
+    assert canvas.bounding_box()["width"] > before
+    page.get_by_role("button", name="Use this area").click()
+    page.get_by_role("button", name="Acts in the painted area", exact=True).wait_for()
+    draw(page)
+    (prompt,) = last_request(running)["images"]
+    with running.client() as client:
+        mask = Image.open(io.BytesIO(client.get(f"/api/v1/pictures/{prompt['mask']}").content)).convert("L")
+    assert mask.getpixel((0, 0)) == 255
+    assert mask.getpixel((mask.width // 2, mask.height // 2)) == 0
+
+
+def test_one_picture_is_avoided_and_the_shape_of_another_followed(
+    opening: Open, running: Running, shot
+) -> None:
+    page = opening()
+    set_up(page, "a house", steps=2)
+    for colour in ("red", "green", "blue"):
+        add_reference(page, picture(colour))
+    for number in (1, 2):
+        page.locator("#references > li").nth(number).locator("summary").click()
+        page.locator("#references > li").nth(number).get_by_label("Avoid this").check()
+    assert page.locator("#references > li.avoid").count() == 1
+    page.get_by_text("Follow the shape of a picture").click()
+    page.locator("#control input[type=file]").set_input_files([file(picture("black"))])
+    page.locator("#control img.map:not([hidden])").wait_for()
+    page.locator("#control").scroll_into_view_if_needed()
+    shot(page, "12-control")
+    draw(page)
+    request = last_request(running)
+    assert [bool(prompt["negative"]) for prompt in request["images"]] == [True, False]
+    assert [control["kind"] for control in request["controls"]] == ["canny"]
+
+
+def test_a_drawn_picture_is_dragged_back_sent_on_and_pasted(opening: Open, running: Running) -> None:
+    with running.client() as client:
+        wait(client, submit(client, prompt="a key", seed=41, steps=2)["id"])
+    page = opening()
+    tile = page.locator("#gallery .tile").first
+    tile.hover()
+    page.mouse.down()
+    page.mouse.move(600, 300, steps=4)
+    page.locator("[data-target=restore]").hover()
+    page.mouse.up()
+    page.get_by_text("Settings restored.").wait_for()
+    assert page.input_value("#prompt") == "a key"
+    tile.click()
+    page.get_by_role("button", name="Edit it").click()
+    assert page.get_by_role("tab", name="Edit").get_attribute("aria-selected") == "true"
+    assert page.locator("#source .thumb img").is_visible()
+    data = dropped(page, picture("green"))
+    page.evaluate(
+        "(data) => document.dispatchEvent(new ClipboardEvent('paste', { clipboardData: data }))", data
+    )
+    page.locator("#references > li").first.wait_for()
+    draw(page)
+    request = last_request(running)
+    assert (request["task"], request["seed"], len(request["images"])) == ("edit", 41, 1)
 
 
 def test_a_video_is_redrawn(opening: Open, running: Running) -> None:

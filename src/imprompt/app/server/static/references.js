@@ -115,7 +115,14 @@ function card(reference, number) {
             reference.mask && iconButton("x", `${t("remove")}: ${t("areaSet")}`, () => update({ mask: null }, true))),
           !reference.avoid && well(t("addView"), (picture) => update({ pictures: [...reference.pictures, picture] }, true), { compact: true }),
           h("label", { class: "check", title: t("avoidHint") },
-            h("input", { type: "checkbox", checked: reference.avoid, onchange: (event) => update({ avoid: event.target.checked }, true) }), t("avoid"))))));
+            h("input", { type: "checkbox", checked: reference.avoid, onchange: (event) => avoidOnly(event.target.checked ? reference : null) }), t("avoid"))))));
+}
+
+/** At most one picture is avoided, for a request has no more. */
+function avoidOnly(avoided) {
+  for (const reference of settings.references) reference.avoid = reference === avoided;
+  changed();
+  render();
 }
 
 function span(reference, name, update) {
