@@ -10,6 +10,7 @@ event loop; how late that is stands beside the rejections, which it makes look l
 
 import argparse
 import asyncio
+import io
 import random
 import signal
 import statistics
@@ -19,6 +20,7 @@ import tempfile
 import time
 
 import httpx
+from PIL import Image
 
 PORT, STEPS, SIZE = 7899, 2, [64, 64]
 REJECT_SECONDS, RATIO = 0.050, 1.3
@@ -176,25 +178,38 @@ async def all_history(client: httpx.AsyncClient) -> list[str]:
 
 
 async def mixed(client: httpx.AsyncClient) -> tuple[float, float]:
-    """Seconds of eight jobs with prompts of their own, submitted at once and one after the other."""
+    """Seconds of eight jobs, each with words, a picture, a scale and a seed of its own: as a batch, and one
+    after the other."""
     prompts = ("a cat face", "an owl", "a house", "a star", "a rocket", "a bus", "a rose", "a key")
+    shown = [await upload(client, (255 - 30 * number, 30 * number, 128)) for number in range(len(prompts))]
 
-    async def submit(seed: int, prompt: str) -> str:
-        fields = {"prompt": prompt, "steps": 10, "seed": seed}
+    async def submit(number: int) -> str:
+        image = {"image": shown[number], "scale": 0.3 + 0.1 * number}
+        fields = {"prompt": prompts[number], "steps": 10, "seed": number, "images": [image]}
         return (await client.post("/api/v1/jobs", json={"request": fields})).json()["id"]
 
-    blocker = await submit(0, "a cat")  # while it is drawn, the others gather
-    start = time.perf_counter()
-    jobs = [await submit(seed, prompt) for seed, prompt in enumerate(prompts, 1)]
+    numbers = range(len(prompts))
+    for number in numbers:  # so that no measurement encodes pictures
+        await is_done(client, await submit(number))
+    blocker = (await client.post("/api/v1/jobs", json={"request": {"prompt": "a cat"}})).json()["id"]
+    jobs = [await submit(number) for number in numbers]  # they gather while it is drawn
     await is_done(client, blocker)
     start = time.perf_counter()
     for job in jobs:
         await is_done(client, job)
     together = time.perf_counter() - start
     start = time.perf_counter()
-    for seed, prompt in enumerate(prompts, 1):
-        await is_done(client, await submit(seed, prompt))
+    for number in numbers:
+        await is_done(client, await submit(number))
     return together, time.perf_counter() - start
+
+
+async def upload(client: httpx.AsyncClient, colour: tuple[int, int, int]) -> str:
+    """The id of a new picture in one colour."""
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 64), colour).save(stream, "PNG")
+    answer = await client.post("/api/v1/pictures", files={"file": ("a.png", stream.getvalue(), "image/png")})
+    return answer.json()["id"]
 
 
 async def memory(client: httpx.AsyncClient, minutes: float) -> bool:

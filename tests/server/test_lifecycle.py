@@ -1,5 +1,6 @@
 """Restarts, killed workers and shutdown: no accepted job is lost, none is drawn twice."""
 
+import json
 import os
 import signal
 import subprocess
@@ -93,6 +94,12 @@ def test_sigterm_finishes_what_is_drawn_and_the_next_server_draws_the_rest(tmp_p
         assert 'imprompt_jobs_total{state="done"} 3.0' in client.get("/metrics").text
     second.send_signal(signal.SIGINT)
     assert second.wait(60) == 0
+    assert second.stderr is not None
+    hello, *log = second.stderr.read().splitlines()
+    assert hello.startswith("imprompt: http://127.0.0.1")
+    told = [json.loads(line) for line in log]
+    assert sorted(line["job"] for line in told if line["message"] == "job") == sorted([running, *waiting][1:])
+    assert not any("a cat" in line for line in log)
 
 
 def test_the_servers_own_process_loads_no_torch() -> None:

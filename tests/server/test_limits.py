@@ -10,6 +10,7 @@ import subprocess
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -275,6 +276,18 @@ def test_a_full_queue_is_429_with_when_to_come_back(starting: Callable[..., Runn
         for job in jobs:
             assert client.delete(f"/api/v1/jobs/{job}").json()["state"] == "cancelled"
         assert client.post("/api/v1/jobs", json=JOB).status_code == 202
+
+
+def test_jobs_sent_at_once_do_not_exceed_a_clients_share(starting: Callable[..., Running]) -> None:
+    running = starting(ready=False, devices=(), limits=Limits(queue=40, client_share=10))
+
+    def post(_: int) -> int:
+        with running.client() as client:
+            return client.post("/api/v1/jobs", json=JOB).status_code
+
+    with ThreadPoolExecutor(25) as threads:
+        statuses = list(threads.map(post, range(25)))
+    assert (statuses.count(202), statuses.count(429)) == (10, 15)
 
 
 def test_pictures_may_vanish_while_the_server_runs(client: httpx.Client, running: Running) -> None:

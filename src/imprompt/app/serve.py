@@ -1,12 +1,9 @@
 """``imprompt serve``: the page and the HTTP protocols, on this machine only unless a token is given."""
 
 import argparse
-import json
-import logging
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from imprompt.errors import ModelError, UsageError
@@ -42,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until interrupted. Raises :class:`UsageError` for flags that do not fit."""
     try:
+        from imprompt.app.server.logs import log_to_stderr
         from imprompt.app.server.process import serve
         from imprompt.app.server.settings import Limits, Settings, data_folder
     except ImportError as error:
@@ -65,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         limits=limits,
     )
     settings.check()
-    _log_lines()
+    log_to_stderr("imprompt.server", "uvicorn.error")
     return serve(settings, open_page=args.open)
 
 
@@ -107,30 +105,3 @@ def _devices() -> tuple[str, ...]:
         said = asked.stderr.strip().rpartition("\n")[2]
         raise ModelError(f"torch cannot count the GPUs ({said}); say --device, or mend torch.")
     return tuple(f"cuda:{number}" for number in range(int(asked.stdout))) or ("auto",)
-
-
-class _JSONLines(logging.Formatter):
-    """One JSON object a line."""
-
-    _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
-
-    def format(self, record: logging.LogRecord) -> str:
-        """A record as JSON, with its extra fields."""
-        line = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + "Z",
-            "level": record.levelname.lower(),
-            "message": record.getMessage(),
-        }
-        line |= {name: value for name, value in vars(record).items() if name not in self._OWN}
-        if record.exc_info:
-            line["error"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
-
-
-def _log_lines() -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JSONLines())
-    for name in ("imprompt.server", "uvicorn.error"):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(logging.INFO)

@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
@@ -54,7 +54,8 @@ class Queue:
         """Client → when a job of theirs was last started."""
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._writes: set[asyncio.Task[None]] = set()
-        self._accepting = 0
+        self._accepting: Counter[str] = Counter()
+        """Client → jobs of theirs that are being journaled; they count as waiting."""
         self._rate: float | None = None
         """Seconds for a million pixel-steps, as lately measured."""
 
@@ -133,8 +134,9 @@ class Queue:
         """Raises :class:`Problem` when the queue is full, for all or for this client, or the server ends."""
         if self.draining:
             raise Problem(503, "draining", "the server is shutting down.", headers={"Retry-After": "10"})
-        limits, own = self.settings.limits, sum(job.client == client for job in self._waiting)
-        if len(self._waiting) + self._accepting >= limits.queue:
+        limits = self.settings.limits
+        own = self._accepting[client] + sum(job.client == client for job in self._waiting)
+        if len(self._waiting) + self._accepting.total() >= limits.queue:
             raise self._full("queue_full", f"{limits.queue} jobs are waiting already.")
         if own >= limits.client_share:
             raise self._full("client_share", f"{limits.client_share} jobs of yours are waiting already.")
@@ -157,13 +159,14 @@ class Queue:
         if key is not None and (known := await self.blocking(self.store.keyed, client, key)) is not None:
             return await self._same(known, job), False
         self.check_room(client)
-        self._accepting += 1
+        self._accepting[client] += 1
         try:
             identity, job.number = await self.blocking(
                 self.store.add, job.id, client, key, request.to_json(), job.body()
             )
         finally:
-            self._accepting -= 1
+            self._accepting[client] -= 1
+            self._accepting += Counter()  # without clients that have none
         if identity != job.id:
             return await self._same(identity, job), False
         self._active[job.id] = job

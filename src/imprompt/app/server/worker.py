@@ -11,10 +11,8 @@ import io
 import logging
 import shutil
 import signal
-import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
@@ -24,6 +22,7 @@ from typing import Any
 from PIL import Image
 
 from imprompt.app.server import messages as say
+from imprompt.app.server.logs import log_to_stderr
 from imprompt.app.server.problems import problem_of
 from imprompt.app.server.store import ID, as_animation, describe, disk_problem, is_video
 from imprompt.errors import Cancelled, ImpromptError, InputError
@@ -42,7 +41,8 @@ def main(pipe: Connection, setup: say.Setup) -> None:
     """Draw what comes through ``pipe`` until it is closed or says stop."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the server decides when its workers end
         signal.signal(number, signal.SIG_IGN)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    log_to_stderr("imprompt.worker", "py.warnings")
+    logging.captureWarnings(True)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the server is gone
         Worker(pipe, setup).run()
 
@@ -120,7 +120,7 @@ class Worker:
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise
         except Exception as error:  # a fault of ours: the job fails, the next one is fine
-            log.error("worker: job %s failed\n%s", task.id, traceback.format_exc())
+            log.exception("a job failed unexpectedly", extra={"job": task.id})
             text = f"the drawing failed unexpectedly ({type(error).__name__}); the server's log says more."
             self._pipe.send(say.Failed(task.id, 500, "internal", text, None))
         else:
