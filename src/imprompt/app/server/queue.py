@@ -365,13 +365,11 @@ class Queue:
     def _journal(self, job: Job, state: State, then: Callable[[], None] | None = None) -> None:
         """Write a job's state; a full disk loses the row, not the job in memory."""
         attempts, body = job.attempts, job.body()
+        drawn = [Picture(**picture) for picture in job.pictures]
 
         async def write() -> None:
             try:
-                if state == "done":
-                    for picture in job.pictures:
-                        await self.blocking(self.store.register, Picture(**picture))
-                await self.blocking(self.store.update, job.id, state, attempts, body)
+                await self.blocking(self.store.update, job.id, state, attempts, body, drawn)
             except Problem as problem:
                 log.error("cannot journal job %s: %s", job.id, problem.message)
             if then is not None:

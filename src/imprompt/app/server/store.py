@@ -14,7 +14,7 @@ import re
 import sqlite3
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -150,13 +150,24 @@ class Store:
         ).fetchone()
         return None if row is None else row["id"]
 
-    def update(self, job: str, state: str, attempts: int, body: Mapping[str, Any]) -> None:
-        """Journal what has become of a job."""
+    def update(
+        self,
+        job: str,
+        state: str,
+        attempts: int,
+        body: Mapping[str, Any],
+        drawn: Sequence[Picture] = (),
+    ) -> None:
+        """Journal what has become of a job and, at once with it, the pictures it drew."""
         with self._writing() as database:
+            for picture in drawn:
+                self._register(database, picture)
             database.execute(
                 "UPDATE jobs SET state = ?, attempts = ?, body = ? WHERE id = ?",
                 (state, attempts, json.dumps(body), job),
             )
+        if drawn:
+            self._make_room()
 
     def job(self, job: str) -> sqlite3.Row | None:
         """A job's row."""
@@ -225,11 +236,14 @@ class Store:
     def register(self, picture: Picture) -> None:
         """Note a picture whose file is in its place."""
         with self._writing() as database:
-            database.execute(
-                "INSERT OR REPLACE INTO pictures VALUES (?,?,?,?,?,?,?)",
-                (*(getattr(picture, name) for name in Picture.__dataclass_fields__), time.time()),
-            )
+            self._register(database, picture)
         self._make_room()
+
+    def _register(self, database: sqlite3.Connection, picture: Picture) -> None:
+        database.execute(
+            "INSERT OR REPLACE INTO pictures VALUES (?,?,?,?,?,?,?)",
+            (*(getattr(picture, name) for name in Picture.__dataclass_fields__), time.time()),
+        )
 
     def thumbnail(self, picture: str) -> bytes:
         """A small WebP of a picture's first frame."""
