@@ -33,8 +33,9 @@ class ImageKV:
     bias: Float[Tensor, "B 1 1 T"] | None = None
     """Added to the logits: -inf for padding, else the log of a picture's weight."""
     mask: Float[Tensor, "_ 1 L 1"] | None = None
-    factor: Float[Tensor, "B 1 1 1"] | None = None
-    """Strength of each row at the present step, written in place before every call; ``None`` is 1."""
+    factor: Float[Tensor, "B 1 _ 1"] | None = None
+    """Strength of each row at the present step, written in place before every call; ``None`` is 1. Where it
+    is the same at all steps, the mask is in it."""
     prompt: int = 0
     """Number of the prompt, counted over all adapters."""
     after_block: bool = False
@@ -42,18 +43,25 @@ class ImageKV:
     norms: "JointNorms | None" = None
     """SD3.5: the adapter's own norms of raw queries and image keys, which its attention reads as well."""
 
+    @property
+    def gain(self) -> Float[Tensor, "_ 1 _ 1"] | None:
+        """What the attention over the image tokens is multiplied by, mask and factor; ``None`` is 1."""
+        if self.mask is None or self.factor is None:
+            return self.factor if self.mask is None else self.mask
+        return self.mask * self.factor  # small: without heads and their width
+
     def attend(self, query: Float[Tensor, "B H L D"]) -> Float[Tensor, "B H L D"]:
-        """Attention over the image tokens alone, masked, without :attr:`factor`."""
-        image = F.scaled_dot_product_attention(query, self.key, self.value, attn_mask=self.bias)
-        return image if self.mask is None else image * self.mask
+        """Attention over the image tokens alone, without :attr:`gain`."""
+        return F.scaled_dot_product_attention(query, self.key, self.value, attn_mask=self.bias)
 
     def add_to(
         self, out: Float[Tensor, "B H L D"], image: Float[Tensor, "B H L D"]
     ) -> Float[Tensor, "B H L D"]:
-        """``out + factor · image``, in place unless gradients are recorded."""
+        """``out + gain · image``, in place unless gradients are recorded."""
+        gain = self.gain
         if torch.is_grad_enabled():  # SDPA's backward needs its output unchanged
-            return out + (image if self.factor is None else image * self.factor)
-        return out.add_(image) if self.factor is None else out.addcmul_(image, self.factor)
+            return out + (image if gain is None else image * gain)
+        return out.add_(image) if gain is None else out.addcmul_(image, gain)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

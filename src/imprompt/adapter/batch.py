@@ -136,6 +136,8 @@ class Batch:
         self._keys: list[_Keys] = []
         self._timed: list[_Timed] = []
         self._factors = _Factors()
+        self._gains: dict[tuple[str, int], Tensor] = {}
+        """Masks times factors, by site and prompt."""
 
     def update(self, sources: Sequence[PromptSource], text_projection: nn.Module | None) -> None:
         """Read the sources' prompts, in place if shapes allow. While one is trained, only its tokens are
@@ -182,9 +184,18 @@ class Batch:
             [each.strengths for each in added], [each.kv.prompt for each in added], whens, self.call
         )
         return [
-            (at.site, replace(kv, factor=factor[:, None, None, None]))
+            (at.site, self._with_factor(at.site, kv, factor[:, None, None, None]))
             for (at, kv, _), factor in zip(added, factors, strict=True)
         ]
+
+    def _with_factor(self, site: Site, kv: ImageKV, factor: Float[Tensor, "R 1 1 1"]) -> ImageKV:
+        """The contribution with its factor, which takes the mask in where neither changes at any step."""
+        kv = replace(kv, factor=factor)
+        if kv.mask is None or kv.gain is None or self._factors.gate is not None or self.call.steady:
+            return kv
+        place = site.name, kv.prompt
+        self._gains[place] = _written(self._gains.get(place), kv.gain)
+        return replace(kv, factor=self._gains[place], mask=None)
 
     def _added(self, source: PromptSource, slot: Slot, number: int) -> list[_Added]:
         """The contribution of one slot at each site where it acts."""

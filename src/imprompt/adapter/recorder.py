@@ -67,8 +67,8 @@ class Recorder:
         """``out`` plus the contributions of the prompts, added in the same order as without a recorder."""
         own = self._length(merge_heads(out), project) if beside is None else self._length(beside, None)
         for kv in kvs:
-            image = attend(kv)
-            acting = image if kv.factor is None else image * kv.factor
+            image, gain = attend(kv), kv.gain
+            acting = image if gain is None else image * gain
             self._note(
                 site, kv.prompt, self._length(merge_heads(acting), project) / own.mean().clamp_min(1e-12)
             )

@@ -61,8 +61,7 @@ def _attend(kv: ImageKV, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key = rms(query, kv.norms.query), rms(key, kv.norms.key)
     bias = None if kv.bias is None else F.pad(kv.bias, (key.shape[2], 0))
     key, value = torch.cat([key, kv.key], dim=2), torch.cat([value, kv.value], dim=2)
-    image = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-    return image if kv.mask is None else image * kv.mask
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
 
 def _text(attn: Any, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
