@@ -212,8 +212,8 @@ export function compare(first, second, back) {
       line.style.left = `${input.value}%`;
     } });
   $("stage").replaceChildren(h("figure", { class: "shown" },
-    h("div", { class: "frame big ab" }, h("img", { src: second.url, alt: second.name, class: "result" }), top, line, input),
-    h("figcaption", {}, h("div", { class: "row" }, h("span", { class: "caption" }, first.name), h("span", { class: "grow" }), h("span", { class: "caption" }, second.name))),
+    h("div", { class: "frame big ab" }, h("img", { src: second.url, alt: second.name, class: "result" }), top, line,
+      h("span", { class: "side" }, first.name), h("span", { class: "side other" }, second.name), input),
     h("div", { class: "actions" }, h("button", { type: "button", class: "quiet", onclick: back }, icon("undo"), t("back")))));
   input.dispatchEvent(new Event("input"));
   input.focus();
