@@ -13,12 +13,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import ray.train
-from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from imprompt.training import TrainConfig
-from imprompt.training.folder import RECORD
+from imprompt.training.folder import RECORD, WEIGHT_NAME
 
 
 def work(settings: dict[str, Any]) -> None:
@@ -28,17 +27,16 @@ def work(settings: dict[str, Any]) -> None:
     os.chdir(settings["folder"])
     config = TrainConfig.model_validate_json(settings["config"])
     begun = (config.output / RECORD).exists()
-    path = train(config.replace(resume=config.resume or (settings["again"] and begun)))
-    ray.train.report({"adapter": str(path.absolute())})
+    train(config.replace(resume=config.resume or (settings["again"] and begun)))
 
 
-def run(config: TrainConfig, *, workers: int = 2, gpu: bool = False, restarts: int = 0) -> Result:
-    """Train by ``config`` with so many workers; the result's metrics name the adapter's file.
+def run(config: TrainConfig, *, workers: int = 2, gpu: bool = False, restarts: int = 0) -> Path:
+    """Train by ``config`` with so many workers; gives the adapter's file.
 
-    ``restarts`` is how often the workers are started again after a failure."""
+    Raises what Ray raises when a worker fails more often than ``restarts``, which is how often the workers are started again after a failure."""
     settings = {"config": config.model_dump_json(), "folder": str(Path.cwd()), "again": restarts > 0}
     output = config.output.absolute()
-    return TorchTrainer(
+    TorchTrainer(
         work,
         train_loop_config=settings,
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu),
@@ -48,6 +46,7 @@ def run(config: TrainConfig, *, workers: int = 2, gpu: bool = False, restarts: i
             failure_config=FailureConfig(max_failures=restarts),
         ),
     ).fit()
+    return output / WEIGHT_NAME
 
 
 def main() -> None:
@@ -60,8 +59,7 @@ def main() -> None:
     parser.add_argument("--restarts", type=int, default=3)
     args = parser.parse_args()
     config = TrainConfig.read(args.config)
-    result = run(config, workers=args.workers, gpu=args.gpu, restarts=args.restarts)
-    print((result.metrics or {}).get("adapter"))
+    print(run(config, workers=args.workers, gpu=args.gpu, restarts=args.restarts))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def make_config(base, pictures, tmp_path):
         defaults = {
             "data": pictures, "base": str(base), "output": tmp_path / "run", "cache": tmp_path / "cache",
             "steps": 4, "batch": 2, "dtype": "float32", "device": "cpu", "quiet": True, "log_every": 1,
-            "trackers": (), "lr": 1e-4,
+            "trackers": (), "lr": 1e-4, "sample_every": 0, "validate_every": 250,
         }  # fmt: skip
         return TrainConfig(**defaults | values)
 

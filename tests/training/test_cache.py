@@ -1,5 +1,8 @@
 """The cache: made once, found again, made anew when anything it depends on changes or is damaged."""
 
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -11,14 +14,18 @@ from imprompt.encoders.clip import ImageEncoder
 from imprompt.errors import ModelError
 from imprompt.training import cache
 from imprompt.training.cache import ClipFeatures, Ranks, encode_features, encode_latents, fingerprint
+from imprompt.training.pictures import Pictures
 
 CPU = torch.device("cpu")
-SIDE = [(32, 32)] * 7
 
 
 @pytest.fixture
 def rows(pictures):
     return read_dataset(pictures).rows
+
+
+def of(rows, side=32):
+    return Pictures.read(rows, lambda content: (side, side))
 
 
 @pytest.fixture
@@ -31,7 +38,7 @@ def shards(config):
 
 
 def test_latents_are_the_vaes_own(rows, vae, make_config):
-    table = encode_latents(rows, vae, make_config(), SIDE, CPU)
+    table = encode_latents(of(rows), vae, make_config(), CPU)
     crop = Image.open(rows[2].file).crop((4, 0, 36, 32))
     pixels = torch.tensor(list(crop.tobytes()), dtype=torch.float32).view(1, 32, 32, 3).permute(0, 3, 1, 2)
     with torch.no_grad():
@@ -46,19 +53,19 @@ def test_latents_are_the_vaes_own(rows, vae, make_config):
 def test_a_mirrored_target_is_the_mirrored_picture(rows, vae, make_config):
     from PIL import ImageOps
 
-    table = encode_latents(rows, vae, make_config(flip=0.5), SIDE, CPU)
+    table = encode_latents(of(rows), vae, make_config(flip=0.5), CPU)
     ImageOps.mirror(Image.open(rows[2].file)).save(rows[2].file)
-    turned = encode_latents(rows, vae, make_config(), SIDE, CPU)
+    turned = encode_latents(of(rows), vae, make_config(), CPU)
     assert torch.allclose(table.rows("mean", [2], [1]), turned.rows("mean", [2], [0]), atol=2e-3)
     assert not torch.allclose(table.rows("mean", [2], [0]), turned.rows("mean", [2], [0]), atol=2e-2)
 
 
 def test_one_new_picture_is_encoded_alone(rows, vae, make_config):
     config = make_config()
-    before = encode_latents(rows, vae, config, SIDE, CPU).rows("mean", range(7), [0] * 7)
+    before = encode_latents(of(rows), vae, config, CPU).rows("mean", range(7), [0] * 7)
     old = shards(config)
     tiny.picture(50, (40, 32)).save(rows[3].file)
-    after = encode_latents(rows, vae, config, SIDE, CPU).rows("mean", range(7), [0] * 7)
+    after = encode_latents(of(rows), vae, config, CPU).rows("mean", range(7), [0] * 7)
     (new,) = set(shards(config)) - set(old)
     with safe_open(new, "pt") as file:
         assert len(list(file.keys())) == 3  # mean, std and crop of one picture
@@ -68,25 +75,25 @@ def test_one_new_picture_is_encoded_alone(rows, vae, make_config):
 
 def test_another_encoder_or_another_size_is_encoded_anew(rows, vae, make_config):
     config = make_config()
-    encode_latents(rows, vae, config, SIDE, CPU)
+    encode_latents(of(rows), vae, config, CPU)
     first = set(shards(config))
-    encode_latents(rows, vae, config, [(16, 16)] * 7, CPU)
+    encode_latents(of(rows, 16), vae, config, CPU)
     second = set(shards(config))
     with torch.no_grad():
         next(vae.parameters()).add_(0.1)
-    encode_latents(rows, vae, config, SIDE, CPU)
+    encode_latents(of(rows), vae, config, CPU)
     assert len(first) < len(second) < len(shards(config))
     untouched = {path.stat().st_mtime_ns for path in shards(config)}
-    encode_latents(rows, vae, config, SIDE, CPU)
+    encode_latents(of(rows), vae, config, CPU)
     assert {path.stat().st_mtime_ns for path in shards(config)} == untouched
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:50], lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]])
 def test_a_damaged_shard_is_noticed_by_one_flipped_bit_and_made_anew(rows, vae, make_config, damage):
-    before = encode_latents(rows, vae, make_config(), SIDE, CPU).rows("mean", range(7), [0] * 7)
+    before = encode_latents(of(rows), vae, make_config(), CPU).rows("mean", range(7), [0] * 7)
     (shard,) = shards(make_config())
     shard.write_bytes(damage(shard.read_bytes()))
-    again = encode_latents(rows, vae, make_config(), SIDE, CPU)
+    again = encode_latents(of(rows), vae, make_config(), CPU)
     assert torch.equal(again.rows("mean", range(7), [0] * 7), before)
 
 
@@ -96,7 +103,7 @@ def test_pictures_that_cannot_be_trained_on_are_reported_and_stop_nothing(rows, 
     Image.new("RGB", (1, 1)).save(rows[4].file)
     Image.new("RGB", (4000, 1)).save(rows[5].file)
     for _ in range(2):  # from the encoder, then from disk
-        table = encode_latents(rows, vae, make_config(), SIDE, CPU)
+        table = encode_latents(of(rows), vae, make_config(), CPU)
         assert set(table.rejected) == {1, 3, 4, 5}
         assert "4000×1 pixels: too small or too narrow" in table.rejected[5]
         assert table.rows("mean", [0, 2], [0, 0]).isfinite().all()
@@ -104,45 +111,45 @@ def test_pictures_that_cannot_be_trained_on_are_reported_and_stop_nothing(rows, 
 
 def test_without_a_cache_the_same_is_encoded_at_every_step(rows, vae, make_config):
     rows[1].file.write_bytes(b"no picture")
-    stored = encode_latents(rows, vae, make_config(), SIDE, CPU)
-    live = encode_latents(rows, vae, make_config(cache="none"), SIDE, CPU)
+    stored = encode_latents(of(rows), vae, make_config(), CPU)
+    live = encode_latents(of(rows), vae, make_config(cache="none"), CPU)
     assert live.rejected.keys() == stored.rejected.keys() == {1}
     found = [table.rows("mean", [4, 2], [0, 0]) for table in (stored, live)]
     assert torch.allclose(*found, atol=2e-3)
 
 
 def test_several_processes_share_the_encoding(rows, vae, make_config):
-    whole = encode_latents(rows, vae, make_config(), SIDE, CPU).rows("mean", range(7), [0] * 7)
+    whole = encode_latents(of(rows), vae, make_config(), CPU).rows("mean", range(7), [0] * 7)
     config = make_config(cache=make_config().output / "shared")
     for rank in (0, 1):  # one after the other: what each finds missing is its share of what is left
-        encode_latents(rows, vae, config, SIDE, CPU, Ranks(rank, 2))
+        encode_latents(of(rows), vae, config, CPU, Ranks(rank, 2))
     assert len(shards(config)) == 2
-    encode_latents(rows, vae, config, SIDE, CPU, Ranks(0, 2))
-    encode_latents(rows, vae, config, SIDE, CPU)
-    table = encode_latents(rows, vae, config, SIDE, CPU)
+    encode_latents(of(rows), vae, config, CPU, Ranks(0, 2))
+    encode_latents(of(rows), vae, config, CPU)
+    table = encode_latents(of(rows), vae, config, CPU)
     assert torch.allclose(table.rows("mean", range(7), [0] * 7), whole, atol=1e-3)
 
 
 def test_a_table_reads_the_same_from_disk_as_from_memory(rows, make_config, monkeypatch):
     encoder = ClipFeatures(ImageEncoder(*tiny.tiny_encoder()), "hidden")
     config = make_config(views=3)
-    table = encode_features(rows, encoder, config, SIDE)
+    table = encode_features(of(rows), encoder, config)
     monkeypatch.setattr(cache, "IN_MEMORY", 0)
-    lazy = encode_features(rows, encoder, config, SIDE)
+    lazy = encode_features(of(rows), encoder, config)
     assert torch.equal(lazy.rows("hidden", [4, 1], [2, 0]), table.rows("hidden", [4, 1], [2, 0]))
 
 
 def test_several_shards_keep_the_rows_order(rows, vae, make_config, monkeypatch):
-    whole = encode_latents(rows, vae, make_config(), SIDE, CPU).rows("mean", range(7), [0] * 7)
+    whole = encode_latents(of(rows), vae, make_config(), CPU).rows("mean", range(7), [0] * 7)
     monkeypatch.setattr(cache, "SHARD", 3)
-    split = encode_latents(rows, vae, make_config(cache=make_config().output / "split"), SIDE, CPU)
+    split = encode_latents(of(rows), vae, make_config(cache=make_config().output / "split"), CPU)
     assert torch.allclose(split.rows("mean", range(7), [0] * 7), whole, atol=1e-3)
 
 
 def test_versions_of_a_reference_differ_and_the_first_is_the_picture(rows, make_config):
     encoder = ClipFeatures(ImageEncoder(*tiny.tiny_encoder()), "pooled")
-    plain = encode_features(rows, encoder, make_config(), SIDE)
-    varied = encode_features(rows, encoder, make_config(views=3), SIDE)
+    plain = encode_features(of(rows), encoder, make_config())
+    varied = encode_features(of(rows), encoder, make_config(views=3))
     assert torch.allclose(varied.rows("pooled", [2], [0]), plain.rows("pooled", [2], [0]), atol=1e-3)
     assert not torch.allclose(varied.rows("pooled", [2], [1]), varied.rows("pooled", [2], [2]), atol=1e-3)
     assert torch.equal(encoder.negative()["pooled"], torch.zeros(1, tiny.POOLED))
@@ -152,7 +159,26 @@ def test_an_encoder_that_gives_nan_is_an_error(rows, vae, make_config):
     with torch.no_grad():
         next(vae.parameters()).fill_(float("nan"))
     with pytest.raises(ModelError, match="not finite"):
-        encode_latents(rows, vae, make_config(), SIDE, CPU)
+        encode_latents(of(rows), vae, make_config(), CPU)
+
+
+def test_a_picture_is_read_once_for_its_hash_and_size_and_once_for_each_encoder(pictures, make_config):
+    reads = Counter()
+
+    def counted(row):
+        def read():
+            reads[row.name] += 1
+            return row.file.read_bytes()
+
+        return replace(row, content=read)
+
+    rows = [counted(row) for row in read_dataset(pictures).rows]
+    seen = Pictures.read(rows, lambda content: (32, 32))
+    assert set(reads.values()) == {1}
+    encoder = ClipFeatures(ImageEncoder(*tiny.tiny_encoder()), "pooled")
+    encode_latents(seen, tiny.tiny_sd().vae, make_config(), CPU)
+    encode_features(seen, encoder, make_config())
+    assert set(reads.values()) == {3}
 
 
 def test_a_fingerprint_sees_every_weight():

@@ -65,9 +65,10 @@ def test_a_resampler_is_called_plus():
 
 def test_what_is_left_open_is_chosen_by_the_pictures_and_the_start():
     few, many = checked().resolved("linear", 20, True), checked().resolved("linear", 20_000, False)
-    assert (few.steps, few.lr) == (300, 3e-5)
-    assert (many.steps, many.lr) == (20_000, 1e-4)
-    assert checked(steps=7, lr=1.0).resolved("plus", 20, True).steps == 7
+    assert (few.steps, few.lr, few.warmup, few.validate_every) == (200, 1e-4, 20, 20)
+    assert (many.steps, many.warmup) == (20_000, 500)
+    stated = checked(steps=7, lr=1.0, warmup=0, validate_every=5).resolved("plus", 20, True)
+    assert (stated.steps, stated.lr, stated.warmup, stated.validate_every) == (7, 1.0, 0, 5)
 
 
 def test_identity_leaves_out_what_a_resumed_run_may_change():

@@ -7,8 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import chain
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -21,6 +23,7 @@ from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.app.cli import main
 from imprompt.errors import InputError, ModelError, UsageError
+from imprompt.training import preview
 from imprompt.training.cache import fingerprint
 from imprompt.training.folder import WEIGHT_NAME, RunFolder
 from imprompt.training.launch import make_accelerator
@@ -147,12 +150,12 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so(make_config):
 
 
 def test_two_processes_of_4_learn_what_one_of_8_learns(make_config, tmp_path):
-    """The same samples; only sums run in another order."""
+    """The same samples; only sums run in another order. accelerate's launcher alone would start one."""
     one = make_config(output=tmp_path / "one", batch=4, steps=5, save_dtype="float32", log_every=5)
     two = make_config(output=tmp_path / "two", batch=2, steps=5, save_dtype="float32", log_every=5)
     (tmp_path / "two.json").write_text(two.model_dump_json())
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["-m", "imprompt", "train"]
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]
+    command += ["--num_processes", "2", "-m", "imprompt", "train"]
     done = subprocess.run([*command, tmp_path / "two.json"], capture_output=True, check=False, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((two.output / "run.json").read_text())["samples_per_step"] == 4
@@ -275,6 +278,12 @@ def test_every_kind_draws_samples_and_a_run_may_start_from_a_run(make_config, tm
     card = (config.output / "README.md").read_text()
     assert "bare base" in card
     assert "samples/00000002.png" in card
+    page = (config.output / "card.html").read_text()
+    assert page.count("data:image/png;base64,") == 2  # the sheets before and after
+    assert page.count("<polyline") == 3
+    about = read.checkpoint.metadata
+    assert json.loads(about["imprompt.settings"])["steps"] == 2
+    assert json.loads(about["imprompt.validation"])["step"] == 2
     again = make_config(init=str(config.output), steps=1, output=tmp_path / "again", lr=1e-9)
     assert again.kind is None
     after = load_file(train(again))
@@ -282,7 +291,10 @@ def test_every_kind_draws_samples_and_a_run_may_start_from_a_run(make_config, tm
     assert all(torch.allclose(after[name], before[name], atol=1e-3) for name in before)
 
 
-def test_a_face_adapter_trains_on_the_largest_face_with_its_lora(make_config, pictures, tmp_path):
+@pytest.mark.parametrize(("kind", "variant"), [("faceid", "faceid"), ("faceid-plus", "faceid-plusv2")])
+def test_a_face_adapter_trains_on_the_largest_face_with_its_lora(
+    make_config, pictures, tmp_path, kind, variant
+):
     """Pictures without a face are left out; the file is a FaceID file, and its LoRA has learned."""
     for number in range(6):
         photo((150 + 20 * number, 250, "red"), size=(512, 512), colour=40 + 10 * number).save(
@@ -291,17 +303,17 @@ def test_a_face_adapter_trains_on_the_largest_face_with_its_lora(make_config, pi
     photo((250, 250, "red"), size=(512, 512)).save(pictures / "6.png")
     Image.new("RGB", (64, 64), "white").save(pictures / "2.png")
     config = make_config(
-        kind="faceid", face_model=str(pack(tmp_path / "pack")), lora_rank=4, steps=2, lr=1e-2, sample_every=2
+        kind=kind, face_model=str(pack(tmp_path / "pack")), lora_rank=4, steps=2, lr=1e-2, sample_every=2
     )
     path = train(config)
     read = IPAdapter.from_pretrained(path)
-    assert (read.checkpoint.variant.name, read.checkpoint.tokens) == ("faceid", 4)
+    assert (read.checkpoint.variant.name, read.checkpoint.tokens) == (variant, 4)
     ups = {name: tensor for name, tensor in load_file(path).items() if "lora.up" in name}
     assert len(ups) == 4 * 2 * len(cross_attentions(tiny.tiny_unet()))
     assert all(tensor.any() for tensor in ups.values())
     assert "no face" in (config.output / "rejected.txt").read_text()
     with pytest.raises(UsageError, match="face_model"):
-        train(make_config(kind="faceid", output=tmp_path / "b"))
+        train(make_config(kind=kind, output=tmp_path / "b"))
 
 
 def test_a_run_may_start_from_anothers_checkpoint(make_config, tmp_path):
@@ -441,6 +453,41 @@ def test_samples_show_references_and_three_drawings_of_each(make_config):
     assert first.size == second.size == (5 * (side + 8) + 2 * 16, first.height)
     reference = (0, 0, 16 + side, first.height)
     assert first.crop(reference).tobytes() == second.crop(reference).tobytes()
+
+
+def test_sheets_come_by_the_clock_at_least_first_and_last(make_config):
+    config = make_config(steps=3, sample_every=None)
+    train(config)
+    drawn = sorted(path.stem for path in (config.output / "samples").iterdir())
+    assert drawn == ["00000000", "00000003"]
+
+
+def test_samples_are_the_same_drawn_together_or_one_by_one(make_config, pictures, monkeypatch):
+    path = pictures / "metadata.jsonl"
+    path.write_text(path.read_text().replace('"train"', '"held_out_pair"', 2))
+    trainer = opened(make_config(sample_every=1))
+    _, together = trainer.preview.draw()
+    monkeypatch.setattr(preview, "PIXELS", 1)
+    _, alone = trainer.preview.draw()
+    assert len(alone[0]) == 3
+    for one, other in zip(chain(*alone), chain(*together), strict=True):
+        assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 2
+
+
+def test_nothing_is_recorded_before_the_first_image_tokens_nor_for_frozen_weights(make_config):
+    """The frozen UNet costs no more than the way back through it."""
+    trainer = opened(make_config(latent="mean"))
+    first = cross_attentions(trainer.unet)[0].name
+    block = trainer.unet.get_submodule(first.partition(".transformer_blocks")[0])
+    recorded = {}
+    for name, module in (("conv_in", trainer.unet.conv_in), ("to_k", trainer.unet.get_submodule(first).to_k)):
+        module.register_forward_hook(lambda _, __, out, name=name: recorded.update({name: out.requires_grad}))
+    block.register_forward_pre_hook(lambda _, args: recorded.update(before=args[0].requires_grad))
+    block.register_forward_hook(lambda _, __, out: recorded.update(after=out[0].requires_grad))
+    trainer.error(trainer.samples.make(0)).mean().backward()
+    assert recorded == {"conv_in": False, "to_k": False, "before": False, "after": True}
+    assert all(parameter.grad is None for parameter in trainer.unet.parameters())
+    assert all(parameter.grad is not None for parameter in trainer.adapter.parameters())
 
 
 def test_samples_do_not_change_what_is_learned(make_config, tmp_path):
@@ -603,6 +650,13 @@ def test_a_run_that_could_not_begin_leaves_its_folder_to_the_corrected_one(make_
     with pytest.raises(InputError, match="no data at"):
         train(make_config(data=tmp_path / "picturs"))
     train(make_config())
+
+
+def test_a_table_of_the_configuration_is_set_field_by_field(pictures, capsys):
+    assert main(["train", str(pictures), "--set", "augmentation.colr=0.2"]) == 2
+    assert "augmentation: colr: no such field; did you mean 'colour'?" in capsys.readouterr().err
+    assert main(["train", str(pictures), "--set", "augmentation.colour=2"]) == 2
+    assert "augmentation: colour: input should be less than 1" in capsys.readouterr().err
 
 
 def test_a_base_may_be_named_by_its_alias(make_config, tmp_path, monkeypatch):

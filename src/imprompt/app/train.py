@@ -1,12 +1,13 @@
 """``imprompt train``: train an adapter on captioned pictures.
 
 A folder of pictures is enough: training then starts from the base's default adapter, takes as many steps as
-suit the number of pictures, writes to a new folder in ``runs``, and keeps the step that is best on held-out
-pictures.
+suit the number of pictures, lets the learning rate fall to 0, writes to a new folder in ``runs``, and keeps
+the step that is best on held-out pictures.
 """
 
 import argparse
 import json
+import sys
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,6 @@ _FLAGS = {
     "sample_every": "", "push_to_hub": "NAME",
 }  # fmt: skip
 """Field of the configuration → metavar of its flag; empty: by type."""
-_SHEETS = 4
-"""Sheets of samples drawn during a run, unless --sample-every is given."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,17 +56,18 @@ def run(args: argparse.Namespace) -> int:
         name, sign, value = pair.partition("=")
         if not sign:
             raise UsageError(f"--set '{pair}': FIELD=VALUE is expected.")
-        stated[name] = _json(value)
+        _set(stated, name, _json(value))
     source = Path(args.source)
     if source.suffix in (".toml", ".json") and _is_configuration(source):
         config = TrainConfig.read(source, **stated)
     else:
         stated.setdefault("output", _run_folder(args.source, bool(args.resume)))
-        config = TrainConfig(**{"data": args.source, "keep": "best", **stated})
+        config = TrainConfig(**{"data": args.source, "keep": "best", "schedule": "cosine", **stated})
+    from imprompt.training.launch import start_all
     from imprompt.training.trainer import train
 
-    quick = "sample_every" not in config.model_fields_set
-    print(train(config, sheets=_SHEETS if quick else None))
+    start_all(sys.argv[1:])
+    print(train(config))
     return 0
 
 
@@ -87,6 +87,15 @@ def _run_folder(source: str, resume: bool) -> Path:
 
 def _numbered(stem: str, number: int) -> Path:
     return Path("runs") / (stem if number == 1 else f"{stem}-{number}")
+
+
+def _set(fields: dict[str, Any], name: str, value: Any) -> None:
+    """Set a field, or with ``outer.inner`` one of a table."""
+    outer, dot, inner = name.partition(".")
+    if not dot:
+        fields[name] = value
+    elif isinstance(table := fields.setdefault(outer, {}), dict):
+        table[inner] = value
 
 
 def _json(value: str) -> Any:

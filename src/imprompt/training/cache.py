@@ -13,12 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
@@ -26,18 +24,16 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from imprompt.data.rows import Rejected, Row
-from imprompt.encoders.images import load_image
-from imprompt.errors import ImpromptError, InputError, ModelError
+from imprompt.data.rows import Rejected
+from imprompt.errors import InputError, ModelError
 from imprompt.training.config import TrainConfig
-from imprompt.training.data import augment, crop_box
+from imprompt.training.data import augment
 from imprompt.training.folder import disk_errors, save_tensors
+from imprompt.training.pictures import Pictures, neighbours, to_tensor
 
 SHARD = 256  # pictures or captions a file: an interrupted encoding loses at most so many
 ENCODE_BATCH = 16
 IN_MEMORY = 4 * 2**30  # bytes of one table up to which it is read whole; above, rows are read from disk
-REFERENCE_SIDE = 512  # references are kept at this size while they wait for the encoder
-LEAST_SIDE, LARGEST_RATIO = 8, 10  # of a picture worth training on
 
 Item: TypeAlias = "dict[str, Tensor] | str"
 """The tensors of one picture or caption, or why it cannot be used."""
@@ -160,46 +156,23 @@ def fingerprint(*modules: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def picture_keys(rows: Sequence[Row], workers: int = 2) -> tuple[list[str], dict[int, str]]:
-    """A hash of each picture's bytes, and why some cannot be read."""
-    rejected: dict[int, str] = {}
-
-    def one(index: int) -> str:
-        try:
-            return hashlib.blake2b(rows[index].read(), digest_size=16).hexdigest()
-        except OSError as error:
-            rejected[index] = f"cannot be read ({error.strerror or error})"
-            return f"unreadable-{index}"
-
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(one, range(len(rows)))), rejected
-
-
 def encode_latents(
-    rows: Sequence[Row],
-    vae: Any,
-    config: TrainConfig,
-    sizes: Sequence[tuple[int, int]],
-    device: torch.device,
-    ranks: Ranks | None = None,
+    pictures: Pictures, vae: Any, config: TrainConfig, device: torch.device, ranks: Ranks | None = None
 ) -> Table:
-    """Scaled posterior ``mean`` and ``std`` (each ``N V 4 h w``, ``V`` 2 where targets may be mirrored) and
-    ``crop`` (``N 6``: SDXL's original size, crop corner and target size, height first) of each row's target.
-
-    ``sizes`` is each target's (width, height).
-    """
-    keys, unread = picture_keys(rows, config.workers)
+    """Of each row's target the scaled posterior's ``mean`` and ``std`` (each ``N V 4 h w``, ``V`` 2 where
+    targets may be mirrored), and ``crop`` (``N 6``: SDXL's original size, crop corner and target size, height
+    first)."""
     flips = 2 if config.flip else 1
 
     def encode(picked: Sequence[int]) -> list[Item]:
-        decoded = _decode(rows, picked, sizes, config.workers)
+        decoded = pictures.decode(picked)
         items: list[Item] = []
         shift = getattr(vae.config, "shift_factor", None) or 0.0
-        for batch in _runs(decoded):
+        for batch in neighbours(decoded, ENCODE_BATCH):
             if isinstance(batch, str):
                 items.append(batch)
                 continue
-            pixels = torch.stack([_to_tensor(one.target) for one in batch]) * 2 - 1
+            pixels = torch.stack([to_tensor(one.target) for one in batch]) * 2 - 1
             both = torch.stack([pixels, pixels.flip(-1)][:flips], 1).flatten(0, 1)
             posterior = vae.encode(both.to(device, next(vae.parameters()).dtype)).latent_dist
             mean = (posterior.mean - shift) * vae.config.scaling_factor
@@ -211,9 +184,8 @@ def encode_latents(
             ]
         return items
 
-    named = [f"{key}-{size[0]}x{size[1]}" for key, size in zip(keys, sizes, strict=True)]
     settings = f"{fingerprint(vae)} {flips}"
-    return _table(config, "latents", named, settings, encode, unread, ranks or Ranks(), rows, sizes)
+    return _table(config, "latents", settings, encode, pictures, ranks or Ranks())
 
 
 class FeatureEncoder(Protocol):
@@ -252,21 +224,16 @@ class ClipFeatures:
 
 
 def encode_features(
-    rows: Sequence[Row],
-    encoder: FeatureEncoder,
-    config: TrainConfig,
-    sizes: Sequence[tuple[int, int]],
-    ranks: Ranks | None = None,
+    pictures: Pictures, encoder: FeatureEncoder, config: TrainConfig, ranks: Ranks | None = None
 ) -> Table:
     """Image features of each row in ``config.views`` versions, ``N K …``."""
-    keys, unread = picture_keys(rows, config.workers)
 
     def versions(index: int, reference: Image.Image) -> list[Image.Image]:
-        seeds = [f"{config.seed}/{keys[index]}/{view}" for view in range(config.views)]
+        seeds = [f"{config.seed}/{pictures.keys[index]}/{view}" for view in range(config.views)]
         return [reference, *(augment(reference, config.augmentation, seed) for seed in seeds[1:])]
 
     def encode(picked: Sequence[int]) -> list[Item]:
-        decoded = dict(zip(picked, _decode(rows, picked, sizes, config.workers), strict=True))
+        decoded = dict(zip(picked, pictures.decode(picked), strict=True))
         shown = {i: versions(i, one.reference) for i, one in decoded.items() if not isinstance(one, str)}
         encoded = dict(zip(shown, _encoded(encoder, list(shown.values())), strict=True))
         return [one if isinstance(one, str) else encoded[index] for index, one in decoded.items()]
@@ -274,9 +241,8 @@ def encode_features(
     settings = f"{encoder.identity} {encoder.feature} {config.views}"
     if config.views > 1:
         settings += f" {config.seed} {config.augmentation.model_dump_json()}"
-    named = [f"{key}-{size[0]}x{size[1]}" for key, size in zip(keys, sizes, strict=True)]
     name = "features-" + "-".join(encoder.feature)
-    return _table(config, name, named, settings, encode, unread, ranks or Ranks(), rows, sizes)
+    return _table(config, name, settings, encode, pictures, ranks or Ranks())
 
 
 def _encoded(encoder: FeatureEncoder, versions: Sequence[list[Image.Image]]) -> list[Item]:
@@ -318,22 +284,21 @@ def encode_texts(
         return items
 
     keys = [hashlib.blake2b(text.encode(), digest_size=16).hexdigest() for text in captions]
-    return _table(config, "texts", keys, fingerprint(*encoders), encode, {}, ranks or Ranks())
+    return _table(config, "texts", fingerprint(*encoders), encode, keys, ranks or Ranks())
 
 
 def _table(
     config: TrainConfig,
     name: str,
-    keys: Sequence[str],
     settings: str,
     encode: Callable[[Sequence[int]], list[Item]],
-    unread: dict[int, str],
+    of: Pictures | Sequence[str],
     ranks: Ranks,
-    rows: Sequence[Row] | None = None,
-    sizes: Sequence[tuple[int, int]] = (),
 ) -> Table:
-    if config.cache_folder is None and rows is not None:
-        found = zip(range(len(rows)), _decode(rows, range(len(rows)), sizes, config.workers), strict=True)
+    """A table of pictures, or of texts by their hashes: what is stored, and the rest encoded now."""
+    keys, unread = (of.names, of.unread) if isinstance(of, Pictures) else (of, {})
+    if config.cache_folder is None and isinstance(of, Pictures):
+        found = enumerate(of.decode(range(len(of.rows))))
         return LiveTable(encode, unread | {index: one for index, one in found if isinstance(one, str)})
     root = config.cache_folder if config.cache_folder is not None else config.output / "cache"
     folder = root / f"{name}-{hashlib.blake2b(settings.encode(), digest_size=10).hexdigest()}"
@@ -384,59 +349,6 @@ def _compact(name: str, tensor: Tensor) -> Tensor:
         )
     half = tensor.half()
     return (half if half.isfinite().all() and name != "crop" else tensor.float()).cpu().contiguous()
-
-
-@dataclass(frozen=True)
-class _Decoded:
-    """One row's target at its size, its reference (the same crop), and SDXL's size conditions."""
-
-    target: Image.Image
-    reference: Image.Image
-    crop: tuple[float, ...]
-
-
-def _decode(
-    rows: Sequence[Row], picked: Iterable[int], sizes: Sequence[tuple[int, int]], workers: int
-) -> list[_Decoded | str]:
-    def one(index: int) -> _Decoded | str:
-        try:
-            picture = load_image(rows[index].read())
-        except (ImpromptError, OSError) as error:
-            return str(error)
-        width, height = picture.size
-        if min(width, height) < LEAST_SIDE or max(width, height) > LARGEST_RATIO * min(width, height):
-            return f"{width}×{height} pixels: too small or too narrow to train on"
-        box = crop_box(width, height, *sizes[index])
-        crop = picture.crop(box)
-        reference = crop.copy()
-        reference.thumbnail((REFERENCE_SIDE, REFERENCE_SIDE), Image.Resampling.BICUBIC)
-        wide, high = sizes[index]
-        scale = wide / (box[2] - box[0])  # SDXL's conditions: as if the picture had been scaled, then cropped
-        conditions = (height, width, box[1] * scale, box[0] * scale, high, wide)
-        target = crop if crop.size == (wide, high) else crop.resize((wide, high), Image.Resampling.LANCZOS)
-        return _Decoded(target, reference, conditions)
-
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(one, picked))
-
-
-def _runs(decoded: Sequence[_Decoded | str]) -> list[list[_Decoded] | str]:
-    """Neighbours of one size together, at most ``ENCODE_BATCH`` of them, in order."""
-    runs: list[list[_Decoded] | str] = []
-    for one in decoded:
-        if isinstance(one, str):
-            runs.append(one)
-            continue
-        last = runs[-1] if runs else ""
-        if isinstance(last, list) and len(last) < ENCODE_BATCH and last[0].target.size == one.target.size:
-            last.append(one)
-        else:
-            runs.append([one])
-    return runs
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1)
 
 
 def _chunks(values: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:

@@ -23,9 +23,9 @@ Kind = Literal["linear", "plus", "full", "faceid", "faceid-plus"]
 
 NOT_IDENTITY = frozenset((
     "data", "only", "base", "image_encoder", "face_model", "init", "output", "cache", "batch", "accumulate",
-    "steps", "minutes", "lr", "sample_every", "sample_guidance", "checkpoint_every", "keep_checkpoints",
-    "keep", "validate_every", "log_every", "max_skipped", "resume", "workers", "quiet", "device",
-    "gradient_checkpointing", "compile", "trackers", "push_to_hub", "on_bad_sample",
+    "steps", "minutes", "lr", "warmup", "sample_every", "sample_guidance", "checkpoint_every",
+    "keep_checkpoints", "keep", "validate_every", "log_every", "max_skipped", "resume", "workers", "quiet",
+    "device", "gradient_checkpointing", "compile", "trackers", "push_to_hub", "on_bad_sample",
 ))  # fmt: skip
 """Fields that a resumed run may change. Data, base, encoder and start are compared by their contents instead,
 and ``batch × accumulate × processes`` by its product: see :class:`imprompt.training.folder.Identity`."""
@@ -93,13 +93,13 @@ class TrainConfig(Record):
     accumulate: int = Field(default=1, ge=1)
     """Forward passes per optimizer step."""
     lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate; ``None``: 1e-4, or 3e-5 from a trained adapter."""
+    """Peak learning rate; ``None``: 1e-4."""
     weight_decay: float = Field(default=1e-2, ge=0)
     """AdamW's weight decay."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of its averages."""
-    warmup: int = Field(default=0, ge=0)
-    """Steps of linear warm-up."""
+    warmup: int | None = Field(default=None, ge=0)
+    """Steps of linear warm-up; ``None``: a tenth of all steps, at most 500."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after warm-up; linear and cosine end at 0."""
     clip: float = Field(default=1.0, ge=0)
@@ -174,10 +174,10 @@ class TrainConfig(Record):
     """Weights to write: of the last step, or of the step with the lowest validation loss."""
     resume: bool = False
     """Continue from the newest intact checkpoint in output."""
-    validate_every: int = Field(default=250, ge=1)
-    """Steps between validations."""
-    sample_every: int = Field(default=0, ge=0)
-    """Steps between sheets of sample drawings; 0: none."""
+    validate_every: int | None = Field(default=None, ge=1)
+    """Steps between validations; ``None``: a tenth of all steps."""
+    sample_every: int | None = Field(default=None, ge=0)
+    """Steps between sheets of sample drawings; 0: none; ``None``: every few minutes."""
     sample_guidance: float = Field(default=3.0, ge=1)
     """Guidance scale of the samples."""
     validation_rows: int = Field(default=64, ge=1)
@@ -220,7 +220,7 @@ class TrainConfig(Record):
             raise ValueError(
                 "drop_text + drop_image + drop_both exceed 1: no picture would be trained with both"
             )
-        if self.steps is not None and self.warmup >= self.steps:
+        if self.steps is not None and (self.warmup or 0) >= self.steps:
             raise ValueError(f"warmup ({self.warmup}) must end before the last step ({self.steps})")
         return self
 
@@ -237,10 +237,12 @@ class TrainConfig(Record):
 
     def resolved(self, kind: Kind, pictures: int, started: bool) -> TrainConfig:
         """Replace ``None``, for this number of ``pictures``; ``started`` from a trained adapter or not."""
-        steps = min(max(15 * pictures, 300), 3000) if started else min(max(50 * pictures, 1000), 20_000)
+        steps = min(max(10 * pictures, 200), 3000) if started else min(max(50 * pictures, 1000), 20_000)
         values: dict[str, Any] = {"kind": kind}
-        values["steps"] = self.steps or max(steps, self.warmup + 1)
-        values["lr"] = self.lr or (3e-5 if started else 1e-4)
+        values["steps"] = self.steps or max(steps, (self.warmup or 0) + 1)
+        values["warmup"] = min(values["steps"] // 10, 500) if self.warmup is None else self.warmup
+        values["validate_every"] = self.validate_every or max(1, values["steps"] // 10)
+        values["lr"] = self.lr or 1e-4
         return self.model_copy(update=values)
 
     def identity(self) -> dict[str, Any]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.commands.config import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import broadcast_object_list
 
 from imprompt.errors import ImpromptError, UsageError
@@ -52,10 +56,37 @@ def _trackers(config: TrainConfig) -> list[str]:
     return list(config.trackers)
 
 
-def _check_launcher() -> None:
-    """accelerate launch starts one process on the CPU; only its port shows that several were asked for."""
+def start_all(words: Sequence[str]) -> None:
+    """Where ``accelerate launch --cpu`` started one process though it was asked for several, start them:
+    this process becomes torch's launcher of ``imprompt`` with the arguments ``words``. Else do nothing."""
+    count = _asked_for() if _alone() else 1
+    if count > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        os.execv(sys.executable, [sys.executable, *launcher, "-m", "imprompt", *words])
+
+
+def _alone() -> bool:
+    """Whether accelerate's launcher started this process alone for several: it starts one on a CPU, and only
+    its port shows that there should be more."""
     several = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ
-    if several and not {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"} & os.environ.keys():
+    return several and not {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"} & os.environ.keys()
+
+
+def _asked_for() -> int:
+    """The number of processes in the command line of accelerate's launcher, the parent of this process, or in
+    the configuration that it names; 1 if it cannot be read."""
+    try:
+        words = psutil.Process().parent().cmdline()
+        asked = launch_command_parser().parse_args(words[words.index("launch") + 1 :])
+        if asked.num_processes is None:
+            asked = load_config_from_file(asked.config_file)
+    except (psutil.Error, AttributeError, ValueError, OSError):
+        return 1
+    return int(asked.num_processes) if asked.num_machines in (None, 1) else 1
+
+
+def _check_launcher() -> None:
+    if _alone():
         raise UsageError(
             "accelerate launch --cpu starts one process, whatever --num_processes says; start several with "
             "torchrun --nproc-per-node N -m imprompt train …"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ from imprompt.checkpoints.locate import NOTED_ENCODER
 from imprompt.data.rows import Rejected, Row, read_dataset
 from imprompt.errors import InputError, UsageError
 from imprompt.training import cache, start
-from imprompt.training.config import Kind, TrainConfig
+from imprompt.training.config import TrainConfig
 from imprompt.training.data import Plan, bucket_size
 from imprompt.training.folder import Identity, data_hash
+from imprompt.training.pictures import Pictures, Size
 
 BAD_SHARE, BAD_LEAST = 0.01, 3
 """A run does not begin with more unreadable pictures than this share, and more than this number."""
@@ -40,7 +41,7 @@ class Prepared:
     notes: tuple[str, ...]
 
 
-def prepare(config: TrainConfig, accelerator: Accelerator, sheets: int | None = None) -> Prepared:
+def prepare(config: TrainConfig, accelerator: Accelerator) -> Prepared:
     """Load and encode what ``config`` names; all processes share the encoding.
 
     Raises :class:`InputError` for data that cannot be trained on, :class:`ModelError` or :class:`UsageError`
@@ -49,24 +50,23 @@ def prepare(config: TrainConfig, accelerator: Accelerator, sheets: int | None = 
     base, pipe = start.load_base(config.base)
     initial = start.load_start(config, base)
     kind = config.kind or (start.kind_of(initial) if initial is not None else "linear")
-    config = _resolved(config, kind, found.rows, initial is not None, sheets)
+    config = config.resolved(kind, sum(row.trainable for row in found.rows), initial is not None)
     per_step = config.batch * accelerator.gradient_accumulation_steps * accelerator.num_processes
     rows, rejected = found.rows, list(found.rejected)
     ranks = cache.Ranks(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
-    keys, _ = cache.picture_keys(rows, config.workers)
-    sizes = _sizes(rows, config, pipe)
+    pictures = Pictures.read(rows, _target_size(config, pipe), config.workers)
 
     # One encoder at a time is on the device, and the UNet is not.
     pipe.vae.to(accelerator.device)
-    latents = cache.encode_latents(rows, pipe.vae, config, sizes, accelerator.device, ranks)
+    latents = cache.encode_latents(pictures, pipe.vae, config, accelerator.device, ranks)
     reader, encoder_name = start.feature_encoder(config, kind, pipe, initial, accelerator.device)
     if config.cache_folder is not None:
         pipe.vae.to("cpu")
-    features = cache.encode_features(rows, reader, config, sizes, ranks)
+    features = cache.encode_features(pictures, reader, config, ranks)
     negative = reader.negative()
     bad = latents.rejected | features.rejected
     _quarantine(rows, bad, rejected, config)
-    plan = Plan(rows, config, unusable=set(bad), keys=keys, sizes=sizes, per_step=per_step)
+    plan = Plan(rows, config, unusable=set(bad), keys=pictures.keys, sizes=pictures.sizes, per_step=per_step)
     encoders = [part for part in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if part]
     for part in encoders:
         part.to(accelerator.device)
@@ -78,7 +78,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, sheets: int | None = 
     identity = Identity(
         config=config.identity(),
         pictures=len(rows),
-        data=data_hash(rows, keys),
+        data=data_hash(rows, pictures.keys),
         base=cache.fingerprint(pipe.unet, pipe.vae, *encoders),
         encoder=reader.identity,
         start=cache.fingerprint(adapter.module),
@@ -96,30 +96,22 @@ def prepare(config: TrainConfig, accelerator: Accelerator, sheets: int | None = 
     return Prepared(config, identity, pipe, adapter, data, plan, about, tuple(found.notes))
 
 
-def _resolved(
-    config: TrainConfig, kind: Kind, rows: Sequence[Row], started: bool, sheets: int | None
-) -> TrainConfig:
-    config = config.resolved(kind, sum(row.trainable for row in rows), started)
-    if sheets is None or config.steps is None:
-        return config
-    often = {"sample_every": max(1, config.steps // sheets), "validate_every": max(1, config.steps // 10)}
-    return config.model_copy(update=often)
+def _target_size(config: TrainConfig, pipe: Any) -> Callable[[bytes], Size]:
+    """The rule for a target's (width, height), given its picture's bytes.
 
-
-def _sizes(rows: Sequence[Row], config: TrainConfig, pipe: Any) -> list[tuple[int, int]]:
-    """Each target's (width, height)."""
+    Raises :class:`UsageError` for a resolution that the base cannot have."""
     factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     side = config.resolution or pipe.unet.config.sample_size * factor
     if side % factor:
         raise UsageError(f"resolution must be a multiple of {factor} for this base, given {side}.")
     if not config.buckets:
-        return [(side, side)] * len(rows)
-    return [_bucket(row, side, max(factor, 8)) for row in rows]
+        return lambda content: (side, side)
+    return lambda content: _bucket(content, side, max(factor, 8))
 
 
-def _bucket(row: Row, side: int, multiple: int) -> tuple[int, int]:
+def _bucket(content: bytes, side: int, multiple: int) -> Size:
     try:
-        with Image.open(io.BytesIO(row.read())) as image:
+        with Image.open(io.BytesIO(content)) as image:
             return bucket_size(image.width, image.height, side, multiple)
     except Exception:  # said where it is decoded
         return side, side

@@ -23,6 +23,8 @@ from imprompt.training.cache import EncodedSet
 from imprompt.training.data import Plan, crop_to_shape, generator_for
 
 ROWS, STEPS = 6, 20
+PIXELS = 512 * 512
+"""Drawn at once, at most, beside what training keeps in memory: small pictures share a batch."""
 COLUMNS = ("picture", "caption alone", "picture alone", "both", "picture, other caption")
 
 
@@ -62,30 +64,46 @@ class Preview:
         try:
             self.adapter.attach(self.pipe)
             images = []
-            for place, caption in enumerate(captions):
+            for places in self._together():
                 if with_picture:
-                    self.adapter.set_prompt(self._prompt(self.shown[place]))
-                images += self._one(caption, self.sizes[place], place, weight)
+                    self.adapter.set_batch([self._prompt(self.shown[place]) for place in places])
+                images += self._some([captions[place] for place in places], places, weight)
             return images
         finally:
             self.adapter.clear_prompt()
             self.adapter.attach(unet)
             self.pipe.vae.to(before)
 
-    def _one(self, caption: str, size: tuple[int, int], place: int, weight: Tensor) -> list[Image.Image]:
-        states = self.data.text("states", [caption, ""]).to(weight.device, weight.dtype)
-        options: dict[str, Any] = {"prompt_embeds": states[:1], "negative_prompt_embeds": states[1:]}
+    def _together(self) -> list[list[int]]:
+        """The rows in order, those of one size that are drawn as one batch together."""
+        batches: list[list[int]] = []
+        for place, (wide, high) in enumerate(self.sizes):
+            last = batches[-1] if batches else []
+            if last and self.sizes[last[0]] == (wide, high) and (len(last) + 1) * wide * high <= PIXELS:
+                last.append(place)
+            else:
+                batches.append([place])
+        return batches
+
+    def _some(self, captions: Sequence[str], places: Sequence[int], weight: Tensor) -> list[Image.Image]:
+        def embedded(name: str, texts: Sequence[str]) -> Tensor:
+            return self.data.text(name, texts).to(weight.device, weight.dtype)
+
+        empty = [""] * len(captions)
+        options: dict[str, Any] = {"prompt_embeds": embedded("states", captions)}
+        options["negative_prompt_embeds"] = embedded("states", empty)
         if unet_takes_pooled(self.pipe.unet):
-            pooled = self.data.text("pooled", [caption, ""]).to(weight.device, weight.dtype)
-            options |= {"pooled_prompt_embeds": pooled[:1], "negative_pooled_prompt_embeds": pooled[1:]}
+            options["pooled_prompt_embeds"] = embedded("pooled", captions)
+            options["negative_pooled_prompt_embeds"] = embedded("pooled", empty)
         reduced = weight.dtype != torch.float32
+        width, height = self.sizes[places[0]]
         with torch.autocast(weight.device.type, weight.dtype, enabled=reduced):
             found: list[Image.Image] = self.pipe(
-                width=size[0],
-                height=size[1],
+                width=width,
+                height=height,
                 num_inference_steps=STEPS,
                 guidance_scale=self.guidance,
-                generator=generator_for(0, "samples", place),
+                generator=[generator_for(0, "samples", place) for place in places],
                 **options,
             ).images
         return found

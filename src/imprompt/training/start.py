@@ -9,15 +9,18 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.catalog.variants import VARIANTS
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.face import OnnxFaces
 from imprompt.errors import UsageError
 from imprompt.generation.families import Base, find_base
 from imprompt.generation.pipelines import load
+from imprompt.projections.build import skeleton
+from imprompt.projections.shapes import HEAD_WIDTH
 from imprompt.training.cache import ClipFeatures, FeatureEncoder
 from imprompt.training.config import Kind, TrainConfig
 from imprompt.training.faces import FaceFeatures
@@ -31,6 +34,8 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "faceid-plus": ("face", "hidden"),
 }
 _CHECKPOINT = "checkpoint-"
+_FACE_DEPTH = 4
+"""Blocks of a new FaceID-PlusV2 resampler."""
 
 
 def load_base(name: str) -> tuple[Base, Any]:
@@ -77,9 +82,7 @@ def new_adapter(config: TrainConfig, kind: Kind, unet: Any, widths: tuple[int, .
     """An adapter with new weights by the run's seed: a random projection, and keys and values copied from
     the text's; for faces also a LoRA that adds nothing yet. ``widths`` are those of the features.
 
-    Raises :class:`UsageError` for faceid-plus, which needs an adapter to start from."""
-    if kind == "faceid-plus":
-        raise UsageError("kind 'faceid-plus' is trained from an adapter only: name one with init.")
+    faceid-plus is PlusV2: its tokens are the face's, plus what the crop's patches add."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if kind in ("linear", "plus"):
@@ -87,20 +90,11 @@ def new_adapter(config: TrainConfig, kind: Kind, unet: Any, widths: tuple[int, .
             return IPAdapter.new(unet, kind=named, feature_width=widths[0], tokens=config.tokens)
         cross = cross_attentions(unet)[0].cross_dim
         if kind == "full":
-            projection = _layers(
-                {"proj.0": nn.Linear(widths[0], widths[0]), "proj.2": nn.Linear(widths[0], cross)}
-            )
-            projection |= _layers({"proj.3": nn.LayerNorm(cross)})
-            return _assembled(unet, projection, {}, "full-face")
-        tokens = config.tokens or 4
-        projection = _layers(
-            {
-                "proj.0": nn.Linear(widths[0], 2 * widths[0]),
-                "proj.2": nn.Linear(2 * widths[0], tokens * cross),
-                "norm": nn.LayerNorm(cross),
-            }
-        )
-        return _assembled(unet, projection, _new_lora(unet, config.lora_rank), "faceid")
+            shapes = {"proj.0.weight": (widths[0], widths[0]), "proj.3.weight": (cross,)}
+            return _assembled(unet, _projection("full-face", shapes), {}, "full-face")
+        variant = "faceid" if kind == "faceid" else "faceid-plusv2"
+        projection = _projection(variant, _face_shapes(cross, config.tokens or 4, *widths))
+        return _assembled(unet, projection, _new_lora(unet, config.lora_rank), variant)
 
 
 def widths(negative: Mapping[str, Tensor]) -> tuple[int, ...]:
@@ -160,12 +154,28 @@ def _image_encoder(config: TrainConfig, pipe: Any, initial: IPAdapter | None) ->
     return found.to(dtype=torch.float32)
 
 
-def _layers(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    return {
-        f"{name}.{key}": value
-        for name, module in modules.items()
-        for key, value in module.state_dict().items()
+def _face_shapes(cross: int, tokens: int, face: int, patch: int | None = None) -> dict[str, tuple[int, ...]]:
+    """Shapes of a FaceID projection, of PlusV2's with ``patch``, the width of the crop's patches; the inner
+    widths are the published ones."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "proj.0.weight": (2 * face, face),
+        "proj.2.weight": (tokens * cross, 2 * face),
+        "norm.weight": (cross,),
     }
+    if patch is None:
+        return shapes
+    heads = HEAD_WIDTH * max(1, cross // HEAD_WIDTH)
+    inside = {"proj_in.weight": (cross, patch), "proj_out.weight": (cross, cross)}
+    inside["layers.0.1.1.weight"] = (4 * cross, cross)
+    inside |= {f"layers.{block}.0.to_q.weight": (heads, cross) for block in range(_FACE_DEPTH)}
+    return shapes | {f"perceiver_resampler.{name}": shape for name, shape in inside.items()}
+
+
+def _projection(variant: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Random weights of a variant's projection."""
+    module = skeleton(VARIANTS[variant], shapes).to_empty(device="cpu")
+    module.reset_parameters()
+    return dict(module.state_dict())
 
 
 def _assembled(unet: Any, projection: dict[str, Tensor], lora: dict[str, Tensor], variant: str) -> IPAdapter:

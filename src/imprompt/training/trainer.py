@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from imprompt.errors import ModelError
 from imprompt.io import write_atomic
+from imprompt.training.card import Card, html, markdown, noted
 from imprompt.training.config import TrainConfig
 from imprompt.training.folder import WEIGHT_NAME, RunFolder
 from imprompt.training.launch import make_accelerator, on_main
@@ -37,19 +38,19 @@ from imprompt.training.meter import BANDS, Meter
 from imprompt.training.objective import broadcast, learning_rate, loss_weights, prediction_target
 from imprompt.training.prepare import Prepared, prepare
 from imprompt.training.preview import Preview, unet_takes_pooled
-from imprompt.training.result import model_card, push, write_adapter
+from imprompt.training.result import push, write_adapter
 from imprompt.training.samples import Forward, Sample, Samples, Shown
 from imprompt.training.stopping import Stopper
 from imprompt.weights import silence_library_logging
 
+SHEET_SECONDS = 180.0
+"""Least time between two sheets of samples that no number of steps is given for."""
 
-def train(
-    config: TrainConfig, *, on_step: Callable[[int], None] | None = None, sheets: int | None = None
-) -> Path:
+
+def train(config: TrainConfig, *, on_step: Callable[[int], None] | None = None) -> Path:
     """Train one adapter and return its file, which was read back as a check.
 
-    ``on_step`` is called after each step with the number of steps so far, in every process. ``sheets`` is the
-    number of sample sheets to draw during the run; ``None``: one every ``config.sample_every`` steps.
+    ``on_step`` is called after each step with the number of steps so far, in every process.
 
     With ``minutes`` the run may end before its last step: the adapter is written as it is then, and
     ``resume`` continues the run. Ctrl-C, SIGTERM and SIGHUP do the same and then raise ``KeyboardInterrupt``.
@@ -61,7 +62,7 @@ def train(
     folder = RunFolder(config.output, resume=config.resume)
     try:
         on_main(accelerator, folder.open)
-        trainer = Trainer(config, accelerator, folder, sheets=sheets)
+        trainer = Trainer(config, accelerator, folder)
         trainer.run(on_step)
         return trainer.finish()
     finally:
@@ -75,17 +76,10 @@ def train(
 class Trainer:
     """A run: the frozen base, the adapter in training, validation, samples and checkpoints."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        accelerator: Accelerator,
-        folder: RunFolder,
-        *,
-        sheets: int | None = None,
-    ) -> None:
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> None:
         self.accelerator, self.folder, self.device = accelerator, folder, accelerator.device
         self.quiet = config.quiet or not accelerator.is_main_process
-        prepared = prepare(config, accelerator, sheets)
+        prepared = prepare(config, accelerator)
         self.config, self.pipe, self.adapter = prepared.config, prepared.pipe, prepared.adapter
         self.data, self.plan, self.about = prepared.data, prepared.plan, prepared.about
         self.accumulate = accelerator.gradient_accumulation_steps
@@ -114,7 +108,8 @@ class Trainer:
         if config.resume:
             self._restore()
         self.preview = None
-        if self.config.sample_every and accelerator.is_main_process:
+        self.next_sheet = 0.0
+        if self.config.sample_every != 0 and accelerator.is_main_process:
             self.preview = Preview(self.pipe, self.adapter, self.data, self.plan, config.sample_guidance)
 
     def _begin(self, prepared: Prepared) -> None:
@@ -184,8 +179,8 @@ class Trainer:
         """Do what is due after a step: checks, a log line, a checkpoint, validation, samples."""
         config = self.config
 
-        def due(every: int) -> bool:
-            return bool(every) and (last or self.step % every == 0)
+        def due(every: int | None) -> bool:
+            return every is not None and (last or self.step % every == 0)
 
         log, save = due(config.log_every), due(config.checkpoint_every)
         if log or self.device.type == "cpu":  # elsewhere the check would wait for the device
@@ -197,7 +192,7 @@ class Trainer:
         before = time.monotonic()
         if due(config.validate_every) and (config.keep == "best" or not self.stopper.interrupted):
             self._validate()
-        if due(config.sample_every):
+        if self._sheet_due(last):
             self._sample()
         self.meter.pause(time.monotonic() - before)
 
@@ -297,6 +292,7 @@ class Trainer:
     def _rate(self, step: int) -> float:
         config = self.config
         assert config.lr is not None
+        assert config.warmup is not None
         return learning_rate(
             step, peak=config.lr, steps=self.steps, warmup=config.warmup, schedule=config.schedule
         )
@@ -346,15 +342,26 @@ class Trainer:
                 self.accelerator.unwrap_model(self.forward).release()
         return sums / len(self.plan.validation)
 
+    def _sheet_due(self, last: bool) -> bool:
+        every = self.config.sample_every
+        if self.stopper.interrupted:
+            return False
+        if every is None:
+            return last or time.monotonic() >= self.next_sheet
+        return bool(every) and (last or self.step % every == 0)
+
     def _sample(self) -> None:
-        """Draw a sheet of samples."""
+        """Draw a sheet of samples. By the clock, sheets take a tenth of a run at most."""
         if self.preview is None:
             return
+        began = time.monotonic()
         with self.learned.averaged():
             sheet, _ = self.preview.draw()
         path = self.folder.path / "samples" / f"{self.step:08d}.png"
         write_atomic(path, sheet, overwrite=True)
         self._say(f"samples: {path}")
+        now = time.monotonic()
+        self.next_sheet = now + max(SHEET_SECONDS, 9 * (now - began))
 
     def _log(self, record: dict[str, Any]) -> None:
         if not self.accelerator.is_main_process:
@@ -380,7 +387,9 @@ class Trainer:
                 with self.learned.averaged():
                     self._write_adapter()
             kept = self._kept()
-            self.folder.write("README.md", model_card(self.config, self.about, self.figures, kept))
+            card = Card(self.config, self.about, self.figures, kept)
+            self.folder.write("README.md", markdown(card))
+            self.folder.write("card.html", html(card))
             self._say(f"wrote {path}" + (f" (step {kept['step']})" if kept else ""))
             if self.config.push_to_hub and not self.stopper.interrupted:
                 push(self.config.push_to_hub, self.folder.path)
@@ -397,7 +406,7 @@ class Trainer:
         return self.figures[-1]
 
     def _write_adapter(self) -> None:
-        about = {**self.about, "imprompt.step": str(self.step)}
+        about = {**self.about, "imprompt.step": str(self.step), **noted(self.config, self.figures)}
         write_adapter(self.adapter, self.folder.path, about, getattr(torch, self.config.save_dtype))
 
     def _save_checkpoint(self) -> None:
