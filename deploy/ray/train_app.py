@@ -33,7 +33,7 @@ def work(settings: dict[str, Any]) -> None:
 def run(config: TrainConfig, *, workers: int = 2, gpu: bool = False, restarts: int = 0) -> Path:
     """Train by ``config`` with so many workers; gives the adapter's file.
 
-    Raises what Ray raises when a worker fails more often than ``restarts``, which is how often the workers are started again after a failure."""
+    The workers are started again after a failure, at most ``restarts`` times; then Ray raises its error."""
     settings = {"config": config.model_dump_json(), "folder": str(Path.cwd()), "again": restarts > 0}
     output = config.output.absolute()
     TorchTrainer(
