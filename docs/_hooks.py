@@ -8,7 +8,7 @@ import re
 from importlib import import_module
 from typing import Any
 
-from imprompt.app.cli import Parser
+from imprompt.app.cli import parser_of
 
 _ROLE = re.compile(r":(?:class|func|meth|mod|data|attr|exc):<code>~?([^<]*)</code>")
 
@@ -23,10 +23,7 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def _help(verb: str) -> str:
-    module = import_module(f"imprompt.app.{verb}")
-    parser = Parser(prog=f"imprompt {verb}", description=f"{module.HELP}.", allow_abbrev=False)
-    module.add_arguments(parser)
-    return f"```text\n{parser.format_help()}```"
+    return f"```text\n{parser_of(verb)[0].format_help()}```"
 
 
 def _fields(name: str) -> str:

@@ -53,7 +53,7 @@ REFUSED = {
     "no data": (GOOD[: 8 + struct.unpack("<Q", GOOD[:8])[0]], "truncated or damaged .*not fully covered"),
     "something behind": (GOOD + b"x", "truncated or damaged .*not fully covered"),
     "a huge header": (packed({}, length=2**63), "it would have a header of 9,223"),
-    "random": (bytes(range(200, 256)) * 9, "no safetensors file"),
+    "random": (bytes(range(200, 256)) * 9, "not a readable safetensors file"),
     "no json": (packed(b"{{{{"), "invalid JSON in header"),
     "no utf-8": (packed(b'{"\xff": 1}'), "invalid UTF-8 in header"),
     "a list": (packed([1]), "invalid JSON in header: invalid type: sequence"),

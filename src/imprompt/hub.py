@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import huggingface_hub
+from huggingface_hub import constants
+
 from imprompt.errors import ModelError, first_line
 
 TIMEOUT = 10.0
@@ -17,8 +20,6 @@ TIMEOUT = 10.0
 @contextmanager
 def offline() -> Iterator[None]:
     """Ask the hub for nothing inside this block, as under ``HF_HUB_OFFLINE``."""
-    from huggingface_hub import constants
-
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         yield
@@ -28,26 +29,20 @@ def offline() -> Iterator[None]:
 
 def cached_file(repo: str, file: str, revision: str | None = None) -> Path | None:
     """A repository's file in the cache on this machine, if it is there; the hub is not asked."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(repo, file, revision=revision)
+    found = huggingface_hub.try_to_load_from_cache(repo, file, revision=revision)
     return Path(found) if isinstance(found, str) else None
 
 
 def cached_weights(repo: str, folder: str = "", revision: str | None = None) -> list[Path]:
     """The ``.safetensors`` files of a repository, or of one of its folders, that are in the cache."""
-    from huggingface_hub import snapshot_download
-
     try:
-        root = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        root = Path(huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True))
     except (OSError, ValueError):
         return []
     return sorted((root / folder).rglob("*.safetensors"))
 
 
-def fetch(
-    repo: str, file: str, *, revision: str | None = None, what: str = "", about: str = ""
-) -> Path:  # fmt: skip
+def fetch(repo: str, file: str, *, revision: str | None = None, what: str = "", about: str = "") -> Path:
     """A repository's file, from the cache or the hub.
 
     ``what`` names the thing it is for in the message, ``about`` adds facts such as size and licence. Raises
@@ -55,23 +50,21 @@ def fetch(
     """
     if (path := cached_file(repo, file, revision)) is not None:
         return path
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.constants import is_offline_mode
-
     try:
-        if not is_offline_mode():  # one short attempt: a hub that does not answer is not asked six times
-            get_hf_file_metadata(hf_hub_url(repo, file, revision=revision), timeout=TIMEOUT)
-        return Path(hf_hub_download(repo, file, revision=revision, etag_timeout=TIMEOUT))
+        if (
+            not constants.HF_HUB_OFFLINE
+        ):  # one short attempt: a hub that does not answer is not asked six times
+            url = huggingface_hub.hf_hub_url(repo, file, revision=revision)
+            huggingface_hub.get_hf_file_metadata(url, timeout=TIMEOUT)
+        return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision, etag_timeout=TIMEOUT))
     except Exception as error:  # OSError, ValueError, and whatever its HTTP client raises
         raise failure(what or f"'{file}'", repo, error, file=file, about=about) from error
 
 
 def fetch_folder(repo: str, patterns: list[str], *, what: str) -> Path:
     """The folder of a repository's files that match. Raises :class:`ModelError`."""
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(repo, allow_patterns=patterns, etag_timeout=TIMEOUT))
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns, etag_timeout=TIMEOUT))
     except Exception as error:
         raise failure(what, repo, error) from error
 

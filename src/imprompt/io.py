@@ -193,7 +193,7 @@ def _writing(path: Path) -> Iterator[None]:
     except FileExistsError as error:
         if not _is_above(error.filename, path):
             raise
-        raise InputError(f"cannot write '{path}': '{error.filename}' is no folder.") from error
+        raise InputError(f"cannot write '{path}': '{error.filename}' is not a folder.") from error
     except OSError as error:
         raise InputError(f"cannot write '{path}' ({error.strerror or first_line(error)}).") from error
 
@@ -244,9 +244,9 @@ def check_file(path: str | Path, what: str = "", *, folder: bool = False) -> Pat
     except OSError as error:
         raise InputError(f"{prefix}{name} cannot be read ({error.strerror}).") from error
     if stat.S_ISDIR(mode) and not folder:
-        raise InputError(f"{prefix}{name} is no file but a folder.")
+        raise InputError(f"{prefix}{name} is a folder; a file is expected.")
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise InputError(f"{prefix}{name} is no file but a pipe or a device.")
+        raise InputError(f"{prefix}{name} is a pipe or a device; a file is expected.")
     if not os.access(place, os.R_OK | (os.X_OK if stat.S_ISDIR(mode) else 0)):
         raise InputError(f"{prefix}{name} cannot be read (Permission denied).")
     return place
@@ -277,7 +277,7 @@ def read_json(
     """Parse JSON: the file at a :class:`Path`, or a text.
 
     ``what`` names it in messages; ``expect`` is the type of the outermost value. Raises ``error`` when it is
-    no JSON, of another type, longer than ``max_bytes``, nested deeper than ``max_depth``, has a key twice in
+    not JSON, of another type, longer than ``max_bytes``, nested deeper than ``max_depth``, has a key twice in
     one object, or holds NaN, Infinity or text that is not valid Unicode.
     """
     try:
@@ -318,7 +318,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON number")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _check_nesting(value: object, max_depth: int) -> None:

@@ -103,11 +103,11 @@ def check_start(path: Path, error: type[ImpromptError] = ModelError) -> None:
         raise error(f"'{path}' cannot be read: {wrong.strerror or wrong}.") from wrong
     _check_kind(path, start, error)
     if size < 8:
-        raise error(f"'{path}' is truncated: {size} bytes are no safetensors file.")
+        raise error(f"'{path}' is truncated: {size} bytes cannot hold a safetensors file.")
     (length,) = struct.unpack("<Q", start[:8])
     if length > MAX_HEADER:
         raise error(
-            f"'{path}' is no safetensors file that is read here: it would have a header of {length:,} bytes."
+            f"'{path}' is not a readable safetensors file: it would have a header of {length:,} bytes."
         )
     if length > size - 8:
         raise error(

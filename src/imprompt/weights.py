@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save
 from torch import Tensor
 
 from imprompt.errors import ImpromptError, InputError, ModelError, first_line
@@ -59,7 +61,7 @@ def unpickle(path: Path) -> object:
     with path.open("rb") as file:
         start = file.read(64)
     if not start.startswith((b"PK", b"\x80")):
-        raise ModelError(f"'{path}' is no pickle of torch; convert reads .bin, .pt and .ckpt files.")
+        raise ModelError(f"'{path}' is not a torch pickle; convert reads .bin, .pt and .ckpt files.")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -93,13 +95,9 @@ def save_tensors(
     metadata: Mapping[str, str],
     path: Path,
     *,
-    overwrite: bool = True,
     error: type[ImpromptError] = ModelError,
 ) -> None:
     """Write a ``.safetensors`` file whole or not at all. Raises ``error`` when it cannot be written."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save
-
     if not path.parent.is_dir():
         raise error(f"'{path}' cannot be written: there is no folder '{path.parent}'.")
     seen: set[int] = set()
@@ -112,8 +110,8 @@ def save_tensors(
         seen.add(tensor.untyped_storage().data_ptr())
         plain[key] = tensor
     try:
-        write_atomic(path, save(plain, dict(metadata)), overwrite=overwrite)
-    except (SafetensorError, InputError, FileExistsError) as wrong:
+        write_atomic(path, save(plain, dict(metadata)), overwrite=True)
+    except (SafetensorError, InputError) as wrong:
         raise error(f"'{path}' cannot be written: {_reason(wrong)}") from wrong
 
 

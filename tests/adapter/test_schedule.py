@@ -152,12 +152,12 @@ def test_points_are_read_from_text() -> None:
     ("curve", "said"),
     [
         ("fade-inn", "did you mean 'fade-in'"),
-        ("0:1,x:2", "'x:2' is no point"),
+        ("0:1,x:2", "'x:2' is not a point"),
         ([], "at least|expected"),
-        ([(0.0, math.nan)], "no finite number"),
+        ([(0.0, math.nan)], "not a finite number"),
         ([(1.5, 1.0)], "outside 0 to 1"),
         ([(0.5, 1.0), (0.2, 1.0)], "ascending"),
-        ([0.5], "no point"),
+        ([0.5], "not a point"),
     ],
 )
 def test_a_bad_curve_is_one_line(curve: object, said: str) -> None:
@@ -167,7 +167,7 @@ def test_a_bad_curve_is_one_line(curve: object, said: str) -> None:
 
 @pytest.mark.parametrize(
     ("selection", "said"),
-    [("0-x", "no token or range"), ("4", "no token 4"), ("1,1", "twice"), ([], "no token")],
+    [("0-x", "not a token or range"), ("4", "no token 4"), ("1,1", "twice"), ([], "no token")],
 )
 def test_a_bad_selection_is_one_line(selection: object, said: str) -> None:
     with pytest.raises(UsageError, match=said):

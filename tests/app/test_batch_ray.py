@@ -47,7 +47,7 @@ def test_two_workers_draw_what_one_process_draws(tmp_path: Path, capsys: pytest.
     assert {entry["id"]: entry["state"] for entry in manifest} == {
         "shown": "done", "plain": "done", "wide": "done", "gone": "failed",
     }  # fmt: skip
-    assert main(["batch", str(jobs), "-o", str(tmp_path / "ray"), "--ray", "2"]) == 1
+    assert main(["batch", str(jobs), "-o", str(tmp_path / "ray")]) == 1
     assert "3 of 4 are drawn already" in capsys.readouterr().err
 
 

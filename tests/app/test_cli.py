@@ -221,7 +221,7 @@ REFUSED = [
     (2, "start: 0.9 lies after end 0.2", "generate a --image ref.png,start=0.9,end=0.2 --base BASE"),
     (4, "carries no request", "info ref.png"),
     (4, "is a folder", "info ."),
-    (4, "is no folder one may write to", "generate a --base BASE -o ref.png/x.png"),
+    (4, "is not a writable folder", "generate a --base BASE -o ref.png/x.png"),
 ]
 
 

@@ -82,7 +82,7 @@ def test_a_picture_more_belongs_to_the_prompt_before_it() -> None:
         ("a.png,sharpen=2", "less than or equal to 1"),
         ("a.png,curve=1:0,0:1", "ascending"),
         ("a.png,combine=sum", "combine 'sum' is unknown"),
-        ("a.png,select=x", "no token or range"),
+        ("a.png,select=x", "not a token or range"),
     ],
 )
 def test_steering_without_sense_is_refused_before_anything_is_loaded(image: str, said: str) -> None:

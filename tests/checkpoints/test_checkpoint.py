@@ -621,8 +621,8 @@ def test_converting_what_is_no_adapter_leaves_nothing(tmp_path: Path) -> None:
         "cut.bin": (whole[:-500], "damaged|truncated|more than tensors"),
         "half.bin": (whole[: len(whole) // 2], "damaged|truncated|more than tensors"),
         "empty.bin": (b"", "is empty"),
-        "text.bin": (b"hello", "no pickle of torch"),
-        "page.ckpt": (b"<!DOCTYPE html><html>", "no pickle of torch"),
+        "text.bin": (b"hello", "not a torch pickle"),
+        "page.ckpt": (b"<!DOCTYPE html><html>", "not a torch pickle"),
     }
     target = tmp_path / "a.safetensors"
     target.write_bytes(b"what was there before")

@@ -90,7 +90,7 @@ def test_a_webdataset_shard_is_read_and_its_pictures_without_unpacking(folder):
     assert [row.read() for row in data.rows] == [(folder / "a.png").read_bytes()] * 2
     assert [item.where for item in data.rejected] == ["0000.tar/z"]
     (folder / "bad.tar").write_bytes(b"no tar")
-    with pytest.raises(InputError, match="no tar file"):
+    with pytest.raises(InputError, match="not a readable tar file"):
         read_dataset(folder / "bad.tar")
 
 

@@ -7,12 +7,14 @@ least be understood, so that it fails for the missing model or file (3, 4) and n
 import re
 import shlex
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from imprompt.app import cli
+from imprompt.app import cli, drawing
+from imprompt.generation.engine import Engine
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("docs/**/*.md")])
@@ -55,6 +57,7 @@ def test_every_command_of_a_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(drawing, "make_engine", lambda args: shared_engine())  # loads the model once
     for block in blocks(page):
         if block.language == "python":
             run_script(block)
@@ -64,6 +67,11 @@ def test_every_command_of_a_page_runs(
             said = capsys.readouterr()
             expected = {0} if block.runs else {0, 3, 4}
             assert code in expected, f"{shlex.join(words)}: {said.err}"
+
+
+@cache
+def shared_engine() -> Engine:
+    return Engine(quiet=True)
 
 
 def run_script(block: Block) -> None:
@@ -82,6 +90,10 @@ def run_command(words: list[str], runs: bool) -> int:
     if rest[0] in SHORT:
         rest += [] if "--steps" in rest else ["--steps", "2"]
         rest += ["--quiet"]
+    if rest[0] == "train":
+        rest += ["--sample-every", "0"]
+    if rest[0] == "animate" and "at=15" not in " ".join(rest):
+        rest += ["--frames", "4"]
     if rest[0] in DRAWING and not runs:
         for name in named_pictures(rest):
             Image.new("RGB", (64, 64), "gray").save(name)

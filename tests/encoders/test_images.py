@@ -64,7 +64,7 @@ def test_given_pil_image_is_left_as_it_was() -> None:
 def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"there is no file '.*none\.png'"):
         load_image(tmp_path / "none.png")
-    with pytest.raises(InputError, match="is no file"):
+    with pytest.raises(InputError, match="is a folder; a file is expected"):
         load_image(tmp_path)
 
 

@@ -164,7 +164,7 @@ def test_a_playlist_under_the_name_of_a_video_reads_nothing_else(tmp_path: Path)
         f"ffconcat version 1.0\nfile {secret}\n",
     ):
         (tmp_path / "list.mp4").write_text(text)
-        with pytest.raises(InputError, match=r"no MP4, MOV, MKV or WebM"):
+        with pytest.raises(InputError, match=r"not an MP4, MOV, MKV or WebM"):
             read_video(tmp_path / "list.mp4")
 
 

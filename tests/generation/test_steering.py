@@ -154,7 +154,7 @@ def test_the_command_line_explains(common, pictures, tmp_path, capsys):
     ("fields", "said"),
     [
         ({"noise": "fog"}, "noise 'fog' is unknown"),
-        ({"noise": "fade:2"}, "no number from 0 to 1"),
+        ({"noise": "fade:2"}, "not a number from 0 to 1"),
         ({"noise": "fade", "negative": "b.png"}, "no negative"),
     ],
 )
@@ -298,13 +298,13 @@ def test_weights_of_zero_in_every_layer_are_no_adapter(engine, common, pictures)
         ("a.png,text=a dog", "text: has no effect without a mask"),
         ("a.png,feather=0.1", "feather: has no effect without a mask"),
         ("a.png,mask=m.png,feather=7", "feather: input should be less than or equal to 1"),
-        ("a.png,profile=1,x,0", "profile '1,x,0': 'x' is no number"),
+        ("a.png,profile=1,x,0", "profile '1,x,0': 'x' is not a number"),
         ("a.png,profile=1,nan,0", "weight 1 is nan; a finite number"),
         ("a.png,profile=side:1,default:0", "'side' names no blocks"),
         ("a.png,profile=style:2", "'style' takes no factor"),
         ("a.png,profile=styles", "did you mean 'style'"),
         ('a.png,profile={"up": "x"}', "up is 'x'; a finite number"),
-        ('a.png,profile={"up"', "no valid JSON"),
+        ('a.png,profile={"up"', "not valid JSON"),
     ],
 )
 def test_regions_and_weights_without_sense_are_refused_at_once(image, said):

@@ -147,6 +147,12 @@ def net(tmp_path_factory):
     return saved(tiny_controlnet(), tmp_path_factory.mktemp("net"))
 
 
+@pytest.fixture(scope="module")
+def followed(engine, asked, net, film):
+    """A clip of six frames that follows a film."""
+    return engine.run(asked(frames=6, controls=[ControlRef(kind="none", path=film, model=net)]))
+
+
 def test_a_clip_follows_a_picture_or_one_a_frame_and_is_repeated_from_its_file(
     engine, asked, pictures, net, tmp_path
 ):
@@ -319,18 +325,22 @@ def places(value, film, pictures):
     return str(known[value]) if isinstance(value, str) and value in known else value
 
 
+@pytest.fixture(scope="module")
+def clip(engine, asked):
+    return engine.run(asked(fps=7))
+
+
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".mp4", ""])
-def test_every_format_keeps_frames_pace_and_request(engine, asked, tmp_path, suffix):
+def test_every_format_keeps_frames_pace_and_request(clip, tmp_path, suffix):
     from imprompt.encoders.video import read_clip
 
-    result = engine.run(asked(fps=7))
-    (path,) = output.save(result, tmp_path / f"clip{suffix}")
-    assert output.read_request(path) == result.request.single(0)
+    (path,) = output.save(clip, tmp_path / f"clip{suffix}")
+    assert output.read_request(path) == clip.request.single(0)
     frames, fps = read_clip(path, "clip")
     assert len(frames) == FRAMES
     assert fps is None if suffix == "" else abs(fps - 7) < 0.2
     worst = {"": 0, ".webp": 0, ".gif": 12, ".mp4": 30}[suffix]
-    assert np.abs(pixels(frames) - pixels(result.images)).mean() <= worst
+    assert np.abs(pixels(frames) - pixels(clip.images)).mean() <= worst
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
@@ -345,12 +355,10 @@ def test_a_gif_lasts_as_long_as_it_should(engine, asked, tmp_path):
     assert total == 1000
 
 
-def test_a_folder_of_our_frames_is_replaced_whole_as_a_file_is(engine, asked, net, film, tmp_path):
-    moving = ControlRef(kind="none", path=film, model=net)
-    first = engine.run(asked(frames=6, controls=[moving]))
-    path, maps = output.save(first, tmp_path / "clip", maps=True)
-    shorter = first.request.replace(frames=4, seed=6)
-    second = replace(first, images=first.images[:4], request=shorter, maps=(first.maps[0][:4],))
+def test_a_folder_of_our_frames_is_replaced_whole_as_a_file_is(followed, tmp_path):
+    path, maps = output.save(followed, tmp_path / "clip", maps=True)
+    shorter = followed.request.replace(frames=4, seed=6)
+    second = replace(followed, images=followed.images[:4], request=shorter, maps=(followed.maps[0][:4],))
     assert output.save(second, path, maps=True) == [path, maps]
     for folder in (path, maps):
         assert sorted(file.name for file in folder.iterdir()) == [f"{i:04}.png" for i in (1, 2, 3, 4)]
@@ -359,8 +367,7 @@ def test_a_folder_of_our_frames_is_replaced_whole_as_a_file_is(engine, asked, ne
 
 
 @pytest.mark.parametrize("inside", [[], ["notes.txt"], ["0001.png"], ["0001.png", "notes.txt"]])
-def test_a_folder_of_anything_else_is_never_replaced(engine, asked, net, film, tmp_path, inside):
-    result = engine.run(asked(frames=6, controls=[ControlRef(kind="none", path=film, model=net)]))
+def test_a_folder_of_anything_else_is_never_replaced(followed, tmp_path, inside):
     folders = tmp_path / "clip", tmp_path / "clip-control-1-none"
     for folder in folders:
         folder.mkdir()
@@ -368,10 +375,10 @@ def test_a_folder_of_anything_else_is_never_replaced(engine, asked, net, film, t
             (folder / name).touch() if name == "notes.txt" else tiny.picture(1).save(folder / name)
     for refused in (
         lambda: output.check_target(folders[0], "animate"),
-        lambda: output.check_target(tmp_path / "clip.gif", "animate", controls=result.request.controls),
-        lambda: output.save(result, folders[0]),
-        lambda: output.save(result, tmp_path / "clip.gif", maps=True),
-        lambda: output.save(result, folders[0], overwrite=True),
+        lambda: output.check_target(tmp_path / "clip.gif", "animate", controls=followed.request.controls),
+        lambda: output.save(followed, folders[0]),
+        lambda: output.save(followed, tmp_path / "clip.gif", maps=True),
+        lambda: output.save(followed, folders[0], overwrite=True),
     ):
         with pytest.raises(InputError, match=r"folder of other things.*Give another name"):
             refused()

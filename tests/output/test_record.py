@@ -133,7 +133,7 @@ def test_pictures_of_others_carry_no_request(tmp_path: Path) -> None:
             output.read_record(tmp_path / name)
     for name, data in {"b.png": b"text", "b.mp4": b"\0\0\0\x18ftypisom" + b"\0" * 100, "c.png": b""}.items():
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(InputError, match=r"is no PNG|damaged"):
+        with pytest.raises(InputError, match=r"is not a PNG|damaged"):
             output.read_record(tmp_path / name)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="carry no request"):

@@ -303,7 +303,7 @@ def start(child: "subprocess.Popen") -> None:
     child.stdin.flush()
 
 
-@each_format
+@pytest.mark.parametrize(("suffix", "moving"), [(".png", False), ("", True)])  # a file and a folder
 def test_two_processes_that_choose_names_lose_nothing(tmp_path: Path, suffix: str, moving: bool) -> None:
     children = [saver(suffix, moving, number, tmp_path, 4, "numbered") for number in (1, 2)]
     for child in children:
@@ -315,7 +315,7 @@ def test_two_processes_that_choose_names_lose_nothing(tmp_path: Path, suffix: st
     assert sorted(seeds) == [1] * 4 + [2] * 4  # type: ignore[type-var]
 
 
-@each_format
+@pytest.mark.parametrize(("suffix", "moving"), [(".png", False), (".mp4", True), ("", True)])
 def test_a_signal_inside_a_save_leaves_whole_files_only(tmp_path: Path, suffix: str, moving: bool) -> None:
     place = tmp_path / f"a{suffix}"
     output.save(clip(9) if moving else still(9), place)

@@ -1,12 +1,14 @@
 """A tiny base with an image encoder, on disk, and folders of captioned pictures."""
 
 import json
+from functools import partial
 
 import pytest
 from diffusers import StableDiffusionPipeline
 
 import tiny
 from imprompt.training.config import TrainConfig
+from imprompt.training.trainer import train
 
 
 @pytest.fixture(scope="session")
@@ -18,10 +20,8 @@ def base(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def pictures(tmp_path):
+def write_pictures(folder):
     """Three styles of two concepts, and one held-out picture."""
-    folder = tmp_path / "pictures"
     folder.mkdir()
     lines = []
     for number in range(7):
@@ -35,14 +35,38 @@ def pictures(tmp_path):
     return folder
 
 
+def config_in(folder, **values):
+    """A short training on the pictures in a folder."""
+    defaults = {
+        "data": folder / "pictures", "output": folder / "run", "cache": folder / "cache",
+        "steps": 4, "batch": 2, "dtype": "float32", "device": "cpu", "quiet": True, "log_every": 1,
+        "trackers": (), "lr": 1e-4, "sample_every": 0, "validate_every": 250,
+    }  # fmt: skip
+    return TrainConfig(**defaults | values)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    return write_pictures(tmp_path / "pictures")
+
+
 @pytest.fixture
 def make_config(base, pictures, tmp_path):
-    def make(**values):
-        defaults = {
-            "data": pictures, "base": str(base), "output": tmp_path / "run", "cache": tmp_path / "cache",
-            "steps": 4, "batch": 2, "dtype": "float32", "device": "cpu", "quiet": True, "log_every": 1,
-            "trackers": (), "lr": 1e-4, "sample_every": 0, "validate_every": 250,
-        }  # fmt: skip
-        return TrainConfig(**defaults | values)
+    return partial(config_in, tmp_path, base=str(base))
 
-    return make
+
+@pytest.fixture(scope="session")
+def mixed():
+    """Settings of a run in which all that is random takes part."""
+    return {
+        "references": [("self", 0.5), ("style", 0.5)], "views": 2, "schedule": "cosine", "warmup": 2,
+        "flip": 0.5, "accumulate": 2, "noise_offset": 0.1, "steps": 6,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def whole(base, mixed, tmp_path_factory):
+    """The file of a run with ``mixed`` settings that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_pictures(folder / "pictures")
+    return train(config_in(folder, base=str(base), **mixed))

@@ -19,13 +19,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from tqdm import tqdm
+
+from imprompt.app.batching import batch_key
 from imprompt.errors import ImpromptError, InputError, ModelError, UsageError
+from imprompt.io import read_json
+from imprompt.output import save
+from imprompt.schema.request import Request
 
 if TYPE_CHECKING:
     from imprompt.generation.engine import Engine, Result
-    from imprompt.schema.request import Request
-
-HELP = "draw a file of requests, one JSON object a line"
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 _LINE_BYTES = 1 << 20
 _RANKS = (("SLURM_PROCID", "SLURM_NTASKS"), ("RANK", "WORLD_SIZE"))  # of srun, of torchrun
@@ -39,25 +42,22 @@ class Job:
     """Stem of its files' names; the line's own ``id``, else its number."""
     digest: str
     """Of the line's fields: equal as long as the same is asked."""
-    request: "Request | None"
+    request: Request | None
     error: str | None = None
-    """Why the line is no request."""
+    """Why the line is not a request."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``imprompt batch``."""
-    parser.add_argument("jobs", help="a .jsonl file: a request a line; paths in it are relative to the file")
-    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="where files and manifest go")
-    parser.add_argument("--format", help="png, jpg or webp; clips: webp, gif or mp4; default: png, webp")
-    parser.add_argument(
-        "--batch", type=int, default=8, metavar="N", help="drawn together at most; default: 8"
+    add = parser.add_argument
+    add("jobs", help="a .jsonl file: a request a line; paths in it are relative to the file")
+    add("-o", "--output", required=True, metavar="FOLDER", help="where files and manifest go")
+    add("--format", help="png, jpg or webp; clips: webp, gif or mp4; default: png, webp")
+    add("--batch", type=int, default=8, metavar="N", help="drawn together at most; default: 8")
+    add(
+        "--shard", metavar="I/N", help="draw only part I (from 1) of N; auto: as SLURM's srun or torchrun say"
     )
-    parser.add_argument(
-        "--shard",
-        metavar="I/N",
-        help="draw only part I (from 1) of N; auto: as SLURM's srun or torchrun say",
-    )
-    parser.add_argument(
+    add(
         "--ray",
         nargs="?",
         const=0,
@@ -65,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="draw with Ray, on N workers of its cluster or of this machine; without N: one a GPU, else one",
     )
-    parser.add_argument("--device", help="for requests that name none")
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    add("--device", help="for requests that name none")
+    add("-q", "--quiet", action="store_true", help="no progress bar")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -114,7 +114,7 @@ def read_shard(text: str | None) -> tuple[int, int]:
 
 
 def read_jobs(source: Path, device: str | None = None) -> Iterator[Job]:
-    """The jobs of a file; a line that is no request has an ``error``. Raises :class:`InputError`."""
+    """The jobs of a file; a line that is not a request has an ``error``. Raises :class:`InputError`."""
     try:
         with source.open("rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -125,9 +125,6 @@ def read_jobs(source: Path, device: str | None = None) -> Iterator[Job]:
 
 
 def _read_job(default: str, line: bytes, device: str | None) -> Job:
-    from imprompt.io import read_json
-    from imprompt.schema.request import Request
-
     identity, digest = default, hashlib.sha256(line.strip()).hexdigest()
     try:
         values = read_json(line, "the line", error=UsageError, max_bytes=_LINE_BYTES)
@@ -225,8 +222,6 @@ def _write(
     drawn: Iterable[list[dict[str, Any]]], manifest: TextIO, count: int, *, quiet: bool
 ) -> list[dict[str, Any]]:
     """Write each batch to the manifest once its files are there; returns the lines of those that failed."""
-    from tqdm import tqdm
-
     failed = []
     with tqdm(total=count, unit="job", disable=quiet or not sys.stderr.isatty()) as bar:
         for entries in drawn:
@@ -239,9 +234,7 @@ def _write(
 
 
 def _batches(jobs: Iterable[Job], most: int) -> Iterator[list[Job]]:
-    """Jobs that can be drawn together, at most ``most`` at once; lines that are no requests come alone."""
-    from imprompt.app.batching import batch_key
-
+    """Jobs that can be drawn together, at most ``most`` at once; lines that are not requests come alone."""
     groups: dict[str, list[Job]] = {}
     for job in jobs:
         key = None if job.request is None else batch_key(job.request)
@@ -253,8 +246,6 @@ def _batches(jobs: Iterable[Job], most: int) -> Iterator[list[Job]]:
 
 def _finish(job: Job, outcome: "Result | ImpromptError", folder: Path, form: str | None) -> dict[str, Any]:
     """Save a result; the job's line of the manifest."""
-    from imprompt.output import save
-
     entry: dict[str, Any] = {"id": job.id, "digest": job.digest, "time": round(time.time(), 3)}
     try:
         if isinstance(outcome, ImpromptError):

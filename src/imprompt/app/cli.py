@@ -1,9 +1,9 @@
 """The command line: ``imprompt COMMAND …``.
 
-Each command is a module of this package with ``HELP``, ``add_arguments(parser)`` and ``run(args) -> int``;
-only the chosen one builds a parser, and it imports what is heavy inside ``run``: ``imprompt --help`` never
-loads torch. File names and machine-readable results go to stdout, everything else to stderr. An error is one
-line and an exit code: 2 usage, 3 model, 4 input, 130 interrupted.
+A command is a module of this package with ``add_arguments(parser)`` and ``run(args) -> int``; those that draw
+share :mod:`imprompt.app.drawing`. Only the chosen module is imported, and it imports torch inside ``run``, so
+that help and usage errors come at once. File names and machine-readable results go to stdout, everything else
+to stderr. An error is one line and an exit code: 2 usage, 3 model, 4 input, 130 interrupted.
 """
 
 import argparse
@@ -11,48 +11,41 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
-from typing import NoReturn, Protocol, cast
+from typing import Any, NoReturn
 
+from imprompt import __version__
 from imprompt.app.hints import for_command, for_flag
 from imprompt.app.threads import thread_settings
 from imprompt.errors import ImpromptError, UsageError
 
-VERBS = (
-    "generate",
-    "edit",
-    "inpaint",
-    "animate",
-    "batch",
-    "serve",
-    "tune",
-    "info",
-    "models",
-    "inspect",
-    "convert",
-    "embed",
-    "profiles",
-    "train",
-    "evaluate",
-    "demo",
-    "doctor",
-)
-"""Commands, in the order ``imprompt --help`` lists them; each is the module ``imprompt.app.NAME``."""
+VERBS = {
+    "generate": "draw from a text, image prompts, or both",
+    "edit": "redraw a picture (image-to-image)",
+    "inpaint": "redraw the masked part of a picture",
+    "animate": "draw a clip from a text, image prompts, or a video",
+    "batch": "draw a file of requests, one JSON object a line",
+    "serve": "serve the page and the HTTP protocols",
+    "tune": "find the settings that keep most of a text and of a picture",
+    "info": "show the request stored inside a picture or clip",
+    "models": "list the models that have an alias",
+    "inspect": "identify an adapter file and check that it is intact",
+    "convert": "convert a pickled adapter, or features in an .ipadpt file, to safetensors",
+    "embed": "encode pictures and save their features, to use them later without an encoder",
+    "profiles": "show how each profile weights the attention layers",
+    "train": "train an adapter on a folder of captioned pictures",
+    "evaluate": "measure adapters on your pictures, and compare them on the same seeds",
+    "demo": "draw a contact sheet with the bundled model",
+    "doctor": "report what is installed and run a self-test",
+}
+"""Command → what it does, in the order of ``imprompt --help``."""
 
 INTERRUPTED = 130
-_SHORT_LIVED = ("generate", "edit", "inpaint", "animate")
-"""Commands that skip the interpreter's tear-down: see :func:`_exit_now`."""
+_DRAWING = ("generate", "edit", "inpaint", "animate")
+"""Commands of :mod:`imprompt.app.drawing`; they skip the interpreter's tear-down: see :func:`_exit_now`."""
 _GC_THRESHOLD = 100_000
-
-
-class Verb(Protocol):
-    """The interface of a command's module."""
-
-    HELP: str
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
-    def run(self, args: argparse.Namespace) -> int: ...
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:]
     signal.signal(signal.SIGTERM, _interrupt)
     os.environ.update(thread_settings(os.environ))
-    short = bool(given) and given[0] in _SHORT_LIVED
+    short = bool(given) and given[0] in _DRAWING
     if short:
         # Imports create a million objects that stay; scanning them for garbage took 1 s of 8.
         gc.set_threshold(_GC_THRESHOLD)
@@ -130,24 +123,27 @@ def _dispatch(given: list[str]) -> int:
         print(_overview())
         return 0
     if given[0] in ("-V", "--version"):
-        from imprompt import __version__
-
         print(f"imprompt {__version__}")
         return 0
     name, *rest = given
     if name not in VERBS:
-        raise UsageError(for_command(name, rest, VERBS))
-    verb = _load(name)
-    parser = Parser(prog=f"imprompt {name}", description=f"{verb.HELP}.", allow_abbrev=False)
-    verb.add_arguments(parser)
+        raise UsageError(for_command(name, rest, tuple(VERBS)))
+    parser, run = parser_of(name)
     try:
-        return verb.run(parser.parse_intermixed_args(rest))
+        return run(parser.parse_intermixed_args(rest))
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
 
 
-def _load(name: str) -> Verb:
-    return cast("Verb", import_module(f"imprompt.app.{name}"))
+def parser_of(verb: str) -> tuple[Parser, Callable[[argparse.Namespace], int]]:
+    """The parser of a command, and the function that runs it."""
+    module: Any = import_module(f"imprompt.app.{'drawing' if verb in _DRAWING else verb}")
+    parser = Parser(prog=f"imprompt {verb}", description=f"{VERBS[verb]}.", allow_abbrev=False)
+    if verb in _DRAWING:
+        module.add_arguments(parser, verb)
+        return parser, partial(module.draw, verb)
+    module.add_arguments(parser)
+    return parser, module.run
 
 
 def _overview() -> str:
@@ -158,7 +154,7 @@ def _overview() -> str:
             "",
             "Show a diffusion model a picture and it draws with it.",
             "",
-            *(f"  {name:<{width}}  {_load(name).HELP}" for name in VERBS),
+            *(f"  {name:<{width}}  {about}" for name, about in VERBS.items()),
             "",
             "  --version, --debug (show a traceback for an error)",
         ]

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-HELP = "convert a pickled adapter, or features in an .ipadpt file, to safetensors"
+from imprompt.catalog import adapters
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from imprompt.catalog import adapters
     from imprompt.checkpoints.convert import convert
 
     source = args.source

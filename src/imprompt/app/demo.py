@@ -2,8 +2,6 @@
 
 import argparse
 
-HELP = "draw a contact sheet with the bundled model"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(

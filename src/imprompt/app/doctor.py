@@ -5,8 +5,6 @@ import json
 
 from imprompt.errors import ModelError
 
-HELP = "report what is installed and run a self-test"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")

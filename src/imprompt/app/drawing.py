@@ -8,25 +8,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from imprompt import output
+from imprompt.app.flags import add_request_flags, describe_options
 from imprompt.app.hints import check_is_text, check_no_url
 from imprompt.errors import ModelError, UsageError
+from imprompt.hub import offline
+from imprompt.io import check_path, read_json
+from imprompt.output.clips import check_fps
+from imprompt.schema.prompt import ImagePrompt, TextRegion
+from imprompt.schema.request import ControlRef, EmbeddingRef, LoraRef, Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from imprompt.generation.engine import Engine, Result
-    from imprompt.schema.request import Request
 
 
 _START = {"edit": "the picture to start from", "inpaint": "the picture to redraw in part"}
 
 
-def add_drawing_arguments(parser: argparse.ArgumentParser, task: str) -> None:
+def add_arguments(parser: argparse.ArgumentParser, task: str) -> None:
     """Add the arguments of a drawing command: texts and pictures, the request's fields, then output."""
-    from imprompt.app.flags import add_request_flags, describe_options
-    from imprompt.schema.prompt import ImagePrompt, TextRegion
-    from imprompt.schema.request import ControlRef, Request
-
+    add = parser.add_argument
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps the epilog's lines
     parser.epilog = "\n\n".join(
         [
@@ -36,53 +39,49 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, task: str) -> None:
         ]
     )
     if task in _START:
-        parser.add_argument("picture", nargs="?", metavar="PICTURE", help=_START[task])
+        add("picture", nargs="?", metavar="PICTURE", help=_START[task])
     optional = "--image or --video" if task == "animate" else "--image"
-    parser.add_argument("prompt", nargs="?", help=f"what to draw; optional with {optional}")
+    add("prompt", nargs="?", help=f"what to draw; optional with {optional}")
     add_request_flags(parser, Request, task)
-    parser.add_argument(
-        "--save-control", action="store_true", help="also write the map that each control followed"
-    )
-    parser.add_argument(
+    add("--save-control", action="store_true", help="also write the map that each control followed")
+    add(
         "--sweep",
         action="append",
         metavar="FIELD=VALUE,…",
         help="draw with each value of a field, such as scale=0.3,0.6, profile=linear,style or "
         "image2.scale=0.5,1, and put all on one page; repeat it to draw all combinations",
     )
-    parser.add_argument(
+    add(
         "--from",
         dest="again",
         metavar="PICTURE",
         help="draw the request inside a picture or a .json file again; other flags change it",
     )
-    parser.add_argument(
+    add(
         "--force",
         action="store_true",
         help="with --from: draw even if files or a model's weights have changed",
     )
-    parser.add_argument("--trust", action="store_true", help="with --from: download models that it names")
-    parser.add_argument(
+    add("--trust", action="store_true", help="with --from: download models that it names")
+    add(
         "-o",
         "--output",
         metavar="PATH",
         help="file to write, .png, .jpg or .webp, for a clip .gif, .webp or .mp4; or a folder; default: an "
         "unused name in the current folder",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that imprompt did not make")
-    parser.add_argument(
+    add("--overwrite", action="store_true", help="replace a file that imprompt did not make")
+    add(
         "--explain",
         action="store_true",
         help="also draw where, when and in which layers each image prompt acted",
     )
-    parser.add_argument("--json", action="store_true", help="print files, request and timings as JSON")
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    add("--json", action="store_true", help="print files, request and timings as JSON")
+    add("-q", "--quiet", action="store_true", help="no progress bar")
 
 
 def draw(task: str, args: argparse.Namespace) -> int:
     """Run a drawing command: read the request, draw, write the files, print their names."""
-    from imprompt import output
-
     request = read_request(task, args)
     if args.save_control and not request.controls:
         raise UsageError("--save-control: there is no control to save; give one with --control.")
@@ -115,11 +114,8 @@ def draw(task: str, args: argparse.Namespace) -> int:
     return 0
 
 
-def read_request(task: str, args: argparse.Namespace) -> "Request":
+def read_request(task: str, args: argparse.Namespace) -> Request:
     """The request that the flags describe, or ``--from``'s with their changes. Raises :class:`UsageError`."""
-    from imprompt.output import Record
-    from imprompt.schema.request import Request
-
     stated = _stated(args)
     if args.again is None:
         if args.force or args.trust:
@@ -136,16 +132,13 @@ def read_request(task: str, args: argparse.Namespace) -> "Request":
     if args.force:
         stated["fingerprints"] = {}
     request = before.replace(**stated)
-    if files := Record(request).local_files():
+    if files := output.Record(request).local_files():
         print(f"imprompt: --from reads {', '.join(files)}", file=sys.stderr)
     return request
 
 
 def _stated(args: argparse.Namespace) -> dict[str, Any]:
     """The fields that the flags state, with repeatable flags read into records."""
-    from imprompt.schema.prompt import ImagePrompt, TextRegion
-    from imprompt.schema.request import ControlRef, EmbeddingRef, LoraRef, Request
-
     given = {name: value for name, value in vars(args).items() if value is not None}
     if "picture" in given:
         given["image"] = given["picture"]
@@ -175,15 +168,13 @@ def _check_no_urls(stated: Mapping[str, Any]) -> None:
             check_no_url("--image", path)
 
 
-def _earlier_request(source: str) -> "Request":
-    from imprompt.io import read_json
-    from imprompt.output import Record, read_request
-    from imprompt.schema.request import Request
-
+def _earlier_request(source: str) -> Request:
     if not source.endswith(".json"):
-        return read_request(source)
+        return output.read_request(source)
     values = read_json(Path(source), "--from")
-    return Record.from_mapping(values).request if "imprompt" in values else Request.from_mapping(values)
+    return (
+        output.Record.from_mapping(values).request if "imprompt" in values else Request.from_mapping(values)
+    )
 
 
 @contextmanager
@@ -192,8 +183,6 @@ def network(args: argparse.Namespace) -> Iterator[None]:
     if args.again is None or args.trust:
         yield
         return
-    from imprompt.hub import offline
-
     try:
         with offline():
             yield
@@ -212,18 +201,15 @@ def make_engine(args: argparse.Namespace) -> "Engine":
     return Engine(quiet=args.quiet or not sys.stderr.isatty())
 
 
-def target_path(given: str | None, task: str, request: "Request") -> tuple[Path, bool]:
+def target_path(given: str | None, task: str, request: Request) -> tuple[Path, bool]:
     """The file or folder to write to, and whether its name is chosen here: ``-o``, or an unused name in it,
     or an unused name in the current folder."""
-    from imprompt.io import check_path
-    from imprompt.output import free_name, our_frames
-
     suffix = ".gif" if task == "animate" else ".png"
     if given is None:
-        return free_name(Path(), task, request.count, suffix), True
+        return output.free_name(Path(), task, request.count, suffix), True
     path = check_path(given, "--output")
-    if not (task == "animate" and our_frames(path)) and (given.endswith(("/", "\\")) or path.is_dir()):
-        return free_name(path, task, request.count, suffix), True
+    if not (task == "animate" and output.our_frames(path)) and (given.endswith(("/", "\\")) or path.is_dir()):
+        return output.free_name(path, task, request.count, suffix), True
     return path, False
 
 
@@ -255,10 +241,8 @@ def _print_summary(result: "Result") -> None:
     )
 
 
-def _check_gif_pace(request: "Request") -> None:
+def _check_gif_pace(request: Request) -> None:
     """Refuse before drawing a frame rate that a GIF cannot hold; a video's own is looked up."""
-    from imprompt.output.clips import check_fps
-
     fps = request.fps
     if fps is None and request.video is not None:
         from imprompt.encoders.video import read_clip
@@ -268,7 +252,7 @@ def _check_gif_pace(request: "Request") -> None:
         check_fps(".gif", fps)
 
 
-def _sweep(task: str, args: argparse.Namespace, request: "Request") -> int:
+def _sweep(task: str, args: argparse.Namespace, request: Request) -> int:
     from imprompt.app.sweep import sweep
     from imprompt.generation.sweep import expand, read_axis
 

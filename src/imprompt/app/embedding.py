@@ -58,10 +58,8 @@ def embed(
     return save(Saved(features, model.name, fingerprint(model.model), hashes, framing), output)
 
 
-def encoder_of(encoder: str | None, base: str, adapter: str | None) -> ImageEncoder:
-    """The image encoder named ``encoder``, else the adapter's, else the base's; raises as :func:`embed`."""
-    if encoder is not None:
-        return ImageEncoder.from_pretrained(encoder)
+def encoder_of(base: str, adapter: str | None) -> ImageEncoder:
+    """The image encoder of an adapter, by default that of the base's; raises as :func:`embed`."""
     found = find_base(base)
     return _encoder_for(IPAdapter.from_pretrained(find_adapter(adapter, found)), found)
 

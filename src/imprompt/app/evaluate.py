@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from imprompt.app.flags import add_field_flags, flag_help, stated_fields
-
-HELP = "measure adapters on your pictures, and compare them on the same seeds"
+from imprompt.evaluation.config import Contender, EvaluateConfig
+from imprompt.io import write_atomic
 
 _FLAGS = {
     "base": "NAME", "prompts": "FILE", "only": "TAG", "n": "", "samples": "", "scales": "X,X,…", "steps": "",
@@ -16,8 +16,6 @@ _FLAGS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from imprompt.evaluation.config import EvaluateConfig
-
     parser.add_argument("source", nargs="?", help=flag_help(EvaluateConfig.model_fields["source"]))
     parser.add_argument(
         "--adapter",
@@ -31,8 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from imprompt.evaluation.config import Contender, EvaluateConfig
-
     stated = stated_fields(args, EvaluateConfig)
     if "scales" in stated:
         stated["scales"] = tuple(part for part in stated["scales"].split(",") if part)
@@ -41,7 +37,6 @@ def run(args: argparse.Namespace) -> int:
 
     from imprompt.evaluation import report as reports
     from imprompt.evaluation.run import evaluate
-    from imprompt.io import write_atomic
 
     targets = [Path(args.json)] if args.json is not None else []
     if config.output is not None:

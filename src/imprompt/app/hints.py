@@ -59,7 +59,7 @@ def for_flag(flag: str, known: Iterable[str]) -> str:
 
 
 def for_command(name: str, rest: Sequence[str], verbs: Sequence[str]) -> str:
-    """The message for a first argument that is no command: closest match, or that a command is missing."""
+    """The message for a first argument that is not a command: closest match, or that a command is missing."""
     if near := difflib.get_close_matches(name, verbs, n=1):
         return f"no command '{name}'; did you mean '{near[0]}'?"
     if _is_picture(name):

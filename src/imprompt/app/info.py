@@ -2,7 +2,7 @@
 
 import argparse
 
-HELP = "show the request stored inside a picture or clip"
+from imprompt import output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -11,9 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from imprompt.output import read_record
-
-    record = read_record(args.picture)
+    record = output.read_record(args.picture)
     if args.json:
         print(record.to_json())
         return 0

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-HELP = "identify an adapter file and check that it is intact"
+from imprompt.catalog import adapters, bases_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from imprompt.catalog import adapters, bases_for
     from imprompt.checkpoints.inspect import inspect
     from imprompt.checkpoints.locate import locate
 

@@ -6,20 +6,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from imprompt import catalog
+from imprompt.catalog.licences import commercial
+from imprompt.catalog.resolve import is_here
 from imprompt.errors import ModelError, UsageError
-
-HELP = "list the models that have an alias"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", help="one alias; of a base, also the models that fit it")
-    parser.add_argument(
-        "--vocabulary", action="store_true", help="print the words that the bundled model knows"
-    )
-    parser.add_argument(
-        "--commercial", action="store_true", help="only models whose licence allows commercial use"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add = parser.add_argument
+    add("name", nargs="?", help="one alias; of a base, also the models that fit it")
+    add("--vocabulary", action="store_true", help="print the words that the bundled model knows")
+    add("--commercial", action="store_true", help="only models whose licence allows commercial use")
+    add("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,9 +42,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _tables(name: str | None, *, commercial_only: bool) -> dict[str, dict[str, Any]]:
     """Kind → alias → row: everything, or ``name`` and what fits it. Raises :class:`UsageError`."""
-    from imprompt import catalog
-    from imprompt.catalog.licences import commercial
-
     tables: dict[str, dict[str, Any]] = {
         "bases": dict(catalog.bases()),
         "adapters": dict(catalog.adapters()),
@@ -72,18 +67,13 @@ def _tables(name: str | None, *, commercial_only: bool) -> dict[str, dict[str, A
 
 def _cached(row: Any) -> dict[str, Any]:
     """Whether a base or adapter is on this machine, and a base's size; nothing for other rows."""
-    from imprompt.catalog import AdapterRow, BaseRow
-    from imprompt.catalog.resolve import is_here
-
-    if isinstance(row, BaseRow):
+    if isinstance(row, catalog.BaseRow):
         return {"cached": is_here(row), "size": row.size}
-    return {"cached": is_here(row)} if isinstance(row, AdapterRow) else {}
+    return {"cached": is_here(row)} if isinstance(row, catalog.AdapterRow) else {}
 
 
 def _print_tables(tables: dict[str, dict[str, Any]]) -> None:
-    from imprompt.catalog import families
-
-    defaults = {name for row in families().values() for name in (row.adapter, row.motion)}
+    defaults = {name for row in catalog.families().values() for name in (row.adapter, row.motion)}
     headings = {
         "bases": "bases (--base; + is on this machine)",
         "adapters": "adapters (--adapter; * is its base's default, + is on this machine)",

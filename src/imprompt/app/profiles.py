@@ -3,8 +3,6 @@
 import argparse
 import json
 
-HELP = "show how each profile weights the attention layers"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(

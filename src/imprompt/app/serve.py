@@ -10,8 +10,6 @@ from imprompt.errors import ModelError, UsageError
 
 _GPU_NODES = ("/dev/nvidiactl", "/dev/nvmap", "/dev/kfd", "/dev/dxg")  # CUDA, Jetson, ROCm, WSL
 
-HELP = "serve the page and the HTTP protocols"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``imprompt serve``."""

@@ -14,8 +14,7 @@ from typing import Any
 
 from imprompt.app.flags import add_field_flags, stated_fields
 from imprompt.errors import UsageError
-
-HELP = "train an adapter on a folder of captioned pictures"
+from imprompt.training.config import TrainConfig
 
 _FLAGS = {
     "base": "NAME", "kind": "", "init": "NAME", "steps": "", "minutes": "", "batch": "", "lr": "", "seed": "",
@@ -26,20 +25,15 @@ _FLAGS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from imprompt.training.config import TrainConfig
-
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "source",
         help="captioned pictures: a folder, metadata file, .tar or hf:owner/name; or a configuration (.toml)",
     )
-    parser.add_argument(
-        "--out", dest="output", metavar="FOLDER", help="folder for the run; default: runs/NAME"
-    )
+    add("--out", dest="output", metavar="FOLDER", help="folder for the run; default: runs/NAME")
     add_field_flags(parser, TrainConfig, _FLAGS)
-    parser.add_argument(
-        "--resume", action="store_true", default=None, help="continue from the last checkpoint"
-    )
-    parser.add_argument(
+    add("--resume", action="store_true", default=None, help="continue from the last checkpoint")
+    add(
         "--set",
         action="append",
         default=[],
@@ -49,8 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from imprompt.training.config import TrainConfig
-
     stated = stated_fields(args, TrainConfig)
     for pair in args.set:
         name, sign, value = pair.partition("=")

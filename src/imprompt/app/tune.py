@@ -4,13 +4,11 @@ import argparse
 import json
 import sys
 
-from imprompt.app import generate
-
-HELP = "find the settings that keep most of a text and of a picture"
+from imprompt.app import drawing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    generate.add_arguments(parser)
+    drawing.add_arguments(parser, "generate")
     parser.add_argument(
         "--prefer",
         type=float,
@@ -21,22 +19,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from imprompt.app.drawing import make_engine, network, read_request, refuse_with
-
-    request = read_request("generate", args)
-    refuse_with(args, "goes with a single request; repeat the chosen one with it")
+    request = drawing.read_request("generate", args)
+    drawing.refuse_with(args, "goes with a single request; repeat the chosen one with it")
     if args.count is None:
         request = request.replace(count=2)
 
     from imprompt.app.tuning import AXES, tune
 
-    with network(args):
+    with drawing.network(args):
         tuned = tune(
             request,
             args.output or "tune",
             axes=args.sweep or AXES,
             prefer=args.prefer,
-            engine=make_engine(args),
+            engine=drawing.make_engine(args),
             say=lambda line: print(f"imprompt: {line}", file=sys.stderr),
         )
     files = [str(path) for path in tuned.paths]

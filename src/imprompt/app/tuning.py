@@ -20,7 +20,6 @@ from imprompt.errors import InputError, UsageError
 from imprompt.evaluation.charts import grid, scatter
 from imprompt.evaluation.front import EncoderMeasure, Fidelity, Measure, NormalizedScore, choose, pareto_front
 from imprompt.generation.engine import Engine, Result
-from imprompt.generation.families import find_base
 from imprompt.generation.sweep import expand, read_axis
 from imprompt.schema.prompt import ImagePrompt
 from imprompt.schema.request import Request
@@ -133,10 +132,7 @@ def _draw(request: Request, axes: Sequence[str], engine: Engine, say: Callable[[
     bare = [
         ImagePrompt(prompt.image, adapter=prompt.adapter, framing=prompt.framing) for prompt in request.images
     ]
-    ends = [
-        shared.replace(images=(), **of_images),
-        shared.replace(prompt="", scale=1.0, images=bare),
-    ]
+    ends = [shared.replace(images=(), **of_images), shared.replace(prompt="", scale=1.0, images=bare)]
     text_alone, picture_alone, *results = engine.run_batch([*ends, *asked.requests])
     return _Trials(
         labels=[" · ".join(labels[: len(axes)]) for labels in asked.labels[:settings]],
@@ -149,8 +145,7 @@ def _draw(request: Request, axes: Sequence[str], engine: Engine, say: Callable[[
 
 
 def _by_encoder(request: Request) -> Callable[[Sequence[Image.Image], Sequence[Image.Image]], Measure]:
-    adapter = request.adapter or find_base(request.base).defaults.adapter
-    return partial(EncoderMeasure.between, encoder_of(None, request.base, adapter))
+    return partial(EncoderMeasure.between, encoder_of(request.base, request.adapter))
 
 
 def _plot(

@@ -180,7 +180,7 @@ def _json(path: Path) -> Dataset:
     try:
         listed = json.loads(path.read_bytes())
     except ValueError as error:
-        raise InputError(f"'{path}' is no valid JSON: {error}.") from error
+        raise InputError(f"'{path}' is not valid JSON: {error}.") from error
     if not isinstance(listed, list):
         raise InputError(f"'{path}' holds a {type(listed).__name__}; a list of records was expected.")
     return _records(((f"{path.name}[{n}]", record) for n, record in enumerate(listed)), path.parent)
@@ -190,7 +190,7 @@ def _csv(path: Path) -> Dataset:
     try:
         lines = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
     except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"'{path}' is no CSV in UTF-8: {error}.") from error
+        raise InputError(f"'{path}' is not CSV in UTF-8: {error}.") from error
     stated = [{key: value for key, value in line.items() if value not in (None, "")} for line in lines]
     return _records(((f"{path.name}:{n}", record) for n, record in enumerate(stated, 2)), path.parent)
 
@@ -315,7 +315,7 @@ def _shards(paths: Sequence[Path]) -> Dataset:
                         members.setdefault(f"{folder}/{stem}", {})[f".{suffix.lower()}"] = member
         except (tarfile.TarError, OSError) as error:
             raise InputError(
-                f"'{path}' is no tar file that can be read ({first_line(error)}); compressed or truncated?"
+                f"'{path}' is not a readable tar file ({first_line(error)}); compressed or truncated?"
             ) from error
         for key, parts in members.items():
             where = f"{path.name}/{key.lstrip('/')}"
@@ -332,7 +332,7 @@ def _tar_row(path: Path, key: str, parts: Mapping[str, tarfile.TarInfo], taken: 
         raise ValueError(f"no picture among {', '.join(parts)}")
     record: dict[str, Any] = json.loads(_member(path, parts[".json"])) if ".json" in parts else {}
     if not isinstance(record, dict):
-        raise TypeError("its .json is no object")
+        raise TypeError("its .json is not an object")
     for suffix in SIDECARS:
         if suffix in parts:
             record["text"] = _member(path, parts[suffix]).decode("utf-8")

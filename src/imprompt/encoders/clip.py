@@ -82,8 +82,8 @@ class ImageEncoder:
 
         Without a ``preprocessor_config.json`` with the weights, or in a ``feature_extractor`` beside their
         folder, pictures are prepared as CLIP's (SigLIP's) are. ``torch_dtype`` ``None`` keeps the stored
-        dtype. Only safetensors are read. Raises :class:`ModelError` when it is not there, incomplete, or no
-        CLIP vision tower with projection or SigLIP.
+        dtype. Only safetensors are read. Raises :class:`ModelError` when it is missing, incomplete, or
+        neither a CLIP vision tower with projection nor SigLIP.
         """
         name = f"{source}:{subfolder}" if subfolder else str(source)
         others = "a folder or a hub id (owner/name/folder)"
@@ -100,7 +100,7 @@ class ImageEncoder:
         absent = sorted(key for key in info["missing_keys"] if not key.endswith("position_ids"))
         if absent:
             raise ModelError(
-                f"'{name}' is no whole CLIP vision tower with projection: {len(absent)} weights are "
+                f"'{name}' is not a complete CLIP vision tower with projection: {len(absent)} weights are "
                 f"missing, such as '{absent[0]}'."
             )
         encoder = cls(model.requires_grad_(False).eval(), _settings(place), name=name)

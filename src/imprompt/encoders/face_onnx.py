@@ -44,13 +44,13 @@ class OnnxFaces:
         self._is_yunet = {"cls_8", "obj_8", "bbox_8", "kps_8"} <= set(self._outputs)
         if not self._is_yunet and len(self._outputs) != 9:
             raise ModelError(
-                f"'{detector}' is no face detector that can be used: SCRFD with landmarks has 9 outputs, "
+                f"'{detector}' cannot be used as the face detector: SCRFD with landmarks has 9 outputs, "
                 f"YuNet has cls_8, obj_8, …; it has {len(self._outputs)}: {', '.join(self._outputs[:4])}."
             )
         shapes = self._recogniser.get_inputs()[0].shape, self._recogniser.get_outputs()[0].shape
         if list(shapes[0][1:]) != [3, 112, 112] or list(shapes[1][1:]) != [_WIDTH]:
             raise ModelError(
-                f"'{recogniser}' is no face recogniser that adapters can be shown: it takes {shapes[0]} and "
+                f"'{recogniser}' cannot be used as the face recogniser: it takes {shapes[0]} and "
                 f"gives {shapes[1]}; pictures of 3×112×112 in and {_WIDTH} numbers out are expected."
             )
         if note := licence_note(space):
@@ -197,7 +197,7 @@ def _folder(name: str) -> Path:
     if source.path is None:
         return hub.fetch_folder(source.repo, ["*.onnx"], what=source.title) / source.inside
     if not source.path.is_dir():
-        raise ModelError(f"'{name}' is no folder; one with a face detector and a recogniser is expected.")
+        raise ModelError(f"'{name}' is not a folder; one with a face detector and a recogniser is expected.")
     return source.path
 
 

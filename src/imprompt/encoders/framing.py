@@ -10,6 +10,7 @@ and ``E`` widths of features.
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -156,16 +157,14 @@ def sharpened(image: Image.Image, amount: float, side: int) -> Image.Image:
     if not 0 <= amount <= 1:
         raise InputError(f"sharpen: {amount} is given; a number from 0 to 1 is expected.")
     small = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-    x = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).float() / 255
-    x = x.reshape(side, side, 3).permute(2, 0, 1)
+    x = _values(small).permute(2, 0, 1)
     wide = F.pad(x[None], (1, 1, 1, 1), mode="replicate")[0]
     beside = torch.stack((wide[:, :-2, 1:-1], wide[:, 2:, 1:-1], wide[:, 1:-1, :-2], wide[:, 1:-1, 2:]))
     least, most = (torch.cat((beside, x[None])).amin(0), torch.cat((beside, x[None])).amax(0))
     room = (torch.minimum(least, 1 - most) / most.clamp_min(1e-6)).clamp(0, 1)
     w = -amount / 5 * room.sqrt()
     sharp = ((x + w * beside.sum(0)) / (1 + 4 * w)).clamp(0, 1)
-    pixels = (sharp * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
-    return Image.frombytes("RGB", small.size, pixels.numpy().tobytes())
+    return _picture(sharp.permute(1, 2, 0))
 
 
 def noisy(image: Image.Image, kind: str, strength: float, seed: int = 0) -> Image.Image:
@@ -180,8 +179,7 @@ def noisy(image: Image.Image, kind: str, strength: float, seed: int = 0) -> Imag
     if not 0 <= strength <= 1:
         raise InputError(f"noise: strength {strength} is expected from 0 to 1.")
     random = torch.Generator().manual_seed(seed)
-    x = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8).float() / 255
-    x = x.reshape(image.height, image.width, 3)
+    x = _values(image.convert("RGB"))
     if kind == "fade":
         x = (1 - strength) * x + strength * torch.rand(x.shape, generator=random)
     elif kind == "dissolve":
@@ -193,8 +191,16 @@ def noisy(image: Image.Image, kind: str, strength: float, seed: int = 0) -> Imag
         x = _displaced(x, 75.0, (1 - strength) * 3.5, random).flip(0, 1)
         n = 0.75 * strength * torch.randn(x.shape, generator=random)
         x = x * (1 - n) + n
-    pixels = (x.clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.frombytes("RGB", image.size, pixels.contiguous().numpy().tobytes())
+    return _picture(x.clamp(0, 1))
+
+
+def _values(image: Image.Image) -> Float[Tensor, "h w 3"]:
+    """An RGB picture as floats from 0 to 1."""
+    return torch.from_numpy(np.array(image)).float() / 255
+
+
+def _picture(values: Float[Tensor, "h w 3"]) -> Image.Image:
+    return Image.fromarray((values * 255).round().to(torch.uint8).numpy())
 
 
 def _starts(length: int, tile: int, count: int) -> list[int]:

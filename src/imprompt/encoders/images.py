@@ -173,7 +173,7 @@ def _opened(source: Source, max_pixels: int) -> Iterator[tuple[Image.Image, str]
         raise
     except UnidentifiedImageError as error:
         raise InputError(
-            f"{name} is no picture that can be read here (known: {', '.join(_FORMATS)})."
+            f"{name} is not a picture that can be read here (known: {', '.join(_FORMATS)})."
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(_too_large(name, "far more pixels", max_pixels)) from error

@@ -34,7 +34,7 @@ class FeatureStore:
     @classmethod
     def of_user(cls) -> "FeatureStore | None":
         """The user's own, in ``~/.cache/imprompt``; ``None`` where it is switched off, or the user has no
-        home. Raises :class:`UsageError` for a size that is no number."""
+        home. Raises :class:`UsageError` for a size that is not a number."""
         size = os.environ.get(SWITCH) or str(_DEFAULT_MB)
         if not size.isdecimal():
             raise UsageError(f"{SWITCH} is '{size}'; a size in MB is expected, 0 for none.")

@@ -37,7 +37,7 @@ def read_video(
         with place.open("rb") as stream:
             container_format = _container(stream.read(12))
             if container_format is None:
-                raise InputError(f"{name} is no MP4, MOV, MKV or WebM video.")
+                raise InputError(f"{name} is not an MP4, MOV, MKV or WebM video.")
             stream.seek(0)
             with av.open(stream, "r", format=container_format) as container:
                 return _frames(container, name, max_frames, budget)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from imprompt.encoders.clip import Features
+from imprompt.encoders.clip import ImageEncoder
 from imprompt.errors import InputError, UsageError
 from imprompt.evaluation.metrics import cosine
 
@@ -31,24 +31,18 @@ class Measure(Protocol):
     def __call__(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]: ...
 
 
-class Encoder(Protocol):
-    """See :class:`imprompt.encoders.clip.ImageEncoder`."""
-
-    def encode(self, images: Sequence[Image.Image]) -> Features: ...
-
-
 @dataclass(frozen=True)
 class EncoderMeasure:
     """Cosine of image embeddings to drawings from the text alone, and to the references."""
 
-    encoder: Encoder
+    encoder: ImageEncoder
     text: Tensor
     picture: Tensor
     name: str = "image encoder"
 
     @classmethod
     def between(
-        cls, encoder: Encoder, text_alone: Sequence[Image.Image], references: Sequence[Image.Image]
+        cls, encoder: ImageEncoder, text_alone: Sequence[Image.Image], references: Sequence[Image.Image]
     ) -> "EncoderMeasure":
         """Measure against the mean embedding of either set."""
         text, picture = (

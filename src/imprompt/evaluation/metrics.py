@@ -1,4 +1,4 @@
-"""Figures with their uncertainty: cosine, copy score, diversity, PSNR, top-k, and bootstrap intervals.
+"""Figures with their uncertainty: cosine, copy score, diversity, and bootstrap intervals.
 
 Plain functions on tensors and pictures. Nothing here loads a model or draws a picture.
 """
@@ -37,33 +37,9 @@ class Interval:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}] n={self.n}"
 
 
-def psnr(first: Tensor, second: Tensor, *, peak: float = 1.0) -> Tensor:
-    """Peak signal-to-noise ratio per picture in dB, ``10·log10(peak² / MSE)``.
-
-    Both are ``B C H W`` with values in ``[0, peak]``. Equal pictures give ``inf``.
-    Raises ``ValueError`` when the shapes differ: broadcasting would average over the wrong pixels.
-    """
-    if first.shape != second.shape:
-        raise ValueError(
-            f"pictures of one shape are needed, given {tuple(first.shape)}, {tuple(second.shape)}"
-        )
-    mse = (first.double() - second.double()).square().flatten(1).mean(1)
-    return 10 * torch.log10(peak**2 / mse)
-
-
 def cosine(first: Tensor, second: Tensor) -> Tensor:
     """Cosine of matching rows, ``B E`` and ``B E`` to ``B``: CLIP-I when both are image embeddings."""
     return functional.cosine_similarity(first.double(), second.double(), dim=-1)
-
-
-def topk_hits(scores: Tensor, truth: Tensor, k: int = 1) -> Tensor:
-    """Whether the true class is among the ``k`` highest scores: ``B K`` and ``B`` to bool ``B``.
-
-    Ties count against the model: a constant scorer gets nothing for free. A row with NaN is a miss.
-    """
-    own = scores.gather(1, truth[:, None])
-    not_below = (scores >= own).sum(1)  # counts itself
-    return (not_below >= 1) & (not_below <= k)
 
 
 def copy_score(drawn: Image.Image, reference: Image.Image) -> float:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from imprompt.encoders.clip import ImageEncoder
+from imprompt.encoders.face import OnnxFaces
 from imprompt.errors import ImpromptError, ModelError, UsageError, first_line
 from imprompt.evaluation.metrics import paired
 
@@ -131,8 +132,6 @@ def load_dino(name: str) -> Scorer:
 
 def load_faces(folder: str) -> FaceReader:
     """The face detector and recogniser in a folder. Raises :class:`ModelError`."""
-    from imprompt.encoders.face import OnnxFaces
-
     reader = OnnxFaces.from_folder(folder)
 
     def embed(image: Image.Image) -> Tensor | None:

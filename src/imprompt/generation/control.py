@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import diffusers
 import torch
 from PIL import Image
 
@@ -74,20 +75,11 @@ _NETS: dict[NetName, _Net] = {
         {"animate": "AnimateDiffSparseControlNetPipeline"},
         shared=True,
     ),
-    "flux": _Net(
-        "a FLUX ControlNet",
-        "FluxControlNetModel",
-        {
-            "generate": "FluxControlNetPipeline",
-            "edit": "FluxControlNetImg2ImgPipeline",
-            "inpaint": "FluxControlNetInpaintPipeline",
-        },
-        kind="flux",
-    ),
+    "flux": _Net("a FLUX ControlNet", "FluxControlNetModel", stills("FluxControlNet"), kind="flux"),
     "sd3": _Net(
         "an SD3 ControlNet",
         "SD3ControlNetModel",
-        {"generate": "StableDiffusion3ControlNetPipeline"},
+        stills("StableDiffusion3ControlNet", "generate"),
         kind="sd3",
     ),
 }
@@ -210,8 +202,6 @@ def check_fits(control: Control, unet: Mapping[str, Any], base: Base) -> None:
 
 def load_net(control: Control, dtype: torch.dtype) -> Any:
     """The control's model on the CPU, from safetensors only. Raises :class:`ModelError`."""
-    import diffusers
-
     options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True}
     if isinstance(row := control.place.row, ControlRow):
         options["revision"] = row.revision

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from imprompt.catalog.resolve import Source, resolve
@@ -28,8 +29,6 @@ def add_loras(pipe: Any, refs: Sequence[LoraRef]) -> None:
         return
     if find_spec("peft") is None:
         raise ModelError("LoRAs are loaded by peft: pip install 'imprompt[lora]'.")
-    from diffusers.utils import logging as diffusers_logging
-
     names = [f"lora_{i}" for i in range(len(refs))]
     for name, ref in zip(names, refs, strict=True):
         source, options = _loader_arguments(find(ref.path, "LoRA"))

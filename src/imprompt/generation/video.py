@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -144,8 +145,6 @@ def motion_pipeline(pipe: Any, motion: Motion, base: Base, dtype: torch.dtype) -
     Raises :class:`ModelError` when the motion adapter cannot be loaded, :class:`AdapterMismatch` when it was
     made for another base.
     """
-    import diffusers
-
     adapter = _load(motion, dtype)
     widths, own = tuple(adapter.config.block_out_channels), tuple(pipe.unet.config.block_out_channels)
     if widths != own:
@@ -177,8 +176,6 @@ def video_pipeline(pipe: Any, base: Base) -> Any:
 
     Raises :class:`UsageError` where diffusers has none.
     """
-    import diffusers
-
     if type(pipe).__name__ != "AnimateDiffPipeline":
         raise UsageError(f"video: base '{base.name}' cannot start from a video; SD1.5 models and emoji can.")
     made: Any = diffusers.AnimateDiffVideoToVideoPipeline(**pipe.components)
@@ -235,8 +232,6 @@ def draw(
 
 
 def _load(motion: Motion, dtype: torch.dtype) -> Any:
-    import diffusers
-
     half = motion.row is not None and motion.row.half and dtype == torch.float16
     try:
         with silence_library_logging():

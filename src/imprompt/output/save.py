@@ -100,7 +100,7 @@ def check_target(
             _check_place(_beside(target, ending), folder=True, overwrite=overwrite)
     above = next((folder for folder in target.absolute().parents if os.path.lexists(folder)), Path("/"))
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write '{target}': '{above}' is no folder one may write to.")
+        raise InputError(f"cannot write '{target}': '{above}' is not a writable folder.")
     return target
 
 
@@ -152,7 +152,7 @@ def read_record(path: str | Path) -> Record:
     except InputError:
         raise
     except UnidentifiedImageError as error:
-        raise InputError(f"'{path}' is no PNG, JPEG or WebP picture, and no GIF or MP4.") from error
+        raise InputError(f"'{path}' is not a PNG, JPEG, WebP, GIF or MP4 file.") from error
     except Exception as error:  # decoders raise nearly anything on damaged data
         raise InputError(f"'{path}' is damaged and cannot be read ({first_line(error)}).") from error
 

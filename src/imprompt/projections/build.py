@@ -66,7 +66,7 @@ def new_resampler(
 ) -> dict[str, Tensor]:
     """Random weights of a plus adapter's projection: a resampler of the hidden states.
 
-    Raises :class:`UsageError` for a ``width`` that is no multiple of 64.
+    Raises :class:`UsageError` for a ``width`` that is not a multiple of 64.
     """
     if width % HEAD_WIDTH:
         raise UsageError(f"a resampler's width is a multiple of {HEAD_WIDTH}, a head's width; got {width}.")

@@ -230,7 +230,7 @@ def _norm(name: str, width: int) -> _Weights:
 
 
 def _ratio(rows: int, width: int, of: str, by: str) -> int:
-    """``rows / width``. Raises :class:`ModelError` if that is no whole number."""
+    """``rows / width``. Raises :class:`ModelError` if that is not a whole number."""
     if rows % width:
         raise ModelError(f"'image_proj.{of}' has {rows} rows, not a multiple of the width {width} of '{by}'.")
     return rows // width

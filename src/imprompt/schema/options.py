@@ -163,16 +163,16 @@ def _point_from_text(text: str) -> tuple[float, float]:
         return float(x), float(y)
     except ValueError:
         raise UsageError(
-            f"curve: '{text}' is no point; write FRACTION:FACTOR, such as 0:1,0.5:0.2,1:0."
+            f"curve: '{text}' is not a point; write FRACTION:FACTOR, such as 0:1,0.5:0.2,1:0."
         ) from None
 
 
 def _checked_point(point: object) -> tuple[float, float]:
     if not isinstance(point, Sequence) or isinstance(point, str) or len(point) != 2:
-        raise UsageError(f"curve: {point!r} is no point (fraction of the schedule, factor).")
+        raise UsageError(f"curve: {point!r} is not a point (fraction of the schedule, factor).")
     for value in point:
         if not is_finite(value):
-            raise UsageError(f"curve: {value!r} in point {tuple(point)} is no finite number.")
+            raise UsageError(f"curve: {value!r} in point {tuple(point)} is not a finite number.")
     x, y = map(float, point)
     if not 0 <= x <= 1:
         raise UsageError(f"curve: fraction {x:g} of point {tuple(point)} lies outside 0 to 1.")
@@ -195,7 +195,7 @@ def read_noise(noise: str) -> tuple[str, float]:
     except ValueError:
         strength = math.nan
     if not 0 <= strength <= 1:
-        raise UsageError(f"noise {noise!r}: strength {given!r} is no number from 0 to 1.")
+        raise UsageError(f"noise {noise!r}: strength {given!r} is not a number from 0 to 1.")
     return canonical("noise", kind, NOISES), strength
 
 
@@ -224,7 +224,7 @@ def read_selection(selection: str | int | Sequence[int], tokens: int | None = No
         raise UsageError(f"select {selection!r} names no token; leave it out to keep all.")
     for index in chosen:
         if not is_whole(index) or index < 0:
-            raise UsageError(f"select: {index!r} is no token; they are numbered from 0.")
+            raise UsageError(f"select: {index!r} is not a token; they are numbered from 0.")
     if tokens is not None and max(chosen) >= tokens:
         raise UsageError(
             f"select: there is no token {max(chosen)}; a picture has {tokens}, 0 to {tokens - 1}, here."
@@ -237,5 +237,5 @@ def read_selection(selection: str | int | Sequence[int], tokens: int | None = No
 def _token_range(text: str) -> range:
     span = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text)
     if span is None:
-        raise UsageError(f"select: '{text}' is no token or range; write 0-3,8.")
+        raise UsageError(f"select: '{text}' is not a token or range; write 0-3,8.")
     return range(int(span[1]), int(span[2] or span[1]) + 1)

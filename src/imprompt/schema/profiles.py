@@ -122,18 +122,11 @@ PROFILES: dict[str, BlockWeight] = {
 }
 """Profile name → weight of a block, to be multiplied by the prompt's scale."""
 
-_NEGATED: dict[str, Callable[[int, Roles], bool]] = {
-    "style-transfer-precise": lambda t, r: t in r.composition,
-    "composition-precise": lambda t, r: t not in r.composition,
-}
-"""Profile → blocks where the image acts as a negative prompt."""
-_SECOND: dict[str, Callable[[int, Roles], bool]] = {
-    "style-and-composition": lambda t, r: t in r.composition,
-    "strong-style-and-composition": lambda t, r: t in r.composition,
-    "style-transfer-precise": lambda t, r: t in r.composition,
-    "composition-precise": lambda t, r: t not in r.composition,
-}
-"""Profile → blocks that the factor of ``NAME:FACTOR`` multiplies: ComfyUI's weight_composition and boosts."""
+_NEGATED = {"style-transfer-precise": True, "composition-precise": False}
+"""Profile → whether the image acts as a negative prompt in the composition blocks (True) or in the others."""
+_SECOND = {"style-and-composition": True, "strong-style-and-composition": True, **_NEGATED}
+"""Profile → whether ``NAME:FACTOR`` multiplies the composition blocks (True) or the others: ComfyUI's
+weight_composition and boosts."""
 _STAGES = ("down", "mid", "up", "transformer_blocks", "single_transformer_blocks")
 _POSITIONAL = ("linear", "ease-in", "ease-out", "ease-in-out", "reverse-in-out")
 """Profiles that work without roles, so on transformers too."""
@@ -165,8 +158,9 @@ def _by_name(profile: str, layers: Sequence[Site]) -> LayerWeights:
             f"{', '.join(_POSITIONAL)}, a list of weights, or block patterns."
         )
 
-    def chosen(table: Mapping[str, Callable[[int, Roles], bool]]) -> tuple[bool, ...]:
-        return tuple(name in table and table[name](layer.block_index, found) for layer in layers)
+    def chosen(table: Mapping[str, bool]) -> tuple[bool, ...]:
+        inside = [layer.block_index in found.composition for layer in layers]
+        return tuple(name in table and each == table[name] for each in inside)
 
     weights = [PROFILES[name](layer.block_index, layer.kind, found) for layer in layers]
     if factor:
@@ -197,7 +191,7 @@ def _from_text(text: str) -> Profile:
         try:
             return read_profile(json.loads(text))
         except json.JSONDecodeError as error:
-            raise UsageError(f"profile {text!r} is no valid JSON ({error}).") from error
+            raise UsageError(f"profile {text!r} is not valid JSON ({error}).") from error
     parts = [part.rpartition(":") for part in text.split(",")]
     names = [name.strip() for name, _, _ in parts]
     if len(parts) == 1 and not _is_pattern(names[0]):
@@ -230,8 +224,8 @@ def _number_from_text(number: str, text: str) -> float:
         return float(number)
     except ValueError:
         raise UsageError(
-            f"profile {text!r}: {number.strip()!r} is no number. Write a name, weights such as 1,0.5,0, or "
-            "patterns such as up_blocks.1:1,default:0."
+            f"profile {text!r}: {number.strip()!r} is not a number. Write a name, weights such as 1,0.5,0, "
+            "or patterns such as up_blocks.1:1,default:0."
         ) from None
 
 

@@ -222,6 +222,7 @@ class TextRegion(Record):
     """A text and its place: inside ``mask`` it is read instead of the pipeline's prompt."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
+    FLAG = "--region"
 
     text: Text
     """Text to draw there instead of the request's prompt; in Python also its embeddings (T, C)."""
@@ -237,13 +238,6 @@ class TextRegion(Record):
         for name in ("text", "mask"):
             if getattr(self, name) is None:
                 raise UsageError(f"{name}: a region needs one.")
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read ``--region TEXT,mask=PATH[,feather=…]``. Raises :class:`UsageError`."""
-        said, stated = read_flag("--region", text, ("mask", "feather"))
-        fields = {"text": said, "mask": None, **stated}
-        return cls.from_flag(f"--region '{text}'", fields)
 
 
 # ---- what the fields of a prompt must agree on

@@ -6,7 +6,7 @@ Nothing here imports torch or opens a file.
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -22,12 +22,24 @@ class Record(BaseModel):
     """Immutable, without unknown fields or NaN; raises one-line :class:`UsageError` for wrong values."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    FLAG: ClassVar[str] = ""
+    """The command line's flag for one such record."""
 
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
             raise UsageError(describe_errors(type(self), error)) from error
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read what is written after the record's flag: the first field, and others as ``,NAME=VALUE``.
+
+        Raises :class:`UsageError` naming the option that is unknown, given twice or out of range.
+        """
+        first, *others = cls.model_fields
+        value, stated = read_flag(cls.FLAG, text, tuple(others))
+        return cls.from_flag(f"{cls.FLAG} '{text}'", {first: value, **stated})
 
     @classmethod
     def from_flag(cls, said: str, values: Mapping[str, Any]) -> Self:

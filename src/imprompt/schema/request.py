@@ -137,31 +137,21 @@ def _as_path(value: object) -> object:
 class LoraRef(Record):
     """A LoRA for the base, and how much of it."""
 
+    FLAG = "--lora"
     path: PathText
     """.safetensors file, folder, or owner/name[/file.safetensors] of the hub."""
     weight: float = Field(default=1.0, ge=-10, le=10)
     """Strength; 1 as trained."""
 
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read ``PATH[,weight=…]``. Raises :class:`UsageError`."""
-        path, values = read_flag("--lora", text, ("weight",))
-        return cls.from_flag(f"--lora '{text}'", {"path": path, **values})
-
 
 class EmbeddingRef(Record):
     """A word learnt by textual inversion."""
 
+    FLAG = "--embedding"
     path: PathText
     """.safetensors file, or owner/name/file.safetensors of the hub."""
     token: str | None = Field(default=None, min_length=1, max_length=100)
     """The word for it in prompts; ``None``: the one in the file."""
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read ``PATH[,token=…]``. Raises :class:`UsageError`."""
-        path, values = read_flag("--embedding", text, ("token",))
-        return cls.from_flag(f"--embedding '{text}'", {"path": path, **values})
 
 
 class Request(Record):
@@ -287,12 +277,12 @@ class Request(Record):
         if isinstance(value, str):
             sides = re.fullmatch(r"(\d{1,6})(?:[xX×*,](\d{1,6}))?", value.strip())
             if sides is None:
-                raise ValueError(f"{value!r} is no size; write 512 or 768x512 (width x height)")
+                raise ValueError(f"{value!r} is not a size; write 512 or 768x512 (width x height)")
             value = (int(sides[1]), int(sides[2] or sides[1]))
         if isinstance(value, list | tuple):
             for side in value:
                 if isinstance(side, int) and (side % 8 or not 8 <= side <= MAX_SIDE):
-                    raise ValueError(f"{side} is no multiple of 8 between 8 and {MAX_SIDE} pixels")
+                    raise ValueError(f"{side} is not a multiple of 8 between 8 and {MAX_SIDE} pixels")
         return value
 
     def model_post_init(self, _: object) -> None:

@@ -112,7 +112,7 @@ def _numbers(value: Any, kind: Callable[[str], Any]) -> Any:
     try:
         return tuple(kind(part) if isinstance(part, str) else part for part in parts)
     except ValueError:
-        raise ValueError(f"{value!r} is no list of numbers") from None
+        raise ValueError(f"{value!r} is not a list of numbers") from None
 
 
 def _read_at(value: Any) -> Any:

@@ -11,9 +11,11 @@ Processes share the encoding. Without a cache folder, pictures are encoded at ev
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -48,18 +50,9 @@ class Ranks:
     wait: Callable[[], None] = lambda: None
 
 
-class Table(Protocol):
-    """Rows of several tensors, read a few at a time."""
-
-    rejected: dict[int, str]
-    """Row number to reason, for rows that could not be encoded."""
-
-    def rows(self, name: str, indices: Sequence[int], views: Sequence[int] | None = None) -> Tensor:
-        """The rows ``indices`` of tensor ``name`` as float32; ``views`` picks one of each row's versions."""
-
-
 class StoredTable:
-    """Rows kept in shards; ``keys`` names each row's content."""
+    """Rows of several tensors, kept in shards; ``keys`` names each row's content, ``rejected`` has the reason
+    for each row that could not be encoded."""
 
     def __init__(self, folder: Path, keys: Sequence[str], rejected: dict[int, str]) -> None:
         self.keys, self.rejected = keys, dict(rejected)
@@ -102,7 +95,7 @@ class StoredTable:
         )
 
     def rows(self, name: str, indices: Sequence[int], views: Sequence[int] | None = None) -> Tensor:
-        """See :class:`Table`."""
+        """The rows ``indices`` of tensor ``name`` as float32; ``views`` picks one of each row's versions."""
         found = []
         for place, index in enumerate(indices):
             key = f"{self.keys[index]}/{name}"
@@ -118,7 +111,7 @@ class LiveTable:
         self.encode, self.rejected = encode, rejected
 
     def rows(self, name: str, indices: Sequence[int], views: Sequence[int] | None = None) -> Tensor:
-        """See :class:`Table`."""
+        """As :meth:`StoredTable.rows`."""
         with torch.no_grad():
             items = self.encode(indices)
         found = []
@@ -127,6 +120,9 @@ class LiveTable:
                 raise InputError(f"row {indices[place]} cannot be read any more: {item}")
             found.append((item[name] if views is None else item[name][views[place]]).float().cpu())
         return torch.stack(found)
+
+
+Table: TypeAlias = StoredTable | LiveTable
 
 
 @dataclass(frozen=True)
@@ -331,14 +327,8 @@ def _write_shard(folder: Path, keys: Sequence[str], items: Sequence[Item]) -> No
 
 
 def _digest(content: bytes | Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    if isinstance(content, bytes):
-        digest.update(content)
-    else:
-        with content.open("rb") as handle:
-            while chunk := handle.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
+    with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as stream:
+        return hashlib.file_digest(stream, partial(hashlib.blake2b, digest_size=16)).hexdigest()
 
 
 def _compact(name: str, tensor: Tensor) -> Tensor:

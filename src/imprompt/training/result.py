@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi
 
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.checkpoints.checkpoint import StateDict
@@ -37,8 +38,6 @@ def write_adapter(adapter: IPAdapter, folder: Path, about: Mapping[str, str], dt
 
 def push(repository: str, folder: Path) -> None:
     """Upload the adapter, its cards and the sheets of samples."""
-    from huggingface_hub import HfApi
-
     try:
         api = HfApi()
         api.create_repo(repository, exist_ok=True)
