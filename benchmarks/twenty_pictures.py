@@ -207,11 +207,13 @@ def main() -> int:
         return code
     spent = time.process_time() - cpu
     print(f"training: {spent / 60:.1f} CPU minutes, {(time.monotonic() - wall) / 60:.1f} by the clock")
-    contenders = ["--adapter", f"{place / 'run'},label=trained", "--adapter", f"{args.start},label=start"]
+    contenders = ["--adapter", f"{args.start},label=start", "--adapter", f"{place / 'run'},label=trained"]
     settings = ["--samples", str(args.samples), "--json", str(place / "report.json"), "--scales", ""]
     code = imprompt(["evaluate", str(place / "held-out"), *contenders, *settings])
     found = json.loads((place / "report.json").read_text())
-    gained = {each["name"]: each["value"] for each in found["differences"] if "bare" not in str(each)}
+    gained = {
+        each["name"]: each["value"] for each in found["differences"] if each["second"] == "start"
+    }  # a difference is first minus second, and the first is the trained one
     print(json.dumps({"cpu_minutes": round(spent / 60, 2), "trained - start": gained}, indent=1))
     return code
 

@@ -65,7 +65,7 @@ def test_a_resampler_is_called_plus():
 
 def test_what_is_left_open_is_chosen_by_the_pictures_and_the_start():
     few, many = checked().resolved("linear", 20, True), checked().resolved("linear", 20_000, False)
-    assert (few.steps, few.lr, few.warmup, few.validate_every) == (200, 1e-4, 20, 20)
+    assert (few.steps, few.lr, few.warmup, few.validate_every) == (60, 1e-4, 6, 6)
     assert (many.steps, many.warmup) == (20_000, 500)
     stated = checked(steps=7, lr=1.0, warmup=0, validate_every=5).resolved("plus", 20, True)
     assert (stated.steps, stated.lr, stated.warmup, stated.validate_every) == (7, 1.0, 0, 5)

@@ -237,7 +237,7 @@ class TrainConfig(Record):
 
     def resolved(self, kind: Kind, pictures: int, started: bool) -> TrainConfig:
         """Replace ``None``, for this number of ``pictures``; ``started`` from a trained adapter or not."""
-        steps = min(max(10 * pictures, 200), 3000) if started else min(max(50 * pictures, 1000), 20_000)
+        steps = min(max(3 * pictures, 60), 3000) if started else min(max(50 * pictures, 1000), 20_000)
         values: dict[str, Any] = {"kind": kind}
         values["steps"] = self.steps or max(steps, (self.warmup or 0) + 1)
         values["warmup"] = min(values["steps"] // 10, 500) if self.warmup is None else self.warmup
