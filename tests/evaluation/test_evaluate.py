@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 import tiny
 from imprompt.app.cli import main
-from imprompt.errors import InputError, UsageError
+from imprompt.errors import InputError, ModelError, UsageError
 from imprompt.evaluation.config import Contender, EvaluateConfig
 from imprompt.evaluation.metrics import bootstrap, copy_score, diversity, paired
 from imprompt.evaluation.report import html, table, to_json
@@ -112,6 +112,23 @@ def test_two_files_of_one_name_are_both_kept(tuned_base, tmp_path):
         files.append(shutil.copy(source, tmp_path / name / "mine.safetensors"))
     config = EvaluateConfig(contenders=tuple(Contender(adapter=str(file)) for file in files))
     assert [name for name, _ in config.named(None)] == ["a/mine", "b/mine"]
+
+
+@pytest.mark.parametrize(("content", "says"), [(None, "there is no adapter"), (b"torn", "truncated")])
+def test_an_adapter_that_cannot_be_read_is_refused_before_anything_is_drawn(
+    settings, tmp_path, content, says
+):
+    file = tmp_path / "second.safetensors"
+    if content:
+        file.write_bytes(content)
+    second = Contender(adapter=str(file))
+    drawn = tmp_path / "drawn"
+    config = EvaluateConfig(
+        **settings | {"contenders": (*settings["contenders"], second), "output": str(drawn)}
+    )
+    with pytest.raises(ModelError, match=says):
+        evaluate(config)
+    assert not (drawn / "drawings").exists()
 
 
 def test_pictures_without_captions_are_measured_by_what_needs_none(settings, shown):

@@ -33,6 +33,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.checkpoints.contents import Contents
+from imprompt.checkpoints.locate import locate
 from imprompt.data.rows import Row, read_dataset
 from imprompt.encoders.images import content_hash, load_image
 from imprompt.errors import ImpromptError, InputError
@@ -137,13 +139,16 @@ def evaluate(
     """Draw and measure what ``config`` says.
 
     Raises :class:`InputError` without usable pictures, :class:`ModelError` for a model that cannot be loaded,
-    :class:`UsageError` for settings that do not fit together; all before the first drawing.
+    :class:`UsageError` for settings that do not fit together; all before the first drawing, except that an
+    adapter made for another base is refused when it is first drawn with.
     """
     say = say or (lambda line: print(line, file=sys.stderr) if not config.quiet else None)
     started = time.monotonic()
     base = find_base(config.base)
     contenders = config.named(base.defaults.adapter)
     _check_request(config)
+    for _, contender in contenders:
+        Contents.of_file(locate(contender.adapter)[0])
     cases, notes = read_cases(config, base)
     look = _Look(cases, *_scorers(config, base, contenders[0][1]))
     artist = _Artist(config, base, engine or Engine(), cases)
