@@ -188,6 +188,7 @@ REFUSED = [
     (2, "no command 'generat'; did you mean 'generate'", "generat"),
     (2, "steps", "generate a --steps many"),
     (2, "unrecognized arguments: --stesp 3; did you mean --steps", "generate a --stesp 3"),
+    (2, "; it is an option of each picture: --image PATH,profile=…", "generate a --profile style"),
     (2, "here it is --guidance", "generate a --cfg-scale 3"),
     (2, "it belongs to imprompt inpaint", "generate a --mask m.png"),
     (2, "a command is missing; write: imprompt generate owl --image ref.png", "owl --image ref.png"),

@@ -54,6 +54,8 @@ def for_flag(flag: str, known: Iterable[str]) -> str:
         return f"; here it is {_ELSEWHERE[flag]}"
     if flag in _TASK_OF_FLAG:
         return f"; it belongs to imprompt {_TASK_OF_FLAG[flag]}"
+    if "--image" in known and (option := _option_of_pictures(flag)):
+        return f"; it is an option of each picture: --image PATH,{option}=…"
     near = difflib.get_close_matches(flag, known, n=1)
     return f"; did you mean {near[0]}" if near else ""
 
@@ -88,6 +90,13 @@ def check_no_url(where: str, value: object) -> None:
         raise UsageError(
             f"{where}: '{value}' is a web address; download it first (curl -LO '{value}') and give the file."
         )
+
+
+def _option_of_pictures(flag: str) -> str | None:
+    from imprompt.schema.prompt import ImagePrompt  # imports pydantic, which help does without
+
+    name = flag.removeprefix("--").replace("-", "_")
+    return name if name in ImagePrompt.model_fields else None
 
 
 def _is_picture(word: str) -> bool:
