@@ -101,7 +101,7 @@ def test_a_mask_keeps_the_picture_out_of_text_and_the_other_half() -> None:
     call(pipe)
     single = pipe.transformer.single_transformer_blocks[0].attn.processor
     (kv,) = single.image_kvs
-    assert kv.mask is not None
-    lying = kv.mask[0, 0, :, 0]
+    assert kv.gain is not None
+    lying = kv.gain[0, 0, :, 0]
     assert not lying[:7].any()  # the text tokens
-    assert torch.equal(lying[7:].unflatten(0, (8, 12)), mask)
+    assert torch.allclose(lying[7:].unflatten(0, (8, 12)), 0.7 * mask)
