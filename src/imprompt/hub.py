@@ -51,9 +51,8 @@ def fetch(repo: str, file: str, *, revision: str | None = None, what: str = "", 
     if (path := cached_file(repo, file, revision)) is not None:
         return path
     try:
-        if (
-            not constants.HF_HUB_OFFLINE
-        ):  # one short attempt: a hub that does not answer is not asked six times
+        if not constants.HF_HUB_OFFLINE:
+            # One short attempt: a hub that does not answer is not asked six times.
             url = huggingface_hub.hf_hub_url(repo, file, revision=revision)
             huggingface_hub.get_hf_file_metadata(url, timeout=TIMEOUT)
         return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision, etag_timeout=TIMEOUT))

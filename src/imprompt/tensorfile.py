@@ -26,13 +26,17 @@ _NO_WEIGHTS = {
     b"<html": "is a web page; the download gave an error page or a login form",
     b"gguf": "is a GGUF file",
 }
-_PIECE = 1 << 18  # bytes that are looked at together: they fit a processor's cache
-_EXPONENTS = {  # dtype → bytes, and the bits of infinity
+DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""torch's name of a floating-point dtype → that of safetensors."""
+PIECE = 1 << 18
+"""Bytes that are looked at together for NaN and infinity: they fit a processor's cache."""
+EXPONENTS = {
     "F16": (2, 0x7C00),
     "BF16": (2, 0x7F80),
     "F32": (4, 0x7F80_0000),
     "F64": (8, 0x7FF0_0000_0000_0000),
 }
+"""dtype → its bytes, and the bits of infinity. Without the sign, all that is not finite is at least that."""
 
 
 def read_header(path: Path) -> tuple[Header, dict[str, str]]:
@@ -61,10 +65,10 @@ def not_finite_tensors(path: Path) -> tuple[str, ...]:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        piece = np.empty(_PIECE, np.uint8)
+        piece = np.empty(PIECE, np.uint8)
         for key, about in header.items():
-            if about["dtype"] in _EXPONENTS:
-                width, infinity = _EXPONENTS[about["dtype"]]
+            if about["dtype"] in EXPONENTS:
+                width, infinity = EXPONENTS[about["dtype"]]
                 start, end = (8 + length + offset for offset in about["data_offsets"])
                 file.seek(start)
                 if _largest(file, end - start, piece.view(f"<u{width}")) >= infinity:
@@ -141,7 +145,6 @@ def _largest(file: Any, size: int, piece: Any) -> int:
         some = piece[: min(size, piece.nbytes) // piece.itemsize]
         if file.readinto(memoryview(some).cast("B")) != some.nbytes:
             raise OSError("it ends early")
-        # Without the sign, all that is not finite is at least infinity.
         largest = max(largest, int(np.bitwise_and(some, without_sign, out=some).max()))
         size -= some.nbytes
     return largest
@@ -168,8 +171,4 @@ def _check_kind(path: Path, start: bytes, error: type[ImpromptError]) -> None:
 
 
 def _fault(error: BaseException) -> str:
-    return _reason(error).removeprefix("Error while deserializing header: ").rstrip(".")
-
-
-def _reason(error: BaseException) -> str:
-    return first_line(error).rstrip(".") + "."
+    return first_line(error).removeprefix("Error while deserializing header: ").rstrip(".")

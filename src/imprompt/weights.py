@@ -22,7 +22,7 @@ from torch import Tensor
 
 from imprompt.errors import ImpromptError, InputError, ModelError, first_line
 from imprompt.io import write_atomic
-from imprompt.tensorfile import file_size, open_tensors
+from imprompt.tensorfile import DTYPES, EXPONENTS, PIECE, file_size, open_tensors
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -122,20 +122,23 @@ def not_finite(tensor: Tensor) -> bool:
     """
     if tensor.is_meta:
         return False
-    if tensor.device.type != "cpu" or tensor.dtype not in _EXPONENTS:
+    dtype = dtype_name(tensor.dtype)
+    if tensor.device.type != "cpu" or dtype not in EXPONENTS:
         return not bool(torch.isfinite(tensor).all())
-    integer, infinity = _EXPONENTS[tensor.dtype]
+    width, infinity = EXPONENTS[dtype]
+    integer, without_sign = getattr(torch, f"int{8 * width}"), (1 << (8 * width - 1)) - 1
     bits = tensor.detach().contiguous().view(integer).flatten()
-    piece = torch.empty(min(_PIECE, bits.numel()), dtype=integer)
-    for start in range(0, bits.numel(), _PIECE):
-        some = bits[start : start + _PIECE]
-        # Without the sign, all that is not finite is at least infinity.
-        if (
-            int(torch.bitwise_and(some, torch.iinfo(integer).max, out=piece[: some.numel()]).max())
-            >= infinity
-        ):
-            return True
-    return False
+    piece = torch.empty(min(PIECE // width, bits.numel()), dtype=integer)
+    return any(
+        int(torch.bitwise_and(some, without_sign, out=piece[: some.numel()]).max()) >= infinity
+        for some in (bits.split(PIECE // width) if bits.numel() else ())
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """safetensors' name of a floating-point dtype, torch's of any other."""
+    name = str(dtype).removeprefix("torch.")
+    return DTYPES.get(name, name)
 
 
 def give_back_memory() -> None:
@@ -190,14 +193,6 @@ def silence_library_logging() -> Iterator[None]:
 
 
 # ---- private
-
-_PIECE = 1 << 17
-_EXPONENTS = {  # dtype → integers of its width, and the bits of infinity
-    torch.float16: (torch.int16, 0x7C00),
-    torch.bfloat16: (torch.int16, 0x7F80),
-    torch.float32: (torch.int32, 0x7F80_0000),
-    torch.float64: (torch.int64, 0x7FF0_0000_0000_0000),
-}
 
 
 def _leaves(

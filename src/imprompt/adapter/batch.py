@@ -190,11 +190,10 @@ class Batch:
 
     def _with_factor(self, site: Site, kv: ImageKV, factor: Float[Tensor, "R 1 1 1"]) -> ImageKV:
         """The contribution with its factor, which takes the mask in where neither changes at any step."""
-        kv = replace(kv, factor=factor)
-        if kv.mask is None or kv.gain is None or self._factors.gate is not None or self.call.steady:
-            return kv
+        if kv.mask is None or self._factors.gate is not None or self.call.steady:
+            return replace(kv, factor=factor)
         place = site.name, kv.prompt
-        self._gains[place] = _written(self._gains.get(place), kv.gain)
+        self._gains[place] = _written(self._gains.get(place), kv.mask * factor)
         return replace(kv, factor=self._gains[place], mask=None)
 
     def _added(self, source: PromptSource, slot: Slot, number: int) -> list[_Added]:

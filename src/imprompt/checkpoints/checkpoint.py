@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from imprompt.catalog import AdapterRow, Backbone, families, licences
@@ -20,12 +19,11 @@ from imprompt.checkpoints.identify import NOTED_PUBLISHED, NOTED_VARIANT
 from imprompt.checkpoints.layouts import LAYOUTS, our_form, published_form
 from imprompt.checkpoints.structure import LORA, either, some
 from imprompt.errors import ModelError, UsageError
-from imprompt.weights import flatten, load_tensors, not_finite, save_tensors
+from imprompt.weights import dtype_name, flatten, load_tensors, not_finite, save_tensors
 
 StateDict: TypeAlias = dict[str, dict[str, Tensor]]
 """``{"image_proj": {...}, "ip_adapter": {...}}``."""
 
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _STATE_DICT = "the adapter's state dict"
 
 
@@ -105,10 +103,7 @@ def read(
 def contents_of(tensors: Mapping[str, Tensor], name: str, file: Path | None = None) -> Contents:
     """Examine tensors with their published names; ``file`` is their file, if any. Raises
     :class:`ModelError`."""
-    header = {
-        key: (_DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
-        for key, tensor in tensors.items()
-    }
+    header = {key: (dtype_name(tensor.dtype), tuple(tensor.shape)) for key, tensor in tensors.items()}
     return Contents.of_header(header, {}, name, file)
 
 

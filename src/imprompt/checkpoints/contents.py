@@ -10,9 +10,8 @@ from imprompt.checkpoints.identify import Identity, identify
 from imprompt.checkpoints.layouts import SECTIONS, our_form
 from imprompt.checkpoints.structure import FOREIGN, Shape, Structure, either, examine, some
 from imprompt.errors import ModelError
-from imprompt.tensorfile import read_header
+from imprompt.tensorfile import DTYPES, read_header
 
-_DTYPES = ("F64", "F32", "F16", "BF16")
 T = TypeVar("T")
 
 
@@ -48,10 +47,12 @@ class Contents:
             if any(re.match(pattern, key) for key in header):
                 raise ModelError(f"'{name}' is no adapter that can be read here, it is {what}.")
         ours, layout = our_form(header)
-        odd = [f"{key} ({dtype})" for key, (dtype, _) in ours.items() if dtype not in _DTYPES]
+        odd = [f"{key} ({dtype})" for key, (dtype, _) in ours.items() if dtype not in DTYPES.values()]
         shapes = by_section({key: shape for key, (_, shape) in ours.items()}, name)
         if odd:
-            raise ModelError(f"adapter '{name}' has weights that are not {either(_DTYPES)}: {some(odd)}.")
+            raise ModelError(
+                f"adapter '{name}' has weights that are not {either(tuple(DTYPES.values()))}: {some(odd)}."
+            )
         dtypes = {key: dtype for key, (dtype, _) in ours.items()}
         return cls(file, name, examine(shapes, layout, name), shapes, dtypes, metadata)
 

@@ -58,7 +58,7 @@ def skeleton(variant: Variant, shapes: Shapes) -> ImageProjection:
 def new_linear(feature_width: int, tokens: int, cross_dim: int) -> dict[str, Tensor]:
     """Random weights of a base adapter's projection: one linear layer on the pooled embedding."""
     shapes = {"proj.weight": (tokens * cross_dim, feature_width), "norm.weight": (cross_dim,)}
-    return _initialised("linear", shapes)
+    return new_projection("linear", shapes)
 
 
 def new_resampler(
@@ -73,10 +73,11 @@ def new_resampler(
     shapes = {"latents": (1, tokens, width), "proj_in.weight": (width, feature_width)}
     shapes |= {"proj_out.weight": (cross_dim, width), "layers.0.1.1.weight": (4 * width, width)}
     shapes |= {f"layers.{i}.0.to_q.weight": (width, width) for i in range(depth)}
-    return _initialised("resampler", shapes)
+    return new_projection("resampler", shapes)
 
 
-def _initialised(variant: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def new_projection(variant: str, shapes: Shapes) -> dict[str, Tensor]:
+    """Random weights of a variant's projection; ``shapes`` are those that :func:`sizes_of` reads."""
     module = skeleton(VARIANTS[variant], shapes).to_empty(device="cpu")
     module.reset_parameters()
     return dict(module.state_dict())

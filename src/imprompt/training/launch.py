@@ -16,6 +16,7 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import broadcast_object_list
 
 from imprompt.errors import ImpromptError, UsageError
+from imprompt.generation.loading import multiplies_bfloat16
 from imprompt.training.config import TrainConfig
 
 T = TypeVar("T")
@@ -99,8 +100,7 @@ def _precision(config: TrainConfig) -> str | None:
     if on_gpu:
         native = torch.cuda.get_device_capability() >= (8, 0)
     else:
-        tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        native = config.device != "mps" and any(getattr(torch.cpu, name, bool)() for name in tests)
+        native = config.device != "mps" and multiplies_bfloat16()
     if config.dtype == "bfloat16" and not native:
         raise UsageError("dtype bfloat16: this device has no bfloat16 arithmetic; use float32 or auto.")
     if config.dtype == "float16" and not on_gpu:

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.adapter.ipadapter import IPAdapter
-from imprompt.catalog.variants import VARIANTS
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.face import OnnxFaces
 from imprompt.errors import UsageError
 from imprompt.generation.families import Base, find_base
 from imprompt.generation.pipelines import load
-from imprompt.projections.build import skeleton
+from imprompt.projections.build import new_projection
 from imprompt.projections.shapes import HEAD_WIDTH
 from imprompt.training.cache import ClipFeatures, FeatureEncoder
 from imprompt.training.config import Kind, TrainConfig
@@ -91,9 +90,9 @@ def new_adapter(config: TrainConfig, kind: Kind, unet: Any, widths: tuple[int, .
         cross = cross_attentions(unet)[0].cross_dim
         if kind == "full":
             shapes = {"proj.0.weight": (widths[0], widths[0]), "proj.3.weight": (cross,)}
-            return _assembled(unet, _projection("full-face", shapes), {}, "full-face")
+            return _assembled(unet, new_projection("full-face", shapes), {}, "full-face")
         variant = "faceid" if kind == "faceid" else "faceid-plusv2"
-        projection = _projection(variant, _face_shapes(cross, config.tokens or 4, *widths))
+        projection = new_projection(variant, _face_shapes(cross, config.tokens or 4, *widths))
         return _assembled(unet, projection, _new_lora(unet, config.lora_rank), variant)
 
 
@@ -169,13 +168,6 @@ def _face_shapes(cross: int, tokens: int, face: int, patch: int | None = None) -
     inside["layers.0.1.1.weight"] = (4 * cross, cross)
     inside |= {f"layers.{block}.0.to_q.weight": (heads, cross) for block in range(_FACE_DEPTH)}
     return shapes | {f"perceiver_resampler.{name}": shape for name, shape in inside.items()}
-
-
-def _projection(variant: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Random weights of a variant's projection."""
-    module = skeleton(VARIANTS[variant], shapes).to_empty(device="cpu")
-    module.reset_parameters()
-    return dict(module.state_dict())
 
 
 def _assembled(unet: Any, projection: dict[str, Tensor], lora: dict[str, Tensor], variant: str) -> IPAdapter:
