@@ -29,7 +29,7 @@ from common import (
     stage_parser,
 )
 from draw import LOOKS
-from encoder import WORDS
+from encoder import HELD_OUT, WORDS, in_its_look
 from pool import Pool
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -218,9 +218,11 @@ def main() -> None:
     for _ in loop if not args.export else ():
         picked = torch.randint(len(features), (args.batch,), device=DEVICE)
         one, two = network(features[picked, torch.randint(2, (args.batch,))].float())
-        loss = F.cross_entropy(one, concepts[picked], label_smoothing=0.1) + F.cross_entropy(
-            two, looks[picked]
-        )
+        known = concepts[picked] >= 0
+        look = looks[picked][known]
+        seen = (~HELD_OUT).to(DEVICE)[look].float()
+        want = 0.9 * F.one_hot(concepts[picked][known], len(WORDS)) + 0.1 * seen / seen.sum(1, keepdim=True)
+        loss = F.cross_entropy(in_its_look(one[known], look), want) + F.cross_entropy(two, looks[picked])
         loop.learn(loss)
         progress_mean(loop.log, "loss", loss.item())
     assert loop.ema
