@@ -1,6 +1,8 @@
 """ControlNets for FLUX and SD3.5, and FLUX Fill: requests draw what diffusers' own pipelines draw."""
 
 import inspect
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,8 @@ def nets(folder: Path) -> dict[str, str]:
     """Folders of tiny ControlNets by name."""
     made = {
         "flux": tinydit.flux_controlnet(), "union": tinydit.flux_controlnet(num_mode=7),
-        "sd3": tinydit.sd3_controlnet(), "unet": tiny_controlnet(),
+        "flux2": tinydit.flux_controlnet(seed=14), "unet": tiny_controlnet(),
+        "sd3": tinydit.sd3_controlnet(), "sd3-mask": tinydit.sd3_controlnet(extra_conditioning_channels=1),
     }  # fmt: skip
     return {name: saved(net, folder / f"net-{name}") for name, net in made.items()}
 
@@ -163,6 +166,68 @@ def test_an_sd3_controlnet_is_followed_beside_an_image_prompt(
     assert np.abs(got - plain).max() > 3
 
 
+def test_an_sd3_controlnet_that_reads_the_mask_inpaints_beside_an_image_prompt(
+    engine: Engine, sd3: Path, nets: dict[str, str], folder: Path
+) -> None:
+    net = diffusers.SD3ControlNetModel.from_pretrained(nets["sd3-mask"])
+    pipe = with_net(diffusers.StableDiffusion3ControlNetInpaintingPipeline, sd3, net)
+    call = {"control_image": PICTURES["start"], "control_mask": PICTURES["mask"], "negative_prompt": ""}
+    call |= {"controlnet_conditioning_scale": 0.3, "control_guidance_end": 0.7}
+
+    def wanted() -> np.ndarray:
+        image = Image.fromarray(theirs(pipe, "generate", **call).astype(np.uint8))
+        return np.asarray(Image.composite(image, PICTURES["start"], PICTURES["mask"]), np.int16)
+
+    control = ControlRef(kind="none", path="start", model=nets["sd3-mask"], scale=0.3, end=0.7)
+    request = asked(sd3, "inpaint", [control], strength=1.0)
+    plain = drawn(engine, request)
+    assert np.abs(plain - wanted()).max() <= 1
+    assert np.abs(plain - drawn(engine, request.replace(controls=[control.replace(scale=0.0)]))).max() > 3
+    fields = {"images": [ImagePrompt("shown", scale=8.0)], "adapter": str(sd3 / "adapters")}
+    IPAdapter.from_pretrained(sd3 / "adapters").attach(pipe).set_prompt(PICTURES["shown"], scale=8.0)
+    got = drawn(engine, request.replace(**fields))
+    assert np.abs(got - wanted()).max() <= 1
+    assert np.abs(got - plain).max() > 3
+    early = unstated(nets["sd3-mask"], folder / "early")  # as published; its weights tell
+    assert np.array_equal(drawn(engine, request.replace(controls=[control.replace(model=early)])), plain)
+    maskless = unstated(nets["sd3"], folder / "early-maskless")
+    with pytest.raises(ModelError, match="early-maskless' cannot be loaded"):
+        engine.run(request.replace(controls=[control.replace(model=maskless)]), pictures=PICTURES)
+
+
+def unstated(net: str, copy: Path) -> str:
+    """A copy of an SD3 ControlNet whose configuration says nothing of more channels."""
+    shutil.copytree(net, copy)
+    config = json.loads((copy / "config.json").read_text())
+    del config["extra_conditioning_channels"]
+    (copy / "config.json").write_text(json.dumps(config))
+    return str(copy)
+
+
+@pytest.mark.parametrize(("kind", "task"), [("flux", "generate"), ("flux", "inpaint"), ("sd3", "generate")])
+def test_several_controlnets_are_followed(
+    engine: Engine, folder: Path, nets: dict[str, str], kind: str, task: str, request: pytest.FixtureRequest
+) -> None:
+    base = request.getfixturevalue(kind)
+    prefix = {"flux": "Flux", "sd3": "StableDiffusion3"}[kind]
+    names = {"flux": ["flux", "flux2"], "sd3": ["sd3", "sd3"]}[kind]
+    model = {"flux": diffusers.FluxControlNetModel, "sd3": diffusers.SD3ControlNetModel}[kind]
+    pipe = with_net(
+        getattr(diffusers, f"{prefix}ControlNet{NAMES[task]}Pipeline"),
+        base,
+        [model.from_pretrained(nets[name]) for name in names],
+    )
+    call = {"control_image": [PICTURES["map"], PICTURES["map2"]], "controlnet_conditioning_scale": [0.4, 0.2]}
+    call |= {"negative_prompt": ""} if kind == "sd3" else {"control_mode": [None, None]}
+    refs = [
+        ControlRef(kind="none", path=path, model=nets[name], scale=scale)
+        for path, name, scale in zip(("map", "map2"), names, (0.4, 0.2), strict=True)
+    ]
+    got = drawn(engine, asked(base, task, refs))
+    assert np.abs(got - theirs(pipe, task, **call)).max() <= 1
+    assert np.abs(got - drawn(engine, asked(base, task, refs[:1]))).max() > 1
+
+
 def test_flux_fill_inpaints_with_an_image_prompt(engine: Engine, folder: Path) -> None:
     fill = tinydit.save_base("flux-fill", folder / "flux-fill")
     pipe = diffusers.FluxFillPipeline.from_pretrained(fill)
@@ -184,24 +249,38 @@ def test_flux_fill_inpaints_with_an_image_prompt(engine: Engine, folder: Path) -
 def test_what_does_not_go_together_is_said_before_anything_is_loaded(
     flux: Path, sd3: Path, nets: dict[str, str], folder: Path
 ) -> None:
-    def refused(base: Path | str, task: str, net: str) -> str:
-        request = asked(Path(base), task, [ControlRef(kind="none", path="map", model=nets[net])])
+    def refused(base: Path | str, task: str, net: str, path: str = "map", **fields: Any) -> str:
+        controls = [ControlRef(kind="none", path=path, model=nets[net])] * fields.pop("times", 1)
+        request = asked(Path(base), task, controls, **fields)
         with pytest.raises((ModelError, UsageError)) as error:
             find_controls(request, find_base(str(base)))
+        assert "\n" not in str(error.value)
         return str(error.value)
 
     assert "is a ControlNet, which is for UNets; base" in refused(flux, "generate", "unet")
     assert "is a FLUX ControlNet, which is for a FluxPipeline; base" in refused(sd3, "generate", "flux")
     assert "base 'chroma' is a ChromaPipeline" in refused("chroma", "generate", "flux")
     assert "base 'flux-kontext' is a FluxKontext" in refused("flux-kontext", "generate", "flux")
-    assert "which diffusers takes for generate only, not for edit" in refused(sd3, "edit", "sd3")
+    assert "for generate and inpaint only, not for edit" in refused(sd3, "edit", "sd3")
     assert "must be told what the map is" in refused(flux, "generate", "union")
-    wide = diffusers.FluxControlNetModel(num_layers=0, num_single_layers=0, in_channels=16)
-    nets = nets | {"wide": saved(wide, folder / "net-wide")}
+    other = {
+        "wide": diffusers.FluxControlNetModel(num_layers=0, num_single_layers=0, in_channels=16),
+        "two": tinydit.sd3_controlnet(extra_conditioning_channels=2),
+    }
+    nets = nets | {name: saved(net, folder / f"net-{name}") for name, net in other.items()}
     assert "of width 3072 for 16 channels; the transformer" in refused(flux, "generate", "wide")
-    masked = tinydit.sd3_controlnet(extra_conditioning_channels=1)
-    nets = nets | {"masked": saved(masked, folder / "net-masked")}
-    assert "that also reads a mask, which is not supported" in refused(sd3, "generate", "masked")
+    assert "with a channel for a mask; diffusers takes it for inpaint only" in refused(
+        sd3, "generate", "sd3-mask"
+    )
+    assert "with no channel for a mask; diffusers takes it for generate only" in refused(
+        sd3, "inpaint", "sd3"
+    )
+    assert "of another layout than diffusers inpaints with" in refused(sd3, "inpaint", "two", "start")
+    assert "reads the picture that is inpainted; say none:start" in refused(sd3, "inpaint", "sd3-mask")
+    assert "that draws the masked part from noise" in refused(sd3, "inpaint", "sd3-mask", "start")
+    assert "controls: 2 are given; diffusers inpaints with one" in refused(
+        sd3, "inpaint", "sd3-mask", "start", times=2, strength=1.0
+    )
     followed = [ControlRef(kind="none", path="map", model=nets["flux"])]
     with pytest.raises(UsageError, match=r"true_guidance: diffusers' FluxControlNetImg2ImgPipeline"):
         Engine().run(asked(flux, "edit", followed, true_guidance=2.0), pictures=PICTURES)

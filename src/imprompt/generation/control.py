@@ -22,7 +22,12 @@ from imprompt import catalog, hub
 from imprompt.catalog import ControlRow
 from imprompt.catalog.resolve import Source, resolve
 from imprompt.errors import ModelError, UsageError, first_line
-from imprompt.generation.control_checks import CHECKS, is_t2i_xl
+from imprompt.generation.control_checks import (
+    CHECKS,
+    check_t2i_fits,
+    check_transformer_fits,
+    is_t2i_xl,
+)
 from imprompt.generation.families import KINDS, Base, stills
 from imprompt.io import fingerprint, read_json
 from imprompt.schema.request import ControlRef, Request, Task
@@ -79,7 +84,8 @@ _NETS: dict[NetName, _Net] = {
     "sd3": _Net(
         "an SD3 ControlNet",
         "SD3ControlNetModel",
-        stills("StableDiffusion3ControlNet", "generate"),
+        stills("StableDiffusion3ControlNet", "generate")
+        | {"inpaint": "StableDiffusion3ControlNetInpaintingPipeline"},
         kind="sd3",
     ),
 }
@@ -113,7 +119,7 @@ class Control:
     def source(self) -> str:
         """Folder, or repository and folder: equal for equal models."""
         inside = f"/{self.place.inside}" if self.place.path is None and self.place.inside else ""
-        return self.place.folder + inside
+        return self.place.folder + inside + (":inpaint" if self.reads_mask else "")
 
     @property
     def net_title(self) -> str:
@@ -131,9 +137,13 @@ class Control:
         return self.kind == "face"
 
     @property
+    def reads_mask(self) -> bool:
+        """Whether its ControlNet reads the picture that is inpainted and its mask (SD3)."""
+        return bool(self.config.get("extra_conditioning_channels"))
+
+    @property
     def fingerprint(self) -> str:
-        """Twelve hex digits that differ when a weight file differs; without local files, a hash of the
-        name."""
+        """Twelve hex digits: a hash of the weight files or, if none is on this machine, of the name."""
         files = self.place.weights
         return fingerprint(*files) if files else hashlib.sha256(self.source.encode()).hexdigest()[:12]
 
@@ -156,7 +166,7 @@ def find_controls(request: Request, base: Base) -> tuple[Control, ...]:
         raise ModelError(
             f"controls: base '{base.name}' is a Kolors model; diffusers has no pipeline with controls."
         )
-    found = tuple(_find(ref, base) for ref in named_controls(request.controls, base))
+    found = tuple(_find(ref, base, request.task) for ref in named_controls(request.controls, base))
     first = found[0]
     _check_alike(found)
     if base.row is not None or base.path is not None:  # else its kind is known once it is loaded
@@ -179,7 +189,7 @@ def check_fits(control: Control, unet: Mapping[str, Any], base: Base) -> None:
     """
     _check_kind_of_base(control, base)
     if _NETS[control.net].kind is not None:
-        _check_transformer_fits(control, unet, base)
+        check_transformer_fits(control, unet, base)
         return
     xl = unet.get("addition_embed_type") == "text_time"
     if xl and control.net == "sparse":
@@ -189,7 +199,7 @@ def check_fits(control: Control, unet: Mapping[str, Any], base: Base) -> None:
         )
     channels = list(unet["block_out_channels"])
     if control.net == "t2i":
-        _check_t2i_fits(control, channels[0], xl, base)
+        check_t2i_fits(control, channels[0], xl, base)
         return
     width, own = control.config.get("cross_attention_dim"), unet["cross_attention_dim"]
     if width != own or list(control.config.get("block_out_channels") or ()) != channels:
@@ -209,6 +219,8 @@ def load_net(control: Control, dtype: torch.dtype) -> Any:
             options["variant"] = "fp16"
     if control.place.path is None and control.place.inside:
         options["subfolder"] = control.place.inside
+    if control.reads_mask:
+        options["extra_conditioning_channels"] = 1
     try:
         with silence_library_logging():
             model = getattr(diffusers, _NETS[control.net].class_name)
@@ -339,7 +351,7 @@ def _default(ref: ControlRef, base: Base) -> str:
     return kinds[ref.kind]
 
 
-def _find(ref: ControlRef, base: Base) -> Control:
+def _find(ref: ControlRef, base: Base, task: Task) -> Control:
     assert ref.model is not None  # named_controls() filled it in
     name, _, stated = ref.model.partition(":")
     if stated and ref.kind != "none":
@@ -352,7 +364,7 @@ def _find(ref: ControlRef, base: Base) -> Control:
     if row is not None:
         _check_family(row, name, base)
         _check_kind(ref, kind, name, row.modes)
-    config = _config_of(place)
+    config = _config_of(place, task)
     net = _net_of(config, name)
     if row is None and (net == "union" or config.get("num_mode") is not None):
         row = catalog.controls()[_UNIONS[_NETS[net].class_name]]
@@ -390,12 +402,17 @@ def _check_kind(ref: ControlRef, kind: str, name: str, modes: Mapping[str, int |
         raise UsageError(f"control '{ref.path}': '{name}' takes {', '.join(modes)}, not {kind}.")
 
 
-def _config_of(place: Source) -> Mapping[str, Any]:
-    """``config.json`` of a folder or repository. Raises :class:`ModelError`."""
+def _config_of(place: Source, task: Task) -> Mapping[str, Any]:
+    """``config.json`` of a folder or repository; early ones of SD3 do not say that the model inpaints.
+
+    Raises :class:`ModelError`.
+    """
     what = f"control '{place.name}'"
     if place.is_file:
         raise ModelError(f"{what} is a file; a folder of diffusers' layout or a hub id is expected.")
     config: Mapping[str, Any] = read_json(place.file("config.json", what=what), what, error=ModelError)
+    if task == "inpaint" and config.get("_class_name") == _NETS["sd3"].class_name:
+        return {"extra_conditioning_channels": 1, **config}  # a model that does not will not load
     return config
 
 
@@ -413,36 +430,11 @@ def _check_alike(controls: Sequence[Control]) -> None:
 def _check_kind_of_base(control: Control, base: Base) -> None:
     """Raise :class:`ModelError` where diffusers has no pipeline for a kind of control and a kind of base."""
     kind = _NETS[control.net].kind
-    if base.kind is not KINDS[kind] if kind is not None else base.kind.denoiser != "unet":
+    fits = base.kind.denoiser == "unet" if kind is None else base.kind is KINDS[kind]
+    if not fits:
         made_for = "UNets" if kind is None else f"a {KINDS[kind].pipelines['generate']}"
         own = next(iter(base.kind.pipelines.values()))
         raise ModelError(f"{control.title}, which is for {made_for}; base '{base.name}' is a {own}.")
-
-
-def _check_transformer_fits(control: Control, transformer: Mapping[str, Any], base: Base) -> None:
-    """Raise :class:`ModelError` unless a control has the width and the latents of the base's transformer."""
-    names = ("num_attention_heads", "attention_head_dim", "in_channels")
-    own, theirs = ([int(config.get(name) or 0) for name in names] for config in (control.config, transformer))
-    if own[0] * own[1] != theirs[0] * theirs[1] or own[2] != theirs[2]:
-        raise ModelError(
-            f"{control.title} of width {own[0] * own[1]} for {own[2]} channels; the transformer of base "
-            f"'{base.name}' has {theirs[0] * theirs[1]} and {theirs[2]}. See imprompt models."
-        )
-    if control.config.get("extra_conditioning_channels"):
-        raise ModelError(
-            f"{control.title} that also reads a mask, which is not supported; base '{base.name}' inpaints "
-            "without one (imprompt inpaint)."
-        )
-
-
-def _check_t2i_fits(control: Control, channels: int, xl: bool, base: Base) -> None:
-    own = next(iter(control.config.get("channels", [0])))
-    if is_t2i_xl(control) != xl or own != channels:
-        kind = "other" if own != channels else "SD 1.5" if xl else "SDXL"
-        raise ModelError(
-            f"{control.title} for {kind} bases; base '{base.name}' is {'an SDXL' if xl else 'no SDXL'} model "
-            f"of {channels} channels, not {own}. See imprompt models."
-        )
 
 
 def _family(width: object) -> str:

@@ -104,6 +104,8 @@ def _call(loaded: Loaded, shots: Sequence[Shot]) -> dict[str, Any]:
         call |= {"width": width, "height": height}
     if job.base.kind is KINDS["flux-kontext"]:  # else it reads and draws a megapixel, whatever the size
         call |= {"max_area": width * height, "_auto_resize": False}
+    if any(control.reads_mask for control in job.controls):  # the picture is its map
+        return call | {"control_mask": inputs.region}
     if inputs.start is not None:
         call["image"] = each([inputs.start] * len(shots))
         if request.strength is not None:
