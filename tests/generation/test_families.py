@@ -2,7 +2,10 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import diffusers
 import pytest
 import torch
 
@@ -19,6 +22,22 @@ from tiny import tiny_sd
 SD3 = "SD3Transformer2DModel"
 UNET = "model.diffusion_model.input_blocks.{}.attn2.to_k.weight"
 PIPES = {"flux": tinydit.flux, "chroma": tinydit.chroma, "sd3": tinydit.sd3}
+
+
+@pytest.mark.parametrize(
+    ("kind", "pipeline"),
+    [
+        ("sd", diffusers.StableDiffusionImg2ImgPipeline), ("sd3", diffusers.StableDiffusion3Img2ImgPipeline),
+        ("flux", diffusers.FluxImg2ImgPipeline), ("flux-fill", diffusers.FluxFillPipeline),
+        ("chroma", diffusers.ChromaInpaintPipeline),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("strength", [0.04, 0.6, 0.75, 1.0])
+def test_as_many_steps_are_drawn_as_diffusers_draws(kind: str, pipeline: Any, strength: float) -> None:
+    scheduler = diffusers.EulerDiscreteScheduler()
+    scheduler.set_timesteps(10)
+    timesteps, count = pipeline.get_timesteps(SimpleNamespace(scheduler=scheduler), 10, strength, "cpu")
+    assert KINDS[kind].drawn_steps(10, strength) == count == len(timesteps)
 
 
 @pytest.mark.parametrize("kind", PIPES)

@@ -238,8 +238,18 @@ def test_without_a_picture_nothing_happens_and_nothing_fails() -> None:
     assert torch.equal(call(pipe), plain)
 
 
-def test_guidance_of_the_images_own_is_ordinary_at_the_same_scale() -> None:
-    pipe = tinydit.flux()
+def test_a_negative_that_is_the_prompts_own_text_is_told_by_the_order_of_calls(tmp_path: Path) -> None:
+    pipe, oracle = tinydit.flux(), theirs(tinydit.flux(), tmp_path, 0.8)
+    text = tinydit.text()
+    guided = text | {f"negative_{name}": value for name, value in text.items()} | {"true_cfg_scale": 3.0}
+    ours(pipe).set_prompt(picture(1), scale=0.8)
+    wanted = call(oracle, **guided, ip_adapter_image=picture(1))
+    torch.testing.assert_close(call(pipe, **guided), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("base", MAKERS)
+def test_guidance_of_the_images_own_is_ordinary_at_the_same_scale(base: str) -> None:
+    pipe = MAKERS[base]()
     adapter = ours(pipe)
     adapter.set_prompt(picture(1))
     wanted = call(pipe, cfg=True)

@@ -14,15 +14,16 @@ from torch import Tensor
 
 import tinydit
 from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.schema.prompt import ImagePrompt
 
 HEADS, DOUBLES, SINGLES = 2, 2, 3
+SIZE: dict[str, Any] = {"height": 32, "width": 48, "num_inference_steps": 3, "output_type": "latent"}
 
 
 def call(pipe: Any, **fields: Any) -> Tensor:
     texts = tinydit.text() | (tinydit.negative() if "true_cfg_scale" in fields else {})
     generator = torch.Generator().manual_seed(0)
-    size = {"height": 32, "width": 48, "num_inference_steps": 3, "output_type": "latent"}
-    images: Tensor = pipe(generator=generator, **size, **texts, **fields).images
+    images: Tensor = pipe(generator=generator, **SIZE, **texts, **fields).images
     return images
 
 
@@ -90,6 +91,39 @@ def test_the_uncond_call_has_no_image_term() -> None:
     )
     call(pipe, true_cfg_scale=3.0)
     assert acting == [True, False] * 3
+
+
+def test_a_mask_of_ones_and_a_compiled_transformers_own_change_nothing() -> None:
+    """A single block's text reads the picture as well, unless a mask keeps it from some of the tokens."""
+    pipe = tinydit.flux()
+    adapter = IPAdapter.from_state_dict(tinydit.instantx_flux_state(DOUBLES + SINGLES)).attach(pipe)
+    shown = torch.randn(1, 24)
+    adapter.set_prompt(shown, scale=0.7, mask=torch.ones(5, 5))
+    masked = call(pipe)
+    adapter.set_prompt(shown, scale=0.7)
+    wanted = call(pipe)
+    torch.testing.assert_close(masked, wanted)
+    pipe.transformer = torch.compile(pipe.transformer)
+    with torch.compiler.set_stance("force_eager"):  # laid out for one graph, with masks that are 1 everywhere
+        torch.testing.assert_close(call(pipe), wanted)
+
+
+def test_each_sample_of_a_batch_has_its_mask_or_none() -> None:
+    pipe = tinydit.flux()
+    adapter = IPAdapter.from_state_dict(tinydit.instantx_flux_state(DOUBLES + SINGLES)).attach(pipe)
+    half = torch.zeros(8, 12)
+    half[:, :6] = 1
+    shown = torch.randn(1, 24)
+    prompts = [ImagePrompt(features=shown, scale=0.7, mask=mask) for mask in (None, half)]
+    texts = tinydit.text(2)
+    adapter.set_batch(prompts)
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    together = pipe(generator=seeds, **SIZE, **texts).images
+    for i, prompt in enumerate(prompts):
+        adapter.set_prompt(prompt)
+        own = {name: value[i : i + 1] for name, value in texts.items()}
+        alone = pipe(generator=torch.Generator().manual_seed(i), **SIZE, **own).images
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-4, rtol=1e-4)
 
 
 def test_a_mask_keeps_the_picture_out_of_text_and_the_other_half() -> None:

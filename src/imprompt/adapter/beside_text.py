@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from imprompt.adapter.backbones.base import Call
 from imprompt.adapter.schedule import Clock, Gate
-from imprompt.adapter.slots import Slot, padded, prompt_slots
+from imprompt.adapter.slots import Slot, padded, prompt_slots, surrounded
 from imprompt.adapter.source import PromptSource
 
 
@@ -47,8 +47,9 @@ class _Part:
         always = all(when.always for when in whens)
         gate = None if always else Gate(whens, call.device, call.dtype)
         mask = slot.mask((call.grid.height, call.grid.width))
-        queries = None if mask is None else _queries(mask, call)
-        return cls(tokens, bias, gate, queries)
+        if mask is not None:  # first the text's factor, then the image's
+            mask = surrounded(mask.expand(call.batch, -1, -1, -1), 1, call.grid.reference_tokens)
+        return cls(tokens, bias, gate, mask)
 
     @property
     def plain(self) -> bool:
@@ -143,10 +144,3 @@ def _stacked(slot: Slot) -> tuple[Float[Tensor, "R T C"], Float[Tensor, "R 1 1 T
     bias = scales.log()[:, None, None, None].expand(-1, 1, 1, tokens.shape[1])
     bias = bias if shares is None else bias + shares
     return tokens[slot.order].to(slot.call.dtype), bias[slot.order].to(slot.call.dtype)
-
-
-def _queries(mask: Float[Tensor, "_ 1 P 1"], call: Call) -> Float[Tensor, "R 1 Y 1"]:
-    """The factor of each row's queries: first one for the text, then the image's, then the reference's."""
-    mask = mask.expand(call.batch, -1, -1, -1)
-    least = mask.amin(2, keepdim=True)
-    return torch.cat([least, mask, least.expand(-1, -1, call.grid.reference_tokens, -1)], dim=2)

@@ -246,7 +246,7 @@ class Injection:
         run = scheduler, getattr(scheduler, "timesteps", None)
         if self._run is None or any(a is not b for a, b in zip(run, self._run, strict=True)):
             self._run, self._clock, self._compiled = run, None, self._is_compiled(model)
-            self.kept_text = None
+            self.kept_text = self._last = None
             encode_text = cache(partial(self.encode_text, caller=caller))
             for source in self.sources:
                 source.begin_run(encode_text)
@@ -305,11 +305,13 @@ class Injection:
         )
 
     def _grid_of(self, model: nn.Module, inputs: Inputs, kwargs: dict[str, Any]) -> Any:
-        """The grid of the call; FLUX's is cached by its position ids, one object per run."""
+        """The grid of the call; FLUX's is cached by its position ids, one object per run, and the text's
+        length, in which negatives may differ."""
         ids = kwargs.get("img_ids")
         if ids is None:
             return self.backbone.grid(model, inputs, kwargs)
-        if self._grid is None or self._grid[0] is not ids:
+        length = 0 if inputs.text is None else inputs.text.shape[1]
+        if self._grid is None or self._grid[0] is not ids or self._grid[1].text_tokens != length:
             self._grid = ids, self.backbone.grid(model, inputs, kwargs)
         return self._grid[1]
 
@@ -365,9 +367,11 @@ class Injection:
     def _text_guidance(self, call: Call, caller: Caller | None) -> float:
         """The pipeline's guidance scale; 1 without guidance."""
         pipe = Caller(self.pipe, {}) if caller is None and self.pipe is not None else caller
-        if "uncond" not in call.branches:
-            true_cfg = bool(pipe is not None and pipe.variables.get("do_true_cfg"))
-            return float(pipe.value("true_cfg_scale")) if true_cfg and pipe is not None else 1.0
+        if "uncond" not in call.branches:  # there is none, or it is a call of its own
+            if caller is not None and caller.variables.get("do_true_cfg"):
+                return float(caller.value("true_cfg_scale"))
+            if caller is None or not caller.value("do_classifier_free_guidance"):
+                return 1.0
         scale = None if pipe is None else pipe.value("guidance_scale")
         if scale is None:
             raise UsageError("guidance for the image: the text's cannot be read here; pass text= too.")

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -109,11 +108,23 @@ class Slot:
         return self._masks[size]
 
     def site_mask(self, site: Site) -> Float[Tensor, "_ 1 L 1"] | None:
-        """The masks for the queries of a site; they are 0 for text and reference tokens."""
+        """The masks for the queries of a site, those of text and reference tokens as well."""
         grid = self.call.grid
         mask = self.mask(site.size(grid.height, grid.width))
         text = grid.text_tokens if site.kind == "single" else 0
-        return mask if mask is None else F.pad(mask, (0, 0, text, grid.reference_tokens))
+        return mask if mask is None else surrounded(mask, text, grid.reference_tokens)
+
+
+def surrounded(mask: Float[Tensor, "_ 1 P 1"], before: int, behind: int) -> Float[Tensor, "_ 1 L 1"]:
+    """Masks of the drawn picture, for a sequence with tokens before and behind the picture's.
+
+    Those read as much as where the mask is darkest: nothing if it is black anywhere, so that they do not
+    carry the image prompt elsewhere; all if it is white, as without a mask.
+    """
+    if not before and not behind:
+        return mask
+    least = mask.amin(2, keepdim=True)
+    return torch.cat([least.expand(-1, -1, before, -1), mask, least.expand(-1, -1, behind, -1)], dim=2)
 
 
 def _layer_weights(

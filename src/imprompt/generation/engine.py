@@ -288,7 +288,7 @@ def complete(request: Request, base: Base) -> Request:
     if request.controls:
         changes["controls"] = named_controls(request.controls, base)
     filled = request.replace(**changes, **_completed_prompts(request, base))
-    if filled.strength is not None and int((filled.steps or 0) * filled.strength) < 1:
+    if filled.strength is not None and base.kind.drawn_steps(filled.steps or 0, filled.strength) < 1:
         raise UsageError(
             f"strength: {filled.strength:g} of {filled.steps} steps is less than one; nothing would be drawn."
         )
@@ -399,7 +399,7 @@ def _notes(job: Job, loaded: Loaded) -> list[str]:
             note = face_onnx.licence_note(reader.space)
             notes += [note] if note else []
     notes += _cut_notes(job, loaded.pipe) + negative_notes(job, loaded.adapters)
-    return notes + idle_notes(job.request, job.inputs.prompts, loaded)
+    return notes + idle_notes(job, loaded)
 
 
 def _reads_all(job: Job, name: str, adapter: IPAdapter) -> bool:

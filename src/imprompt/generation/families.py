@@ -59,6 +59,11 @@ class Kind:
         """Width and height are multiples of this number."""
         return 8 if self.denoiser == "unet" else 16
 
+    def drawn_steps(self, steps: int, strength: float) -> int:
+        """How many of the schedule's steps diffusers' pipelines draw at a strength."""
+        share = min(steps * strength, steps)
+        return int(share) if self.denoiser == "unet" else steps - int(steps - share)
+
 
 _FLUX = "FluxTransformer2DModel"
 KINDS: dict[str, Kind] = {
@@ -283,9 +288,11 @@ def _kind_of_family(family: str) -> str:
 
 
 def _trained_size(folder: Path | None) -> int | None:
-    """Side in pixels of the pictures that a folder's UNet was trained on, if its configuration tells."""
-    side = None if folder is None else _config(folder / "unet").get("sample_size")
-    if folder is None or not side:
+    """Side in pixels of the pictures that a folder's denoiser was trained on, if its configuration tells."""
+    if folder is None:
+        return None
+    side = (_config(folder / "unet") or _config(folder / "transformer")).get("sample_size")
+    if not side:
         return None
     channels = _config(folder / "vae").get("block_out_channels") or [0] * 4
     return int(side) * 2 ** (len(channels) - 1)

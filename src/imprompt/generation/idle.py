@@ -10,6 +10,8 @@ import torch
 from imprompt.adapter.frames import Track
 from imprompt.adapter.injection import find_denoiser
 from imprompt.adapter.schedule import Clock, evaluate
+from imprompt.generation.families import Kind
+from imprompt.generation.job import Job
 from imprompt.generation.loading import Loaded
 from imprompt.generation.pipelines import scheduler_for
 from imprompt.schema import options
@@ -18,11 +20,12 @@ from imprompt.schema.prompt import ImagePrompt
 from imprompt.schema.request import Request
 
 
-def idle_notes(request: Request, prompts: Sequence[ImagePrompt], loaded: Loaded) -> list[str]:
+def idle_notes(job: Job, loaded: Loaded) -> list[str]:
     """One note for each prompt that cannot act: where it names itself, and why."""
+    request, prompts = job.request, job.inputs.prompts
     if not prompts:
         return []
-    steps = step_fractions(request, loaded)
+    steps = _step_fractions(request, job.base.kind, loaded)
     found = find_denoiser(loaded.pipe)
     assert found is not None  # an adapter fits it
     backbone, denoiser = found
@@ -40,7 +43,7 @@ def idle_notes(request: Request, prompts: Sequence[ImagePrompt], loaded: Loaded)
     return notes
 
 
-def step_fractions(request: Request, loaded: Loaded) -> list[float]:
+def _step_fractions(request: Request, kind: Kind, loaded: Loaded) -> list[float]:
     """The fraction of the schedule at each step that the request really draws; 0 is pure noise."""
     assert request.steps is not None
     scheduler = scheduler_for(loaded.pipe, request.scheduler)
@@ -49,7 +52,7 @@ def step_fractions(request: Request, loaded: Loaded) -> list[float]:
     scheduler.set_timesteps(request.steps, **shifted)
     timesteps = scheduler.timesteps.float().cpu()
     if request.strength is not None:
-        drawn = min(int(request.steps * request.strength), request.steps)
+        drawn = kind.drawn_steps(request.steps, request.strength)
         timesteps = timesteps[(request.steps - drawn) * scheduler.order :]
     clock = Clock.of(scheduler, torch.device("cpu"))
     fractions: list[float] = (clock.position(timesteps) / clock.length).tolist()

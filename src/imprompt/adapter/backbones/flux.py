@@ -140,8 +140,8 @@ def _grid(model: Any, inputs: Inputs, kwargs: dict[str, Any]) -> Grid:
 def _branches(inputs: Inputs, caller: Caller, last: LastCall) -> tuple[Branch, ...]:
     """The branch of this call: cond and uncond are separate calls with the same latents, cond first.
 
-    Told by the text, which is the pipeline's ``negative_prompt_embeds`` itself; where that is one object with
-    the prompt's, by the order of calls.
+    Told by the text, if that is the pipeline's ``prompt_embeds`` or ``negative_prompt_embeds`` itself; where
+    these are one object, or unknown, by the order of calls.
     """
     cond, uncond = (caller.variables.get(name) for name in ("prompt_embeds", "negative_prompt_embeds"))
     if cond is not uncond and inputs.text is not None:
@@ -149,9 +149,10 @@ def _branches(inputs: Inputs, caller: Caller, last: LastCall) -> tuple[Branch, .
             return ("uncond",)
         if inputs.text is cond:
             return ("cond",)
-    if last is not None and last[0]() is inputs.latents and last[1]() is not inputs.text:
-        return ("uncond",)
-    return ("cond",)
+    if last is None or last[0]() is not inputs.latents:
+        return ("cond",)
+    one_text = cond is not None and cond is uncond
+    return ("uncond",) if one_text or last[1]() is not inputs.text else ("cond",)
 
 
 FLUX = Backbone(
