@@ -1,5 +1,7 @@
 """The cache: made once, found again, made anew when anything it depends on changes or is damaged."""
 
+import os
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -12,9 +14,10 @@ import tiny
 from imprompt.data.rows import read_dataset
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.errors import ModelError
-from imprompt.training import cache
-from imprompt.training.cache import ClipFeatures, Ranks, encode_features, encode_latents, fingerprint
+from imprompt.training import cache, tables
+from imprompt.training.cache import ClipFeatures, clean, encode_features, encode_latents, fingerprint
 from imprompt.training.pictures import Pictures
+from imprompt.training.tables import Ranks
 
 CPU = torch.device("cpu")
 
@@ -121,27 +124,96 @@ def test_without_a_cache_the_same_is_encoded_at_every_step(rows, vae, make_confi
 def test_several_processes_share_the_encoding(rows, vae, make_config):
     whole = encode_latents(of(rows), vae, make_config(), CPU).rows("mean", range(7), [0] * 7)
     config = make_config(cache=make_config().output / "shared")
-    for rank in (0, 1):  # one after the other: what each finds missing is its share of what is left
+    for rank in (0, 1):
         encode_latents(of(rows), vae, config, CPU, Ranks(rank, 2))
     assert len(shards(config)) == 2
-    encode_latents(of(rows), vae, config, CPU, Ranks(0, 2))
-    encode_latents(of(rows), vae, config, CPU)
     table = encode_latents(of(rows), vae, config, CPU)
     assert torch.allclose(table.rows("mean", range(7), [0] * 7), whole, atol=1e-3)
+
+
+def test_a_picture_that_occurs_twice_in_a_batch_is_there_twice_without_a_cache(rows, make_config):
+    encoder = ClipFeatures(ImageEncoder(*tiny.tiny_encoder()), "pooled")
+    stored = encode_features(of(rows), encoder, make_config())
+    live = encode_features(of(rows), encoder, make_config(cache="none"))
+    found = [table.rows("pooled", [4, 4, 2], [0, 0, 0]) for table in (stored, live)]
+    assert torch.allclose(*found, atol=2e-3)
+
+
+def test_other_runs_rows_are_neither_read_nor_held(rows, vae, make_config):
+    config = make_config()
+    encode_latents(of(rows[:3]), vae, config, CPU)
+    table = encode_latents(of(rows[3:]), vae, config, CPU)
+    assert len(shards(config)) == 2
+    assert len(table.shards) == 1
+    assert encode_latents(of(rows), vae, config, CPU).rows("mean", range(7), [0] * 7).isfinite().all()
 
 
 def test_a_table_reads_the_same_from_disk_as_from_memory(rows, make_config, monkeypatch):
     encoder = ClipFeatures(ImageEncoder(*tiny.tiny_encoder()), "hidden")
     config = make_config(views=3)
     table = encode_features(of(rows), encoder, config)
-    monkeypatch.setattr(cache, "IN_MEMORY", 0)
+    monkeypatch.setattr(tables, "IN_MEMORY", 0)
     lazy = encode_features(of(rows), encoder, config)
     assert torch.equal(lazy.rows("hidden", [4, 1], [2, 0]), table.rows("hidden", [4, 1], [2, 0]))
 
 
+def test_the_runs_own_cache_keeps_only_what_the_run_uses(rows, vae, make_config):
+    config = make_config(cache=None)
+    encode_latents(of(rows, 16), vae, config, CPU)
+    old = list(config.cache_folder.rglob("*.safetensors"))
+    left = old[0].with_name(".shard.part.0123456789ab")  # of a run that was killed
+    left.write_bytes(b"half")
+    (config.cache_folder / "mine").mkdir()
+    mine = config.cache_folder / "mine" / "model.safetensors"
+    mine.write_bytes(b"not of the cache")
+    table = encode_latents(of(rows), vae, config, CPU)
+    size = (old[0].stat().st_size + 4) / 1e6
+    assert (
+        clean(config, [table]) == f"removed 2 files of the cache ({size:.1f} MB) that this run does not use"
+    )
+    assert set(config.cache_folder.rglob("*.safetensors")) == {*table.shards, mine}
+    assert not left.exists()
+    assert clean(config, [table]) == ""
+
+
+def test_a_shared_cache_keeps_what_a_run_used_in_the_last_thirty_days(rows, vae, make_config):
+    config = make_config()
+    encode_latents(of(rows[:2]), vae, config, CPU)
+    (old,) = shards(config)
+    encode_latents(of(rows[2:4]), vae, config, CPU)
+    table = encode_latents(of(rows[4:]), vae, config, CPU)
+    (own,) = table.shards
+    month = time.time() - 31 * 86_400
+    for path in (old, own):
+        os.utime(path, (month, month))
+    assert clean(config, [table]).endswith("that no run has used for 30 days")
+    assert not old.exists()
+    assert len(shards(config)) == 2
+    assert own.stat().st_mtime > time.time() - 3600  # it is used now
+
+
+def test_a_run_in_another_number_format_encodes_anew(rows, make_config):
+    config = make_config()
+    whole = encode_latents(of(rows), tiny.tiny_sd().vae, config, CPU).rows("mean", range(7), [0] * 7)
+    table = encode_latents(of(rows), tiny.tiny_sd().vae.to(torch.bfloat16), config, CPU)
+    assert len({shard.parent for shard in shards(config)}) == 2
+    short = table.rows("mean", range(7), [0] * 7)
+    assert not torch.equal(short, whole)
+    assert (short - whole).abs().mean() < 0.02 * whole.std()
+
+
+def test_the_vae_gets_no_more_pixels_at_once_than_it_has_memory_for(rows, vae, make_config, monkeypatch):
+    seen = []
+    vae.encoder.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    encode_latents(of(rows), vae, make_config(cache=make_config().output / "whole"), CPU)
+    monkeypatch.setattr(cache, "PIXELS", 2 * 32 * 32)
+    encode_latents(of(rows), vae, make_config(flip=0.5), CPU)
+    assert seen == [7] + [2] * 7
+
+
 def test_several_shards_keep_the_rows_order(rows, vae, make_config, monkeypatch):
     whole = encode_latents(of(rows), vae, make_config(), CPU).rows("mean", range(7), [0] * 7)
-    monkeypatch.setattr(cache, "SHARD", 3)
+    monkeypatch.setattr(tables, "SHARD", 3)
     split = encode_latents(of(rows), vae, make_config(cache=make_config().output / "split"), CPU)
     assert torch.allclose(split.rows("mean", range(7), [0] * 7), whole, atol=1e-3)
 

@@ -1,5 +1,6 @@
 """Real training of tiny adapters: it learns, resumes bit for bit, and says what is wrong."""
 
+import gc
 import json
 import math
 import os
@@ -13,9 +14,17 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
 import tiny
 from facemodels import pack, photo
@@ -623,6 +632,42 @@ def test_an_inpainting_base_is_refused(make_config, base, tmp_path):
     tiny.tiny_unet(in_channels=9).save_pretrained(folder / "unet")
     with pytest.raises(UsageError, match="inpainting"):
         train(make_config(base=str(folder)))
+
+
+def test_each_encoder_is_alone_in_memory_while_it_encodes(make_config):
+    kinds = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPVisionModelWithProjection)
+
+    def alive():
+        return {id(each): type(each).__name__ for each in gc.get_objects() if type(each) in kinds}
+
+    before, seen = alive(), set()
+
+    def look(module, _):
+        if type(module).__name__ in ("Encoder", "CLIPTextModel", "CLIPVisionModelWithProjection"):
+            seen.add(tuple(name for each, name in alive().items() if each not in before))
+
+    hook = register_module_forward_pre_hook(look)
+    try:
+        train(make_config(steps=1))
+    finally:
+        hook.remove()
+    assert seen == {("AutoencoderKL",), ("CLIPTextModel",), ("CLIPVisionModelWithProjection",)}
+
+
+def test_a_base_without_a_unet_is_refused(make_config):
+    with pytest.raises(UsageError, match="base 'flux' has no UNet"):
+        train(make_config(base="flux"))
+
+
+def test_a_run_goes_on_only_in_the_number_format_it_began_in(make_config):
+    train(make_config(steps=1, dtype="auto"))
+    began = json.loads((make_config().output / "run.json").read_text())["config"]["dtype"]
+    assert began in ("float32", "bfloat16")
+    other = "bf16" if began == "float32" else "no"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_MIXED_PRECISION", other)
+        with pytest.raises(UsageError, match=rf"another run \(dtype was {began}, is \w+\)"):
+            train(make_config(steps=1, dtype="auto", resume=True))
 
 
 def test_a_base_that_is_no_model_is_an_error(make_config, tmp_path):

@@ -4,6 +4,7 @@
 Weights are read from safetensors only.
 """
 
+from collections.abc import Collection
 from functools import cache
 from importlib.util import find_spec
 from inspect import signature
@@ -21,12 +22,20 @@ from imprompt.schema.request import SCHEDULERS, Task
 from imprompt.tensorfile import read_header
 from imprompt.weights import silence_library_logging
 
+_PARTS = (
+    "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "image_encoder",
+    "feature_extractor",
+)  # fmt: skip
 
-def load(base: Base, task: Task, dtype: Any, quantize: str = "none") -> Any:
+
+def load(
+    base: Base, task: Task, dtype: Any, quantize: str = "none", *, parts: Collection[str] = _PARTS
+) -> Any:
     """The base's pipeline for a task, on the CPU, without what drawing does not need.
 
-    ``dtype`` is a torch dtype; ``quantize`` as a request has it. Raises :class:`ModelError` when it is
-    missing, damaged, of a kind that takes no image prompts, or cannot be had.
+    ``dtype`` is a torch dtype; ``quantize`` as a request has it. Of a base with a UNet ``parts`` alone are
+    loaded, the others are ``None``. Raises :class:`ModelError` when it is missing, damaged, of a kind that
+    takes no image prompts, or cannot be had.
     """
     licence = base.row.licence if base.row else licences.KOLORS if base.family == "kolors" else ""
     licences.check(f"base '{base.name}'", licence)
@@ -45,6 +54,7 @@ def load(base: Base, task: Task, dtype: Any, quantize: str = "none") -> Any:
     try:
         with silence_library_logging():
             pipeline = getattr(diffusers, name)
+            options |= _left_out(pipeline, parts)
             if quantize != "none":
                 options[kind.denoiser] = _quantised(base, quantize, dtype, variant)
             if base.path is not None and base.path.is_file():
@@ -55,14 +65,14 @@ def load(base: Base, task: Task, dtype: Any, quantize: str = "none") -> Any:
         raise
     except Exception as error:  # loaders raise nearly anything on damaged or absent files
         raise _not_loaded(base, error) from error
-    _check_channels(getattr(pipe, kind.denoiser).config.in_channels, base, task)
+    _check_denoiser(pipe, base, task)
     return _ready(pipe)
 
 
 def for_task(pipe: Any, base: Base, task: Task) -> Any:
     """The pipeline of another task around the same weights. Raises :class:`UsageError` if there is none."""
     kind = base.kind
-    _check_channels(getattr(pipe, kind.denoiser).config.in_channels, base, task)
+    _check_denoiser(pipe, base, task)
     made = getattr(diffusers, pipeline_class(base, task))(
         **{name: part for name, part in pipe.components.items() if name != "safety_checker"}, **kind.unused
     )
@@ -112,6 +122,12 @@ def scheduler_for(pipe: Any, name: str | None) -> Any:
 
 
 # ---- private
+
+
+def _left_out(pipeline: Any, parts: Collection[str]) -> dict[str, None]:
+    """Constructor arguments of a class of pipelines that leave out all but ``parts``."""
+    known = signature(pipeline.__init__).parameters
+    return {part: None for part in _PARTS if part in known and part not in parts}
 
 
 def _from_single_file(base: Base, pipeline: Any, options: dict[str, Any]) -> Any:
@@ -191,6 +207,12 @@ def _stated_channels(base: Base) -> int:
         _, shape = header.get("model.diffusion_model.input_blocks.0.0.weight", ("", (0, 4)))
         return shape[1]
     return int(Source("unet", base.path / "unet").config().get("in_channels") or 4)
+
+
+def _check_denoiser(pipe: Any, base: Base, task: Task) -> None:
+    """Check the denoiser's channels, if it is loaded."""
+    if (denoiser := getattr(pipe, base.kind.denoiser)) is not None:
+        _check_channels(denoiser.config.in_channels, base, task)
 
 
 def _check_channels(channels: int, base: Base, task: Task) -> None:

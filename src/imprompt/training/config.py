@@ -148,7 +148,8 @@ class TrainConfig(Record):
     latent: Literal["mean", "sample"] = "sample"
     """Latents: the VAE's mean, or a new sample for each step."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the frozen model; auto: accelerate's, or bfloat16 if the device has it."""
+    """Number format of the frozen UNet, in bfloat16 of the encoders too; auto: accelerate's, or bfloat16 if
+    the device has it. A run is resumed in the format it began in."""
     device: str = "auto"
     """One of auto, cpu, cuda and mps."""
     gradient_checkpointing: bool = False
@@ -161,7 +162,8 @@ class TrainConfig(Record):
     """Seed of all random choices."""
 
     cache: Path | None = None
-    """Folder for encoded pictures; ``None``: 'cache' in the run's folder; none: no cache."""
+    """Folder for encoded pictures, which runs may share: what none has used for 30 days is removed; ``None``:
+    'cache' in the run's folder; none: no cache."""
     workers: int = Field(default=2, ge=1)
     """Threads that decode pictures."""
     on_bad_sample: Literal["skip", "stop"] = "skip"

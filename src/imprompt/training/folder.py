@@ -62,7 +62,9 @@ class Identity:
             found.append(f"there were {before.get('pictures')} pictures, now {self.pictures}")
         elif before.get("data") != self.data:
             found.append("pictures, captions or groups have changed")
-        names = {"base": "the base's weights", "encoder": "the image encoder", "start": "the initial weights"}
+        names = {"start": "the initial weights"}
+        if was.get("dtype") == fields["dtype"]:  # else the hashes of the same weights differ
+            names |= {"base": "the base's weights", "encoder": "the image encoder's weights"}
         found += [f"{what} have changed" for name, what in names.items() if before.get(name) != now[name]]
         if before.get("samples_per_step") != self.samples_per_step:
             found.append(

@@ -112,6 +112,11 @@ def _precision(config: TrainConfig) -> str | None:
     return {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[config.dtype]
 
 
+def frozen_dtype(accelerator: Accelerator) -> str:
+    """Name of the number format of the frozen models."""
+    return {"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision, "float32")
+
+
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T | None:
     """Run ``work`` in the main process alone; an error of it is raised in all processes."""
     found, error = None, None

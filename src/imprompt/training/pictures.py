@@ -37,6 +37,11 @@ class Decoded:
     reference: Image.Image
     crop: tuple[float, ...]
 
+    def follows(self, others: Sequence[Decoded], most: int, pixels: int) -> bool:
+        """Whether it may join ``others`` in a batch of at most ``most`` pictures and ``pixels``."""
+        (wide, high), count = self.target.size, len(others) + 1
+        return count <= most and count * wide * high <= pixels and others[0].target.size == (wide, high)
+
 
 @dataclass(frozen=True)
 class Pictures:
@@ -96,15 +101,14 @@ class Pictures:
         return Decoded(target, reference, conditions)
 
 
-def neighbours(decoded: Sequence[Decoded | str], most: int) -> list[list[Decoded] | str]:
-    """Neighbours of one size together, at most ``most`` of them, in order."""
+def neighbours(decoded: Sequence[Decoded | str], most: int, pixels: int) -> list[list[Decoded] | str]:
+    """Neighbours of one size together, in order: at most ``most``, and with no more than ``pixels``."""
     runs: list[list[Decoded] | str] = []
     for one in decoded:
+        last = runs[-1] if runs else ""
         if isinstance(one, str):
             runs.append(one)
-            continue
-        last = runs[-1] if runs else ""
-        if isinstance(last, list) and len(last) < most and last[0].target.size == one.target.size:
+        elif isinstance(last, list) and one.follows(last, most, pixels):
             last.append(one)
         else:
             runs.append([one])

@@ -7,18 +7,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from PIL import Image
+from torch import Tensor
 
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.checkpoints.locate import NOTED_ENCODER
 from imprompt.data.rows import Rejected, Row, read_dataset
 from imprompt.errors import InputError, UsageError
+from imprompt.generation.families import Base
 from imprompt.training import cache, start
-from imprompt.training.config import TrainConfig
+from imprompt.training.config import Kind, TrainConfig
 from imprompt.training.data import Plan, bucket_size
 from imprompt.training.folder import Identity, data_hash
+from imprompt.training.launch import frozen_dtype, on_main
 from imprompt.training.pictures import Pictures, Size
+from imprompt.training.tables import Ranks, Table
 
 BAD_SHARE, BAD_LEAST = 0.01, 3
 """A run does not begin with more unreadable pictures than this share, and more than this number."""
@@ -32,7 +37,7 @@ class Prepared:
     """With what was left open filled in."""
     identity: Identity
     pipe: Any
-    """The base's pipeline; its text and image encoders are gone."""
+    """The base's pipeline with UNet, VAE and scheduler alone, in float32 on the CPU."""
     adapter: IPAdapter
     data: cache.EncodedSet
     plan: Plan
@@ -47,61 +52,102 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Prepared:
     Raises :class:`InputError` for data that cannot be trained on, :class:`ModelError` or :class:`UsageError`
     for a base, encoder or start that does not fit."""
     found = read_dataset(config.data, only=config.only)
-    base, pipe = start.load_base(config.base)
+    base = start.find_unet_base(config.base)
     initial = start.load_start(config, base)
     kind = config.kind or (start.kind_of(initial) if initial is not None else "linear")
     config = config.resolved(kind, sum(row.trainable for row in found.rows), initial is not None)
-    per_step = config.batch * accelerator.gradient_accumulation_steps * accelerator.num_processes
-    rows, rejected = found.rows, list(found.rejected)
-    ranks = cache.Ranks(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
-    pictures = Pictures.read(rows, _target_size(config, pipe), config.workers)
+    config = config.model_copy(update={"dtype": frozen_dtype(accelerator)})
+    pictures = Pictures.read(found.rows, _target_size(config, base), config.workers)
+    encoding = _Encoding(config, kind, base, initial, pictures, accelerator)
+    data, plan = encoding.run(found.rejected)
+    removed = on_main(accelerator, lambda: cache.clean(config, (data.latents, data.features, data.texts)))
 
-    # One encoder at a time is on the device, and the UNet is not.
-    pipe.vae.to(accelerator.device)
-    latents = cache.encode_latents(pictures, pipe.vae, config, accelerator.device, ranks)
-    reader, encoder_name = start.feature_encoder(config, kind, pipe, initial, accelerator.device)
-    if config.cache_folder is not None:
-        pipe.vae.to("cpu")
-    features = cache.encode_features(pictures, reader, config, ranks)
-    negative = reader.negative()
-    bad = latents.rejected | features.rejected
-    _quarantine(rows, bad, rejected, config)
-    plan = Plan(rows, config, unusable=set(bad), keys=pictures.keys, sizes=pictures.sizes, per_step=per_step)
-    encoders = [part for part in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if part]
-    for part in encoders:
-        part.to(accelerator.device)
-    texts = cache.encode_texts(pipe, plan.captions, config, accelerator.device, ranks)
-    index = {caption: number for number, caption in enumerate(plan.captions)}
-    data = cache.EncodedSet(latents, features, reader.feature, negative, texts, index, rejected)
-
-    adapter = initial or start.new_adapter(config, kind, pipe.unet, start.widths(negative))
+    pipe = start.load_parts(base, torch.float32, "unet", "vae")
+    adapter = initial or start.new_adapter(config, kind, pipe.unet, start.widths(data.negative))
     identity = Identity(
         config=config.identity(),
-        pictures=len(rows),
-        data=data_hash(rows, pictures.keys),
-        base=cache.fingerprint(pipe.unet, pipe.vae, *encoders),
-        encoder=reader.identity,
+        pictures=len(found.rows),
+        data=data_hash(found.rows, pictures.keys),
+        base=" ".join((cache.fingerprint(pipe.unet), *encoding.weights)),
+        encoder=encoding.image_encoder,
         start=cache.fingerprint(adapter.module),
-        samples_per_step=per_step,
+        samples_per_step=plan.per_step,
     )
-    for name in {"text_encoder", "text_encoder_2", "image_encoder"} & set(pipe.components):
-        setattr(pipe, name, None)
     about = {
         "imprompt.base": base.name,
-        NOTED_ENCODER: encoder_name,
+        NOTED_ENCODER: encoding.image_encoder_name,
         "imprompt.data": identity.data,
-        "imprompt.pictures": str(len(rows)),
+        "imprompt.pictures": str(len(found.rows)),
         "imprompt.start": "new weights" if initial is None else initial.checkpoint.name,
     }
-    return Prepared(config, identity, pipe, adapter, data, plan, about, tuple(found.notes))
+    notes = (*found.notes, *([removed] if removed else []))
+    return Prepared(config, identity, pipe, adapter, data, plan, about, notes)
 
 
-def _target_size(config: TrainConfig, pipe: Any) -> Callable[[bytes], Size]:
+class _Encoding:
+    """Encodes pictures and captions with one frozen model in memory at a time (SDXL's two text encoders
+    together), in bfloat16 where the run is in it. The UNet is not loaded yet."""
+
+    def __init__(
+        self, config: TrainConfig, kind: Kind, base: Base, initial: IPAdapter | None, pictures: Pictures,
+        accelerator: Accelerator,
+    ) -> None:  # fmt: skip
+        self.config, self.kind, self.base, self.initial = config, kind, base, initial
+        self.pictures, self.device = pictures, accelerator.device
+        # float16 is none of the choices: SDXL's VAE overflows in it.
+        self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        self.per_step = config.batch * accelerator.gradient_accumulation_steps * accelerator.num_processes
+        self.ranks = Ranks(
+            accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
+        )
+        self.weights: list[str] = []
+        """Hashes of the VAE and the text encoders."""
+        self.image_encoder, self.image_encoder_name = "", ""
+        """A hash, and the name."""
+
+    def run(self, rejected: Sequence[Rejected]) -> tuple[cache.EncodedSet, Plan]:
+        """Everything that the steps read, and the plan of what they show."""
+        features, feature, negative = self._features()
+        latents = self._latents()
+        bad, rows = latents.rejected | features.rejected, self.pictures.rows
+        rejected = [*rejected, *(Rejected(rows[index].name, why) for index, why in sorted(bad.items()))]
+        _check_share(rows, bad, self.config)
+        plan = Plan(
+            rows, self.config, unusable=set(bad), keys=self.pictures.keys, sizes=self.pictures.sizes,
+            per_step=self.per_step,
+        )  # fmt: skip
+        index = {caption: number for number, caption in enumerate(plan.captions)}
+        texts = self._texts(plan.captions)
+        return cache.EncodedSet(latents, features, feature, negative, texts, index, rejected), plan
+
+    def _features(self) -> tuple[Table, tuple[str, ...], dict[str, Tensor]]:
+        reader, self.image_encoder_name = start.feature_encoder(
+            self.config, self.kind, self.base, self.initial, self.device, self.dtype
+        )
+        self.image_encoder = reader.identity
+        table = cache.encode_features(self.pictures, reader, self.config, self.ranks)
+        return table, reader.feature, reader.negative()
+
+    def _latents(self) -> Table:
+        vae = start.load_parts(self.base, self.dtype, "vae").vae.to(self.device)
+        self.weights.append(cache.fingerprint(vae))
+        return cache.encode_latents(self.pictures, vae, self.config, self.device, self.ranks)
+
+    def _texts(self, captions: Sequence[str]) -> Table:
+        pipe = start.load_parts(self.base, self.dtype, *start.TEXT)
+        encoders = [part for part in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if part]
+        self.weights.append(cache.fingerprint(*encoders))
+        for part in encoders:
+            part.to(self.device)
+        return cache.encode_texts(pipe, captions, self.config, self.device, self.weights[-1], self.ranks)
+
+
+def _target_size(config: TrainConfig, base: Base) -> Callable[[bytes], Size]:
     """The rule for a target's (width, height), given its picture's bytes.
 
     Raises :class:`UsageError` for a resolution that the base cannot have."""
-    factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    side = config.resolution or pipe.unet.config.sample_size * factor
+    own, factor = start.own_side(base)
+    side = config.resolution or own
     if side % factor:
         raise UsageError(f"resolution must be a multiple of {factor} for this base, given {side}.")
     if not config.buckets:
@@ -113,15 +159,12 @@ def _bucket(content: bytes, side: int, multiple: int) -> Size:
     try:
         with Image.open(io.BytesIO(content)) as image:
             return bucket_size(image.width, image.height, side, multiple)
-    except Exception:  # said where it is decoded
+    except Exception:  # told where it is decoded
         return side, side
 
 
-def _quarantine(
-    rows: Sequence[Row], bad: dict[int, str], rejected: list[Rejected], config: TrainConfig
-) -> None:
-    """List what cannot be used; stop where it is too much to be an accident."""
-    rejected += [Rejected(rows[index].name, why) for index, why in sorted(bad.items())]
+def _check_share(rows: Sequence[Row], bad: dict[int, str], config: TrainConfig) -> None:
+    """Raise :class:`InputError` where the pictures that cannot be used are too many to be an accident."""
     if not bad:
         return
     first = f"the first: {rows[min(bad)].name}: {bad[min(bad)]}"

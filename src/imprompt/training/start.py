@@ -13,6 +13,7 @@ from torch import Tensor
 
 from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.catalog.resolve import Source
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.face import OnnxFaces
 from imprompt.errors import UsageError
@@ -32,16 +33,42 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "faceid": ("face",),
     "faceid-plus": ("face", "hidden"),
 }
+TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+"""Parts of a pipeline that read text."""
 _CHECKPOINT = "checkpoint-"
 _FACE_DEPTH = 4
 """Blocks of a new FaceID-PlusV2 resampler."""
 
 
-def load_base(name: str) -> tuple[Base, Any]:
-    """The base and its pipeline in float32 on the CPU. Raises :class:`ModelError` for one that cannot be
-    loaded, :class:`UsageError` for one that only inpaints: adapters of its plain base fit it."""
+def find_unet_base(name: str) -> Base:
+    """The base of that name, not loaded. Raises :class:`UsageError` for one without a UNet, and as
+    :func:`load_parts`."""
     base = find_base(name)
-    return base, load(base, "generate", torch.float32)
+    if base.kind.denoiser != "unet":
+        raise UsageError(
+            f"base '{name}' has no UNet; adapters are trained on bases that have one (Stable Diffusion 1.5, "
+            "2.1 and XL, Kolors)."
+        )
+    load_parts(base, torch.float32)  # none of them: a base that is missing is told before an adapter that is
+    return base
+
+
+def load_parts(base: Base, dtype: torch.dtype, *parts: str) -> Any:
+    """The base's pipeline on the CPU with these parts alone.
+
+    Raises :class:`ModelError` for one that cannot be loaded, :class:`UsageError` for one that only inpaints:
+    adapters of its plain base fit it."""
+    return load(base, "generate", dtype, parts=parts)
+
+
+def own_side(base: Base) -> tuple[int, int]:
+    """The side in pixels of the squares that the base was trained on, and pixels to a side of a latent."""
+    place = Source(base.name, base.path, base.source, kind="base")
+    published = base.row is not None and base.path is None  # the catalogue knows it; nothing is downloaded
+    unet, vae = ({} if published else place.config(f"{part}/config.json") for part in ("unet", "vae"))
+    factor = 2 ** (len(vae.get("block_out_channels") or range(4)) - 1)
+    side = unet.get("sample_size")
+    return side * factor if isinstance(side, int) else base.defaults.size, factor
 
 
 def load_start(config: TrainConfig, base: Base) -> IPAdapter | None:
@@ -119,38 +146,50 @@ def trainable(adapter: IPAdapter, config: TrainConfig, unet: Any) -> list[torch.
 
 
 def feature_encoder(
-    config: TrainConfig, kind: Kind, pipe: Any, initial: IPAdapter | None, device: torch.device
+    config: TrainConfig,
+    kind: Kind,
+    base: Base,
+    initial: IPAdapter | None,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[FeatureEncoder, str]:
-    """The encoder of references on the device, and the name of its image encoder; a face adapter may have
-    none.
+    """The encoder of references on the device, and the name of its image encoder, empty if it has none.
 
-    Raises :class:`UsageError` when there is none."""
+    Raises :class:`UsageError` when a model that the kind needs is not named and does not come with the base
+    or the start."""
     names = FEATURES[kind]
-    if "face" not in names:
-        encoder = _image_encoder(config, pipe, initial).to(device)
-        return ClipFeatures(encoder, names[-1]), config.image_encoder or encoder.name
+    if kind == "faceid":
+        return FaceFeatures(_face_reader(config, kind)), ""
+    reader = _face_reader(config, kind) if "face" in names else None
+    encoder = _image_encoder(config, base, initial, dtype).to(device)
+    name = config.image_encoder or encoder.name
+    return ClipFeatures(encoder, names[0]) if reader is None else FaceFeatures(reader, encoder), name
+
+
+def _face_reader(config: TrainConfig, kind: Kind) -> OnnxFaces:
     if config.face_model is None:
         raise UsageError(f"kind '{kind}' reads faces: name a folder of models with face_model.")
-    reader = OnnxFaces.from_folder(config.face_model)
-    look = _image_encoder(config, pipe, initial).to(device) if len(names) > 1 else None
-    return FaceFeatures(reader, look), "" if look is None else config.image_encoder or look.name
+    return OnnxFaces.from_folder(config.face_model)
 
 
-def _image_encoder(config: TrainConfig, pipe: Any, initial: IPAdapter | None) -> ImageEncoder:
-    """The image encoder in float32: the named one, the base's own, or that of the start."""
+def _image_encoder(
+    config: TrainConfig, base: Base, initial: IPAdapter | None, dtype: torch.dtype
+) -> ImageEncoder:
+    """The image encoder: the named one, the base's own, or that of the start."""
     if config.image_encoder is not None:
-        return ImageEncoder.from_pretrained(config.image_encoder, torch_dtype=torch.float32)
-    own = getattr(pipe, "image_encoder", None)
-    if own is not None:
+        return ImageEncoder.from_pretrained(config.image_encoder, torch_dtype=dtype)
+    pipe = load_parts(base, dtype, "image_encoder", "feature_extractor")
+    if (own := getattr(pipe, "image_encoder", None)) is not None:
         name = getattr(own.config, "_name_or_path", "")
-        return ImageEncoder(own, pipe.feature_extractor, name=name or None).to(dtype=torch.float32)
+        return ImageEncoder(own, pipe.feature_extractor, name=name or None)
     found = None if initial is None else initial.image_encoder
-    if not isinstance(found, ImageEncoder):
+    if initial is None or not isinstance(found, ImageEncoder):
         raise UsageError(
             f"base '{config.base}' has no image encoder of its own; name one with image_encoder, such as "
             "h94/IP-Adapter:models/image_encoder."
         )
-    return found.to(dtype=torch.float32)
+    initial.image_encoder = None  # or it would stay in memory during the run
+    return found.to(dtype=dtype)
 
 
 def _face_shapes(cross: int, tokens: int, face: int, patch: int | None = None) -> dict[str, tuple[int, ...]]:

@@ -130,8 +130,7 @@ class Trainer:
 
     def _place(self) -> None:
         config, accelerator = self.config, self.accelerator
-        reduced = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-        self.dtype = reduced or torch.float32
+        self.dtype: torch.dtype = getattr(torch, config.dtype)
         with silence_library_logging():  # diffusers warns of every cast
             self.unet.to(self.device, self.dtype)
         if config.gradient_checkpointing:
