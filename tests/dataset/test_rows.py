@@ -94,6 +94,20 @@ def test_a_webdataset_shard_is_read_and_its_pictures_without_unpacking(folder):
         read_dataset(folder / "bad.tar")
 
 
+def test_a_shards_json_says_split_group_and_tags_as_a_metadata_file_does(folder):
+    about = json.dumps(
+        {"text": "a cat", "split": "val", "group": "cats", "core": True, "repeats": 3}
+    ).encode()
+    with tarfile.open(folder / "0000.tar", "w") as tar:
+        tar.add(folder / "a.png", "x.png")
+        info = tarfile.TarInfo("x.json")
+        info.size = len(about)
+        tar.addfile(info, io.BytesIO(about))
+    row = read_dataset(folder / "0000.tar", only="core").rows[0]
+    assert not row.trainable
+    assert (row.groups, row.repeats, row.captions) == ({"group": "cats"}, 3, {"full": ("a cat",)})
+
+
 def test_koyha_folders_have_repeats_and_name_their_class(tmp_path):
     for name, text in (("3_red fox", None), ("1_owl", "an owl at night")):
         (tmp_path / name).mkdir()

@@ -259,3 +259,5 @@ def test_contenders_are_read_from_words():
     assert Contender.parse("a/b.safetensors,speed=fast").name == "b fast"
     with pytest.raises(UsageError, match="scale"):
         Contender.parse(f"a,scale={math.nan}")
+    with pytest.raises(UsageError, match="did you mean 'layout'"):
+        Contender.parse("a,profile=layot")

@@ -32,6 +32,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from imprompt.encoders.images import as_bytes
 from imprompt.errors import InputError, first_line
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
@@ -137,7 +138,7 @@ def read_dataset(
 
 def _read(source: str | Path, required: bool) -> Dataset:
     if str(source).startswith(HUB):
-        return _hugging_face(str(source).removeprefix(HUB))
+        return _hugging_face(str(source).removeprefix(HUB), required)
     path = Path(source).expanduser()
     if path.is_dir():
         return _folder(path, required)
@@ -157,7 +158,7 @@ def _folder(path: Path, required: bool) -> Dataset:
         if (path / name).is_file():
             return read(path / name)
     if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
-        return _hugging_face(str(path))
+        return _hugging_face(str(path), required)
     if shards := sorted(path.glob("*.tar")):
         return _shards(shards)
     return _pictures(path, required)
@@ -218,12 +219,18 @@ def _row(record: Mapping[str, Any], folder: Path, taken: dict[str, int]) -> Row:
     file = folder / named
     if not file.is_file():
         raise ValueError(f"picture '{named}' is missing")
+    return _described(Row(file), record, taken)
+
+
+def _described(row: Row, record: Mapping[str, Any], taken: dict[str, int]) -> Row:
+    """A row with what its record says beside the picture."""
     split = record.get("split") or "train"
     if not isinstance(split, str):
         raise TypeError(f"split must be a name, given {split!r}")
     tags = frozenset(name for name, value in record.items() if value is True)
     repeats = max(1, int(record.get("repeats") or 1))
-    return Row(file, _captions(record, taken), _groups(record), split, tags, repeats)
+    captions, groups = _captions(record, taken), _groups(record)
+    return replace(row, captions=captions, groups=groups, split=split, tags=tags, repeats=repeats)
 
 
 def _groups(record: Mapping[str, Any]) -> dict[str, str]:
@@ -321,7 +328,7 @@ def _shards(paths: Sequence[Path]) -> Dataset:
             where = f"{path.name}/{key.lstrip('/')}"
             try:
                 rows.append(_tar_row(path, key, parts, taken))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 rejected.append(Rejected(where, f"{error}"))
     return Dataset(rows, rejected, [f"captions are read from '{name}' ({n})" for name, n in taken.items()])
 
@@ -336,9 +343,8 @@ def _tar_row(path: Path, key: str, parts: Mapping[str, tarfile.TarInfo], taken: 
     for suffix in SIDECARS:
         if suffix in parts:
             record["text"] = _member(path, parts[suffix]).decode("utf-8")
-    captions = _captions(record, taken)
     file = path / f"{key.lstrip('/')}{Path(picture.name).suffix}"
-    return Row(file, captions, content=partial(_member, path, picture))
+    return _described(Row(file, content=partial(_member, path, picture)), record, taken)
 
 
 def _member(path: Path, member: tarfile.TarInfo) -> bytes:
@@ -372,30 +378,27 @@ def _sheet(folder: Path) -> Dataset:
 
 
 def _cell(path: Path, box: tuple[int, int, int, int]) -> bytes:
-    stream = io.BytesIO()
     with Image.open(path) as sheet:
-        sheet.crop(box).convert("RGB").save(stream, "PNG")
-    return stream.getvalue()
+        return as_bytes(sheet.crop(box).convert("RGB"))
 
 
-def _hugging_face(name: str) -> Dataset:
+def _hugging_face(name: str, required: bool) -> Dataset:
     """Read a dataset of the package ``datasets``; pictures are not decoded."""
     stored, picture = _hf_table(name)
     caption = next((key for key in CAPTION_FIELDS if key in stored.column_names), None)
-    if picture is None or caption is None:
+    if picture is None or (caption is None and required):
         raise InputError(
             f"dataset '{name}' has the columns {', '.join(stored.column_names)}; one of pictures and one "
             f"named {', '.join(CAPTION_FIELDS[:3])} are expected."
         )
+    read = partial(_hf_bytes, stored, picture)
+    texts = [""] * len(stored) if caption is None else stored.select_columns([caption])[caption]
     rows = [
-        Row(
-            Path(name, f"{n:08d}"),
-            {"full": _texts(text or "")},
-            content=partial(_hf_bytes, stored, picture, n),
-        )
-        for n, text in enumerate(stored.select_columns([caption])[caption])
+        Row(Path(name, f"{n:08d}"), {"full": _texts(text or "")}, content=partial(read, n))
+        for n, text in enumerate(texts)
     ]
-    return Dataset(rows, notes=[f"pictures are read from '{picture}', captions from '{caption}'"])
+    captions = f", captions from '{caption}'" if caption is not None else ""
+    return Dataset(rows, notes=[f"pictures are read from '{picture}'{captions}"])
 
 
 def _hf_table(name: str) -> tuple[Any, str | None]:

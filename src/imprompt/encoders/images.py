@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -72,6 +72,13 @@ def load_image(
     with _opened(source, max_pixels) as (image, name):
         _load(image, name, budget)
         return _flattened(_srgb(_eight_bit(_upright(image), name)), background)
+
+
+def as_bytes(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+    """A picture as an encoded file; ``options`` are Pillow's for the format."""
+    memory = io.BytesIO()
+    image.save(memory, form, **options)
+    return memory.getvalue()
 
 
 def load_mask(source: Source, *, budget: Budget | None = None, notes: list[str] | None = None) -> Image.Image:

@@ -8,13 +8,15 @@ from pathlib import Path
 from pydantic import Field, field_validator
 
 from imprompt.errors import UsageError
-from imprompt.schema.record import Record, read_flag
+from imprompt.schema.profiles import read_profile
+from imprompt.schema.record import Record
 from imprompt.schema.request import Speed
 
 
 class Contender(Record):
     """One adapter with its settings, to be compared with others."""
 
+    FLAG = "--adapter"
     adapter: str
     """Alias, file, folder of a training run, or hub file."""
     scale: float = Field(default=1.0, ge=-10, le=10)
@@ -29,10 +31,17 @@ class Contender(Record):
     @classmethod
     def parse(cls, text: str) -> Contender:
         """Read ``ADAPTER[,scale=X][,profile=NAME][,speed=NAME][,label=TEXT]``. Raises :class:`UsageError`."""
-        adapter, stated = read_flag("--adapter", text, ("scale", "profile", "speed", "label"))
-        if "," in adapter:
+        found = super().parse(text)
+        if "," in found.adapter:
             raise UsageError(f"--adapter '{text}': NAME,field=value is expected.")
-        return cls.from_flag(f"--adapter '{text}'", {"adapter": adapter, **stated})
+        return found
+
+    @field_validator("profile")
+    @classmethod
+    def _profile_is_known(cls, value: str | None) -> str | None:
+        if value is not None:
+            read_profile(value)
+        return value
 
     @property
     def name(self) -> str:

@@ -18,6 +18,8 @@ from torch.nn import functional
 COPY_SIDE = 32
 """Side in pixels at which copies are sought: larger finds exact copies only, smaller finds mere likeness."""
 
+RESAMPLES = 2000
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -67,11 +69,11 @@ def diversity(embeddings: Tensor) -> float:
     return float(1 - (near.sum() - near.diagonal().sum()) / (count * (count - 1)))
 
 
-def bootstrap(values: Tensor, *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0) -> Interval:
-    """Percentile bootstrap interval of the mean of ``values`` (``N``, one per independent picture).
+def bootstrap(values: Tensor) -> Interval:
+    """95 % percentile bootstrap interval of the mean of ``values`` (``N``, one per independent picture).
 
-    Deterministic in ``seed``. NaN values are an error, not a number: raises ``ValueError`` for them and for
-    an empty tensor. One value gets no interval.
+    Equal values give equal intervals. Raises ``ValueError`` for NaN and for an empty tensor. One value gets
+    no interval.
     """
     values = values.detach().double().flatten().cpu()
     if not len(values):
@@ -80,11 +82,10 @@ def bootstrap(values: Tensor, *, resamples: int = 2000, confidence: float = 0.95
         raise ValueError(f"{int((~values.isfinite()).sum())} of {len(values)} values are not finite")
     if len(values) == 1:
         return Interval(float(values[0]), None, None, 1)
-    generator = torch.Generator().manual_seed(seed)
-    picked = torch.randint(len(values), (resamples, len(values)), generator=generator)
-    means = values[picked].mean(1)
-    tail = (1 - confidence) / 2
-    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    generator = torch.Generator().manual_seed(0)
+    picked = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = torch.quantile(values[picked].mean(1), ends).tolist()
     return Interval(float(values.mean()), low, high, len(values))
 
 

@@ -4,7 +4,6 @@ pictures."""
 from __future__ import annotations
 
 import base64
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from imprompt.encoders.images import as_bytes
 from imprompt.errors import InputError, UsageError
 from imprompt.evaluation.charts import scatter
 from imprompt.evaluation.metrics import Interval
@@ -155,11 +155,8 @@ def _front_plot(report: Report) -> Image.Image:
 
 def _data_url(image: Image.Image) -> str:
     shown = image.copy()
-    if max(shown.size) > 640:
-        shown.thumbnail((640, 640))
-    stream = io.BytesIO()
-    shown.save(stream, "PNG")
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+    shown.thumbnail((640, 640))
+    return "data:image/png;base64," + base64.b64encode(as_bytes(shown)).decode()
 
 
 def _spread(value: Interval) -> str:

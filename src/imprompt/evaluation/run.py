@@ -36,7 +36,7 @@ from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.checkpoints.contents import Contents
 from imprompt.checkpoints.locate import locate
 from imprompt.data.rows import Row, read_dataset
-from imprompt.encoders.images import content_hash, load_image
+from imprompt.encoders.images import as_bytes, content_hash, load_image
 from imprompt.errors import ImpromptError, InputError
 from imprompt.evaluation.config import Contender, EvaluateConfig
 from imprompt.evaluation.metrics import Interval, bootstrap, copy_score, cosine, diversity, paired
@@ -352,9 +352,8 @@ def _stored(place: Path | None) -> Image.Image | None:
 
 
 def _store(place: Path | None, image: Image.Image) -> None:
-    if place is None:
-        return
-    write_atomic(place, lambda stream: image.save(stream, "PNG"), overwrite=True)
+    if place is not None:
+        write_atomic(place, as_bytes(image), overwrite=True)
 
 
 # ---- scoring
