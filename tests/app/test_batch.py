@@ -51,6 +51,12 @@ def test_draws_lists_failures_and_goes_on_where_it_stopped(tmp_path: Path, capsy
     assert read_request(out / "owl.png").seed == 7
 
 
+def test_a_format_that_cannot_be_written_is_said_before_a_model_is_looked_for(tmp_path: Path, capsys) -> None:
+    file = jobs(tmp_path, {"prompt": "a cat", "base": "no/where"})
+    assert main(["batch", str(file), "-o", str(tmp_path / "drawn"), "--format", "tiff"]) == 1
+    assert "must end in .png" in capsys.readouterr().err
+
+
 def test_a_batch_draws_as_each_alone(tmp_path: Path) -> None:
     lines = [{"prompt": prompt, "steps": 2, "seed": 5} for prompt in ("a cat", "an owl")]
     file = jobs(tmp_path, *lines)

@@ -20,17 +20,19 @@ from PIL import Image
 
 from imprompt.app.server.settings import Limits, Settings
 from imprompt.errors import UsageError
-from serving import Running, picture, submit, upload, wait
+from serving import Running, picture, start, submit, upload, wait
 
 JSON = {"Content-Type": "application/json"}
 JOB = {"request": {"prompt": "a cat", "steps": 2, "seed": 1}}
 
 
-@pytest.fixture
-def quick(starting: Callable[..., Running]) -> Running:
-    """A server with short patience, small caps and no worker."""
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server with short patience, small caps and no worker, started once for all tests."""
     limits = Limits(header_seconds=1, body_seconds=2, json_bytes=64 * 1024, picture_bytes=256 * 1024)
-    return starting(ready=False, devices=(), limits=limits)
+    running = start(Settings(tmp_path_factory.mktemp("quick"), devices=(), limits=limits), ready=False)
+    yield running
+    running.stop()
 
 
 def raw(running: Running, sent: bytes, *, seconds: float = 10) -> bytes:
@@ -259,6 +261,23 @@ def test_other_addresses_need_a_token(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--token"):
         Settings(folder=tmp_path, host="0.0.0.0").check()
     Settings(folder=tmp_path, host="0.0.0.0", token="long enough").check()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"port": 99_999}, "--port"), ({"port": -1}, "--port"), ({"base": "/models/mine"}, "--model NAME"),
+        ({"limits": Limits(batch=0)}, "--batch"), ({"limits": Limits(queue=0)}, "--queue"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_serve_are_refused_at_the_start(tmp_path: Path, wrong: dict, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        Settings(tmp_path, **wrong).check()
+    Settings(tmp_path, base="mine", bases={"mine": "/models/mine"}).check()
+
+
+def test_a_servers_name_may_be_written_in_capitals(tmp_path: Path) -> None:
+    assert "studio.lan" in (Settings(tmp_path, allowed_hosts=("Studio.LAN",)).hosts or ())
 
 
 def test_a_full_queue_is_429_with_when_to_come_back(starting: Callable[..., Running]) -> None:

@@ -7,7 +7,8 @@ import openai
 import pytest
 from PIL import Image
 
-from serving import STEPS, Running, encoded, picture
+from imprompt.app.server.settings import Settings
+from serving import STEPS, Running, encoded, picture, start
 
 SMALL = {"steps": STEPS, "seed": 4}
 
@@ -30,6 +31,20 @@ def transparent_hole(size: tuple[int, int] = (128, 128)) -> bytes:
     image = Image.new("RGBA", size, (0, 0, 0, 255))
     image.paste((0, 0, 0, 0), (32, 32, 96, 96))
     return encoded(image)
+
+
+def test_quality_is_a_factor_of_the_bases_own_steps(tmp_path) -> None:
+    running = start(Settings(tmp_path, devices=(), download=True), ready=False)
+    try:
+        for model, quality in (("flux-schnell", "high"), ("emoji", "low"), ("emoji", "auto")):
+            body = {"prompt": "a cat", "model": model, "quality": quality, "stream": True}
+            with running.client(headers={"X-Client-Id": quality + model}) as client:
+                client.stream("POST", "/v1/images/generations", json=body).__enter__()
+                [job] = running.queue.unfinished(f"127.0.0.1 {quality}{model}")
+            expected = {"high": 6, "low": 10, "auto": None}
+            assert job.request.steps == expected[quality]
+    finally:
+        running.stop()
 
 
 def test_generates_from_a_text_under_any_of_their_names(theirs: openai.OpenAI) -> None:

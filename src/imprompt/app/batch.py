@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from imprompt.app.batching import batch_key
 from imprompt.errors import ImpromptError, InputError, ModelError, UsageError
 from imprompt.io import read_json
-from imprompt.output import save
+from imprompt.output import check_target, save
 from imprompt.schema.request import Request
 
 if TYPE_CHECKING:
@@ -77,14 +77,14 @@ def run(args: argparse.Namespace) -> int:
     index, count = read_shard(args.shard)
     jobs = list(read_jobs(source, args.device))
     _check_ids(jobs)
-    part = jobs[index::count]
+    drawer = Drawer(source.parent, folder, args.format)
+    part = [drawer.checked(job) for job in jobs[index::count]]
     folder.mkdir(parents=True, exist_ok=True)
     name = "manifest.jsonl" if count == 1 else f"manifest-{index + 1}-of-{count}.jsonl"
     done = read_manifests(folder)
     left = [job for job in part if not _is_done(job, done.get(job.id), folder)]
     if len(left) < len(part):
         print(f"imprompt: {len(part) - len(left)} of {len(part)} are drawn already", file=sys.stderr)
-    drawer = Drawer(source.parent, folder, args.format)
     batches = list(_batches(left, args.batch))
     drawn = map(drawer, batches) if args.ray is None else _drawn_by_ray(drawer, batches, args.ray)
     with (folder / name).open("a", encoding="utf-8") as manifest:
@@ -181,7 +181,22 @@ class Drawer:
     def __call__(self, batch: Sequence[Job]) -> list[dict[str, Any]]:
         """Draw jobs together, and save them; each job's line of the manifest."""
         with contextlib.chdir(self.home):
-            return [_finish(job, outcome, self.folder, self.form) for job, outcome in self._draw(batch)]
+            return [self._finish(job, outcome) for job, outcome in self._draw(batch)]
+
+    def checked(self, job: Job) -> Job:
+        """The job, with an ``error`` if its files cannot be written, which is known before it is drawn."""
+        if job.request is None:
+            return job
+        try:
+            check_target(self._target(job), job.request.task, job.request.count, overwrite=True)
+        except ImpromptError as error:
+            return replace(job, request=None, error=str(error))
+        return job
+
+    def _target(self, job: Job) -> Path:
+        assert job.request is not None
+        suffix = self.form or ("webp" if job.request.task == "animate" else "png")
+        return self.folder / f"{job.id}.{suffix.removeprefix('.')}"
 
     @cached_property
     def _engine(self) -> "Engine":
@@ -206,6 +221,23 @@ class Drawer:
             return self._engine.run(job.request)
         except ImpromptError as error:
             return error
+
+    def _finish(self, job: Job, outcome: "Result | ImpromptError") -> dict[str, Any]:
+        """Save a result; the job's line of the manifest."""
+        entry: dict[str, Any] = {"id": job.id, "digest": job.digest, "time": round(time.time(), 3)}
+        try:
+            if isinstance(outcome, ImpromptError):
+                raise outcome
+            paths = save(outcome, self._target(job), overwrite=True)
+        except ImpromptError as error:
+            return entry | {"state": "failed", "error": " ".join(str(error).split())}
+        files = [path.relative_to(self.folder).as_posix() for path in paths]
+        return entry | {
+            "state": "done",
+            "files": files,
+            "seed": outcome.request.seed,
+            "notes": list(outcome.notes),
+        }
 
 
 def _drawn_by_ray(
@@ -242,23 +274,3 @@ def _batches(jobs: Iterable[Job], most: int) -> Iterator[list[Job]]:
     for group in groups.values():
         for start in range(0, len(group), most):
             yield group[start : start + most]
-
-
-def _finish(job: Job, outcome: "Result | ImpromptError", folder: Path, form: str | None) -> dict[str, Any]:
-    """Save a result; the job's line of the manifest."""
-    entry: dict[str, Any] = {"id": job.id, "digest": job.digest, "time": round(time.time(), 3)}
-    try:
-        if isinstance(outcome, ImpromptError):
-            raise outcome
-        assert job.request is not None
-        suffix = form or ("webp" if job.request.task == "animate" else "png")
-        paths = save(outcome, folder / f"{job.id}.{suffix.removeprefix('.')}", overwrite=True)
-    except ImpromptError as error:
-        return entry | {"state": "failed", "error": " ".join(str(error).split())}
-    files = [path.relative_to(folder).as_posix() for path in paths]
-    return entry | {
-        "state": "done",
-        "files": files,
-        "seed": outcome.request.seed,
-        "notes": list(outcome.notes),
-    }

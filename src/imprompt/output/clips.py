@@ -13,6 +13,7 @@ import numpy as np
 from av.video.reformatter import Colorspace
 from PIL import Image
 
+from imprompt.encoders.images import as_bytes
 from imprompt.errors import InputError, UsageError
 from imprompt.output.record import KEY
 from imprompt.output.stills import encode_png
@@ -57,23 +58,19 @@ def encode_frames(frames: Sequence[Image.Image], texts: dict[str, str]) -> dict[
 def _gif(frames: Sequence[Image.Image], fps: float, record: str) -> bytes:
     check_fps(".gif", fps)
     indexed = quantized(frames)
-    memory = io.BytesIO()
-    indexed[0].save(
-        memory, "GIF", save_all=True, append_images=indexed[1:], duration=_durations(len(frames), fps, 10),
-        loop=0, optimize=False, comment=record.encode("ascii"),
+    return as_bytes(
+        indexed[0], "GIF", save_all=True, append_images=indexed[1:], loop=0, optimize=False,
+        duration=_durations(len(frames), fps, 10), comment=record.encode("ascii"),
     )  # fmt: skip
-    return memory.getvalue()
 
 
 def _webp(frames: Sequence[Image.Image], fps: float, record: str) -> bytes:
     exif = Image.Exif()
     exif[0x010E] = record
-    memory = io.BytesIO()
-    frames[0].save(
-        memory, "WEBP", save_all=True, append_images=frames[1:], duration=_durations(len(frames), fps, 1),
-        loop=0, lossless=True, exif=exif,
+    return as_bytes(
+        frames[0], "WEBP", save_all=True, append_images=frames[1:], loop=0, lossless=True,
+        duration=_durations(len(frames), fps, 1), exif=exif,
     )  # fmt: skip
-    return memory.getvalue()
 
 
 def _mp4(frames: Sequence[Image.Image], fps: float, record: str) -> bytes:

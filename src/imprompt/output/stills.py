@@ -4,12 +4,12 @@ PNG has the record in the text chunk ``imprompt`` and the format of other tools 
 WebP have both in EXIF. Maps of controls and pages of pictures are PNG with a chunk that says so.
 """
 
-import io
 from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from imprompt.encoders.images import as_bytes
 from imprompt.errors import InputError
 from imprompt.output.record import KEY
 
@@ -36,12 +36,10 @@ def encode_still(image: Image.Image, suffix: str, record: str, parameters: str) 
     options: dict[str, Any] = {"quality": 95, "subsampling": 0}
     if FORMATS[suffix] == "WEBP":
         options = {"lossless": True}
-    memory = io.BytesIO()
     try:
-        image.save(memory, FORMATS[suffix], exif=exif, **options)
+        return as_bytes(image, FORMATS[suffix], exif=exif, **options)
     except ValueError as error:
         raise InputError(f"{suffix} cannot hold it ({error}); a .png holds more.") from error
-    return memory.getvalue()
 
 
 def encode_png(image: Image.Image, texts: dict[str, str]) -> bytes:
@@ -49,9 +47,7 @@ def encode_png(image: Image.Image, texts: dict[str, str]) -> bytes:
     info = PngInfo()
     for key, text in texts.items():
         info.add_itxt(key, text)
-    memory = io.BytesIO()
-    image.save(memory, "PNG", pnginfo=info)
-    return memory.getvalue()
+    return as_bytes(image, pnginfo=info)
 
 
 def still_text(image: Image.Image) -> str | None:

@@ -35,7 +35,7 @@ from imprompt.app.server.protocols import (
     keep_encoded,
 )
 from imprompt.app.server.queue import Queue
-from imprompt.encoders.images import load_image
+from imprompt.encoders.images import as_bytes, load_image
 from imprompt.errors import ImpromptError
 
 SAMPLERS = {
@@ -253,9 +253,7 @@ def _mask(body: ImageToImage, source: str, queue: Queue) -> bytes:
         mask = ImageOps.invert(mask)
     if body.mask_blur:
         mask = mask.filter(ImageFilter.GaussianBlur(min(64.0, body.mask_blur)))
-    stream = io.BytesIO()
-    mask.save(stream, "PNG")
-    return stream.getvalue()
+    return as_bytes(mask)
 
 
 async def _answer(

@@ -5,7 +5,6 @@ pictures where files stand elsewhere.
 """
 
 import asyncio
-import io
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from pathlib import Path as FilePath
@@ -31,7 +30,7 @@ from imprompt.app.server.protocols import (
 )
 from imprompt.app.server.queue import Queue
 from imprompt.app.server.store import Picture
-from imprompt.encoders.images import load_image
+from imprompt.encoders.images import as_bytes, load_image
 from imprompt.errors import ImpromptError
 from imprompt.generation.annotate import annotate
 from imprompt.schema.request import Request
@@ -212,9 +211,7 @@ def _drawn_map(kind: str, path: FilePath) -> bytes:
     """A control's map as PNG, at most 1024 pixels wide or high. Raises :class:`ImpromptError`."""
     image = load_image(path)
     image.thumbnail((1024, 1024))
-    stream = io.BytesIO()
-    annotate(kind, image).save(stream, "PNG")
-    return stream.getvalue()
+    return as_bytes(annotate(kind, image))
 
 
 # ---- jobs

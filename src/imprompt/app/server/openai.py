@@ -50,7 +50,7 @@ from imprompt.app.server.protocols import (
     streamed,
 )
 from imprompt.app.server.queue import Queue
-from imprompt.encoders.images import load_image
+from imprompt.encoders.images import as_bytes, load_image
 from imprompt.errors import ImpromptError
 from imprompt.schema.request import Request
 
@@ -58,7 +58,7 @@ _THEIRS = re.compile(r"^(gpt-image|dall-e|chatgpt-image)")  # programs often hav
 _FIDELITY = {"low": 0.6, "high": 0.9}
 _EFFORT = {"low": 0.5, "high": 1.5, "hd": 1.5}
 """``quality`` → factor of the base's own number of steps."""
-_STEPS = 30  # of bases that do not say
+_STEPS = 30  # of bases outside the catalogue
 
 
 class ErrorBody(BaseModel):
@@ -200,13 +200,18 @@ def _scalar(text: str) -> Any:
 
 def _fields(body: Generation, queue: Queue) -> dict[str, Any]:
     """A request's fields from OpenAI's. Raises :class:`Problem`."""
-    fields: dict[str, Any] = {"prompt": body.prompt, "base": _base(body.model, queue), "count": body.n}
+    base = _base(body.model, queue)
+    fields: dict[str, Any] = {"prompt": body.prompt, "base": base, "count": body.n}
     if body.size != "auto":
         fields["size"] = body.size
-    effort = _EFFORT.get(body.quality, 1.0)
-    if effort != 1:
-        fields["steps"] = round(_STEPS * effort)
+    if body.quality in _EFFORT:
+        fields["steps"] = max(1, round(_steps_of(base) * _EFFORT[body.quality]))
     return fields | body.imprompt
+
+
+def _steps_of(base: str) -> int:
+    row = catalog.bases().get(base)
+    return _STEPS if row is None else row.steps or catalog.families()[row.family].steps
 
 
 def _base(name: str | None, queue: Queue) -> str:
@@ -259,9 +264,7 @@ def _repainted(mask: bytes, source: str, queue: Queue) -> bytes:
         white = ImageOps.invert(opened.convert("RGBA").getchannel("A"))
     if white.size != size:
         raise _wrong("mask", f"it is {white.width}×{white.height}, the picture {size[0]}×{size[1]}")
-    stream = io.BytesIO()
-    white.save(stream, "PNG")
-    return stream.getvalue()
+    return as_bytes(white)
 
 
 def _wrong(field: str, text: str) -> Problem:

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from imprompt import catalog
 from imprompt.errors import UsageError
 
 
@@ -84,13 +85,16 @@ class Settings:
 
     @property
     def hosts(self) -> frozenset[str] | None:
-        """Values of the Host header that are answered, without port; ``None``: any, as a token is needed."""
+        """Values of the Host header that are answered, in lower case and without port; ``None``: any, as a
+        token is needed."""
         if self.token is not None and not self.loopback:
             return None
-        return frozenset({"127.0.0.1", "localhost", "[::1]", self.host, *self.allowed_hosts})
+        own = ("127.0.0.1", "localhost", "[::1]", self.host, *self.allowed_hosts)
+        return frozenset(name.lower() for name in own)
 
     def check(self) -> None:
-        """Raises :class:`UsageError` for an open address without a token."""
+        """Raises :class:`UsageError` for an open address without a token, for numbers out of range, and for a
+        base that is not offered."""
         if not self.loopback and self.token is None:
             raise UsageError(
                 f"--host {self.host} can be reached from other machines: give a --token (or IMPROMPT_TOKEN) "
@@ -98,6 +102,16 @@ class Settings:
             )
         if self.token is not None and len(self.token) < 8:
             raise UsageError("--token: give at least 8 characters.")
+        if not 0 <= self.port <= 65535:
+            raise UsageError(f"--port {self.port}: a number from 0 to 65535 is expected.")
+        for name in ("queue", "batch"):
+            if (most := getattr(self.limits, name)) < 1:
+                raise UsageError(f"--{name} {most}: 1 or more is expected.")
+        if self.base not in {**catalog.bases(), **self.bases}:
+            raise UsageError(
+                f"--base '{self.base}' is no alias, and clients know bases by names: give it one with "
+                "--model NAME=PATH, and name that as --base."
+            )
 
 
 def is_loopback(host: str) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 from PIL import Image
 
 from imprompt.app.server.problems import Problem
-from imprompt.encoders.images import MAX_FRAMES, load_image
+from imprompt.encoders.images import MAX_FRAMES, as_bytes, load_image
 from imprompt.encoders.video import read_video
 from imprompt.errors import ImpromptError, InputError
 from imprompt.io import write_atomic
@@ -324,12 +324,10 @@ def as_animation(video: bytes, max_frames: int = MAX_FRAMES) -> bytes:
     frames, fps = _frames(video, max_frames)
     for frame in frames:
         frame.thumbnail((VIDEO_SIDE, VIDEO_SIDE))
-    stream = io.BytesIO()
-    frames[0].save(
-        stream, "WEBP", save_all=True, append_images=frames[1:], duration=round(1000 / fps), quality=90,
-        method=0,
-    )  # fmt: skip
-    return stream.getvalue()
+    duration = round(1000 / fps)
+    return as_bytes(
+        frames[0], "WEBP", save_all=True, append_images=frames[1:], duration=duration, quality=90, method=0
+    )
 
 
 def _frames(video: bytes, max_frames: int) -> tuple[list[Image.Image], float]:
@@ -357,9 +355,7 @@ def thumbnail(content: bytes) -> bytes:
     """A small WebP of a picture's first frame."""
     image = _frames(content, MAX_FRAMES)[0][0] if is_video(content) else load_image(content)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
-    stream = io.BytesIO()
-    image.save(stream, "WEBP", quality=80)
-    return stream.getvalue()
+    return as_bytes(image, "WEBP", quality=80)
 
 
 def disk_problem(error: Exception) -> Problem:

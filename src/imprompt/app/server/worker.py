@@ -25,6 +25,7 @@ from imprompt.app.server import messages as say
 from imprompt.app.server.logs import log_to_stderr
 from imprompt.app.server.problems import problem_of
 from imprompt.app.server.store import ID, as_animation, describe, disk_problem, is_video
+from imprompt.encoders.images import as_bytes
 from imprompt.errors import Cancelled, ImpromptError, InputError
 from imprompt.generation.engine import Engine, Result
 from imprompt.generation.steps import Step
@@ -264,9 +265,7 @@ def _short(text: str) -> str:
 
 def _small(image: Image.Image) -> bytes:
     image.thumbnail((_PREVIEW_SIDE, _PREVIEW_SIDE))
-    stream = io.BytesIO()
-    image.save(stream, "WEBP", quality=60)
-    return stream.getvalue()
+    return as_bytes(image, "WEBP", quality=60)
 
 
 def _memory() -> int:
