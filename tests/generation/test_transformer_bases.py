@@ -1,5 +1,7 @@
 """Requests on tiny FLUX, Chroma and SD3.5 folders: the Engine draws what diffusers' pipelines draw."""
 
+import json
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -227,3 +229,18 @@ def test_kontext_draws_the_size_that_is_asked_for(
     if task == "edit":
         with pytest.raises(UsageError, match=r"strength: base .* draws anew what the text says"):
             engine.run(request.replace(strength=0.5), pictures=given)
+
+
+def test_guidance_that_the_model_does_not_read_is_noted(engine: Engine, flux: Path, tmp_path: Path) -> None:
+    """FLUX.1 [schnell] has no input for it."""
+    note = "guidance: 3 has no effect: this model was trained to draw without"
+    assert note not in engine.run(asked(flux)).notes
+    schnell = tmp_path / "schnell"
+    shutil.copytree(flux, schnell)
+    config = schnell / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"guidance_embeds": False}))
+    result = engine.run(asked(schnell))
+    assert note in result.notes
+    other = engine.run(asked(schnell, guidance=0.0))
+    assert not other.notes
+    assert np.array_equal(np.asarray(result.images[0]), np.asarray(other.images[0]))

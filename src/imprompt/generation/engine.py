@@ -29,7 +29,7 @@ from imprompt.generation.compiling import compile_failure
 from imprompt.generation.control import Map, find_controls, named_controls
 from imprompt.generation.drawing import draw, fresh_scheduler
 from imprompt.generation.families import Base, find_adapter, find_base
-from imprompt.generation.guided import check_guidance, negative_notes
+from imprompt.generation.guided import check_guidance, guidance_notes, negative_notes
 from imprompt.generation.identity import face_controls
 from imprompt.generation.idle import idle_notes
 from imprompt.generation.inputs import crop_notes, read_inputs
@@ -399,6 +399,7 @@ def _notes(job: Job, loaded: Loaded) -> list[str]:
             note = face_onnx.licence_note(reader.space)
             notes += [note] if note else []
     notes += _cut_notes(job, loaded.pipe) + negative_notes(job, loaded.adapters)
+    notes += guidance_notes(job, loaded.pipe)
     return notes + idle_notes(job, loaded)
 
 

@@ -74,6 +74,15 @@ def negative_notes(job: Job, adapters: Mapping[str, IPAdapter]) -> list[str]:
     return notes
 
 
+def guidance_notes(job: Job, pipe: Any) -> list[str]:
+    """A note where the guidance that was asked for is no input of a distilled transformer (FLUX.1
+    [schnell])."""
+    asked, usual = job.request.guidance, job.base.defaults.guidance
+    if not job.base.kind.distilled or asked in (0, usual) or pipe.transformer.config.guidance_embeds:
+        return []
+    return [f"guidance: {asked:g} has no effect: this model was trained to draw without"]
+
+
 def _scale(request: Request, base: Base) -> float | None:
     """The scale of classifier-free guidance."""
     return request.true_guidance if base.kind.distilled else request.guidance
