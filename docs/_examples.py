@@ -10,18 +10,14 @@ from imprompt import Engine, Request
 from imprompt.encoders.images import load_image
 
 FOLDER = Path(imprompt.app.server.__file__).parent / "static" / "examples"
-EXAMPLES = (
-    ("a rocket", "", None),
-    ("a heart", "cactus-neon", None),
-    ("a cat", "sunset", 1.0),
-)  # as EXAMPLES in static/main.js
+EXAMPLES = (("a rocket", ""), ("a heart", "cactus-neon"), ("a cat", "sunset"))  # as in static/main.js
 
 
 def main() -> None:
     engine = Engine()
-    for number, (text, shown, scale) in enumerate(EXAMPLES, 1):
+    for number, (text, shown) in enumerate(EXAMPLES, 1):
         pictures = {shown: load_image(FOLDER / f"{shown}.webp")} if shown else {}
-        request = Request(prompt=text, images=tuple(pictures), scale=scale, steps=20, seed=7)
+        request = Request(prompt=text, images=tuple(pictures), steps=20, seed=7)
         drawn = engine.run(request, pictures=pictures).images[0]
         drawn.save(FOLDER / f"drawn-{number}.webp", quality=85, method=6)
 

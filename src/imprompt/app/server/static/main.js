@@ -13,7 +13,7 @@ const SWEEP = [0, 0.25, 0.5, 0.75, 1];
 const THEMES = { system: "auto", light: "sun", dark: "moon" };
 const EXAMPLES = [
   { title: "example2", text: "a heart", picture: "/static/examples/cactus-neon.webp", drawn: "/static/examples/drawn-2.webp" },
-  { title: "example3", text: "a cat", picture: "/static/examples/sunset.webp", scale: 1, drawn: "/static/examples/drawn-3.webp" },
+  { title: "example3", text: "a cat", picture: "/static/examples/sunset.webp", drawn: "/static/examples/drawn-3.webp" },
   { title: "example1", text: "a rocket", picture: null, drawn: "/static/examples/drawn-1.webp" },
 ];
 const EXAMPLE_STEPS = 20;
@@ -83,12 +83,12 @@ function sweep() {
   });
 }
 
-async function useExample({ text, picture, scale = null }) {
+async function useExample({ text, picture }) {
   try {
     const references = [];
     if (picture) {
       const blob = await (await fetch(picture)).blob();
-      references.push({ ...newReference(await api.upload(blob, "example.webp")), scale });
+      references.push(newReference(await api.upload(blob, "example.webp")));
     }
     change({ task: "generate", prompt: text, negative: "", references, steps: EXAMPLE_STEPS, seed: 7, count: 1, source: null, mask: null, control: null, extra: {}, base: null, adapter: null, size: null });
     render();
