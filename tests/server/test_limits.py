@@ -267,7 +267,7 @@ def test_other_addresses_need_a_token(tmp_path: Path) -> None:
     ("wrong", "says"),
     [
         ({"port": 99_999}, "--port"), ({"port": -1}, "--port"), ({"base": "/models/mine"}, "--model NAME"),
-        ({"limits": Limits(batch=0)}, "--batch"), ({"limits": Limits(queue=0)}, "--queue"),
+        ({"limits": Limits(batch=0)}, "--batch"), ({"limits": Limits(queue=-1)}, "--queue"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_serve_are_refused_at_the_start(tmp_path: Path, wrong: dict, says: str) -> None:

@@ -104,9 +104,9 @@ class Settings:
             raise UsageError("--token: give at least 8 characters.")
         if not 0 <= self.port <= 65535:
             raise UsageError(f"--port {self.port}: a number from 0 to 65535 is expected.")
-        for name in ("queue", "batch"):
-            if (most := getattr(self.limits, name)) < 1:
-                raise UsageError(f"--{name} {most}: 1 or more is expected.")
+        for name, least in (("queue", 0), ("batch", 1)):  # a queue of 0 refuses all jobs
+            if (most := getattr(self.limits, name)) < least:
+                raise UsageError(f"--{name} {most}: {least} or more is expected.")
         if self.base not in {**catalog.bases(), **self.bases}:
             raise UsageError(
                 f"--base '{self.base}' is no alias, and clients know bases by names: give it one with "
