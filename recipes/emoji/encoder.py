@@ -48,7 +48,7 @@ pictures, without 59 %."""
 
 
 def in_its_look(logits: Tensor, looks: Tensor) -> Tensor:
-    """Concept logits without those concepts that training never shows in the picture's look."""
+    """Concept logits (N, concepts) with -1e4 for what training never shows in each picture's look (N,)."""
     return logits.float().masked_fill(HELD_OUT.to(looks.device)[looks], -1e4)
 
 

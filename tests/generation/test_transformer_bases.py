@@ -84,7 +84,9 @@ def test_a_photo_is_drawn_anew(engine: Engine, base: Path, pictures: Path, task:
     place["images"] = [ImagePrompt(str(pictures / "ref.png"), scale=3)]
     if task == "inpaint":
         place["mask"] = str(pictures / "mask.png")
-    got = drawn(engine, asked(base, task=task, **place))
+    request = asked(base, task=task, **place)
+    got = drawn(engine, request)
+    assert np.array_equal(got, drawn(engine, request))
     pipe = PHOTO_PIPELINES[base.name, task].from_pretrained(base)
     pipe.set_progress_bar_config(disable=True)
     if task == "inpaint" and base.name == "chroma":  # which diffusers' pipeline asks for
