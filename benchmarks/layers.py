@@ -51,8 +51,10 @@ class OneStep(DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
 
-    def __call__(self, sample: Tensor, text: Tensor, callback_on_step_end: None = None) -> object:
-        return self.unet(sample, 500, text)
+    def __call__(
+        self, sample: Tensor, text: Tensor, timestep: Tensor | int = 500, callback_on_step_end: None = None
+    ) -> object:
+        return self.unet(sample, timestep, text)
 
 
 def unet_of(name: str, dtype: torch.dtype) -> UNet2DConditionModel:

@@ -1,23 +1,36 @@
 """What a training sample costs: the reference recipe's step against imprompt's, interleaved in one process.
 
 The reference step (tencent-ailab/IP-Adapter's tutorial scripts) encodes picture, caption and reference in
-every step, runs the UNet and the adapter in the base's number format, and clips nothing. imprompt's step
-reads what it encoded once. Both train one linear adapter on the bundled base with the same batch, in bfloat16
-autocast where the CPU has it. The figure is CPU time a sample, reference over imprompt.
+every step, runs the UNet in float32 under autocast, reads the loss, and clips nothing; on a GPU its encoders
+are in the format of the autocast. imprompt's step reads what it encoded once. Both train one linear adapter
+on the same base with the same batch, in bfloat16 where the device has it; pictures are decoded beforehand.
+The figure is time a sample, reference over imprompt: CPU time, or on a GPU the device's (imprompt's samples
+are then made beforehand, as its thread does).
 
-    python benchmarks/training.py [--rounds N] [--batch B]
+    python benchmarks/training.py [--rounds N] [--batch B] [--base emoji|sd15] [--size 512] [--device cuda]
 """
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch.nn import functional
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.catalog import ASSETS
@@ -32,33 +45,79 @@ from imprompt.training.launch import make_accelerator
 from imprompt.training.trainer import Trainer
 
 
-class Reference:
-    """The reference recipe's step, on pictures that are decoded already."""
+def sd15_base(folder: Path, device: str) -> Path:
+    """Write a base of Stable Diffusion 1.5's shape with random weights, its image encoder a ViT-H/14. (The
+    values cost nothing.)"""
+    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    text = CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, **ends
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
+        projection_dim=1024, image_size=224, patch_size=14,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        models: dict[str, Any] = {
+            "unet": UNet2DConditionModel(cross_attention_dim=768, sample_size=64),
+            "vae": AutoencoderKL(
+                block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            ),
+            "text_encoder": CLIPTextModel(text),
+            "image_encoder": CLIPVisionModelWithProjection(vision),
+        }  # fmt: skip
+    tokenizer = StableDiffusionPipeline.from_pretrained(
+        ASSETS, unet=None, vae=None, text_encoder=None, scheduler=None, safety_checker=None
+    ).tokenizer
+    tokenizer.model_max_length = 77
+    StableDiffusionPipeline(
+        **{name: model.to(torch.bfloat16) for name, model in models.items()}, tokenizer=tokenizer,
+        feature_extractor=CLIPImageProcessorPil(),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False),
+        safety_checker=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
 
-    def __init__(self, batch: int, dtype: torch.dtype) -> None:
-        self.pipe = load(find_base("emoji"), "generate", torch.float32)
-        self.encoder = ImageEncoder.from_pretrained(ASSETS / "image_encoder", torch_dtype=torch.float32)
+
+class Reference:
+    """The reference recipe's step, on pictures that are prepared already."""
+
+    def __init__(
+        self, base: str, encoder: Path, batch: int, side: int | None, dtype: torch.dtype, device: str
+    ) -> None:
+        self.device, self.dtype = device, dtype
+        self.format = torch.float32 if device == "cpu" else dtype
+        self.pipe = load(find_base(base), "generate", torch.float32).to(device)
+        self.encoder = ImageEncoder.from_pretrained(encoder, torch_dtype=self.format, device=device)
         self.adapter = IPAdapter.new(self.pipe.unet.requires_grad_(False), image_encoder=self.encoder)
-        self.adapter.attach(self.pipe.unet)
+        self.adapter.to(device).attach(self.pipe.unet)
+        for part in (self.pipe.vae, self.pipe.text_encoder):
+            part.to(self.format)
         self.optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=1e-4, weight_decay=1e-2)
         rows = read_dataset(ASSETS / "eval").rows[:batch]
-        self.images = [load_image(row.read()) for row in rows]
-        self.captions, self.dtype = [row.caption for row in rows], dtype
+        images = [load_image(row.read()) for row in rows]
+        self.captions = [row.caption for row in rows]
+        self.shown = self.encoder.prepare(images)
+        targets = [_array(image if side is None else image.resize((side, side))) for image in images]
+        self.pixels = torch.from_numpy(np.stack(targets)).permute(0, 3, 1, 2) / 127.5 - 1
 
     def step(self) -> None:
-        pipe, count = self.pipe, len(self.images)
-        pixels = torch.stack([torch.from_numpy(_array(image)) for image in self.images]).permute(0, 3, 1, 2)
-        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+        pipe, device, count = self.pipe, self.device, len(self.captions)
+        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
             with torch.no_grad():
-                latents = pipe.vae.encode(pixels / 127.5 - 1).latent_dist.sample().float()
-                states = pipe.encode_prompt(self.captions, "cpu", 1, False)[0]
-                features = self.encoder.encode(self.images).pooled
+                pixels, shown = (each.to(device, self.format) for each in (self.pixels, self.shown))
+                latents = pipe.vae.encode(pixels).latent_dist.sample().float()
+                states = pipe.encode_prompt(self.captions, device, 1, False)[0]
+                features = self.encoder.model(shown).image_embeds
             clean = latents * pipe.vae.config.scaling_factor
-            noise, steps = torch.randn_like(clean), torch.randint(0, 1000, (count,))
+            noise, steps = torch.randn_like(clean), torch.randint(0, 1000, (count,), device=device)
             noisy = pipe.scheduler.add_noise(clean, noise, steps)
             with self.adapter.training_tokens(self.adapter.projection(features)):
                 predicted = pipe.unet(noisy, steps, states, return_dict=False)[0]
-            functional.mse_loss(predicted.float(), noise).backward()
+            loss = functional.mse_loss(predicted.float(), noise)
+            loss.item()
+            loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -67,7 +126,7 @@ def _array(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"), dtype=np.float32)
 
 
-def trainer(folder: Path, batch: int) -> Trainer:
+def trainer(folder: Path, base: str, batch: int, side: int | None, device: str) -> Trainer:
     """imprompt's, before its first step."""
     rows = read_dataset(ASSETS / "eval").rows[:batch]
     pictures = folder / "pictures"
@@ -76,12 +135,68 @@ def trainer(folder: Path, batch: int) -> Trainer:
         (pictures / row.file.name).write_bytes(row.read())
         (pictures / f"{row.file.stem}.txt").write_text(row.caption)
     config = TrainConfig(
-        data=str(pictures), output=folder / "run", batch=batch, kind="linear", init=None, steps=10**6,
-        device="cpu", trackers=(), quiet=True,
+        data=str(pictures), output=folder / "run", base=base, batch=batch, kind="linear", init=None,
+        steps=10**6, resolution=side, device=device, sample_every=0, trackers=(), quiet=True,
     )  # fmt: skip
     held = RunFolder(config.output, resume=False)
     held.open()
     return Trainer(config, make_accelerator(config), held)
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    before = time.process_time()
+    work()
+    return time.process_time() - before
+
+
+def gpu_seconds(work: Callable[[], object]) -> float:
+    """From an idle GPU until it is idle again."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def our_step(ours: Trainer, number: int, device: str) -> Callable[[], None]:
+    """One step; on the CPU with making its sample, which costs the same time in a thread."""
+    if device == "cpu":
+        return lambda: ours.advance([ours.samples.make(number)])
+    sample = ours.samples.make(number)
+    return lambda: ours.advance([sample])
+
+
+def compared(
+    folder: Path, base: str, batch: int, side: int | None, device: str, rounds: int
+) -> dict[str, Any]:
+    """Samples a second of both, and their ratio; ``folder`` is an empty one."""
+    encoder = ASSETS / "image_encoder"
+    if base == "sd15":
+        base = str(sd15_base(folder / "base", device))
+        encoder = Path(base) / "image_encoder"
+    ours = trainer(folder, base, batch, side, device)
+    theirs = Reference(base, encoder, batch, side, ours.dtype, device)
+    seconds = cpu_seconds if device == "cpu" else gpu_seconds
+    spent: dict[str, list[float]] = {"reference": [], "imprompt": [], "again": []}
+    for number in range(rounds + 1):
+        for name, times in spent.items():
+            step = theirs.step if name != "imprompt" else our_step(ours, number, device)
+            took = seconds(step)
+            if number:  # the first round warms up
+                times.append(took)
+    ratios = [a / b for a, b in zip(spent["reference"], spent["imprompt"], strict=True)]
+    control = [a / b for a, b in zip(spent["reference"], spent["again"], strict=True)]
+    return {
+        "dtype": str(ours.dtype), "batch": batch,
+        "samples_per_second": {
+            name: round(batch / statistics.median(spent[name]), 2) for name in ("reference", "imprompt")
+        },
+        "reference_over_imprompt": round(statistics.median(ratios), 3),
+        "least_and_most": [round(min(ratios), 3), round(max(ratios), 3)],
+        "reference_over_itself": round(statistics.median(control), 3),
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -90,26 +205,13 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--base", choices=["emoji", "sd15"], default="emoji")
+    parser.add_argument("--size", type=int, help="side of the targets in pixels")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        ours = trainer(Path(place), args.batch)
-        theirs = Reference(args.batch, ours.dtype)
-        passes = iter(range(10**6))
-        spent: dict[str, list[float]] = {"reference": [], "imprompt": []}
-        for number in range(args.rounds + 1):
-            for name in spent:
-                before = time.process_time()
-                if name == "reference":
-                    theirs.step()
-                else:
-                    ours.advance([ours.samples.make(next(passes))])
-                if number:  # the first round warms up
-                    spent[name].append(time.process_time() - before)
-    ratios = [a / b for a, b in zip(*spent.values(), strict=True)]
-    each = {name: args.batch / statistics.median(times) for name, times in spent.items()}
-    print(f"{ours.dtype}, batch {args.batch}, {args.rounds} rounds")
-    print(", ".join(f"{name} {pace:.2f} samples per CPU second" for name, pace in each.items()))
-    print(f"reference / imprompt: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        found = compared(Path(place), args.base, args.batch, args.size, args.device, args.rounds)
+    print(json.dumps(vars(args) | found, indent=2))
 
 
 if __name__ == "__main__":

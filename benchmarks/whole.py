@@ -1,11 +1,11 @@
 """Measure whole generations of the bundled model with a picture over diffusers' with its own adapter.
 
 A generation is all after loading: the picture and the text are encoded, drawn and decoded, the same number of
-pictures by both. CPU time, interleaved; each round has another picture, so that nothing is remembered. Prints
-JSON: ratios to diffusers (medians; "again" is the control, diffusers once more) and the mean difference of
-the pixels, of 255.
+pictures by both. CPU time, on a GPU the time until it is idle again; interleaved; each round has another
+picture, so that nothing is remembered. Prints JSON: ratios to diffusers (medians; "again" is the control,
+diffusers once more) and the mean difference of the pixels, of 255.
 
-    python benchmarks/whole.py [--count 1] [--steps 20] [--rounds 5]
+    python benchmarks/whole.py [--count 1] [--steps 20] [--rounds 5] [--device cuda] [--dtype bfloat16]
 """
 
 import argparse
@@ -30,10 +30,11 @@ Draw = Callable[[Image.Image], list[Image.Image]]
 
 def theirs(request: Request, size: int) -> Draw:
     """diffusers' pipeline with the bundled plus adapter, loaded by its own loader."""
-    pipe = StableDiffusionPipeline.from_pretrained(EMOJI)
+    pipe = StableDiffusionPipeline.from_pretrained(EMOJI, torch_dtype=getattr(torch, request.dtype))
     pipe.set_progress_bar_config(disable=True)
     pipe.load_ip_adapter(EMOJI, subfolder="adapters", weight_name=PLUS, image_encoder_folder=None)
     pipe.set_ip_adapter_scale(0.6)
+    pipe.to(request.device)
 
     def draw(shown: Image.Image) -> list[Image.Image]:
         seeds = [torch.Generator().manual_seed(1 + i) for i in range(request.count)]
@@ -51,34 +52,59 @@ def ours(request: Request) -> Draw:
     return lambda shown: engine.run(request, pictures={"shown": shown}).images
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    plain = Request(prompt="a cat", base="emoji", seed=1, steps=args.steps, guidance=5.0)
+def seconds(work: Callable[[], object], device: str) -> float:
+    """CPU time, or until a GPU is idle again."""
+    if device == "cpu":
+        began = time.process_time()
+        work()
+        return time.process_time() - began
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def compared(
+    count: int, steps: int, rounds: int, *, device: str = "cpu", dtype: str = "float32"
+) -> dict[str, float]:
+    """Ratios to diffusers of ``count`` pictures each, the mean difference of the pixels, and seconds."""
+    plain = Request(
+        prompt="a cat", base="emoji", seed=1, steps=steps, guidance=5.0, device=device, dtype=dtype
+    )
     first = Engine().run(plain).images[0]
-    request = plain.replace(images=["shown"], adapter="emoji-plus", scale=0.6, count=args.count)
+    request = plain.replace(images=["shown"], adapter="emoji-plus", scale=0.6, count=count)
     draw = theirs(request, first.width)
     kinds = {"diffusers": draw, "imprompt": ours(request), "again": draw}
     times: dict[str, list[float]] = {name: [] for name in kinds}
     drawn = {}
-    for round_ in range(args.rounds + 1):
+    for round_ in range(rounds + 1):
         shown = Image.fromarray(np.roll(np.asarray(first), 8 * round_, axis=1))
         for name, work in kinds.items():
-            began = time.process_time()
-            drawn[name] = np.stack([np.asarray(picture).astype(float) for picture in work(shown)])
+            pictures: list[Image.Image] = []
+            took = seconds(lambda work=work, shown=shown, to=pictures: to.extend(work(shown)), device)
+            drawn[name] = np.stack([np.asarray(picture).astype(float) for picture in pictures])
             if round_:  # the first loads
-                times[name].append(time.process_time() - began)
+                times[name].append(took)
     ratios = {
         name: round(median(own / base for own, base in zip(taken, times["diffusers"], strict=True)), 3)
         for name, taken in times.items()
     }
     lost = float(np.abs(drawn["imprompt"] - drawn["diffusers"]).mean())
-    seconds = round(median(times["diffusers"]), 2)
-    print(json.dumps(vars(args) | ratios | {"difference": round(lost, 3), "seconds": seconds}, indent=2))
+    return ratios | {"difference": round(lost, 3), "seconds": round(median(times["diffusers"]), 3)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    args = parser.parse_args()
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    print(json.dumps(vars(args) | compared(**vars(args)), indent=2))
 
 
 if __name__ == "__main__":
