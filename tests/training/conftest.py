@@ -7,6 +7,7 @@ import pytest
 from diffusers import StableDiffusionPipeline
 
 import tiny
+from facemodels import photo
 from imprompt.training.config import TrainConfig
 from imprompt.training.trainer import train
 
@@ -48,6 +49,16 @@ def config_in(folder, **values):
 @pytest.fixture
 def pictures(tmp_path):
     return write_pictures(tmp_path / "pictures")
+
+
+@pytest.fixture
+def face_pictures(pictures):
+    """The same with a face each, of another colour, except for the third."""
+    for number in range(7):
+        # As large as references are kept, on places that the detector's grid meets.
+        spots = [] if number == 2 else [(160 + 32 * number, 256, "red")]
+        photo(*spots, size=(512, 512), colour=20 + 10 * number).save(pictures / f"{number}.png")
+    return pictures
 
 
 @pytest.fixture

@@ -11,11 +11,14 @@ from PIL import Image
 from safetensors import safe_open
 
 import tiny
+from facemodels import pack
 from imprompt.data.rows import read_dataset
 from imprompt.encoders.clip import ImageEncoder
+from imprompt.encoders.face import OnnxFaces
 from imprompt.errors import ModelError
 from imprompt.training import cache, tables
 from imprompt.training.cache import ClipFeatures, clean, encode_features, encode_latents, fingerprint
+from imprompt.training.faces import FaceFeatures
 from imprompt.training.pictures import Pictures
 from imprompt.training.tables import Ranks
 
@@ -112,6 +115,35 @@ def test_pictures_that_cannot_be_trained_on_are_reported_and_stop_nothing(rows, 
         assert table.rows("mean", [0, 2], [0, 0]).isfinite().all()
 
 
+def test_a_picture_that_cannot_be_read_for_a_while_is_tried_again_and_others_are_not(
+    rows, vae, make_config, tmp_path
+):
+    away, linked = tmp_path / "away.png", rows[1].file
+    linked.rename(away)
+    linked.symlink_to(away)
+    rows[3].file.write_bytes(b"no picture")
+    pictures = of(rows)  # read for their hashes; then the link dangles
+    away.rename(tmp_path / "gone.png")
+    first = encode_latents(pictures, vae, make_config(), CPU)
+    assert first.rejected.keys() == {1, 3}
+    assert "No such file" in first.rejected[1]
+    (tmp_path / "gone.png").rename(away)
+    again = encode_latents(pictures, vae, make_config(), CPU)
+    assert again.rejected.keys() == {3}
+    assert again.rows("mean", [1], [0]).isfinite().all()
+
+
+def test_a_picture_that_changes_before_it_is_encoded_is_not_stored_as_the_old_one(rows, vae, make_config):
+    pictures, old = of(rows), rows[1].file.read_bytes()
+    tiny.picture(60, (40, 32)).save(rows[1].file)
+    table = encode_latents(pictures, vae, make_config(), CPU)
+    assert table.rejected == {1: "changed since the run began"}
+    rows[1].file.write_bytes(old)
+    kept = encode_latents(pictures, vae, make_config(), CPU).rows("mean", [1], [0])
+    live = encode_latents(pictures, vae, make_config(cache="none"), CPU).rows("mean", [1], [0])
+    assert torch.allclose(kept, live, atol=2e-3)
+
+
 def test_without_a_cache_the_same_is_encoded_at_every_step(rows, vae, make_config):
     rows[1].file.write_bytes(b"no picture")
     stored = encode_latents(of(rows), vae, make_config(), CPU)
@@ -129,6 +161,38 @@ def test_several_processes_share_the_encoding(rows, vae, make_config):
     assert len(shards(config)) == 2
     table = encode_latents(of(rows), vae, config, CPU)
     assert torch.allclose(table.rows("mean", range(7), [0] * 7), whole, atol=1e-3)
+
+
+def test_a_run_that_fills_the_cache_meanwhile_leaves_no_row_without_a_process(rows, vae, make_config):
+    whole = encode_latents(of(rows), vae, make_config(), CPU).rows("mean", range(7), [0] * 7)
+    config = make_config(cache=make_config().output / "shared")
+    other = [lambda: encode_latents(of(rows[::2]), vae, config, CPU), lambda: None]
+    # Both processes found the same rows missing; then the other run wrote some, and the first one its own.
+    encode_latents(of(rows), vae, config, CPU, Ranks(0, 2, wait=lambda: other and other.pop(0)()))
+    table = encode_latents(of(rows), vae, config, CPU, Ranks(1, 2))
+    assert not table.rejected
+    assert torch.allclose(table.rows("mean", range(7), [0] * 7), whole, atol=1e-3)
+
+
+def test_a_shard_that_another_run_removes_while_the_folder_is_read_is_no_error(rows, vae, make_config):
+    encode_latents(of(rows), vae, make_config(), CPU)
+    (shard,) = shards(make_config())
+    gone = shard.with_name(f"{'0' * 32}.safetensors")
+    gone.symlink_to(shard.with_name("removed"))  # listed, but no longer there when it is opened
+    table = encode_latents(of(rows), vae, make_config(), CPU)
+    assert table.shards == [shard]
+
+
+def test_faces_are_the_same_from_the_cache_and_without_one(face_pictures, make_config, tmp_path):
+    seen = of(read_dataset(face_pictures).rows[:4])
+    encoder = FaceFeatures(OnnxFaces.from_folder(pack(tmp_path / "pack")), ImageEncoder(*tiny.tiny_encoder()))
+    stored, live = (encode_features(seen, encoder, make_config(cache=cache)) for cache in (None, "none"))
+    assert stored.rejected.keys() == live.rejected.keys() == {2}
+    assert "no face" in live.rejected[2]
+    for name in ("face", "hidden"):
+        found = [table.rows(name, [3, 0, 3], [0, 0, 0]) for table in (stored, live)]
+        assert torch.allclose(*found, atol=2e-3)
+        assert not torch.allclose(found[1][0], found[1][1], atol=1e-2)
 
 
 def test_a_picture_that_occurs_twice_in_a_batch_is_there_twice_without_a_cache(rows, make_config):

@@ -1,5 +1,6 @@
 """Real training of tiny adapters: it learns, resumes bit for bit, and says what is wrong."""
 
+import fcntl
 import gc
 import json
 import math
@@ -13,6 +14,7 @@ from itertools import chain
 import huggingface_hub
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -27,7 +29,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
 import tiny
-from facemodels import pack, photo
+from facemodels import pack
 from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.app.cli import main
@@ -45,6 +47,7 @@ from imprompt.training.objective import (
 )
 from imprompt.training.samples import Sample
 from imprompt.training.trainer import Trainer, train
+from single_file import save_single_file
 
 
 def log_of(config):
@@ -291,27 +294,24 @@ def test_every_kind_draws_samples_and_a_run_may_start_from_a_run(make_config, tm
     assert all(torch.allclose(after[name], before[name], atol=1e-3) for name in before)
 
 
-@pytest.mark.parametrize(("kind", "variant"), [("faceid", "faceid"), ("faceid-plus", "faceid-plusv2")])
-def test_a_face_adapter_trains_on_the_largest_face_with_its_lora(
-    make_config, pictures, tmp_path, kind, variant
-):
+@pytest.mark.parametrize(
+    ("kind", "variant", "cache"), [("faceid", "faceid", "none"), ("faceid-plus", "faceid-plusv2", None)]
+)
+@pytest.mark.usefixtures("face_pictures")
+def test_a_face_adapter_trains_on_the_largest_face_with_its_lora(make_config, tmp_path, kind, variant, cache):
     """Pictures without a face are left out; the file is a FaceID file, and its LoRA has learned."""
-    for number in range(6):
-        photo((150 + 20 * number, 250, "red"), size=(512, 512), colour=40 + 10 * number).save(
-            pictures / f"{number}.png"
-        )
-    photo((250, 250, "red"), size=(512, 512)).save(pictures / "6.png")
-    Image.new("RGB", (64, 64), "white").save(pictures / "2.png")
     config = make_config(
-        kind=kind, face_model=str(pack(tmp_path / "pack")), lora_rank=4, steps=2, lr=1e-2, sample_every=2
-    )
+        kind=kind, face_model=str(pack(tmp_path / "pack")), lora_rank=4, steps=2, lr=1e-2, sample_every=2,
+        cache=cache,
+    )  # fmt: skip
     path = train(config)
     read = IPAdapter.from_pretrained(path)
     assert (read.checkpoint.variant.name, read.checkpoint.tokens) == (variant, 4)
     ups = {name: tensor for name, tensor in load_file(path).items() if "lora.up" in name}
     assert len(ups) == 4 * 2 * len(cross_attentions(tiny.tiny_unet()))
     assert all(tensor.any() for tensor in ups.values())
-    assert "no face" in (config.output / "rejected.txt").read_text()
+    (left_out,) = (config.output / "rejected.txt").read_text().splitlines()
+    assert "2.png: no face" in left_out
     with pytest.raises(UsageError, match="face_model"):
         train(make_config(kind=kind, output=tmp_path / "b"))
 
@@ -574,6 +574,34 @@ except InputError as error:
 """
 
 
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+from imprompt.training import TrainConfig, train
+def kill(descriptor):
+    os.kill(os.getpid(), signal.SIGKILL)
+def arm(step):
+    if step == 3:
+        os.fsync = kill
+train(TrainConfig.read(sys.argv[1]), on_step=arm)
+"""
+
+
+def test_what_a_killed_save_left_is_removed_when_the_run_goes_on(make_config, tmp_path):
+    config = make_config(checkpoint_every=1, steps=4)
+    (tmp_path / "run.json").write_text(config.model_dump_json())
+    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, tmp_path / "run.json"], check=False)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = config.output.glob(".*.part.*")
+    assert left.name.startswith(".checkpoint-00000003.")
+    (config.output / ".notes.part").write_text("mine")
+    with pytest.raises(UsageError, match="already holds a run"):
+        train(config)
+    assert left.exists()
+    train(config.model_copy(update={"resume": True}))
+    assert [path.name for path in config.output.glob(".*part*")] == [".notes.part"]
+    assert [record["step"] for record in log_of(config) if "loss" in record] == [1, 2, 3, 4]
+
+
 def test_a_full_disk_is_one_plain_sentence_and_the_last_checkpoint_stays(make_config, tmp_path):
     config = make_config(checkpoint_every=1, steps=4)
     (tmp_path / "run.json").write_text(config.model_dump_json())
@@ -670,6 +698,28 @@ def test_a_run_goes_on_only_in_the_number_format_it_began_in(make_config):
             train(make_config(steps=1, dtype="auto", resume=True))
 
 
+def test_a_single_file_base_gives_the_same_adapter_and_is_opened_for_each_frozen_model_alone(
+    make_config, base, tmp_path, monkeypatch
+):
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    pipe.image_encoder.save_pretrained(tmp_path / "encoder")
+    pipe.feature_extractor.save_pretrained(tmp_path / "encoder")
+    file = save_single_file(pipe, tmp_path / "one.safetensors")
+    entry = tmp_path / "hub" / "models--stable-diffusion-v1-5--stable-diffusion-v1-5"  # its configuration
+    shutil.copytree(base, entry / "snapshots" / ("0" * 40))
+    (entry / "refs").mkdir()
+    (entry / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    read, opened = safetensors.torch.load_file, []
+    monkeypatch.setattr(
+        safetensors.torch, "load_file", lambda *a, **k: opened.append(str(a[0])) or read(*a, **k)
+    )
+    options = {"image_encoder": str(tmp_path / "encoder"), "resolution": 32, "init": "new"}
+    whole = train(make_config(output=tmp_path / "a", **options))
+    assert same(train(make_config(output=tmp_path / "b", base=str(file), **options)), whole)
+    assert opened.count(str(file)) == 3  # VAE; text encoder; UNet and VAE
+
+
 def test_a_base_that_is_no_model_is_an_error(make_config, tmp_path):
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ModelError, match="nothing"):
@@ -680,6 +730,24 @@ def test_a_base_without_an_image_encoder_is_an_error(make_config, tmp_path):
     tiny.tiny_sd().save_pretrained(tmp_path / "plain")
     with pytest.raises(UsageError, match="image_encoder"):
         train(make_config(base=str(tmp_path / "plain")))
+
+
+def test_a_lock_that_was_removed_before_it_was_taken_holds_nobody(make_config, monkeypatch):
+    """The first run ends without having begun while the second has its lock file open."""
+    path, lock = make_config().output, fcntl.flock
+    first, second, third = (RunFolder(path, resume=False) for _ in range(3))
+    first.open()
+
+    def late(*args):
+        first.close()
+        return lock(*args)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    second.open()
+    with pytest.raises(UsageError, match="another process is training"):
+        third.open()
+    second.close()
+    assert not path.exists()
 
 
 def test_a_run_that_could_not_begin_leaves_its_folder_to_the_corrected_one(make_config, tmp_path):

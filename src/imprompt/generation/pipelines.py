@@ -37,18 +37,8 @@ def load(
     loaded, the others are ``None``. Raises :class:`ModelError` when it is missing, damaged, of a kind that
     takes no image prompts, or cannot be had.
     """
-    licence = base.row.licence if base.row else licences.KOLORS if base.family == "kolors" else ""
-    licences.check(f"base '{base.name}'", licence)
-    kind = base.kind
-    _check_channels(_stated_channels(base), base, task)
-    name = pipeline_class(base, task)
-    if kind.needs is not None and find_spec(kind.needs[0]) is None:
-        package, extra = kind.needs
-        raise ModelError(
-            f"the text of base '{base.name}' is read by {package}: pip install 'imprompt[{extra}]'."
-        )
-    if base.path is None:
-        hub.fetch(base.source, "model_index.json", what=f"base '{base.name}'", about=_about(base))
+    check(base, task)
+    kind, name = base.kind, pipeline_class(base, task)
     options: dict[str, Any] = {"torch_dtype": dtype, **kind.unused}
     variant = "fp16" if _halves(base, dtype) else None
     try:
@@ -67,6 +57,20 @@ def load(
         raise _not_loaded(base, error) from error
     _check_denoiser(pipe, base, task)
     return _ready(pipe)
+
+
+def check(base: Base, task: Task) -> None:
+    """Raise what :func:`load` would, as far as it can be told before weights are read."""
+    licence = base.row.licence if base.row else licences.KOLORS if base.family == "kolors" else ""
+    licences.check(f"base '{base.name}'", licence)
+    _check_channels(_stated_channels(base), base, task)
+    pipeline_class(base, task)
+    if (needs := base.kind.needs) is not None and find_spec(needs[0]) is None:
+        raise ModelError(
+            f"the text of base '{base.name}' is read by {needs[0]}: pip install 'imprompt[{needs[1]}]'."
+        )
+    if base.path is None:
+        hub.fetch(base.source, "model_index.json", what=f"base '{base.name}'", about=_about(base))
 
 
 def for_task(pipe: Any, base: Base, task: Task) -> Any:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +31,11 @@ from imprompt.io import write_atomic
 
 WEIGHT_NAME = "ip-adapter.safetensors"
 RECORD, LOG, LOCK = "run.json", "log.jsonl", ".lock"
+_HALF = re.compile(
+    r"\.(checkpoint-\d+\.part\.[0-9a-f]{12}|(checkpoint-\d+\.json|run\.json|rejected\.txt|log\.jsonl|README\.md"
+    r"|card\.html|ip-adapter\.safetensors|\d+\.png)\.[0-9a-f]{16}\.part)"
+)
+"""Names of files that a run was writing when it was killed."""
 
 
 @dataclass(frozen=True)
@@ -92,19 +98,32 @@ class RunFolder:
         self._made = False
 
     def open(self) -> None:
-        """Lock the folder. Raises :class:`UsageError` when another process is training into it, or when it
-        holds a run and ``resume`` is not set."""
-        self._made = not self.path.exists()
-        with disk_errors(self.path, "the run's folder"):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        if not _locked(self._lock):
-            os.close(self._lock)
-            self._lock = None
-            raise UsageError(f"another process is training into '{self.path}'; wait for it, or stop it.")
+        """Lock the folder, and remove what a killed run left half-written. Raises :class:`UsageError` when
+        another process is training into it, or when it holds a run and ``resume`` is not set."""
+        while not self._take_lock():
+            pass  # the run that held it did not begin, and took the file away: make a new one
         if not self.resume and ((self.path / RECORD).exists() or (self.path / WEIGHT_NAME).exists()):
             self.close()
             raise UsageError(f"'{self.path}' already holds a run; resume it (--resume) or name a new folder.")
+        for path in (*self.path.glob(".*"), *self.path.glob("samples/.*")):
+            if _HALF.fullmatch(path.name):
+                path.unlink()
+
+    def _take_lock(self) -> bool:
+        """Lock the file ``.lock``; false if it was removed between opening and locking it."""
+        self._made = not self.path.exists()
+        with disk_errors(self.path, "the run's folder"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        if not _locked(lock):
+            os.close(lock)
+            raise UsageError(f"another process is training into '{self.path}'; wait for it, or stop it.")
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), (self.path / LOCK).stat()):
+                self._lock = lock
+                return True
+        os.close(lock)
+        return False
 
     def close(self) -> None:
         """Release the folder; if no run began in it, leave it as it was."""

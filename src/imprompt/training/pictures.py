@@ -21,6 +21,7 @@ from imprompt.data.rows import Row
 from imprompt.encoders.images import load_image
 from imprompt.errors import ImpromptError
 from imprompt.training.data import crop_box
+from imprompt.training.tables import Unread
 
 REFERENCE_SIDE = 512  # references are kept at this size while they wait for the encoder
 LEAST_SIDE, LARGEST_RATIO = 8, 10  # of a picture worth training on
@@ -61,12 +62,11 @@ class Pictures:
         unread: dict[int, str] = {}
 
         def one(index: int) -> tuple[str, Size]:
-            try:
-                content = rows[index].read()
-            except OSError as error:
-                unread[index] = f"cannot be read ({error.strerror or error})"
+            content = _content(rows[index])
+            if isinstance(content, str):
+                unread[index] = content
                 return f"unreadable-{index}", size(b"")
-            return hashlib.blake2b(content, digest_size=16).hexdigest(), size(content)
+            return _hash(content), size(content)
 
         with ThreadPoolExecutor(workers) as pool:
             found = list(pool.map(one, range(len(rows))))
@@ -78,14 +78,19 @@ class Pictures:
         return [f"{key}-{wide}x{high}" for key, (wide, high) in zip(self.keys, self.sizes, strict=True)]
 
     def decode(self, picked: Iterable[int]) -> list[Decoded | str]:
-        """The pictures of these rows, or why one cannot be used."""
+        """The pictures of these rows, or why one cannot be used (:class:`Unread`: why it cannot be read)."""
         with ThreadPoolExecutor(self.workers) as pool:
             return list(pool.map(self._one, picked))
 
     def _one(self, index: int) -> Decoded | str:
+        content = _content(self.rows[index])
+        if isinstance(content, str):
+            return content
+        if _hash(content) != self.keys[index]:  # what is made of it would be stored as the old content's
+            return Unread("changed since the run began")
         try:
-            picture = load_image(self.rows[index].read())
-        except (ImpromptError, OSError) as error:
+            picture = load_image(content)
+        except ImpromptError as error:
             return str(error)
         width, height = picture.size
         if min(width, height) < LEAST_SIDE or max(width, height) > LARGEST_RATIO * min(width, height):
@@ -99,6 +104,17 @@ class Pictures:
         conditions = (height, width, box[1] * scale, box[0] * scale, high, wide)
         target = crop if crop.size == (wide, high) else crop.resize((wide, high), Image.Resampling.LANCZOS)
         return Decoded(target, reference, conditions)
+
+
+def _content(row: Row) -> bytes | Unread:
+    try:
+        return row.read()
+    except OSError as error:
+        return Unread(f"cannot be read ({error.strerror or error})")
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def neighbours(decoded: Sequence[Decoded | str], most: int, pixels: int) -> list[list[Decoded] | str]:

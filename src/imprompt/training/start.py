@@ -18,7 +18,7 @@ from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.face import OnnxFaces
 from imprompt.errors import UsageError
 from imprompt.generation.families import Base, find_base
-from imprompt.generation.pipelines import load
+from imprompt.generation.pipelines import check, load
 from imprompt.projections.build import new_projection
 from imprompt.projections.shapes import HEAD_WIDTH
 from imprompt.training.cache import ClipFeatures, FeatureEncoder
@@ -41,23 +41,23 @@ _FACE_DEPTH = 4
 
 
 def find_unet_base(name: str) -> Base:
-    """The base of that name, not loaded. Raises :class:`UsageError` for one without a UNet, and as
-    :func:`load_parts`."""
+    """The base of that name, not loaded.
+
+    Raises :class:`UsageError` for one without a UNet and for one that only inpaints (adapters of its plain
+    base fit it), :class:`ModelError` for one that is missing."""
     base = find_base(name)
     if base.kind.denoiser != "unet":
         raise UsageError(
             f"base '{name}' has no UNet; adapters are trained on bases that have one (Stable Diffusion 1.5, "
             "2.1 and XL, Kolors)."
         )
-    load_parts(base, torch.float32)  # none of them: a base that is missing is told before an adapter that is
+    check(base, "generate")  # a base that is missing is told before an adapter that is
     return base
 
 
 def load_parts(base: Base, dtype: torch.dtype, *parts: str) -> Any:
-    """The base's pipeline on the CPU with these parts alone.
-
-    Raises :class:`ModelError` for one that cannot be loaded, :class:`UsageError` for one that only inpaints:
-    adapters of its plain base fit it."""
+    """The base's pipeline on the CPU with these parts alone. Raises :class:`ModelError` for one that cannot
+    be loaded."""
     return load(base, "generate", dtype, parts=parts)
 
 
@@ -178,10 +178,11 @@ def _image_encoder(
     """The image encoder: the named one, the base's own, or that of the start."""
     if config.image_encoder is not None:
         return ImageEncoder.from_pretrained(config.image_encoder, torch_dtype=dtype)
-    pipe = load_parts(base, dtype, "image_encoder", "feature_extractor")
-    if (own := getattr(pipe, "image_encoder", None)) is not None:
-        name = getattr(own.config, "_name_or_path", "")
-        return ImageEncoder(own, pipe.feature_extractor, name=name or None)
+    if base.path is None or base.path.is_dir():  # a single file holds none, and is large to open for nothing
+        pipe = load_parts(base, dtype, "image_encoder", "feature_extractor")
+        if (own := getattr(pipe, "image_encoder", None)) is not None:
+            name = getattr(own.config, "_name_or_path", "")
+            return ImageEncoder(own, pipe.feature_extractor, name=name or None)
     found = None if initial is None else initial.image_encoder
     if initial is None or not isinstance(found, ImageEncoder):
         raise UsageError(

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,14 @@ _OURS = re.compile(
 
 Item: TypeAlias = "dict[str, Tensor] | str"
 """The tensors of one picture or caption, or why it cannot be used."""
+
+
+class Unread(str):
+    """Why a picture cannot be read now. It is no fault of its content, so the next run tries again."""
+
+    __slots__ = ()
+
+
 Encode: TypeAlias = Callable[[Sequence[int]], list[Item]]
 """Encodes the rows with these numbers."""
 
@@ -97,12 +105,9 @@ class StoredTable:
 
     @property
     def missing(self) -> list[int]:
-        """One row of each content that is not there yet."""
+        """The rows that are not there yet."""
         known = {_key(name) for name in self._rows} | self._refused.keys()
-        first = {key: index for index, key in reversed(list(enumerate(self.keys)))}
-        return sorted(
-            index for key, index in first.items() if key not in known and index not in self.rejected
-        )
+        return [i for i, key in enumerate(self.keys) if key not in known and i not in self.rejected]
 
     def rows(self, name: str, indices: Sequence[int], views: Sequence[int] | None = None) -> Tensor:
         """The rows ``indices`` of tensor ``name`` as float32; ``views`` picks one of each row's versions."""
@@ -156,21 +161,33 @@ def complete(
     ``unread`` are rows that are not encoded, with the reason. Raises :class:`ModelError` for values that are
     not finite, :class:`InputError` when the folder cannot be written."""
     table = StoredTable(folder, keys, unread)
-    missing = table.missing
+    missing = {keys[index]: index for index in reversed(table.missing)}  # the first row of each content
     ranks.wait()
     # By number: whatever another run adds to the folder meanwhile, each row has one process.
-    mine = [index for index in missing if index % ranks.count == ranks.index]
+    mine = {key: index for key, index in missing.items() if index % ranks.count == ranks.index}
+    failed = _store(folder, mine, encode, quiet)
+    ranks.wait()
+    if missing:
+        table = StoredTable(folder, keys, unread)
+        for index in table.missing:
+            table.rejected[index] = failed.get(keys[index], "cannot be read by another process")
+    return table
+
+
+def _store(folder: Path, rows: Mapping[str, int], encode: Encode, quiet: bool) -> dict[str, Unread]:
+    """Encode the rows of these keys into shards, and give those that cannot be read."""
+    failed: dict[str, Unread] = {}
     title = f"encoding {folder.name.rpartition('-')[0]}"
-    with tqdm(total=len(mine), desc=title, disable=quiet or not mine) as bar:
-        for picked in chunks(mine, SHARD):
-            items: list[Item] = []
+    with tqdm(total=len(rows), desc=title, disable=quiet or not rows) as bar:
+        for picked in chunks(sorted(rows, key=rows.__getitem__), SHARD):
+            made: dict[str, Item] = {}
             for some in chunks(picked, ENCODE_BATCH):
                 with torch.inference_mode():
-                    items += encode(some)
+                    made |= zip(some, encode([rows[key] for key in some]), strict=True)
                 bar.update(len(some))
-            _write_shard(folder, [keys[index] for index in picked], items)
-    ranks.wait()
-    return StoredTable(folder, keys, unread) if missing else table
+            failed |= {key: item for key, item in made.items() if isinstance(item, Unread)}
+            _write_shard(folder, {key: item for key, item in made.items() if key not in failed})
+    return failed
 
 
 def remove_unused(root: Path, tables: Iterable[Table], days: int) -> str:
@@ -205,14 +222,16 @@ def _key(name: str) -> str:
     return name.rpartition("/")[0]
 
 
-def _write_shard(folder: Path, keys: Sequence[str], items: Sequence[Item]) -> None:
-    tensors: dict[str, Tensor] = {}
-    rejected: dict[str, str] = {}
-    for key, item in zip(keys, items, strict=True):
-        if isinstance(item, str):
-            rejected[key] = item
-            continue
-        tensors |= {f"{key}/{name}": _compact(name, tensor) for name, tensor in item.items()}
+def _write_shard(folder: Path, items: Mapping[str, Item]) -> None:
+    if not items:
+        return
+    rejected = {key: item for key, item in items.items() if isinstance(item, str)}
+    tensors = {
+        f"{key}/{name}": _compact(name, tensor)
+        for key, item in items.items()
+        if not isinstance(item, str)
+        for name, tensor in item.items()
+    }
     with disk_errors(folder, "the cache"):
         folder.mkdir(parents=True, exist_ok=True)
         part = save_tensors(tensors, {"rejected": json.dumps(rejected)}, folder / "shard.part")
