@@ -1,6 +1,6 @@
 """The sections of gpu.py, which starts this file once for each: see there.
 
-python benchmarks/gpu_sections.py sdxl folder [--device cuda] [--seconds 8] [--quick]
+python benchmarks/gpu_sections.py sdxl folder [--device cuda] [--seconds 4] [--quick]
 """
 
 import argparse
@@ -24,20 +24,16 @@ def trained(run: Run) -> None:
     memory = Path("/dev/shm")
     roomy = memory.is_dir() and shutil.disk_usage(memory).free > 2**34
     with tempfile.TemporaryDirectory(dir=memory if roomy else None) as place:
-        base, side, rounds = ("emoji", None, 2) if run.quick else ("sd15", 512, 12)
-        run.add(
-            "training", training.compared(Path(place), base, 2 if run.quick else 8, side, run.device, rounds)
-        )
+        base, side, batch, rounds = ("emoji", None, 2, 2) if run.quick else ("sd15", 512, 8, 12)
+        run.add("step", training.compared(Path(place), base, batch, side, run.device, rounds))
 
 
 def drawn(run: Run) -> None:
     """Whole generations of the bundled model over diffusers'."""
-    for dtype in ("float32",) if run.quick else ("float32", "bfloat16"):
-        for count in (1,) if run.quick else (1, 8):
-            found = whole.compared(
-                count, 2 if run.quick else 20, 1 if run.quick else 5, device=run.device, dtype=dtype
-            )
-            run.add(f"whole, {dtype}, {count}", found)
+    cases = (("float32", 1), ("bfloat16", 1), ("bfloat16", 8), ("float32", 8))
+    steps, rounds = (2, 1) if run.quick else (20, 4)
+    for dtype, count in cases[: 1 if run.quick else 4]:
+        run.add(f"{dtype}, {count}", whole.compared(count, steps, rounds, device=run.device, dtype=dtype))
 
 
 SECTIONS: dict[str, Callable[[Run], None]] = {
@@ -55,7 +51,7 @@ def main() -> None:
     parser.add_argument("section", choices=SECTIONS)
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     print("ready", flush=True)

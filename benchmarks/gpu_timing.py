@@ -28,12 +28,22 @@ class Run:
     found: dict[str, Any] = field(default_factory=dict)
 
     def add(self, what: str, figures: Any) -> None:
-        """Print figures, and write all of the section's so far."""
+        """Print figures, and write them beside those of the sections before."""
         self.found[what] = figures
         print(f"{self.name} | {what}: {json.dumps(figures)}", flush=True)
-        about = {"device": device_name(self.device), "torch": torch.__version__}
-        text = json.dumps(about | self.found, indent=2)
-        (self.out / f"{self.name}.json").write_text(text + "\n", encoding="utf-8")
+        file = self.out / "gpu.json"
+        kept = json.loads(file.read_text()) if file.exists() else {}
+        kept |= {"device": device_name(self.device), "torch": torch.__version__, self.name: self.found}
+        file.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+    def attempt(self, what: str, measure: Callable[[], Any]) -> None:
+        """Add the figures, or why there are none: a profiler or a graph that fails costs its own figures
+        alone."""
+        try:
+            found = measure()
+        except Exception as error:
+            found = f"failed: {error}".splitlines()[0]
+        self.add(what, found)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -148,10 +148,12 @@ def steps(run: Run, model: str, side: int) -> None:
         run.add("eager", run.ratios(kinds))
         if run.device == "cpu":
             return
-        run.add("launches", {name: launches(work) for name, work in kinds.items()})
-        run.add("at a change of strength", {name: launches(each.changed_step) for name, each in mine.items()})
+        run.attempt("launches", lambda: {name: launches(work) for name, work in kinds.items()})
+        run.attempt(
+            "at a change of strength", lambda: {name: launches(x.changed_step) for name, x in mine.items()}
+        )
         for each in mine.values():
             each.show(STRENGTH)
         pool = torch.cuda.graph_pool_handle()
-        run.add("graph", run.ratios({name: graphed(work, pool) for name, work in kinds.items()}))
+        run.attempt("graph", lambda: run.ratios({name: graphed(work, pool) for name, work in kinds.items()}))
         run.add("GiB", round(torch.cuda.max_memory_allocated() / 2**30, 1))
