@@ -10,6 +10,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 import secrets
 import shutil
@@ -308,6 +309,15 @@ _JSON_NAMES = {
     dict: "an object", list: "an array", str: "a text", int: "a number", float: "a number",
     bool: "true or false", type(None): "null",
 }  # fmt: skip
+
+
+def finite(value: Any) -> Any:
+    """A JSON value with null for every number that is not finite, since JSON has no NaN."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: finite(each) for name, each in value.items()}
+    return [finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

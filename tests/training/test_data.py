@@ -10,7 +10,7 @@ from PIL import Image
 from imprompt.data.rows import Row
 from imprompt.errors import InputError, UsageError
 from imprompt.training.config import Augmentation, TrainConfig
-from imprompt.training.data import Plan, augment, crop_to_shape
+from imprompt.training.data import Plan, augment, crop_box
 
 CONCEPTS, STYLES = ("cat", "dog", "sun", "cup"), ("noto", "flat", "line")
 
@@ -181,13 +181,14 @@ def test_nothing_to_train_on_is_an_error():
     ("size", "expected"), [((200, 100), (100, 100)), ((100, 260), (100, 100)), ((7, 7), (7, 7))]
 )
 def test_the_crop_is_the_largest_centred_part(size, expected):
-    assert crop_to_shape(Image.new("RGB", size), 64, 64).size == expected
+    left, top, right, bottom = crop_box(*size, 64, 64)
+    assert (right - left, bottom - top) == expected
 
 
 def test_the_crop_is_centred():
     image = Image.new("RGB", (30, 10), "white")
     image.paste("red", (10, 0, 20, 10))
-    assert crop_to_shape(image, 8, 8).getcolors() == [(100, (255, 0, 0))]
+    assert image.crop(crop_box(*image.size, 8, 8)).getcolors() == [(100, (255, 0, 0))]
 
 
 def test_an_augmented_reference_is_its_keys_alone_and_white_outside():

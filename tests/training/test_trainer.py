@@ -143,6 +143,18 @@ def test_a_killed_run_goes_on_bit_for_bit_even_from_a_torn_log_and_a_damaged_che
     assert [record["step"] for record in log_of(config) if "loss" in record] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_run_that_crashed_before_its_first_checkpoint_begins_anew_with_an_empty_log(make_config):
+    def crash(step):
+        if step == 2:
+            raise OSError("the power went")
+
+    with pytest.raises(OSError, match="power"):
+        train(make_config(), on_step=crash)
+    train(make_config(resume=True))
+    assert [record["step"] for record in log_of(make_config()) if "loss" in record] == [1, 2, 3, 4]
+    assert [record["step"] for record in log_of(make_config()) if "gap" in record] == [0, 4]
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_says_so(make_config):
     config = make_config(steps=2, checkpoint_every=1)
     train(config)
@@ -354,15 +366,17 @@ def test_only_the_chosen_layers_are_trained(make_config, tmp_path):
         train(make_config(layers=["sideways"], output=tmp_path / "c"))
 
 
-def test_the_file_holds_the_best_step_on_held_out_pictures(make_config):
-    config = make_config(steps=4, lr=0.3, ema=0, keep="best", validate_every=1, save_dtype="float32")
+@pytest.mark.parametrize("ema", [0, 0.9])
+def test_the_file_holds_the_best_step_on_held_out_pictures_as_it_was_validated(make_config, ema):
+    config = make_config(steps=4, lr=0.3, ema=ema, keep="best", validate_every=1, save_dtype="float32")
     trainer = opened(config)
-    seen = [{name: value.detach().clone() for name, value in trainer.adapter.named_parameters()}]
 
-    def keep(step):
-        seen.append({name: value.detach().clone() for name, value in trainer.adapter.named_parameters()})
+    def weights():
+        with trainer.learned.averaged():
+            return {name: value.detach().clone() for name, value in trainer.adapter.named_parameters()}
 
-    trainer.run(keep)
+    seen = [weights()]
+    trainer.run(lambda step: seen.append(weights()))
     kept = load_file(trainer.finish())
     losses = [record["validation_with_image"] for record in log_of(config) if "gap" in record]
     best = losses.index(min(losses))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -19,6 +18,7 @@ from imprompt.errors import InputError, UsageError
 from imprompt.evaluation.charts import scatter
 from imprompt.evaluation.metrics import Interval
 from imprompt.evaluation.run import BARE, Figure, Report
+from imprompt.io import finite
 
 SHOWN = 4  # best and worst pictures of each contender
 
@@ -52,7 +52,7 @@ def to_json(report: Report) -> str:
             for name, found in report.by_case.items()
         },
     }
-    return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def check_target(path: Path) -> None:
@@ -167,11 +167,3 @@ def _aligned(lines: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rows = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
     return "\n".join(row.rstrip() for row in rows) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value

@@ -78,20 +78,19 @@ def encode_latents(
     scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
 
     def encode(picked: Sequence[int]) -> list[Item]:
-        items: list[Item] = []
-        for batch in neighbours(pictures.decode(picked), ENCODE_BATCH, PIXELS // flips):
-            if isinstance(batch, str):
-                items.append(batch)
-                continue
-            pixels = torch.stack([to_tensor(one.target) for one in batch]) * 2 - 1
+        items: list[Any] = pictures.decode(picked)
+        good = [place for place, one in enumerate(items) if not isinstance(one, str)]
+        for run in neighbours([items[at].target.size for at in good], ENCODE_BATCH, PIXELS // flips):
+            places = [good[at] for at in run]
+            pixels = torch.stack([to_tensor(items[at].target) for at in places]) * 2 - 1
             both = torch.stack([pixels, pixels.flip(-1)][:flips], 1).flatten(0, 1)
             posterior = vae.encode(both.to(device, next(vae.parameters()).dtype)).latent_dist
             parts = ((posterior.mean.float() - shift) * scale, posterior.std.float() * scale)
-            means, stds = (part.cpu().unflatten(0, (len(batch), flips)) for part in parts)
-            items += [
-                {"mean": means[n], "std": stds[n], "crop": torch.tensor(one.crop, dtype=torch.float32)}
-                for n, one in enumerate(batch)
-            ]
+            for at, mean, std in zip(
+                places, *(part.cpu().unflatten(0, (-1, flips)) for part in parts), strict=True
+            ):
+                crop = torch.tensor(items[at].crop, dtype=torch.float32)
+                items[at] = {"mean": mean, "std": std, "crop": crop}
         return items
 
     settings = f"{fingerprint(vae)} {flips} {scale} {shift}"

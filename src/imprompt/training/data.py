@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -43,23 +43,15 @@ def bucket_size(width: int, height: int, side: int, multiple: int) -> tuple[int,
     return wide, max(1, round(side / ratio**0.5 / multiple)) * multiple
 
 
-def crop_to_shape(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The largest centred part with the proportions ``width:height``, at the picture's own resolution.
+def crop_box(own_width: int, own_height: int, width: int, height: int) -> tuple[int, int, int, int]:
+    """The box (left, top, right, bottom) of the largest centred part with the proportions ``width:height``.
 
     Target and reference are both made from this one crop, so that they show the same thing.
     """
-    left, top, right, bottom = crop_box(image.width, image.height, width, height)
-    return image.crop((left, top, right, bottom))
-
-
-def crop_box(own_width: int, own_height: int, width: int, height: int) -> tuple[int, int, int, int]:
-    """The box (left, top, right, bottom) of :func:`crop_to_shape`."""
-    if own_width * height > own_height * width:
-        cropped_width, cropped_height = max(1, round(own_height * width / height)), own_height
-    else:
-        cropped_width, cropped_height = own_width, max(1, round(own_width * height / width))
-    left, top = (own_width - cropped_width) // 2, (own_height - cropped_height) // 2
-    return left, top, left + cropped_width, top + cropped_height
+    wide = min(own_width, max(1, round(own_height * width / height)))
+    high = min(own_height, max(1, round(own_width * height / width)))
+    left, top = (own_width - wide) // 2, (own_height - high) // 2
+    return left, top, left + wide, top + high
 
 
 def augment(image: Image.Image, strength: Augmentation, key: str) -> Image.Image:
@@ -136,9 +128,7 @@ class Plan:
         self._split([(index, row) for index, row in enumerate(rows) if index not in unusable])
         self._partners = self._find_partners()
         self._choices = {index: self._choices_of(index) for index in self.training}
-        modes = Counter(mode for choices in self._choices.values() for mode, _, _ in choices)
-        self._check_references(modes)
-        self.usable_modes = dict(modes)
+        self._check_references()
         self._epoch: tuple[int, list[int]] = (0, self._order(0))
 
     def _split(self, usable: Sequence[tuple[int, Row]]) -> None:
@@ -160,9 +150,10 @@ class Plan:
         if not self.validation:
             self.validation = by_hash[: config.validation_rows]
 
-    def _check_references(self, modes: Mapping[str, int]) -> None:
+    def _check_references(self) -> None:
+        there = {mode for choices in self._choices.values() for mode, _, _ in choices}
         for mode, _ in self.config.references:
-            if not modes.get(mode):
+            if mode not in there:
                 raise UsageError(
                     f"no training picture has another picture of its group '{mode}' and a caption of the "
                     f"kinds {list(self.config.caption_kinds(mode))}; check 'groups' and 'captions' in the "

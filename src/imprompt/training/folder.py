@@ -11,7 +11,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
 import re
 import secrets
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from imprompt.data.rows import Row
 from imprompt.errors import InputError, ModelError, UsageError
-from imprompt.io import write_atomic
+from imprompt.io import finite, write_atomic
 
 WEIGHT_NAME = "ip-adapter.safetensors"
 RECORD, LOG, LOCK = "run.json", "log.jsonl", ".lock"
@@ -161,7 +160,7 @@ class RunFolder:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to the log; numbers that are not finite are written as null."""
-        line = json.dumps(_finite(record), allow_nan=False, ensure_ascii=False)
+        line = json.dumps(finite(record), allow_nan=False, ensure_ascii=False)
         with disk_errors(self.path / LOG, LOG), (self.path / LOG).open("a", encoding="utf-8") as handle:
             handle.write(line + "\n")
 
@@ -282,11 +281,3 @@ def _locked(descriptor: int) -> bool:
 def _sha256(path: Path) -> str:
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: _finite(each) for name, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value

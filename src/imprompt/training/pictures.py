@@ -38,11 +38,6 @@ class Decoded:
     reference: Image.Image
     crop: tuple[float, ...]
 
-    def follows(self, others: Sequence[Decoded], most: int, pixels: int) -> bool:
-        """Whether it may join ``others`` in a batch of at most ``most`` pictures and ``pixels``."""
-        (wide, high), count = self.target.size, len(others) + 1
-        return count <= most and count * wide * high <= pixels and others[0].target.size == (wide, high)
-
 
 @dataclass(frozen=True)
 class Pictures:
@@ -117,17 +112,15 @@ def _hash(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def neighbours(decoded: Sequence[Decoded | str], most: int, pixels: int) -> list[list[Decoded] | str]:
-    """Neighbours of one size together, in order: at most ``most``, and with no more than ``pixels``."""
-    runs: list[list[Decoded] | str] = []
-    for one in decoded:
-        last = runs[-1] if runs else ""
-        if isinstance(one, str):
-            runs.append(one)
-        elif isinstance(last, list) and one.follows(last, most, pixels):
-            last.append(one)
+def neighbours(sizes: Sequence[Size], most: int, pixels: int) -> list[list[int]]:
+    """Places of neighbours of one size together, in order: at most ``most``, with no more than ``pixels``."""
+    runs: list[list[int]] = []
+    for place, (wide, high) in enumerate(sizes):
+        room = min(most, pixels // (wide * high))
+        if runs and len(runs[-1]) < room and sizes[runs[-1][0]] == (wide, high):
+            runs[-1].append(place)
         else:
-            runs.append([one])
+            runs.append([place])
     return runs
 
 

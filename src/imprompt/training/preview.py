@@ -20,7 +20,8 @@ from imprompt.encoders.images import load_image
 from imprompt.evaluation.charts import grid
 from imprompt.schema.prompt import ImagePrompt
 from imprompt.training.cache import EncodedSet
-from imprompt.training.data import Plan, crop_to_shape, generator_for
+from imprompt.training.data import Plan, crop_box, generator_for
+from imprompt.training.pictures import neighbours
 
 ROWS, STEPS = 6, 20
 PIXELS = 512 * 512
@@ -40,7 +41,7 @@ class Preview:
         self.asked = [(own, False), ([""] * len(own), True), (own, True), (other, True)]
         pictures = [load_image(plan.rows[row].read()) for row in self.shown]
         self.references = [
-            crop_to_shape(picture, *size).resize(size)
+            picture.resize(size, box=crop_box(*picture.size, *size))
             for picture, size in zip(pictures, self.sizes, strict=True)
         ]
         self._without: list[Image.Image] | None = None
@@ -64,7 +65,7 @@ class Preview:
         try:
             self.adapter.attach(self.pipe)
             images = []
-            for places in self._together():
+            for places in neighbours(self.sizes, ROWS, PIXELS):
                 if with_picture:
                     self.adapter.set_batch([self._prompt(self.shown[place]) for place in places])
                 images += self._some([captions[place] for place in places], places, weight)
@@ -73,17 +74,6 @@ class Preview:
             self.adapter.clear_prompt()
             self.adapter.attach(unet)
             self.pipe.vae.to(before)
-
-    def _together(self) -> list[list[int]]:
-        """The rows in order, those of one size that are drawn as one batch together."""
-        batches: list[list[int]] = []
-        for place, (wide, high) in enumerate(self.sizes):
-            last = batches[-1] if batches else []
-            if last and self.sizes[last[0]] == (wide, high) and (len(last) + 1) * wide * high <= PIXELS:
-                last.append(place)
-            else:
-                batches.append([place])
-        return batches
 
     def _some(self, captions: Sequence[str], places: Sequence[int], weight: Tensor) -> list[Image.Image]:
         def embedded(name: str, texts: Sequence[str]) -> Tensor:

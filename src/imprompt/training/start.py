@@ -77,23 +77,18 @@ def load_start(config: TrainConfig, base: Base) -> IPAdapter | None:
     ``auto`` is the base's default adapter, where its kind is the one asked for. Raises :class:`ModelError` or
     :class:`UsageError` for what is missing or of another kind.
     """
-    name = config.init
-    if name in (None, "new"):
+    name = base.defaults.adapter if config.init == "auto" else config.init
+    if name is None or name == "new":
         return None
-    if name == "auto":
-        name = base.defaults.adapter
-        if name is None:
-            return None
-        adapter = _named(name)
-        return adapter if config.kind in (None, kind_of(adapter)) else None
-    assert name is not None
     adapter = _named(name)
-    if config.kind not in (None, kind_of(adapter)):
-        raise UsageError(
-            f"'{name}' is of the kind '{kind_of(adapter)}' and reads {adapter.projection.feature} features; "
-            f"kind '{config.kind}' trains on {' and '.join(FEATURES[config.kind or 'linear'])}."
-        )
-    return adapter
+    if config.kind in (None, kind_of(adapter)):
+        return adapter
+    if config.init == "auto":
+        return None
+    raise UsageError(
+        f"'{name}' is of the kind '{kind_of(adapter)}' and reads {adapter.projection.feature} features; "
+        f"kind '{config.kind}' trains on {' and '.join(FEATURES[config.kind or 'linear'])}."
+    )
 
 
 def kind_of(adapter: IPAdapter) -> Kind:
@@ -249,15 +244,14 @@ def _named(name: str) -> IPAdapter:
 
 def _from_checkpoint(path: Path) -> IPAdapter:
     """The adapter inside a training checkpoint: its averaged weights, if it has any."""
+    state: dict[str, dict[str, Tensor]] = {}
     with safe_open(path, "pt") as file:
-        names = list(file.keys())
-        kept = "averaged." if any(name.startswith("averaged.") for name in names) else "weights."
-        state: dict[str, dict[str, torch.Tensor]] = {"image_proj": {}, "ip_adapter": {}}
-        for name in names:
-            section, _, key = name.removeprefix("weights.").partition(".")
-            if name.startswith("weights.") and section in state:
-                averaged = kept + name.removeprefix("weights.")
-                state[section][key] = file.get_tensor(averaged if averaged in names else name)
+        names = set(file.keys())
+        for name in sorted(names):
+            group, section, key = name.split(".", 2)
+            if group == "weights":
+                averaged = f"averaged.{section}.{key}"
+                state.setdefault(section, {})[key] = file.get_tensor(averaged if averaged in names else name)
     adapter = IPAdapter.from_state_dict(state)
     adapter.checkpoint = replace(adapter.checkpoint, name=path.stem)
     return adapter

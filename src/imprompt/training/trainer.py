@@ -383,8 +383,7 @@ class Trainer:
         path = self.folder.path / WEIGHT_NAME
         if self.accelerator.is_main_process:
             if self.config.keep == "last" or not path.exists():
-                with self.learned.averaged():
-                    self._write_adapter()
+                self._write_adapter()
             kept = self._kept()
             card = Card(self.config, self.about, self.figures, kept)
             self.folder.write("README.md", markdown(card))
@@ -405,8 +404,10 @@ class Trainer:
         return self.figures[-1]
 
     def _write_adapter(self) -> None:
+        """Write the averaged weights, which are those that validation measures."""
         about = {**self.about, "imprompt.step": str(self.step), **noted(self.config, self.figures)}
-        write_adapter(self.adapter, self.folder.path, about, getattr(torch, self.config.save_dtype))
+        with self.learned.averaged():
+            write_adapter(self.adapter, self.folder.path, about, getattr(torch, self.config.save_dtype))
 
     def _save_checkpoint(self) -> None:
         """Write all that is needed to resume, if it is finite."""
@@ -425,7 +426,8 @@ class Trainer:
     def _restore(self) -> None:
         on_main(self.accelerator, self.folder.load_checkpoint)  # one process reports damage, then each reads
         found = self.folder.load_checkpoint()
-        if found is None:
+        if found is None:  # it was killed before its first checkpoint: all steps are repeated
+            on_main(self.accelerator, lambda: self.folder.rewind(-1))
             return
         tensors, manifest, damaged = found
         self.learned.load(tensors, manifest["step"])
