@@ -26,11 +26,16 @@ def _save(
 
 
 def _seen(channel: int, stride: int, outlet: str, *, repeat: int, constants: dict[str, np.ndarray]) -> list:
-    """Nodes: how much of a colour there is at each place of the stride's grid."""
+    """Nodes: how much more of a colour than of all three there is at each place of the stride's grid.
+
+    So white and grey are no faces, of which there would be one at each of ten thousand places.
+    """
     constants |= {"axis": np.array([1]), "flat": np.array([1, -1, 1])}
     constants |= {f"from{channel}": np.array([channel]), f"to{channel}": np.array([channel + 1])}
     return [
-        helper.make_node("Slice", ["input", f"from{channel}", f"to{channel}", "axis"], [f"c{stride}"]),
+        helper.make_node("ReduceMean", ["input"], [f"m{stride}"], axes=[1]),
+        helper.make_node("Slice", ["input", f"from{channel}", f"to{channel}", "axis"], [f"all{stride}"]),
+        helper.make_node("Sub", [f"all{stride}", f"m{stride}"], [f"c{stride}"]),
         helper.make_node(
             "AveragePool", [f"c{stride}"], [f"p{stride}"], kernel_shape=[stride] * 2, strides=[stride] * 2
         ),
