@@ -15,7 +15,7 @@ demo: $(VENV)/.ready  ## draw the contact sheet with the bundled model (outputs/
 	@$(BIN)/imprompt demo -o outputs/demo
 
 test: $(VENV)/.ready-dev  ## run all tests but the browser's, JOBS of them at a time
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --ignore=tests/browser
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder --ignore=tests/browser
 
 test-browser: $(VENV)/.ready-dev  ## test the page in Chromium; screenshots go to outputs/browser
 	@command -v chromium chromium-browser google-chrome >/dev/null || \

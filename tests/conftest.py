@@ -9,6 +9,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["IMPROMPT_FEATURE_CACHE"] = "0"  # features of an earlier run would hide what encoders do now
 sys.path.insert(0, str(Path(__file__).parent))
 
+import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("imprompt.adapter", "checked.check")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where processes share the tests (``--dist loadgroup``), those of a file, and all that ask one server,
+    go to one of them: what they share is made once. Files with slow tests come first."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+    for item in items:
+        group = item.path.parent if item.path.parent.name == "server" else item.path
+        item.add_marker(pytest.mark.xdist_group(str(group)))

@@ -24,8 +24,9 @@ def until(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-def test_a_killed_worker_comes_back_and_tries_its_job_once_more(starting: Callable[..., Running]) -> None:
-    running = starting()
+def test_a_killed_worker_comes_back_and_tries_its_jobs_once_more(starting: Callable[..., Running]) -> None:
+    """Two jobs of one batch: one is drawn after its worker's death, the other dies twice."""
+    running = starting(ready=False)
     worker = running.queue.workers[0]
 
     def kill_while_drawing(client: httpx.Client, job: str) -> None:
@@ -35,17 +36,17 @@ def test_a_killed_worker_comes_back_and_tries_its_job_once_more(starting: Callab
         until(lambda: not worker.ready)
 
     with running.client() as client:
-        job, behind = submit(client, steps=60)["id"], submit(client, seed=2)["id"]
-        kill_while_drawing(client, job)
-        assert wait(client, job, 300)["state"] == "done"
-        assert wait(client, behind)["state"] == "done"
-        job, behind = submit(client, steps=60, seed=3)["id"], submit(client, seed=4)["id"]
+        assert client.get("/readyz").status_code == 503  # so that the first two are one batch
+        dying, again = (submit(client, steps=30, seed=seed)["id"] for seed in (1, 2))
+        behind = submit(client, size=[64, 64])["id"]
         for _ in range(2):
-            kill_while_drawing(client, job)
-        failed = wait(client, job, 300)
+            kill_while_drawing(client, dying)
+        failed = wait(client, dying, 300)
         assert (failed["state"], failed["error"]["code"]) == ("failed", "worker_died")
+        found = wait(client, again, 300)
+        assert (found["state"], found["batch"]) == ("done", 1)
         assert wait(client, behind, 300)["state"] == "done"
-        assert "imprompt_worker_deaths_total 3.0" in client.get("/metrics").text
+        assert "imprompt_worker_deaths_total 2.0" in client.get("/metrics").text
 
 
 def serve(folder: Path, port: int) -> "subprocess.Popen[str]":
@@ -69,14 +70,16 @@ def answering(port: int, path: str = "/readyz") -> bool:
         return False
 
 
-def test_sigterm_finishes_what_is_drawn_and_the_next_server_draws_the_rest(tmp_path: Path) -> None:
+def test_sigterm_finishes_what_is_drawn_and_the_next_server_draws_the_rest(
+    tmp_path: Path, starting: Callable[..., Running]
+) -> None:
     port = free_port()
     first = serve(tmp_path, port)
     until(lambda: answering(port), 240)
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-        running = submit(client, steps=30)["id"]
+        running = submit(client, steps=20)["id"]
         # Another size, so that they are no batch.
-        waiting = [submit(client, seed=seed, size=[64, 64 + 8 * seed])["id"] for seed in range(3)]
+        waiting = [submit(client, seed=seed, size=[64, 64 + 8 * seed])["id"] for seed in range(2)]
         until(lambda: client.get(f"/api/v1/jobs/{running}").json()["step"] > 0)
         first.send_signal(signal.SIGTERM)
         until(lambda: not answering(port))
@@ -84,22 +87,18 @@ def test_sigterm_finishes_what_is_drawn_and_the_next_server_draws_the_rest(tmp_p
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "draining"
     assert first.wait(120) == 0
-    second = serve(tmp_path, port)
-    until(lambda: answering(port), 240)
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+    assert first.stderr is not None
+    hello, *log = first.stderr.read().splitlines()
+    assert hello.startswith("imprompt: http://127.0.0.1")
+    told = [json.loads(line) for line in log]
+    assert [line["job"] for line in told if line["message"] == "job"] == [running]
+    assert not any("a cat" in line for line in log)
+    with starting(folder=tmp_path).client() as client:
         for job in [running, *waiting]:
             assert wait(client, job)["state"] == "done"
         history = [job["id"] for job in client.get("/api/v1/history").json()["jobs"]]
         assert sorted(history) == sorted([running, *waiting])
-        assert 'imprompt_jobs_total{state="done"} 3.0' in client.get("/metrics").text
-    second.send_signal(signal.SIGINT)
-    assert second.wait(60) == 0
-    assert second.stderr is not None
-    hello, *log = second.stderr.read().splitlines()
-    assert hello.startswith("imprompt: http://127.0.0.1")
-    told = [json.loads(line) for line in log]
-    assert sorted(line["job"] for line in told if line["message"] == "job") == sorted([running, *waiting][1:])
-    assert not any("a cat" in line for line in log)
+        assert 'imprompt_jobs_total{state="done"} 2.0' in client.get("/metrics").text
 
 
 def test_the_servers_own_process_loads_no_torch() -> None:
@@ -116,15 +115,15 @@ def test_the_servers_own_process_loads_no_torch() -> None:
     assert told.stdout.strip() == "[]"
 
 
-def test_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:
-    one, other = free_port(), free_port()
+def test_two_servers_do_not_share_a_folder_and_ctrl_c_ends_one(tmp_path: Path) -> None:
+    one = free_port()
     first = serve(tmp_path, one)
     try:
         until(lambda: answering(one, "/healthz"), 120)
-        second = serve(tmp_path, other)
+        second = serve(tmp_path, free_port())
         _, told = second.communicate(timeout=120)
         assert second.returncode != 0
         assert "in use by another server" in told
     finally:
-        first.terminate()
-        first.wait(60)
+        first.send_signal(signal.SIGINT)
+        assert first.wait(60) == 0

@@ -38,8 +38,10 @@ def test_quality_is_a_factor_of_the_bases_own_steps(tmp_path) -> None:
     try:
         for model, quality in (("flux-schnell", "high"), ("emoji", "low"), ("emoji", "auto")):
             body = {"prompt": "a cat", "model": model, "quality": quality, "stream": True}
-            with running.client(headers={"X-Client-Id": quality + model}) as client:
-                client.stream("POST", "/v1/images/generations", json=body).__enter__()
+            with (
+                running.client(headers={"X-Client-Id": quality + model}) as client,
+                client.stream("POST", "/v1/images/generations", json=body),  # whose end would cancel the job
+            ):
                 [job] = running.queue.unfinished(f"127.0.0.1 {quality}{model}")
             expected = {"high": 6, "low": 10, "auto": None}
             assert job.request.steps == expected[quality]
