@@ -99,7 +99,7 @@ class _Factors:
 
     def set(
         self, strengths: list[list[float]], prompts: list[int], whens: list[When], call: Call
-    ) -> tuple[Float[Tensor, "R"], ...]:
+    ) -> tuple[Float[Tensor, " R"], ...]:
         """The factors of each pair: its strengths, at all times if no prompt has a window or curve.
 
         ``prompts`` is the number of each pair's prompt, ``whens`` has the rows of all prompts in turn.

@@ -86,7 +86,7 @@ def combine(
     return _RULES[name](exact, weight).to(features.dtype)
 
 
-def log_weight_bias(weights: Sequence[float], tokens: int) -> Float[Tensor, "T"] | None:
+def log_weight_bias(weights: Sequence[float], tokens: int) -> Float[Tensor, " T"] | None:
     """Bias for the attention logits of concatenated pictures of ``tokens`` tokens each: log wᵢ.
 
     A softmax in which a key occurs w times equals one with log w added to its logit. Pictures of weight 0 are

@@ -266,7 +266,7 @@ class IPAdapter(AdapterWeights):
 
     @contextmanager
     def training_tokens(
-        self, tokens: Float[Tensor, "B T C"], scale: Float[Tensor, "B"] | float = 1.0
+        self, tokens: Float[Tensor, "B T C"], scale: Float[Tensor, " B"] | float = 1.0
     ) -> Iterator[None]:
         """Use ``tokens[b]`` for row ``b`` of the UNet's batch inside this block, with gradients for tokens
         and weights.

@@ -89,7 +89,7 @@ class CompiledPrompt:
     mask: Float[Tensor, "1 1 H W"] | None
     curve: Points = ((0.0, 1.0),)
     scaling: str = "v-only"
-    log_weight_bias: Float[Tensor, "T"] | None = None
+    log_weight_bias: Float[Tensor, " T"] | None = None
     """Bias of the tokens' logits, see :func:`imprompt.adapter.combine.log_weight_bias`."""
     words: str | None = None
     """The text inside the mask, if it was given as words."""

@@ -96,7 +96,7 @@ class Recorder:
 
     def _length(
         self, values: Float[Tensor, "B L C"], project: Callable[[Tensor], Tensor] | None
-    ) -> Float[Tensor, "L"]:
+    ) -> Float[Tensor, " L"]:
         """Norms after the output projection (without its bias), averaged over the cond rows."""
         assert self._call is not None
         branches = self._call.branches
@@ -106,7 +106,7 @@ class Recorder:
             rows = project(rows) - project(torch.zeros_like(rows[:1, :1]))
         return rows.float().norm(dim=-1).mean(0)
 
-    def _note(self, site: Site, prompt: int, lengths: Float[Tensor, "L"]) -> None:
+    def _note(self, site: Site, prompt: int, lengths: Float[Tensor, " L"]) -> None:
         assert self._call is not None
         grid = self._call.grid
         before = grid.text_tokens if site.kind == "single" else 0

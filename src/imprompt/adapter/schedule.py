@@ -54,7 +54,7 @@ class Clock:
     """
 
     length: int
-    table: Float[Tensor, "N"] | None = None
+    table: Float[Tensor, " N"] | None = None
 
     @classmethod
     def of(cls, scheduler: Any | None, device: torch.device) -> "Clock":
@@ -88,7 +88,7 @@ class Gate:
     """One factor per batch row, at the present step."""
 
     def __init__(self, rows: Sequence[When], device: torch.device, dtype: torch.dtype) -> None:
-        self.factor: Float[Tensor, R] = torch.ones(len(rows), device=device, dtype=dtype)
+        self.factor: Float[Tensor, " R"] = torch.ones(len(rows), device=device, dtype=dtype)
         self._rows = tuple(rows)
         self._length: int | None = None
 
@@ -127,8 +127,8 @@ class Gate:
 
 
 def evaluate(
-    places: Float[Tensor, "R K"], factors: Float[Tensor, "R K"], at: Float[Tensor, "R"]
-) -> Float[Tensor, "R"]:
+    places: Float[Tensor, "R K"], factors: Float[Tensor, "R K"], at: Float[Tensor, " R"]
+) -> Float[Tensor, " R"]:
     """Evaluate each row's curve: linear between control points, constant beyond the ends.
 
     Of two points at one position, the later holds from there on. No branch on values, no synchronisation.

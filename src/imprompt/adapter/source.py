@@ -25,7 +25,7 @@ class TrainingTokens:
     """Tokens in training: one set for each row of the batch, with the graph kept."""
 
     tokens: Float[Tensor, "B T C"]
-    scale: Float[Tensor, "B"] | float = 1.0
+    scale: Float[Tensor, " B"] | float = 1.0
 
 
 class PromptSource:

@@ -58,7 +58,7 @@ class TimedResamplerProjection(ResamplerProjection):
             assert isinstance(block, nn.ModuleList)
             block.append(nn.Sequential(nn.SiLU(), nn.Linear(width, 4 * width)))
 
-    def embed_time(self, timestep: Float[Tensor, "N"]) -> Float[Tensor, "N D"]:
+    def embed_time(self, timestep: Float[Tensor, " N"]) -> Float[Tensor, "N D"]:
         """The embedded timestep, which the adapter's layers read as well; ``timestep`` is in 0 to 1000."""
         embedded: Tensor = self.time_embedding(timestep)
         return embedded
@@ -156,7 +156,7 @@ class _TimeEmbedding(nn.Module):
         self.linear_1 = nn.Linear(frequencies, width)
         self.linear_2 = nn.Linear(width, width)
 
-    def forward(self, timestep: Float[Tensor, "N"]) -> Float[Tensor, "N D"]:
+    def forward(self, timestep: Float[Tensor, " N"]) -> Float[Tensor, "N D"]:
         half = self.linear_1.in_features // 2
         steps = torch.arange(half, device=timestep.device, dtype=torch.float32)
         angles = timestep.float()[:, None] * torch.exp(-math.log(10_000) / half * steps)
