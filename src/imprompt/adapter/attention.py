@@ -68,8 +68,8 @@ class ImageKV:
 class JointNorms:
     """RMS norms over the head width that an SD3.5 adapter brings for a site."""
 
-    query: Float[Tensor, "D"]
-    key: Float[Tensor, "D"]
+    query: Float[Tensor, " D"]
+    key: Float[Tensor, " D"]
 
 
 class SiteProcessor:
@@ -120,6 +120,18 @@ def split_heads(x: Float[Tensor, "B T HD"], heads: int) -> Float[Tensor, "B H T 
 def merge_heads(x: Float[Tensor, "B H T D"]) -> Float[Tensor, "B T HD"]:
     """The inverse of :func:`split_heads`."""
     return x.transpose(1, 2).flatten(2)
+
+
+def normed_key_value(attn: Any, states: Float[Tensor, "B T C"]) -> tuple[Tensor, Tensor]:
+    """A UNet attention's key and value of ``states``, ``(B, H, T, D)``, by its own modules, so that LoRAs and
+    offloading apply."""
+    key, value = split_heads(attn.to_k(states), attn.heads), split_heads(attn.to_v(states), attn.heads)
+    return key if attn.norm_k is None else attn.norm_k(key), value
+
+
+def cross_key_value(attn: Any, text: Float[Tensor, "B T C"]) -> tuple[Tensor, Tensor]:
+    """The same of a text, under the norm that the attention has for texts, if any."""
+    return normed_key_value(attn, attn.norm_encoder_hidden_states(text) if attn.norm_cross else text)
 
 
 def query_key_value(attn: Any, states: Float[Tensor, "B L C"]) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,6 @@ Dimensions: K key pictures, T tokens of each, C token width, F frames.
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -23,7 +22,7 @@ from imprompt.schema.options import Points
 
 @dataclass(frozen=True, eq=False)
 class Track:
-    """How a prompt changes over frames. Raises :class:`UsageError` unless ``at`` is ascending."""
+    """How a prompt changes over frames."""
 
     at: tuple[int, ...] | None = None
     """The frame of each picture, counted from 0, ascending. Tokens are interpolated linearly between two
@@ -32,17 +31,6 @@ class Track:
     """Strength factor over the clip: position 0 is the first frame, 1 the last."""
     masks: tuple[Float[Tensor, "1 1 H W"], ...] | None = None
     """One mask per frame."""
-
-    def __post_init__(self) -> None:
-        if self.at is None:
-            return
-        whole = all(
-            isinstance(frame, int) and not isinstance(frame, bool) and frame >= 0 for frame in self.at
-        )
-        if not self.at or not whole or any(after <= before for before, after in pairwise(self.at)):
-            raise UsageError(
-                f"at: {list(self.at)}; frames are whole numbers from 0, each later than the one before it."
-            )
 
     @property
     def static(self) -> bool:

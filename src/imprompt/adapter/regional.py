@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import Attention
 from jaxtyping import Float
 from torch import Tensor
 
-from imprompt.adapter.attention import split_heads
+from imprompt.adapter.attention import cross_key_value
 from imprompt.adapter.backbones.base import Caller
 from imprompt.adapter.key_value import placement
 from imprompt.adapter.slots import Slot, padded
@@ -38,17 +38,10 @@ class Regional:
     def read(
         self, attn: Attention, query: Float[Tensor, "B H L D"], prompt: Float[Tensor, "B H L D"]
     ) -> Float[Tensor, "B H L D"]:
-        """The text attention, given that of the pipeline's prompt. Keys and values come from the layer's own
-        modules, so that LoRAs and offloading apply."""
+        """The text attention, given that of the pipeline's prompt."""
         out = prompt * self.rest
         for text, bias, share in zip(self.texts, self.biases, self.shares, strict=True):
-            states = attn.norm_encoder_hidden_states(text) if attn.norm_cross else text
-            key, value = (
-                split_heads(attn.to_k(states), attn.heads),
-                split_heads(attn.to_v(states), attn.heads),
-            )
-            if attn.norm_k is not None:
-                key = attn.norm_k(key)
+            key, value = cross_key_value(attn, text)
             out = out + share * F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return out
 

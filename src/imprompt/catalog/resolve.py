@@ -4,8 +4,9 @@ A name is an alias of the catalogue, a local file or folder, or ``owner/name[/fo
 need be with the prefix ``hf:``. Names that look like a path are not looked for on the hub.
 """
 
+import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 from imprompt import hub
 from imprompt.catalog import ASSETS, AdapterRow, BaseRow, ControlRow, EncoderRow, Entry, MotionRow, lookup
 from imprompt.catalog.licences import check
-from imprompt.errors import ModelError
-from imprompt.io import check_path, read_json
+from imprompt.errors import ModelError, first_line
+from imprompt.io import check_path, fingerprint, read_json
 
 _PART = r"[A-Za-z0-9][\w.-]*"
 _HUB_ID = re.compile(rf"{_PART}/{_PART}(/[\w. -]+)*")
@@ -98,6 +99,13 @@ class Source:
         """Size and licence by the catalogue, for messages; empty if it is not in it."""
         return "" if self.row is None else f"{size_of(self.row)}licence {self.row.licence}"
 
+    def not_loaded(self, error: Exception, about: str = "") -> ModelError:
+        """The error to raise when a library could not load it; ``about`` adds facts, such as size and
+        licence."""
+        if self.path is not None:
+            return ModelError(f"{self.title} cannot be loaded: {first_line(error)}")
+        return hub.failure(self.title, self.repo, error, about=about)
+
 
 def resolve(name: str | Path, kind: str, table: Mapping[str, Entry], others: str = "") -> Source:
     """Resolve a name, without asking the hub.
@@ -152,6 +160,12 @@ def _on_hub(name: str, kind: str, table: Mapping[str, Entry]) -> Source | None:
     owner, repo, *inside = hub_id.split("/", 2)
     row = next((row for row in table.values() if row.repo == hub_id and not _inside(row)), None)
     return Source(name, None, f"{owner}/{repo}", "".join(inside), None, row, kind)
+
+
+def fingerprint_of(weights: Sequence[Path], name: str) -> str:
+    """Twelve hex digits that differ when a weight file differs; without files on this machine, a hash of the
+    name."""
+    return fingerprint(*weights) if weights else hashlib.sha256(name.encode()).hexdigest()[:12]
 
 
 def is_here(row: Entry) -> bool:

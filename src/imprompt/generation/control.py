@@ -7,7 +7,6 @@ a face control, the face tokens (:mod:`imprompt.generation.identity`). Maps are 
 by :mod:`imprompt.generation.annotate`.
 """
 
-import hashlib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +17,10 @@ import diffusers
 import torch
 from PIL import Image
 
-from imprompt import catalog, hub
+from imprompt import catalog
 from imprompt.catalog import ControlRow
-from imprompt.catalog.resolve import Source, resolve
-from imprompt.errors import ModelError, UsageError, first_line
+from imprompt.catalog.resolve import Source, fingerprint_of, resolve
+from imprompt.errors import ModelError, UsageError
 from imprompt.generation.control_checks import (
     CHECKS,
     check_t2i_fits,
@@ -29,7 +28,7 @@ from imprompt.generation.control_checks import (
     is_t2i_xl,
 )
 from imprompt.generation.families import KINDS, Base, stills
-from imprompt.io import fingerprint, read_json
+from imprompt.io import read_json
 from imprompt.schema.request import ControlRef, Request, Task
 from imprompt.weights import silence_library_logging
 
@@ -143,9 +142,8 @@ class Control:
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hex digits: a hash of the weight files or, if none is on this machine, of the name."""
-        files = self.place.weights
-        return fingerprint(*files) if files else hashlib.sha256(self.source.encode()).hexdigest()[:12]
+        """Twelve hex digits, see :func:`fingerprint_of`."""
+        return fingerprint_of(self.place.weights, self.source)
 
 
 def named_controls(refs: Sequence[ControlRef], base: Base) -> tuple[ControlRef, ...]:
@@ -226,10 +224,7 @@ def load_net(control: Control, dtype: torch.dtype) -> Any:
             model = getattr(diffusers, _NETS[control.net].class_name)
             return model.from_pretrained(control.place.folder, **options).eval()
     except Exception as error:  # loaders raise nearly anything on damaged or absent files
-        what = f"control '{control.name}'"
-        if control.place.path is not None:
-            raise ModelError(f"{what} cannot be loaded: {first_line(error)}") from error
-        raise hub.failure(what, control.place.folder, error) from error
+        raise control.place.not_loaded(error) from error
 
 
 def controlled(pipe: Any, task: Task, controls: Sequence[Control], nets: Mapping[str, Any]) -> Any:

@@ -4,7 +4,6 @@ A row has diffusers' pipelines by task, quirks, and how to recognise a checkpoin
 :func:`find_base` resolves a name; :mod:`imprompt.generation.pipelines` loads what it finds.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -13,9 +12,9 @@ from typing import Any
 
 from imprompt import catalog, hub
 from imprompt.catalog import BaseRow, FamilyRow
-from imprompt.catalog.resolve import Source, resolve
+from imprompt.catalog.resolve import Source, fingerprint_of, resolve
 from imprompt.errors import ModelError, UsageError
-from imprompt.io import fingerprint, read_json, sha256
+from imprompt.io import read_json, sha256
 from imprompt.schema.request import Task
 from imprompt.tensorfile import read_header
 
@@ -215,10 +214,8 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Twelve hex digits that differ when a weight file differs; without local files, a hash of the
-        name."""
-        files = self.weight_files
-        return fingerprint(*files) if files else hashlib.sha256(self.source.encode()).hexdigest()[:12]
+        """Twelve hex digits, see :func:`fingerprint_of`."""
+        return fingerprint_of(self.weight_files, self.source)
 
 
 # ---- names

@@ -54,7 +54,8 @@ def load(
     except ModelError:
         raise
     except Exception as error:  # loaders raise nearly anything on damaged or absent files
-        raise _not_loaded(base, error) from error
+        place = Source(base.name, base.path, base.source, kind="base")
+        raise place.not_loaded(error, _about(base)) from error
     _check_denoiser(pipe, base, task)
     return _ready(pipe)
 
@@ -232,9 +233,3 @@ def _about(base: Base) -> str:
     if base.row is None:
         return ""
     return f"{base.row.note}, {base.row.gigabytes:g} GB, licence {base.row.licence}"
-
-
-def _not_loaded(base: Base, error: Exception) -> ModelError:
-    if base.path is not None:
-        return ModelError(f"base '{base.name}' cannot be loaded: {first_line(error)}")
-    return hub.failure(f"base '{base.name}'", base.source, error, about=_about(base))

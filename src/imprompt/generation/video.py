@@ -6,7 +6,6 @@ sliding windows (FreeNoise, Qiu et al. 2023). Image prompts need no code here: f
 rows of a batch.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,12 +20,11 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from imprompt import catalog, hub
+from imprompt import catalog
 from imprompt.catalog import MotionRow
-from imprompt.catalog.resolve import Source, resolve
+from imprompt.catalog.resolve import Source, fingerprint_of, resolve
 from imprompt.errors import AdapterMismatch, InputError, ModelError, UsageError, first_line
 from imprompt.generation.families import Base
-from imprompt.io import fingerprint
 from imprompt.schema.request import Request
 from imprompt.weights import in_float32, silence_library_logging
 
@@ -37,9 +35,6 @@ _PIPELINES = {
     "StableDiffusionPipeline": "AnimateDiffPipeline",
     "StableDiffusionXLPipeline": "AnimateDiffSDXLPipeline",
 }
-_PARTS = (
-    "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "image_encoder", "feature_extractor",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,10 +63,8 @@ class Motion:
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hex digits that differ when a weight file differs; without local files, a hash of the
-        name."""
-        files = self.place.weights
-        return fingerprint(*files) if files else hashlib.sha256(self.place.folder.encode()).hexdigest()[:12]
+        """Twelve hex digits, see :func:`fingerprint_of`."""
+        return fingerprint_of(self.place.weights, self.place.folder)
 
 
 def find_motion(name: str | None, base: Base) -> Motion:
@@ -155,7 +148,8 @@ def motion_pipeline(pipe: Any, motion: Motion, base: Base, dtype: torch.dtype) -
     name = _PIPELINES.get(type(pipe).__name__)
     if name is None:
         raise UsageError(f"animate: base '{base.name}' is a {type(pipe).__name__}, which cannot move.")
-    parts = {part: pipe.components[part] for part in _PARTS if part in pipe.components}
+    others = ("unet", "scheduler", "safety_checker")
+    parts = {name: part for name, part in pipe.components.items() if name not in others}
     try:
         with silence_library_logging():  # diffusers warns of its own cast
             unet = diffusers.UNetMotionModel.from_unet2d(pipe.unet, adapter)
@@ -242,10 +236,7 @@ def _load(motion: Motion, dtype: torch.dtype) -> Any:
                 variant="fp16" if half else None,
             )
     except Exception as error:  # loaders raise nearly anything on damaged or absent files
-        what = f"motion adapter '{motion.name}'"
-        if motion.place.path is not None:
-            raise ModelError(f"{what} cannot be loaded: {first_line(error)}") from error
-        raise hub.failure(what, motion.place.folder, error) from error
+        raise motion.place.not_loaded(error) from error
 
 
 @contextmanager

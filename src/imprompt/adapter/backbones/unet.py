@@ -6,7 +6,6 @@ run: down, middle, up. Attention of motion modules (``motion_modules``, ``tempor
 never counted.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,13 @@ from diffusers.models.attention_processor import (
 )
 from torch import Tensor, nn
 
-from imprompt.adapter.attention import SiteProcessor, merge_heads, split_heads
+from imprompt.adapter.attention import (
+    SiteProcessor,
+    cross_key_value,
+    merge_heads,
+    normed_key_value,
+    split_heads,
+)
 from imprompt.adapter.backbones.base import Backbone, BlockKind, Grid, Inputs, Site, batched_branches
 
 _KINDS: dict[str, BlockKind] = {"down_blocks": "input", "mid_block": "middle", "up_blocks": "output"}
@@ -64,11 +69,11 @@ class UNetProcessor(SiteProcessor):
 
     def _key_value(self, attn: Attention, states: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
         if text is None:
-            return _projected(attn, states)
+            return normed_key_value(attn, states)
         kept = self.injection.kept_text
         if kept is None:
-            return _text_key_value(attn, text)
-        return kept.key_value(self.site.name, attn, partial(_text_key_value, attn, text))
+            return cross_key_value(attn, text)
+        return kept.key_value(self.site.name, attn, lambda: cross_key_value(attn, text))
 
 
 def _prepared(attn: Attention, hidden_states: Tensor, temb: Tensor | None) -> Tensor:
@@ -87,15 +92,6 @@ def _text_mask(attn: Attention, key: Tensor, mask: Tensor | None) -> Tensor | No
     rows, length = key.shape[0], key.shape[2]
     mask = attn.prepare_attention_mask(mask, length, rows)
     return mask.view(rows, attn.heads, -1, mask.shape[-1])
-
-
-def _text_key_value(attn: Attention, text: Tensor) -> tuple[Tensor, Tensor]:
-    return _projected(attn, attn.norm_encoder_hidden_states(text) if attn.norm_cross else text)
-
-
-def _projected(attn: Attention, states: Tensor) -> tuple[Tensor, Tensor]:
-    key, value = split_heads(attn.to_k(states), attn.heads), split_heads(attn.to_v(states), attn.heads)
-    return key if attn.norm_k is None else attn.norm_k(key), value
 
 
 def cross_attentions(unet: Any) -> tuple[Site, ...]:

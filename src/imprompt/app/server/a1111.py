@@ -22,7 +22,7 @@ from imprompt.app.server.a1111_units import MODULES, read_units
 from imprompt.app.server.bodies import Body, checked, decoded_picture, described, json_body
 from imprompt.app.server.capabilities import capabilities, offered_bases
 from imprompt.app.server.jobs import Job
-from imprompt.app.server.problems import Problem
+from imprompt.app.server.problems import Problem, refused
 from imprompt.app.server.protocols import (
     QueueHere,
     as_base64,
@@ -197,12 +197,11 @@ def _check_supported(values: Mapping[str, Any], body: TextToImage) -> None:
     """Raises :class:`Problem` for what would change the picture and has no counterpart."""
     for name, what in _REFUSED.items():
         if values.get(name):
-            raise Problem(422, "not_supported", f"{name}: {what} are not part of this server.", name)
+            raise refused(name, f"{what} are not part of this server.", "not_supported")
     for name, script in body.alwayson_scripts.items():
         arguments = script.get("args") if isinstance(script, dict) else None
         if name.lower() not in _SCRIPTS and arguments and arguments[0]:
-            text = f"alwayson_scripts: '{name[:60]}' is not part of this server."
-            raise Problem(422, "not_supported", text, "alwayson_scripts")
+            raise refused("alwayson_scripts", f"'{name[:60]}' is not part of this server.", "not_supported")
 
 
 def _without_loras(prompt: str) -> tuple[str, list[dict[str, Any]]]:
@@ -212,9 +211,7 @@ def _without_loras(prompt: str) -> tuple[str, list[dict[str, Any]]]:
         try:
             found.append({"path": name, "weight": float(weight or 1)})
         except ValueError as error:
-            raise Problem(
-                422, "invalid_request", f"prompt: '{weight[:20]}' is no weight.", "prompt"
-            ) from error
+            raise refused("prompt", f"'{weight[:20]}' is no weight.") from error
     return _LORA.sub("", prompt).strip(" ,") if found else prompt, found
 
 
@@ -231,8 +228,7 @@ def _scheduler(body: TextToImage, base: str) -> str | None:
     known = {theirs.lower(): ours for theirs, ours in SAMPLERS.items()}
     found = known.get(name.lower())
     if found is None:
-        text = f"sampler_name: '{name[:60]}' is not here."
-        raise Problem(404, "sampler_not_found", text, "sampler_name")
+        raise refused("sampler_name", f"'{name[:60]}' is not here.", "sampler_not_found", 404)
     if found == "euler" and _family(base) in _FLOWS:
         return None
     return "dpm++2m-karras" if found == "dpm++2m" and body.scheduler.lower() == "karras" else found
@@ -245,7 +241,7 @@ def _mask(body: ImageToImage, source: str, queue: Queue) -> bytes:
         load_image(content, max_pixels=queue.settings.limits.picture_pixels)
         size = load_image(queue.store.path(source)).size
     except ImpromptError as error:
-        raise Problem(422, "bad_picture", f"mask: {error}", "mask") from error
+        raise refused("mask", str(error), "bad_picture") from error
     with Image.open(io.BytesIO(content)) as opened:  # as theirs, the alpha channel where there is one
         alpha = opened.convert("RGBA").getchannel("A")
         mask = (opened.convert("L") if alpha.getextrema() == (255, 255) else alpha).resize(size)
@@ -349,8 +345,7 @@ async def set_options(http: HTTPRequest, queue: QueueHere) -> dict[str, Any]:
     base = checked(Options, await json_body(http, queue.settings)).sd_model_checkpoint
     if base is not None:
         if base not in await asyncio.to_thread(offered_bases, queue.settings):
-            text = f"sd_model_checkpoint: '{base[:80]}' is not here."
-            raise Problem(404, "model_not_found", text, "sd_model_checkpoint")
+            raise refused("sd_model_checkpoint", f"'{base[:80]}' is not here.", "model_not_found", 404)
         http.app.state.a1111_base = base
     return {}
 
@@ -438,7 +433,9 @@ def model_list(http: HTTPRequest) -> dict[str, list[str]]:
     """Adapters and controls."""
     offered = capabilities(http.app.state.settings)
     adapters = [row["name"] for row in offered["adapters"] if row["offered"]]
-    return {"model_list": ["None", *adapters, *(row["name"] for row in offered["controls"] if row["here"])]}
+    return {
+        "model_list": ["None", *adapters, *(row["name"] for row in offered["controls"] if row["offered"])]
+    }
 
 
 @extension.get("/module_list")

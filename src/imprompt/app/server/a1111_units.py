@@ -9,7 +9,7 @@ from pydantic import AliasChoices, Field, field_validator
 
 from imprompt import catalog
 from imprompt.app.server.bodies import Body, checked
-from imprompt.app.server.problems import Problem
+from imprompt.app.server.problems import refused
 from imprompt.app.server.protocols import PICTURE, keep_encoded
 from imprompt.app.server.queue import Queue
 
@@ -81,8 +81,7 @@ async def read_units(scripts: Mapping[str, Any], queue: Queue) -> dict[str, Any]
 
 async def _image_prompt(unit: Unit, queue: Queue) -> dict[str, Any]:
     if unit.ipadapter_input:
-        text = "ipadapter_input: pickled features are never read; send the picture."
-        raise Problem(422, "pickle", text, "ipadapter_input")
+        raise refused("ipadapter_input", "pickled features are never read; send the picture.", "pickle")
     found: dict[str, Any] = {
         PICTURE: await _picture(unit, queue),
         "scale": unit.weight,
@@ -114,8 +113,7 @@ async def _control(unit: Unit, queue: Queue) -> dict[str, Any]:
 def _looked_up(field: str, name: str, known: Mapping[str, str]) -> str:
     """Our word for theirs. Raises :class:`Problem` for one that is not known."""
     if (found := known.get(name.lower())) is None:
-        text = f"{field}: '{name[:60]}' is unknown; known are {', '.join(known)}."
-        raise Problem(422, "invalid_request", text, field)
+        raise refused(field, f"'{name[:60]}' is unknown; known are {', '.join(known)}.")
     return found
 
 

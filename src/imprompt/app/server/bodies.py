@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HTTPRequest
 
 from imprompt import catalog
-from imprompt.app.server.problems import Problem, problem_of
+from imprompt.app.server.problems import Problem, problem_of, refused
 from imprompt.app.server.settings import Settings
 from imprompt.app.server.store import ID
 from imprompt.errors import ImpromptError, UsageError
@@ -115,21 +115,21 @@ def uploads(form: FormData, *names: str) -> list[UploadFile]:
 def decoded_picture(value: object, field: str) -> bytes:
     """The bytes of a picture in base64, bare or as a data URL. Raises :class:`Problem`."""
     if not isinstance(value, str) or not value:
-        raise Problem(422, "bad_picture", f"{field}: a picture in base64 is expected.", field)
+        raise refused(field, "a picture in base64 is expected.", "bad_picture")
     if value.startswith("data:"):
         match = _DATA_URL.match(value[:64])
         if match is None:
-            raise Problem(422, "bad_picture", f"{field}: this data URL is no picture in base64.", field)
+            raise refused(field, "this data URL is no picture in base64.", "bad_picture")
         value = value[match.end() :]
     elif "://" in value[:16]:
-        raise Problem(422, "bad_picture", f"{field}: pictures are not fetched from URLs; send base64.", field)
+        raise refused(field, "pictures are not fetched from URLs; send base64.", "bad_picture")
     try:
         return b"".join(
             base64.b64decode(value[start : start + _PIECE], validate=True)
             for start in range(0, len(value), _PIECE)
         )
     except (binascii.Error, ValueError) as error:
-        raise Problem(422, "bad_picture", f"{field}: this is not base64 ({error}).", field) from error
+        raise refused(field, f"this is not base64 ({error}).", "bad_picture") from error
 
 
 def read_request(values: Mapping[str, Any], settings: Settings) -> Request:
@@ -139,7 +139,7 @@ def read_request(values: Mapping[str, Any], settings: Settings) -> Request:
     for name in _OWN:
         default = Request.model_fields[name].get_default(call_default_factory=True)
         if values.pop(name, default) not in (default, None, [], {}):
-            raise Problem(422, "not_offered", f"{name}: this is decided by the server; leave it out.", name)
+            raise refused(name, "this is decided by the server; leave it out.", "not_offered")
     try:
         request = Request.from_mapping(values)
     except ImpromptError as error:
@@ -150,12 +150,8 @@ def read_request(values: Mapping[str, Any], settings: Settings) -> Request:
     _check_limits(request, settings)
     for name in request.files:
         if not ID.fullmatch(name):
-            raise Problem(
-                422,
-                "unknown_picture",
-                f"'{name[:80]}' is no picture's id; upload the picture first.",
-                "images",
-            )
+            text = f"'{name[:80]}' is no picture's id; upload the picture first."
+            raise Problem(422, "unknown_picture", text, "images")
     return request
 
 
@@ -179,7 +175,7 @@ def _check_names(request: Request, settings: Settings) -> None:
 
 def _offered(field: str, name: str, known: Mapping[str, object]) -> None:
     if name not in known:
-        raise Problem(422, "not_offered", f"{field}: '{name[:80]}' is not offered by this server.", field)
+        raise refused(field, f"'{name[:80]}' is not offered by this server.", "not_offered")
 
 
 def _check_limits(request: Request, settings: Settings) -> None:
@@ -193,4 +189,4 @@ def _check_limits(request: Request, settings: Settings) -> None:
     ]
     for field, value, most in asked:
         if value is not None and value > most:
-            raise Problem(422, "over_limit", f"{field}: {value} is asked, this server draws {most}.", field)
+            raise refused(field, f"{value} is asked, this server draws {most}.", "over_limit")

@@ -7,6 +7,7 @@ from typing import Any
 
 from imprompt import __version__, catalog
 from imprompt.app.server.settings import Settings
+from imprompt.catalog import AdapterRow, BaseRow, ControlRow, MotionRow
 from imprompt.catalog.resolve import is_here
 from imprompt.schema import options
 from imprompt.schema.profiles import PROFILES
@@ -30,16 +31,13 @@ def capabilities(settings: Settings) -> dict[str, Any]:
         "adapters": _adapters(settings),
         "loras": list(settings.loras),
         "controls": [
-            {"name": name, "family": row.family, "kinds": list(row.modes), "licence": row.licence,
-             "here": settings.download or is_here(row)}
+            _described(name, row, settings) | {"kinds": list(row.modes)}
             for name, row in catalog.controls().items()
         ],
         "control_kinds": CONTROL_KINDS,
         "default_controls": {name: dict(row.controls) for name, row in catalog.families().items()},
         "motions": [
-            {"name": name, "family": row.family, "licence": row.licence, "note": row.note,
-             "default": catalog.families()[row.family].motion == name,
-             "here": settings.download or is_here(row)}
+            _described(name, row, settings) | {"default": catalog.families()[row.family].motion == name}
             for name, row in catalog.motions().items()
         ],
         "profiles": list(PROFILES),
@@ -58,34 +56,39 @@ def offered_bases(settings: Settings) -> list[str]:
 
 
 def _bases(settings: Settings) -> list[dict[str, Any]]:
-    rows = [
-        {"name": name, "family": row.family, "size": row.size, "licence": row.licence, "note": row.note,
-         "inpaint": row.inpaint, "here": is_here(row),
-         "offered": settings.download or is_here(row),
-         "source": "" if row.bundled else row.repo}
+    return [
+        _described(name, row, settings)
+        | {"size": row.size, "inpaint": row.inpaint, "source": "" if row.bundled else row.repo}
         for name, row in catalog.bases().items()
-    ]  # fmt: skip
-    return rows + [
-        {"name": name, "family": None, "size": None, "licence": "see its source", "note": "added by --model",
-         "inpaint": False, "here": True, "offered": True, "source": ""}
-        for name in settings.bases
-    ]  # fmt: skip
+    ] + [_added(name, "--model") | {"size": None, "inpaint": False, "source": ""} for name in settings.bases]
 
 
 def _adapters(settings: Settings) -> list[dict[str, Any]]:
-    rows = []
-    for name, row in catalog.adapters().items():
-        here = is_here(row)
-        rows.append(
-            {"name": name, "family": row.family, "licence": row.licence, "note": row.note,
-             "megabytes": row.megabytes, "face": row.face_pack is not None, "here": here,
-             "offered": here or settings.download, "default": catalog.families()[row.family].adapter == name}
-        )  # fmt: skip
-    return rows + [
-        {"name": name, "family": None, "licence": "see its source", "note": "added by --adapter",
-         "megabytes": None, "face": False, "here": True, "offered": True, "default": False}
+    families = catalog.families()
+    return [
+        _described(name, row, settings)
+        | {"megabytes": row.megabytes, "face": row.face_pack is not None}
+        | {"default": families[row.family].adapter == name}
+        for name, row in catalog.adapters().items()
+    ] + [
+        _added(name, "--adapter") | {"megabytes": None, "face": False, "default": False}
         for name in settings.adapters
-    ]  # fmt: skip
+    ]
+
+
+def _described(
+    name: str, row: BaseRow | AdapterRow | ControlRow | MotionRow, settings: Settings
+) -> dict[str, Any]:
+    """A model of the catalogue: whether it is on this machine, and whether jobs may ask for it."""
+    here = is_here(row)
+    of_all = {"name": name, "family": row.family, "licence": row.licence, "note": row.note}
+    return {**of_all, "here": here, "offered": here or settings.download}
+
+
+def _added(name: str, flag: str) -> dict[str, Any]:
+    """A model that the server was started with."""
+    of_all = {"name": name, "family": None, "licence": "see its source", "note": f"added by {flag}"}
+    return {**of_all, "here": True, "offered": True}
 
 
 @lru_cache(1)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,10 @@ class Cancelled:
     """From a worker: a job was stopped before it was done."""
 
     id: str
+
+
+Answer: TypeAlias = Stepped | Drawn | Failed | Cancelled
+"""From a worker, about one job."""
 
 
 @dataclass(frozen=True)

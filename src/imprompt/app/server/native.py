@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, StrictBool
 from imprompt.app.server.bodies import Body, checked, described, form_body, json_body, uploads
 from imprompt.app.server.capabilities import capabilities
 from imprompt.app.server.jobs import Job
-from imprompt.app.server.problems import Problem
+from imprompt.app.server.problems import Problem, refused
 from imprompt.app.server.protocols import (
     QueueHere,
     as_base64,
@@ -247,7 +247,7 @@ def suffix_of(form: str | None, request: Request) -> str:
     suffix = {"jpeg": ".jpg"}.get(form, f".{form}")
     if suffix not in known:
         listed = ", ".join(known).replace(".", "")
-        raise Problem(422, "invalid_request", f"format: '{form}'; {request.task} gives {listed}.", "format")
+        raise refused("format", f"'{form}'; {request.task} gives {listed}.")
     return suffix
 
 

@@ -34,7 +34,7 @@ from imprompt.app.server.bodies import (
 )
 from imprompt.app.server.capabilities import offered_bases
 from imprompt.app.server.jobs import Job
-from imprompt.app.server.problems import Problem
+from imprompt.app.server.problems import Problem, refused
 from imprompt.app.server.protocols import (
     PICTURE,
     QueueHere,
@@ -268,7 +268,7 @@ def _repainted(mask: bytes, source: str, queue: Queue) -> bytes:
 
 
 def _wrong(field: str, text: str) -> Problem:
-    return Problem(400, "invalid_value", f"{field}: {text}.", field)
+    return refused(field, f"{text}.", "invalid_value", 400)
 
 
 # ---- out

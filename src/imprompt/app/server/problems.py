@@ -23,6 +23,11 @@ class Problem(Exception):
         return {"code": self.code, "message": self.message, "field": self.field}
 
 
+def refused(field: str, text: str, code: str = "invalid_request", status: int = 422) -> Problem:
+    """What is wrong with one field, whose name begins the message."""
+    return Problem(status, code, f"{field}: {text}", field)
+
+
 _CODES: tuple[tuple[type[ImpromptError], str], ...] = (
     (Cancelled, "cancelled"),
     (UsageError, "invalid_request"),

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from imprompt import catalog
 from imprompt.app.server.bodies import decoded_picture, read_request
 from imprompt.app.server.jobs import Job
-from imprompt.app.server.problems import Problem
+from imprompt.app.server.problems import Problem, refused
 from imprompt.app.server.queue import Queue
 from imprompt.app.server.store import Picture, readable
 from imprompt.catalog.resolve import is_here
@@ -49,13 +49,12 @@ async def keep(queue: Queue, content: bytes, field: str) -> Picture:
     """
     limits = queue.settings.limits
     if len(content) > limits.picture_bytes:
-        text = f"{field}: a picture has at most {limits.picture_bytes >> 20} MB."
-        raise Problem(413, "too_large", text, field)
+        raise refused(field, f"a picture has at most {limits.picture_bytes >> 20} MB.", "too_large", 413)
     try:
         async with queue.decoding:
             content = await asyncio.to_thread(readable, content, limits.picture_pixels, limits.frames)
     except ImpromptError as error:
-        raise Problem(422, "bad_picture", f"{field}: {error}", field) from error
+        raise refused(field, str(error), "bad_picture") from error
     return await queue.blocking(queue.store.keep, content)
 
 
@@ -75,8 +74,8 @@ async def checked_request(queue: Queue, values: dict[str, Any]) -> Request:
     if row is None or queue.settings.download or request.base in queue.settings.bases:
         return request
     if not await asyncio.to_thread(is_here, row):
-        text = f"base: '{request.base}' is not on the server's machine; run there: hf download {row.repo}"
-        raise Problem(422, "not_here", text, "base")
+        text = f"'{request.base}' is not on the server's machine; run there: hf download {row.repo}"
+        raise refused("base", text, "not_here")
     return request
 
 

@@ -281,40 +281,33 @@ class Queue:
 
     def _heard(self, worker: Worker, message: object) -> None:
         """A worker said something."""
-        match message:
-            case say.Stepped():
-                self._stepped(message)
-            case say.Drawn():
-                self._drawn(message)
-            case say.Failed():
-                if (job := self._running(message.id)) is not None:
+        if isinstance(message, say.Ready | say.Free):
+            self._assign()
+        elif not isinstance(message, say.Answer):
+            log.error("a worker said %r", message)
+        elif (job := self._running(message.id)) is not None:
+            match message:
+                case say.Stepped():
+                    self._stepped(job, message)
+                case say.Drawn():
+                    self._drawn(job, message)
+                case say.Failed():
                     error = Problem(message.status, message.code, message.message, message.field)
                     self._end(job, "failed", error=error)
-            case say.Cancelled():
-                if (job := self._running(message.id)) is not None:
+                case say.Cancelled():
                     self._end(job, "cancelled")
-            case say.Ready() | say.Free():
-                self._assign()
-            case _:
-                log.error("a worker said %r", message)
 
     def _running(self, identity: str) -> Job | None:
         job = self._active.get(identity)
         return job if job is not None and job.state == "running" else None
 
-    def _stepped(self, message: say.Stepped) -> None:
-        job = self._running(message.id)
-        if job is None:
-            return
+    def _stepped(self, job: Job, message: say.Stepped) -> None:
         self.metrics.steps.inc(max(0, message.step - job.step))
         job.step, job.steps = message.step, message.steps
         job.preview = message.preview or job.preview
         job.changed()
 
-    def _drawn(self, message: say.Drawn) -> None:
-        job = self._running(message.id)
-        if job is None:
-            return
+    def _drawn(self, job: Job, message: say.Drawn) -> None:
         job.pictures, job.record = list(message.pictures), json.loads(message.request)
         job.notes, job.timings, job.batch = list(message.notes), message.timings, message.batch
         work = work_of(job.record)

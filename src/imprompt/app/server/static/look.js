@@ -9,7 +9,7 @@ const TASKS = { generate: "picture", edit: "edit", inpaint: "brush", animate: "f
 const SHAPES = [["square", 1, 1], ["tall", 3, 4], ["wide", 4, 3]];
 
 function renderTabs() {
-  const canMove = offered.capabilities.motions.some((row) => row.family === baseRow().family && row.here);
+  const canMove = offered.capabilities.motions.some((row) => row.family === baseRow().family && row.offered);
   const tabs = Object.entries(TASKS).filter(([task]) => task !== "animate" || canMove || settings.task === "animate")
     .map(([task, glyph]) => h("button", {
       type: "button", role: "tab", id: `tab-${task}`, "aria-selected": String(settings.task === task), "aria-controls": "form",

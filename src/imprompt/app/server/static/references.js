@@ -177,7 +177,7 @@ export function setSource(picture) {
 function renderControl() {
   const family = baseRow().family;
   const kinds = Object.keys(offered.capabilities.default_controls[family] ?? {}).filter((kind) => kind !== "frame" && kind !== "none");
-  const usable = kinds.filter((kind) => offered.capabilities.controls.some((row) => row.family === family && row.kinds.includes(kind) && row.here));
+  const usable = kinds.filter((kind) => offered.capabilities.controls.some((row) => row.family === family && row.kinds.includes(kind) && row.offered));
   $("control-box").hidden = !usable.length && !settings.control;
   const { control } = settings;
   if (!control) {
