@@ -1,13 +1,18 @@
-"""That a compiled transformer compiles nothing anew for another prompt, in a process of its own: the run-time
-type check of the tests' own process cannot be traced."""
+"""Scripts in processes without the tests' run-time type check, which torch.compile cannot trace.
 
-import os
-import subprocess
+One process imports torch, diffusers and imprompt; each script runs in a fork of it.
+"""
+
+import multiprocessing
 import sys
+import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
 
-HERE = Path(__file__).parent
-SCRIPT = """
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch._dynamo", "imprompt.generation.engine"])
+PARITY = Path(__file__).parent / "parity"
+ONE_GRAPH = """
 import torch
 from {module} import {draw}, left, ours, tinydit
 from tiny import picture
@@ -28,12 +33,29 @@ assert count and len(graphs) == count, (count, len(graphs))
 """
 
 
+def run_unchecked(script: str, *words: object, folder: Path) -> None:
+    """Run a script with ``words`` as its arguments; it can import what is in ``folder``. Fail as it does."""
+    ours, theirs = _CONTEXT.Pipe()
+    child = _CONTEXT.Process(target=_run, args=(script, list(map(str, words)), str(folder), theirs))
+    child.start()
+    theirs.close()
+    fault = ours.recv()
+    child.join()
+    assert fault is None, fault
+
+
 def check_one_graph(module: str, draw: str, prompts: str) -> None:
     """Draw with ``draw`` of a module in tests/parity, then with each of ``prompts`` (Python, keywords of
     ``set_prompt``), and fail if that compiled anything."""
-    paths = os.pathsep.join([str(HERE / "parity"), str(HERE), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(module=module, draw=draw, prompts=prompts)],
-        env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    run_unchecked(ONE_GRAPH.format(module=module, draw=draw, prompts=prompts), folder=PARITY)
+
+
+def _run(script: str, words: list[str], folder: str, pipe: Connection) -> None:
+    sys.argv = ["script", *words]
+    sys.path.insert(0, folder)
+    try:
+        exec(compile(script, "script", "exec"), {"__name__": "script"})
+    except BaseException:
+        pipe.send(traceback.format_exc())
+    else:
+        pipe.send(None)

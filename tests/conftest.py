@@ -22,5 +22,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
     for item in items:
-        group = item.path.parent if item.path.parent.name == "server" else item.path
-        item.add_marker(pytest.mark.xdist_group(str(group)))
+        if item.get_closest_marker("xdist_group") is None:
+            group = item.path.parent if item.path.parent.name == "server" else item.path
+            item.add_marker(pytest.mark.xdist_group(str(group)))

@@ -2,9 +2,6 @@
 
 import gc
 import math
-import os
-import subprocess
-import sys
 import weakref
 from collections import Counter
 from dataclasses import replace
@@ -16,6 +13,7 @@ from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, SlicedAttnProcessor
 from torch import Tensor, nn
 
+from compiled import run_unchecked
 from imprompt.adapter.attention import SiteProcessor
 from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.adapter.injection import Injection
@@ -592,13 +590,9 @@ for attached in ("before", "after"):  # compiling
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("compiled")
 def test_a_compiled_unet_is_one_graph_and_a_new_strength_compiles_nothing_anew() -> None:
-    # In a process of its own: the run-time type check of this one is nothing that can be traced.
-    here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent), *sys.path])}
-    command = [sys.executable, "-c", COMPILING]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_unchecked(COMPILING, folder=Path(__file__).parent)
 
 
 def test_dropping_the_unet_frees_all_of_it_at_once() -> None:

@@ -1,8 +1,5 @@
 """A face adapter's LoRA: its formula, the user's own beside it, rows without a face, and no trace left."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +9,7 @@ from accelerate import cpu_offload
 from diffusers import StableDiffusionPipeline
 from torch import nn
 
-import imprompt
+from compiled import run_unchecked
 from faces import face_state, person
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.errors import AdapterMismatch
@@ -240,9 +237,7 @@ def test_offloading_changes_no_pixel(kind: str, attached: str, pipe: StableDiffu
 
 
 COMPILED = """
-import sys
 import torch
-import imprompt
 from faces import face_state, person
 from imprompt.adapter.ipadapter import IPAdapter
 from tiny import tiny_unet
@@ -268,9 +263,6 @@ for one, other in zip(plain, compiled):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("compiled")
 def test_a_unet_compiled_before_draws_the_additions_too() -> None:
-    # In a process of its own: the run-time type check of this one is nothing that can be traced.
-    places = (Path(__file__).parents[1], Path(imprompt.__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, places))}
-    done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_unchecked(COMPILED, folder=Path(__file__).parent)

@@ -1,14 +1,11 @@
 """Requests on a compiled denoiser: the same pictures, and nothing is compiled again for another prompt."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import imprompt
+from compiled import run_unchecked
 from imprompt.errors import ModelError, UsageError
 from imprompt.generation.compiling import check_compiler
 from imprompt.generation.engine import Engine
@@ -67,13 +64,9 @@ for how in ("regional", "full"):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("compiled")
 def test_another_prompt_compiles_nothing_anew_and_draws_as_without_compiling(base, pictures):
-    # In a process of its own: the run-time type check of this one is nothing that can be traced.
-    environment = os.environ | {"PYTHONPATH": str(Path(imprompt.__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILING, base, pictures], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    run_unchecked(COMPILING, base, pictures, folder=Path(__file__).parent)
 
 
 def test_without_a_compiler_one_line_says_so_before_anything_is_loaded(common, monkeypatch):

@@ -269,5 +269,6 @@ def test_regional_text_and_named_profiles_are_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("compiled")
 def test_a_compiled_transformer_compiles_nothing_anew_for_another_prompt() -> None:
     check_one_graph("test_flux", "call", '({"scale": 0.9, "end": 0.5}, {"scale": 0.2, "end": 0.5})')

@@ -268,5 +268,6 @@ def test_what_it_cannot_do_is_said_in_one_line() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("compiled")
 def test_a_compiled_transformer_compiles_nothing_anew_for_another_prompt() -> None:
     check_one_graph("test_flux_redux", "draw", '({"scale": 0.2}, {}, {"mask": left()}, {"start": 0.3})')
