@@ -30,7 +30,7 @@ def test_a_killed_worker_comes_back_and_tries_its_jobs_once_more(starting: Calla
     worker = running.queue.workers[0]
 
     def kill_while_drawing(client: httpx.Client, job: str) -> None:
-        until(lambda: worker.ready and client.get(f"/api/v1/jobs/{job}").json()["step"] > 0, 240)
+        until(lambda: worker.ready and client.get(f"/api/v1/jobs/{job}").json()["step"] > 0, 600)
         assert worker.pid is not None
         os.kill(worker.pid, signal.SIGKILL)
         until(lambda: not worker.ready)
@@ -75,7 +75,7 @@ def test_sigterm_finishes_what_is_drawn_and_the_next_server_draws_the_rest(
 ) -> None:
     port = free_port()
     first = serve(tmp_path, port)
-    until(lambda: answering(port), 240)
+    until(lambda: answering(port), 600)
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
         running = submit(client, steps=20)["id"]
         # Another size, so that they are no batch.

@@ -151,6 +151,12 @@ def test_capabilities_say_what_is_here(client: httpx.Client) -> None:
     bundled = next(row for row in offered["bases"] if row["name"] == "emoji")
     assert (bundled["here"], bundled["licence"]) == (True, "Apache-2.0")
     assert not next(row for row in offered["bases"] if row["name"] == "sdxl")["offered"]
+    for table in (offered["controls"], offered["motions"]):
+        assert (
+            {row["name"] for row in table if row["offered"]}
+            >= {row["name"] for row in table if row["here"]}
+            > set()
+        )
     assert offered["request"]["properties"]["prompt"]
     assert "style" in offered["profiles"]
 

@@ -3,7 +3,6 @@
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from imprompt import catalog
@@ -103,7 +102,7 @@ def _describe(kind: str, row: Any) -> str:
 
 
 def _print_vocabulary(*, as_json: bool) -> None:
-    path = Path(__file__).parents[1] / "assets" / "emoji" / "vocabulary.json"
+    path = catalog.ASSETS / "vocabulary.json"
     if not path.is_file():
         raise ModelError("the bundled model's vocabulary.json is missing; install imprompt again.")
     text = path.read_text(encoding="utf-8")

@@ -2,7 +2,6 @@
 
 import json
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from imprompt import __version__, catalog
@@ -13,8 +12,6 @@ from imprompt.schema import options
 from imprompt.schema.profiles import PROFILES
 from imprompt.schema.request import CONTROLS as CONTROL_KINDS
 from imprompt.schema.request import SCHEDULERS, Request
-
-_ASSETS = Path(__file__).parents[2] / "assets" / "emoji"
 
 
 def capabilities(settings: Settings) -> dict[str, Any]:
@@ -94,7 +91,7 @@ def _added(name: str, flag: str) -> dict[str, Any]:
 @lru_cache(1)
 def _vocabulary() -> dict[str, list[str]]:
     """What the bundled model knows."""
-    found: dict[str, list[str]] = json.loads((_ASSETS / "vocabulary.json").read_text(encoding="utf-8"))
+    found: dict[str, list[str]] = json.loads((catalog.ASSETS / "vocabulary.json").read_text(encoding="utf-8"))
     return found
 
 
