@@ -1,32 +1,25 @@
-"""Stage 5: the adapters, ``plus`` (resampler, 16 tokens, the default) and ``base`` (linear, 4 tokens).
+"""Stage 4: text encoder, UNet and the ``plus`` adapter (resampler, 16 tokens, the default) together; stage 5:
+the ``base`` adapter (linear, 4 tokens) alone.
 
-Only the adapter learns, unless ``--with-base`` lets UNet and text encoder learn on beside it: where hours
-are few, one pass that serves both is worth more than two; a third of its draws then go without the adapter,
-as ``base.py`` trains. In half of the draws reference and target share look, palette and background and show
-different things, the text saying what (sometimes more); in most others the picture speaks alone, and the
-target is the reference itself or the same icon placed anew; in the rest the text alone speaks. The
-projection starts as one that says of a picture what its full caption says, which needs no UNet and takes
-minutes; keys and values of ``base`` start as those of ``plus``.
+One pass serves the UNet and its adapter: nearly half of the draws go without the adapter, as a UNet is
+trained; of the others, half have a reference that shares look, palette and background with the target and
+shows another thing, the text saying what (sometimes more); in most others the picture speaks alone, and the
+target is the reference itself or the same icon placed anew; in the rest its place is empty (guidance). Keys
+and values of ``base`` start as those of ``plus``.
 
-    python recipes/emoji/adapters.py plus --minutes 40 --with-base
+    python recipes/emoji/adapters.py plus --with-base --minutes 100
     python recipes/emoji/adapters.py base --minutes 20
 """
 
-import hashlib
-import math
-from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import torch
-from base import SCHEDULE, learned, noised, say_plain, timesteps
-from base import say as say_some
+from base import SCHEDULE, noised, timesteps, write_pipeline
 from common import (
     CHECKPOINTS,
     DEVICE,
-    HALF,
     MODEL,
-    STATE,
+    START,
     Crew,
     Ema,
     Loop,
@@ -38,137 +31,66 @@ from common import (
     save_half,
     stage_parser,
 )
-from diffusers import DDIMScheduler, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
-from draw import GROUP, caption
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from encoder import normalise
-from numpy.random import Generator
-from pool import Pool
+from labels import LENGTH
 from safetensors import safe_open
 from safetensors.torch import save_file
-from text import Texts, frozen_base
+from supply import Supply
+from text import make_encoder
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPVisionModelWithProjection
+from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from imprompt import IPAdapter
 
 NAMES = {"base": "ip-adapter_emoji.safetensors", "plus": "ip-adapter-plus_emoji.safetensors"}
 KINDS = {"base": "linear", "plus": "resampler"}
+TOKENS = {"base": 4, "plus": 16}
 
 
 def features(kind: str, encoder: CLIPVisionModelWithProjection, pixels: Tensor) -> Tensor:
+    """What an adapter of ``kind`` reads of normalised pictures."""
     out = encoder(pixels, output_hidden_states=kind == "plus")
     return out.hidden_states[-2] if kind == "plus" else out.image_embeds
 
 
-class Seen:
-    """The encoder's features of the pool's pictures; each picture is encoded once and kept on disk."""
+class Decoupled:
+    """Attention over text and, for the rows behind the first ``bare``, over image tokens as well.
 
-    def __init__(self, kind: str, encoder: CLIPVisionModelWithProjection, pool: Pool) -> None:
-        self.kind, self.encoder, self.pool = kind, encoder, pool
-        weights = hashlib.sha256()
-        for value in encoder.state_dict().values():
-            weights.update(value.cpu().numpy().tobytes())
-        path = STATE / "features" / f"{kind}-{weights.hexdigest()[:12]}-{len(pool)}.bin"
-        path.parent.mkdir(exist_ok=True)
-        shape = (65, encoder.config.hidden_size) if kind == "plus" else (encoder.config.projection_dim,)
-        if not path.exists():  # processes that begin at once open the same file
-            with suppress(FileExistsError), path.open("xb") as file:
-                file.truncate(2 * len(pool) * math.prod(shape))
-        self.kept = np.memmap(path, np.float16, "r+", shape=(len(pool), *shape))
-
-    def __call__(self, picked: list[int]) -> Tensor:
-        new = sorted({i for i in picked if not self.kept[i].any()})
-        if new:
-            with torch.no_grad(), half():
-                found = features(self.kind, self.encoder, normalise(self.pool.pictures(new)))
-            self.kept[new] = found.half().cpu().numpy()
-        return torch.from_numpy(self.kept[picked]).float().to(DEVICE)
-
-
-PLAIN_SHARE = 0.3
-"""Part of the draws without an adapter that are of plain pictures (see ``base.py``). With 0.6 of 0.35 a
-look was named in a seventh of all draws, and 219,000 samples did not teach its word."""
-HARD_GROUNDS, HARD_LOOKS = ("striped", "dotted", "checked"), ("stained glass",)
-HARD_SHARE = 0.2
-"""How often a group of a hard look or background is drawn beside the others: these teach last and least."""
-
-
-def hard_groups(facts: list[dict], size: int) -> np.ndarray:
-    """Of each group, whether its look or background is hard (bool)."""
-    first = facts[: size // GROUP * GROUP : GROUP]
-    return np.array([f["ground"] in HARD_GROUNDS or f["look"] in HARD_LOOKS for f in first])
-
-
-def pair(
-    facts: list[dict], size: int, groups: np.ndarray, rng: Generator, bare: float
-) -> tuple[int, int, str, bool, bool]:
-    """(reference, target, text, whether the picture is shown, whether the adapter is there at all).
-
-    Plain pictures begin at ``size``; they are targets alone.
+    Both come in one sequence, image tokens behind the caption's ``LENGTH``. imprompt's own processors add
+    the same term, to the last bit; this one has nothing that changes from step to step, so that a compiled
+    UNet stays compiled.
     """
-    if rng.uniform() < bare:
-        if rng.uniform() < PLAIN_SHARE:
-            target = int(rng.integers(size, len(facts)))
-            return 0, target, caption(facts[target], rng, say_plain(rng)), False, False
-        while True:
-            target = int(rng.choice(groups)) * GROUP + int(rng.integers(GROUP))
-            if facts[target]["concept"] or rng.uniform() > 0.85:
-                break
-        return target, target, caption(facts[target], rng, say_some(rng)), False, False
-    group = int(rng.choice(groups)) * GROUP
-    share, shown = rng.uniform(), True
-    if share < 0.5:  # another thing in the same manner
-        while True:
-            one, two = (int(k) for k in rng.choice(GROUP, 2, replace=False))
-            if {one, two} != {0, 2} and facts[group + two]["concept"]:
-                break
-            group = int(rng.choice(groups)) * GROUP
-        more = rng.uniform() < 0.2
-        say = (True, *(bool(more and rng.uniform() < 0.5) for _ in range(3)))
-    else:
-        one = int(rng.integers(GROUP))
-        two = (2 if one == 0 else 0) if one in (0, 2) and rng.uniform() < 0.4 else one
-        if share < 0.92:
-            say = (False,) * 4 if rng.uniform() < 0.75 else tuple(bool(rng.uniform() < 0.4) for _ in range(4))
-        else:
-            shown = False
-            say = (
-                (False,) * 4
-                if rng.uniform() < 0.4
-                else (True, *(bool(rng.uniform() < 0.6) for _ in range(3)))
-            )
-    return group + one, group + two, caption(facts[group + two], rng, say), shown, True
+
+    def __init__(self, key: nn.Linear, value: nn.Linear, bare: int) -> None:
+        self.key, self.value, self.bare = key, value, bare
+
+    def __call__(
+        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor,
+        attention_mask: None = None, temb: None = None,
+    ) -> Tensor:  # fmt: skip
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        text, image = encoder_hidden_states[:, :LENGTH], encoder_hidden_states[self.bare :, LENGTH:]
+        query = heads(attn.to_q(hidden_states))
+        out = F.scaled_dot_product_attention(query, heads(attn.to_k(text)), heads(attn.to_v(text)))
+        seen = F.scaled_dot_product_attention(
+            query[self.bare :], heads(self.key(image)), heads(self.value(image))
+        )
+        out = torch.cat([out[: self.bare], out[self.bare :] + seen]).transpose(1, 2).flatten(2)
+        return attn.to_out[0](out)
 
 
-def learn_captions(adapter: IPAdapter, kind: str, steps: int, texts: Texts, unet: UNet2DConditionModel,
-                   encoder: CLIPVisionModelWithProjection, pool: Pool) -> None:  # fmt: skip
-    """Let the projection say what the full caption's first states say, as keys and values see them."""
-    weights = [w for n, w in unet.named_parameters() if "attn2.to_k" in n or "attn2.to_v" in n]
-    metric = sum(w.detach().T @ w.detach() / len(w) for w in weights)
-    values, vectors = torch.linalg.eigh(metric / metric.diagonal().mean())
-    seen = vectors * values.clamp_min(0).sqrt()
-    optimizer = torch.optim.AdamW(adapter.projection.parameters(), lr=1e-3, betas=(0.9, 0.98))
-    for step in range(steps):
-        rng = np.random.default_rng([8, step])
-        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 40, max(0.05, 2 * (1 - step / steps)))
-        picked = rng.integers(len(pool), size=32).tolist()
-        with torch.no_grad(), half():
-            shown = features(kind, encoder, normalise(pool.pictures(picked)))
-            hidden = texts([caption(pool.facts[i], np.random.default_rng(0), (True,) * 4) for i in picked])
-        count = 16 if kind == "plus" else 4
-        with half():
-            tokens = adapter.projection(shown.float())
-        want = hidden[:, :16].float() if kind == "plus" else hidden[:, [0, 2, 5, 12]].float()
-        loss = F.mse_loss(tokens.float()[:, :count] @ seen, want @ seen)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(adapter.projection.parameters(), 1.0)
-        optimizer.step()
-        if step % 50 == 0:
-            spread = ((want - want.mean(0)) @ seen).square().mean()
-            print(f"captions {step}/{steps}: left {float(loss.detach() / spread):.3f}", flush=True)
+def decouple(unet: UNet2DConditionModel, adapter: IPAdapter, bare: int) -> None:
+    """Give every cross-attention layer the adapter's keys and values, numbered as published adapters are."""
+    processors = dict(unet.attn_processors)
+    for number, name in enumerate(processors):
+        if "attn2" in name:
+            site = adapter.module.get_submodule(f"ip_adapter.{number}")
+            processors[name] = Decoupled(site.to_k_ip, site.to_v_ip, bare)
+    unet.set_attn_processor(processors)
 
 
 def export(adapter: IPAdapter, kind: str) -> Path:
@@ -181,110 +103,97 @@ def export(adapter: IPAdapter, kind: str) -> Path:
     return path
 
 
+def new_adapter(kind: str, unet: UNet2DConditionModel, encoder: CLIPVisionModelWithProjection) -> IPAdapter:
+    """An adapter whose keys and values are those of the longest trained one that there is."""
+    width = encoder.config.hidden_size if kind == "plus" else encoder.config.projection_dim
+    adapter = IPAdapter.new(unet, kind=KINDS[kind], feature_width=width, tokens=TOKENS[kind])
+    for folder in (MODEL, START):
+        if (folder / "adapters" / NAMES["plus"]).exists():
+            known = IPAdapter.from_pretrained(folder / "adapters" / NAMES["plus"]).module.state_dict()
+            known = {name: value for name, value in known.items() if name.startswith("ip_adapter.")}
+            adapter.module.load_state_dict(known, strict=False)
+            break
+    adapter.module.float().to(DEVICE)
+    return adapter
+
+
 def main() -> None:
-    parser = stage_parser(__doc__, minutes=40, lr=8e-4, batch=24)
+    parser = stage_parser(__doc__, minutes=40, lr=8e-4, batch=32)
     parser.add_argument("kind", choices=sorted(NAMES))
-    parser.add_argument("--caption-steps", type=int, default=400)
-    parser.add_argument("--captions-only", action="store_true", help="stop when the projection says captions")
-    parser.add_argument("--with-base", action="store_true", help="UNet and text encoder learn on too")
+    parser.add_argument("--with-base", action="store_true", help="UNet and text encoder learn too")
     parser.add_argument("--base-lr", type=float, default=2.5e-4)
-    parser.add_argument("--text-lr", type=float, default=2e-4, help="of the text encoder's layers")
-    parser.add_argument("--word-lr", type=float, default=4e-4, help="of its embeddings")
-    parser.add_argument("--bare", type=float, default=0.5, help="part of the draws without an adapter")
-    parser.add_argument("--go-on", action="store_true", help="start from the model folder's adapter")
+    parser.add_argument("--text-lr", type=float, default=2.5e-4, help="of the text encoder's layers")
+    parser.add_argument("--word-lr", type=float, default=5e-4, help="of its embeddings")
+    parser.add_argument("--bare", type=float, default=0.45, help="part of the draws without an adapter")
+    parser.add_argument("--most", type=int, default=60000, help="pictures to learn from")
     parser.add_argument("--processes", type=int, default=1, help="that train together")
+    parser.add_argument("--compile", action="store_true", help="for a GPU: half the time a step")
     args = parsed(parser)
-    crew = Crew(args.processes)  # of more than one: run with --captions-only first
+    crew = Crew(args.processes)
     torch.manual_seed(0)
-    unet, texts = frozen_base()
-    encoder = CLIPVisionModelWithProjection.from_pretrained(MODEL / "image_encoder").float().eval().to(DEVICE)
-    text = texts.encoder
-    width = encoder.config.hidden_size if args.kind == "plus" else encoder.config.projection_dim
-    adapter = IPAdapter.new(
-        unet, kind=KINDS[args.kind], feature_width=width, tokens=16 if args.kind == "plus" else 4
+    at = MODEL if not args.with_base or (MODEL / "unet").exists() else START
+    unet = UNet2DConditionModel.from_pretrained(at / "unet").float()
+    tokenizer = CLIPTokenizer.from_pretrained(MODEL / "tokenizer")
+    text = (
+        CLIPTextModel.from_pretrained(at / "text_encoder").float() if at == MODEL else make_encoder(tokenizer)
     )
-    plus = MODEL / "adapters" / NAMES["plus"]
-    if args.kind == "base" and plus.exists():  # its keys and values have learned far longer
-        known = IPAdapter.from_pretrained(plus).module.state_dict()
-        known = {name: value for name, value in known.items() if name.startswith("ip_adapter.")}
-        adapter.module.load_state_dict(known, strict=False)
-    adapter.module.to(DEVICE)
-    pool = Pool(1)
-    path = CHECKPOINTS / f"adapter-{args.kind}.pt"
-    said = CHECKPOINTS / f"captions-{args.kind}.pt"
-    own = MODEL / "adapters" / NAMES[args.kind]
-    if not path.exists() and not args.export and own.exists() and args.go_on:
-        adapter.module.load_state_dict(IPAdapter.from_pretrained(own).module.state_dict())
-    elif not path.exists() and not args.export:
-        if not said.exists():
-            learn_captions(adapter, args.kind, args.caption_steps, texts, unet, encoder, pool)
-            CHECKPOINTS.mkdir(parents=True, exist_ok=True)
-            torch.save(adapter.projection.state_dict(), said)
-        adapter.projection.load_state_dict(torch.load(said, weights_only=True))
-    if args.captions_only:
-        return
+    encoder = CLIPVisionModelWithProjection.from_pretrained(MODEL / "image_encoder").float().eval().to(DEVICE)
+    vae = AutoencoderKL.from_pretrained(MODEL / "vae").float().eval().to(DEVICE)
+    unet, text = unet.to(DEVICE, memory_format=torch.channels_last), text.to(DEVICE)
+    adapter = new_adapter(args.kind, unet, encoder)
     learners = nn.ModuleDict({"adapter": adapter.module})
     optimizer = adamw(adapter.module.parameters(), args.lr)
+    bare = 0
     if args.with_base:
-        learners.update(
-            {"unet": unet.requires_grad_(True).train(), "text": text.requires_grad_(True).train()}
-        )
+        bare = round(args.batch * args.bare)
+        learners.update({"unet": unet.train(), "text": text.train()})
         words = [p for name, p in text.named_parameters() if "embedding" in name]
         layers = [p for name, p in text.named_parameters() if "embedding" not in name]
         rates = ((unet.parameters(), args.base_lr), (layers, args.text_lr), (words, args.word_lr))
         for parameters, rate in rates:
             for group in adamw(parameters, rate).param_groups:
                 optimizer.add_param_group(group)
-        if DEVICE == "cpu" and HALF:
-            unet.set_attn_processor(AttnProcessor())
-    mark = fingerprint(
-        stage=args.kind,
-        width=width,
-        layers=len(adapter.state_dict()["ip_adapter"]),
-        base=args.with_base,
-        groups=len(optimizer.param_groups),
-    )
+    else:
+        unet.eval().requires_grad_(False)
+        text.eval().requires_grad_(False)
+    decouple(unet, adapter, bare)
+    denoise = torch.compile(unet, dynamic=False) if args.compile else unet
+    mark = fingerprint(stage=args.kind, base=args.with_base, groups=len(optimizer.param_groups))
     loop = Loop(
-        path,
-        args.minutes,
-        learners,
-        optimizer,
-        None if crew.rank else Ema(learners, 0.999 if args.with_base else 0.998),
-        mark,
-        100,
-        crew=crew,
-    )
+        CHECKPOINTS / f"adapter-{args.kind}.pt", args.minutes, learners, optimizer,
+        None if crew.rank else Ema(learners, 0.9995 if args.with_base else 0.999), mark, 200, crew=crew,
+    )  # fmt: skip
     if not args.export:
-        latents, facts, size = learned()
+        supply = Supply(vae, args.most, lambda p: features(args.kind, encoder, normalise(p)))
         abar = DDIMScheduler(**SCHEDULE).alphas_cumprod.to(DEVICE)
+        empty = torch.tensor(
+            tokenizer("", padding="max_length", max_length=LENGTH)["input_ids"], device=DEVICE
+        )
         with torch.no_grad():
             nothing = features(args.kind, encoder, torch.zeros(1, 3, 128, 128, device=DEVICE))
             if args.kind == "base":
                 nothing = torch.zeros_like(nothing)
-        seen = Seen(args.kind, encoder, pool)
-        hard = hard_groups(facts, size)
-        adapter.attach(unet)
+        blank = torch.zeros(bare, TOKENS[args.kind], text.config.hidden_size, device=DEVICE)
         for step in loop:
-            rng = np.random.default_rng([9, step, crew.rank])
-            groups = np.flatnonzero(~hard | (rng.uniform(size=len(hard)) < HARD_SHARE))
-            drawn = [
-                pair(facts, size, groups, rng, args.bare if args.with_base else 0.0)
-                for _ in range(args.batch)
-            ]
-            shown = seen([one for one, *_ in drawn])
-            visible = torch.tensor([see for *_, see, _ in drawn], device=DEVICE)
-            there = torch.tensor([float(there) for *_, there in drawn], device=DEVICE)
-            shown = torch.where(visible.view(-1, *[1] * (shown.ndim - 1)), shown, nothing)
-            x = torch.from_numpy(latents[[two for _, two, *_ in drawn]]).float().to(DEVICE)
-            t = timesteps(len(x))
-            noisy, target = noised(x, t, abar)
-            with half(), adapter.training_tokens(adapter.projection(shown), there):
-                hidden = texts([words for _, _, words, *_ in drawn])
-                out = unet(noisy, t, hidden).sample
-                loss = F.mse_loss(out.float(), target)
-                loop.learn(loss)
-            progress_mean(loop.log, "loss", loss.item())
-        adapter.detach()
+            if step % 250 == 0:
+                supply.refresh()
+            generator = torch.Generator(DEVICE).manual_seed(step * 16 + crew.rank)
+            draws = supply.batch(bare, args.batch - bare, generator)
+            assert supply.features is not None
+            shown = supply.features[draws.references].float()
+            shown = torch.where(draws.shown.view(-1, *[1] * (shown.ndim - 1)), shown, nothing)
+            t = timesteps(args.batch)
+            noisy, target = noised(supply.latents[draws.targets].float(), t, abar)
+            with half():
+                hidden = text(supply.captions(draws, empty)).last_hidden_state
+                tokens = torch.cat([blank, adapter.projection(shown).float()])
+                states = torch.cat([hidden.float(), tokens], 1)
+                out = denoise(noisy, t, states, return_dict=False)[0]
+            loss = F.mse_loss(out.float(), target)
+            loop.learn(loss)
+            progress_mean(loop.log, "loss", loss)
+            if step % 100 == 0 and not torch.isfinite(loss.detach()):
+                raise SystemExit(f"the loss is {loss.detach()} at step {step}: lower the rates")
     if crew.rank:
         return
     assert loop.ema
@@ -292,6 +201,7 @@ def main() -> None:
     if args.with_base:
         save_half(unet, MODEL / "unet")
         save_half(text, MODEL / "text_encoder")
+        write_pipeline()
     print(f"wrote {export(adapter, args.kind)}")
 
 

@@ -1,91 +1,105 @@
-"""The queue: every stage in order, resumed after a stop, each round longer than the one before.
+"""The queue: every stage in order, resumed after a stop.
 
-Round 1 gives a whole chain in about three hours of two cores, later rounds improve it from the plateau each
-stage kept. A stage that fails stops the queue with its name; what is done is kept in ``done.json``. ``ship``
-copies the model into the package when it beats what is there.
+On two cores the stages take some thirteen hours, on one H100 with 16 cores 25 minutes. A stage that fails
+stops the queue with its name; what is done is kept in ``done.json``. ``ship`` copies the model into the
+package when it beats what is there.
 
-    python recipes/emoji/chain.py run              # goes on from wherever it stopped
+    python recipes/emoji/chain.py run --cores 11   # goes on from wherever it stopped
     python recipes/emoji/chain.py status
     python recipes/emoji/chain.py ship -n 48       # measure on validation, copy if better
 """
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
 
-from common import CHECKPOINTS, HERE, MODEL, START, STATE
+from common import CHECKPOINTS, DEVICE, HERE, MODEL, STATE
 
-Stage = tuple[str, list[str]]
-
-DATA: list[list[Stage]] = [
-    [("icons", ["icons.py"])],
-    [("pool-train", ["pool.py", "--seed", "1", "--count", "60000"]),
-     ("pool-validation", ["pool.py", "--seed", "2", "--count", "2000"]),
-     ("pool-plain", ["pool.py", "--seed", "4", "--count", "4000"])],
-    [("pool-test", ["pool.py", "--seed", "3", "--count", "2000"])],
-]  # fmt: skip
-
-ORDER: tuple[tuple[str, ...], ...] = (
-    ("vae", "encoder"),
-    ("latents", "latents-plain"),
-    ("base", "judge"),
-    ("captions",),
-    ("plus",),
-    ("linear", "decoder"),
-    ("control", "motion"),
-)
-"""Stages of one row run at the same time."""
-
-COMMANDS = {
-    "vae": ["vae.py"],
-    "encoder": ["encoder.py"],
-    "latents": ["latents.py"],
-    "latents-plain": ["latents.py", "--seed", "4"],
-    "base": ["base.py", "--processes", "2"],
-    "judge": ["judge.py"],
-    "captions": ["adapters.py", "plus", "--captions-only"],
-    "plus": ["adapters.py", "plus", "--with-base", "--processes", "2"],
-    "linear": ["adapters.py", "base"],
-    "decoder": ["vae.py", "--decoder"],
-    "control": ["control.py"],
-    "motion": ["motion.py"],
-}
-
-MINUTES = {
-    "vae": (40,),
-    "encoder": (40, 100, 160),
-    "base": (30,),
-    "judge": (10, 20, 30),
-    "plus": (100, 300, 550),
-    "linear": (20, 50, 100),
-    "decoder": (40, 80, 150),
-    "control": (15, 45, 90),
-    "motion": (25, 70, 150),
-}
-"""Minutes of a core (of each process) that a stage has trained in all at the end of rounds 1 to 3. Of the
-first row only the image encoder learns on after round 1: latents stay what the UNet has learned. The base
-learns on within ``plus``."""
+FIRST = ("pool.py --seed 2 --count 2000", "pool.py --seed 1 --count 20000", "pool.py --seed 4 --count 10000")
+"""What has to be drawn before the first stage."""
+BESIDE = {
+    "cpu": ("pool.py --seed 1 --count 60000", "motion.py --draw --count 600",
+            "pool.py --seed 5 --count 20000", "pool.py --seed 3 --count 2000"),
+    "cuda": ("pool.py --seed 1 --count 120000", "pool.py --seed 5 --count 60000",
+             "motion.py --draw --count 2000", "pool.py --seed 1 --count 700000",
+             "pool.py --seed 3 --count 2000"),
+}  # fmt: skip
+"""What is drawn, one after the other, while the stages train."""
+STAGES = {
+    "cpu": (
+        ("vae.py --wider --minutes 80", "encoder.py --minutes 160"),
+        ("adapters.py plus --with-base --processes 2 --minutes 300",),
+        ("adapters.py base --minutes 60", "vae.py --decoder --minutes 60"),
+        ("judge.py --minutes 60", "control.py --minutes 90"),
+        ("motion.py --processes 2 --minutes 45",),
+    ),
+    "cuda": (
+        ("vae.py --wider --batch 128 --lr 1e-3 --most 20000 --minutes 4",
+         "encoder.py --groups 128 --lr 1e-3 --most 260000 --minutes 4.2"),
+        ("adapters.py plus --with-base --compile --batch 512 --most 700000 --lr 8e-4 --base-lr 4e-4 "
+         "--text-lr 4e-4 --word-lr 1e-3 --minutes 13.2",
+         "judge.py --batch 256 --minutes 3.2",
+         "vae.py --decoder --batch 128 --lr 8e-4 --minutes 3.5"),
+        ("adapters.py base --batch 256 --most 100000 --minutes 3",
+         "control.py --batch 128 --most 100000 --processes 6 --minutes 3.6",
+         "motion.py --clips 16 --lr 5e-4 --count 2000 --minutes 3.8"),
+    ),
+}  # fmt: skip
+"""Rows of stages; those of a row run at the same time. Minutes are of a core, or of the GPU they share."""
 
 
-def stages() -> list[list[Stage]]:
-    """Every row of stages, from the packages to the last round."""
-    rows = list(DATA)
-    for number in range(3):
-        for names in ORDER:
-            row: list[Stage] = []
-            for name in names:
-                minutes = MINUTES.get(name)
-                if minutes is None and number == 0:
-                    row.append((name, COMMANDS[name]))
-                elif minutes and number < len(minutes):
-                    row.append((f"{name}-{number + 1}", [*COMMANDS[name], "--minutes", str(minutes[number])]))
-            if row:
-                rows.append(row)
-    return rows
+def name_of(command: str) -> str:
+    """A stage's name: what tells its command from others, without numbers that may be given anew."""
+    return " ".join(word for word in command.split() if not word.replace(".", "").isdigit())
+
+
+def start(command: str) -> subprocess.Popen:
+    print(f"started {command}", flush=True)
+    log = STATE / "logs" / f"{name_of(command).replace('--', '').replace(' ', '_')}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    script, *arguments = command.split()
+    with log.open("a") as file:
+        return subprocess.Popen([sys.executable, str(HERE / script), *arguments], stdout=file, stderr=file)
+
+
+def finish(jobs: dict[str, subprocess.Popen]) -> None:
+    """Wait for the stages; those that ended well are noted as done."""
+    failed = []
+    for command, job in jobs.items():
+        if job.wait():
+            failed.append(command)
+        else:
+            (STATE / "done.json").write_text(json.dumps([*done(), name_of(command)]))
+            print(f"done {command}", flush=True)
+    if failed:
+        raise SystemExit(f"failed: {'; '.join(failed)}: see {STATE / 'logs'}; run the queue again to go on")
+
+
+def run(cores: int) -> None:
+    """Draw and train what is not done yet, with ``cores`` processes that draw."""
+    if not (MODEL / "tokenizer").exists():
+        from text import make_tokenizer
+
+        make_tokenizer()
+    if not (STATE / "icons.npy").exists():
+        finish({"icons.py": start("icons.py")})
+    for command in FIRST:
+        finish({command: start(f"{command} --processes {cores}")})
+    draws = Thread(target=draw_beside, args=(cores,))
+    draws.start()
+    for number, row in enumerate(STAGES[DEVICE]):
+        finish({command: start(command) for command in row if name_of(command) not in done()})
+        if number == 1 or DEVICE == "cpu":
+            draws.join()  # the rows behind need the judge's pictures and the clips
+
+
+def draw_beside(cores: int) -> None:
+    for command in BESIDE[DEVICE]:
+        start(f"{command} --processes {cores}").wait()
 
 
 PARTS = (
@@ -107,37 +121,6 @@ PARTS = (
 def done() -> list[str]:
     path = STATE / "done.json"
     return json.loads(path.read_text()) if path.exists() else []
-
-
-def run(device: str | None) -> None:
-    environment = dict(os.environ, EMOJI_STATE=str(STATE), EMOJI_START=str(START))
-    if device:
-        environment["EMOJI_DEVICE"] = device
-    (STATE / "logs").mkdir(parents=True, exist_ok=True)
-    for row in stages():
-        jobs = {}
-        for name, command in row:
-            if name in done():
-                continue
-            with (STATE / "logs" / f"{name}.log").open("a") as log:
-                jobs[name] = subprocess.Popen(
-                    [sys.executable, str(HERE / command[0]), *command[1:]],
-                    stdout=log,
-                    stderr=log,
-                    env=environment,
-                )
-            print(f"started {name}", flush=True)
-        failed = []
-        for name, job in jobs.items():
-            if job.wait():
-                failed.append(name)
-            else:
-                (STATE / "done.json").write_text(json.dumps([*done(), name]))
-                print(f"done {name}", flush=True)
-        if failed:
-            raise SystemExit(
-                f"{', '.join(failed)} failed: see {STATE / 'logs'}; start the queue again to go on"
-            )
 
 
 def ship(n: int, target: Path) -> None:
@@ -166,10 +149,9 @@ def ship(n: int, target: Path) -> None:
 def status() -> None:
     import torch
 
-    finished = done()
-    for row in stages():
-        for name, _ in row:
-            print(f"{'done   ' if name in finished else 'waiting'} {name}")
+    for row in STAGES[DEVICE]:
+        for command in row:
+            print(f"{'done   ' if name_of(command) in done() else 'waiting'} {command}")
     for path in sorted(CHECKPOINTS.glob("*.pt")):
         state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         if "spent" in state:
@@ -183,14 +165,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("run", "status", "ship"))
-    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
+    parser.add_argument("--cores", type=int, default=2, help="processes that draw")
     parser.add_argument("-n", type=int, default=48)
     parser.add_argument(
         "--target", type=Path, default=HERE.parent.parent / "src" / "imprompt" / "assets" / "emoji"
     )
     args = parser.parse_args()
     if args.what == "run":
-        run(args.device)
+        run(args.cores)
     elif args.what == "ship":
         ship(args.n, args.target)
     else:

@@ -27,13 +27,14 @@ START = Path(os.environ.get("EMOJI_START", HERE.parent.parent / "src" / "impromp
 MODEL = STATE / "model"
 CHECKPOINTS = STATE / "checkpoints"
 DEVICE = os.environ.get("EMOJI_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
-LENGTH = 32
-"""Tokens of a caption; the longest has 26."""
-
-
 CPU = Path("/proc/cpuinfo")
 HALF = DEVICE != "cpu" or (CPU.exists() and "amx_bf16" in CPU.read_text())
 """Whether to train in half precision: on a CPU without AMX a step costs a quarter more than in single."""
+
+
+if DEVICE != "cpu":
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
 
 
 def half() -> torch.autocast:
@@ -108,9 +109,9 @@ class Loop:
     ema: Ema | None = None
     settings: str = ""
     warmup: int = 200
-    decay: float = 0.2
+    decay: float = 0.35
     save_every_s: float = 120
-    log: dict[str, float] = field(default_factory=dict)
+    log: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     spent: float = 0.0
     clock: float = 0.0
@@ -178,7 +179,7 @@ class Loop:
     def __iter__(self) -> Iterator[int]:
         # On shared cores only the time a process had counts, or a busy machine would end a stage untrained.
         clock = time.process_time if DEVICE == "cpu" else time.monotonic
-        saved = began = time.monotonic()
+        saved = began = told = time.monotonic()
         before, first = clock(), self.step
         plateau = self.part() < 1 - self.decay
         while self.part() < 1:
@@ -193,9 +194,9 @@ class Loop:
             if not self.crew or self.crew.rank == 0:
                 self.spent += had - before
             before = had
-            if self.step % 25 == 0 and not (self.crew and self.crew.rank):
-                rate = (self.step - first) / (now - began)
-                numbers = " ".join(f"{k}={v:.4f}" for k, v in self.log.items())
+            if now - told > 15 and not (self.crew and self.crew.rank):
+                told, rate = now, (self.step - first) / (now - began)
+                numbers = " ".join(f"{k}={float(v):.4f}" for k, v in self.log.items())
                 print(f"{self.step} {100 * self.part():.0f}% {rate:.2f} steps/s {numbers}", flush=True)
             if plateau and self.part() >= 1 - self.decay:
                 self.save(self.path.with_suffix(".plateau.pt"))
@@ -249,11 +250,13 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
-def progress_mean(log: dict[str, float], name: str, value: float) -> None:
-    """Keep a running mean of a noisy number, so that a log line says something."""
+def progress_mean(log: dict[str, Any], name: str, value: Tensor | float) -> None:
+    """Keep a running mean of a noisy number, so that a log line says something. A tensor stays on its device:
+    reading it would make every step wait."""
+    value = value.detach() if isinstance(value, Tensor) else value
     log[name] = value if name not in log else 0.98 * log[name] + 0.02 * value
 
 
 def to_float(pictures: Tensor) -> Tensor:
     """uint8 (N, 128, 128, 3) to -1…1 (N, 3, 128, 128)."""
-    return pictures.permute(0, 3, 1, 2).to(DEVICE, torch.float32) / 127.5 - 1
+    return pictures.to(DEVICE).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -6,7 +6,8 @@ is what an adapter learns from: member 1 is another concept than member 0, membe
 placed anew, member 3 another concept or a *scene* (shapes, a landscape, a scribble) without a word for it.
 In a quarter of the groups member 0 has its icon's own colours and the others take theirs from it.
 
-Seeds: 1 train, 2 validation, 3 test, 4 train in one plain style (see ``base.py``). Training never sees the
+Seeds: 1 train, 2 validation, 3 test, 4 train in one plain style (``supply.py``), 5 every pair, for the judge
+alone, which is an instrument and has to know all that may be drawn. Other training never sees the
 (concept, look) pairs and the wordless icons whose hash says validation or test; palettes are drawn anew for
 each group. Things stand upright and fill most of the picture, as those that START's UNet has learned.
 """
@@ -29,8 +30,8 @@ LOOKS = (
     "sticker", "stained glass", "watercolour", "clay",
 )  # fmt: skip
 BACKGROUNDS = ("white", "plain", "gradient", "striped", "dotted", "checked")
-PLAIN_SEED = 4
-SPLITS = {1: "train", 2: "validation", 3: "test", PLAIN_SEED: "train"}
+PLAIN_SEED, JUDGE_SEED = 4, 5
+SPLITS = {1: "train", 2: "validation", 3: "test", PLAIN_SEED: "train", JUDGE_SEED: "all"}
 COLOURS = {
     "red": (218, 38, 46), "orange": (244, 128, 28), "yellow": (250, 208, 44), "green": (52, 160, 72),
     "teal": (24, 158, 158), "blue": (44, 104, 216), "purple": (126, 62, 186), "pink": (242, 112, 172),
@@ -72,8 +73,9 @@ class Icons:
         self.of_word = {w: [i for i, r in enumerate(self.rows) if r["concept"] == w] for w in self.words}
         self.wordless = {
             split: [i for i, r in enumerate(self.rows) if not r["concept"] and r["split"] == split]
-            for split in SPLITS.values()
+            for split in ("train", "validation", "test")
         }
+        self.wordless["all"] = sorted(i for rows in self.wordless.values() for i in rows)
 
 
 def jitter(rng: Generator, colour: tuple[int, int, int], much: float = 1.0) -> np.ndarray:
@@ -442,7 +444,7 @@ def choose(icons: Icons, rng: Generator, split: str, look: str, wordless: float)
         return int(rng.choice(icons.wordless[split]))
     for _ in range(200):
         word = icons.words[int(rng.integers(len(icons.words)))]
-        if split_of(f"{word}|{look}") == split:
+        if split in ("all", split_of(f"{word}|{look}")):
             break
     return int(rng.choice(icons.of_word[word]))
 

@@ -10,7 +10,7 @@ ImageNet network sees (EfficientNet-Lite0, see ``judge.py``), since three hundre
     python recipes/emoji/encoder.py --minutes 20
 """
 
-import json
+import copy
 import shutil
 
 import numpy as np
@@ -18,10 +18,8 @@ import torch
 from common import (
     CHECKPOINTS,
     DEVICE,
-    HALF,
     MODEL,
     START,
-    STATE,
     Ema,
     Loop,
     fingerprint,
@@ -32,74 +30,27 @@ from common import (
     stage_parser,
 )
 from draw import BACKGROUNDS, GROUP, LOOKS
-from icons import HERE, split_of
-from pool import Pool
+from judge import Likeness
+from labels import HELD_OUT, WORDS
+from pool import CHUNK, Pool, labels_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionModelWithProjection
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-WORDS = sorted(json.loads((HERE / "concepts.json").read_text()))
-HELD_OUT = torch.tensor([[split_of(f"{word}|{look}") != "train" for word in WORDS] for look in LOOKS])
-"""Of each look, the concepts that are never drawn in it for training (bool, looks × concepts). A classifier
-that is not told learns that they do not exist there: with them masked, the judge names 72 % of the validation
-pictures, without 59 %."""
+NEVER = torch.from_numpy(HELD_OUT)
 
 
 def in_its_look(logits: Tensor, looks: Tensor) -> Tensor:
     """Concept logits (N, concepts) with -1e4 for what training never shows in each picture's look (N,)."""
-    return logits.float().masked_fill(HELD_OUT.to(looks.device)[looks], -1e4)
+    return logits.float().masked_fill(NEVER.to(looks.device)[looks], -1e4)
 
 
-def normalise(pictures: np.ndarray) -> Tensor:
+def normalise(pictures: np.ndarray | Tensor) -> Tensor:
     """uint8 (N, 128, 128, 3) to the encoder's input."""
-    x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
-    return ((x - MEAN) / STD).to(DEVICE)
-
-
-def targets(facts: list[dict]) -> dict[str, Tensor]:
-    numbers, found = [], []
-    for fact in facts:
-        place = np.mean(fact["places"], 0)
-        ground = np.float32(fact["ground_colours"])[[0, -1]]
-        ramp = np.float32(fact["ramp"])
-        numbers.append(np.concatenate([ground.ravel() / 128 - 1, ramp.ravel() / 128 - 1, place[:3] * 2 - 1]))
-        found.append(
-            [
-                WORDS.index(fact["concept"]) if fact["concept"] else -100, LOOKS.index(fact["look"]),
-                BACKGROUNDS.index(fact["ground"]), fact["count"] - 1,
-            ]
-        )  # fmt: skip
-    classes = torch.tensor(found, device=DEVICE)
-    return {"numbers": torch.tensor(np.float32(np.stack(numbers)), device=DEVICE), "classes": classes}
-
-
-class Teacher:
-    """What the ImageNet network sees in the pool's pictures; each is looked at once and kept on disk."""
-
-    def __init__(self, seed: int, size: int) -> None:
-        from judge import Likeness  # which needs WORDS
-
-        self.network, self.fine, self.coarse = (
-            Likeness(),
-            *(
-                np.memmap(path, np.float16, "r+" if path.exists() else "w+", shape=(size, *shape))
-                for path, shape in (
-                    (STATE / "pool" / f"{seed}-{size}-fine.bin", (64, 112)),
-                    (STATE / "pool" / f"{seed}-{size}-coarse.bin", (1280,)),
-                )
-            ),
-        )
-
-    def __call__(self, picked: list[int], pictures: np.ndarray) -> tuple[Tensor, Tensor]:
-        new = [k for k, i in enumerate(picked) if not self.coarse[i].any()]
-        if new:
-            fine, coarse = self.network.features(pictures[new])
-            for j, k in enumerate(new):
-                self.fine[picked[k]] = (fine[j] / 8).half().cpu().numpy()
-                self.coarse[picked[k]] = coarse[j].half().cpu().numpy()
-        return tuple(torch.from_numpy(a[picked]).float().to(DEVICE) for a in (self.fine, self.coarse))  # type: ignore[return-value]
+    x = torch.as_tensor(pictures).to(DEVICE).permute(0, 3, 1, 2).float() / 255
+    return (x - MEAN.to(DEVICE)) / STD.to(DEVICE)
 
 
 class Eye(nn.Module):
@@ -123,9 +74,10 @@ class Eye(nn.Module):
         return out.image_embeds, out.hidden_states[-2]
 
     def loss(
-        self, x: Tensor, facts: list[dict], seen: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, dict[str, float]]:
-        want = targets(facts)
+        self, x: Tensor, numbers_: Tensor, classes: Tensor, seen: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of what is taught, and figures. In: normalised pictures (N, 3, 128, 128), ``labels.py``'s
+        numbers (N, 21) and classes (N, 5), the ImageNet network's maps and pooled features."""
         with half():
             embeds, hidden = self(x)
             logits = [head(embeds) for head in self.heads]
@@ -136,7 +88,6 @@ class Eye(nn.Module):
             )
             pooled = self.look_of_patches(hidden.mean(1))
             fine, coarse = self.fine(hidden[:, 1:]), self.coarse(embeds)
-        classes = want["classes"]
         concepts = in_its_look(logits[0], classes[:, 1]) if self.training else logits[0]
         losses = [F.cross_entropy(p.float(), classes[:, i]) for i, p in enumerate([concepts, *logits[1:]])]
         losses[0] = 2 * losses[0]
@@ -148,57 +99,88 @@ class Eye(nn.Module):
         said = pooled[:, len(LOOKS) :]
         said = in_its_look(said, classes[:, 1]) if self.training else said
         losses.append(F.cross_entropy(said, classes[:, 0]))
-        losses.append(4 * F.mse_loss(numbers.float(), want["numbers"]))
+        losses.append(4 * F.mse_loss(numbers.float(), numbers_))
         pixels = F.pixel_unshuffle(F.avg_pool2d(x, 4), 4).flatten(2).mT
         losses.append(2 * F.mse_loss(patches.float(), pixels))
         z = F.normalize(instance.float(), dim=-1).unflatten(0, (-1, GROUP))
         same = 12 * z[:, 0] @ z[:, 2].T
-        codes = [fact["code"] for fact in facts[::GROUP]]
-        twins = torch.tensor([[a == b and i != j for j, b in enumerate(codes)] for i, a in enumerate(codes)])
-        same = same.masked_fill(twins.to(DEVICE), -1e4)
+        codes = classes[::GROUP, 4]
+        twins = (codes[:, None] == codes) & ~torch.eye(len(codes), dtype=torch.bool, device=x.device)
+        same = same.masked_fill(twins, -1e4)
         order = torch.arange(len(same), device=DEVICE)
         losses.append(0.5 * (F.cross_entropy(same, order) + F.cross_entropy(same.T, order)))
         known = classes[:, 0] >= 0
+        hit = (logits[0].argmax(1) == classes[:, 0]) & known
         log = {
-            "concept": float((logits[0].argmax(1) == classes[:, 0])[known].float().mean()),
-            "look": float((logits[1].argmax(1) == classes[:, 1]).float().mean()),
-            "ground": float((logits[2].argmax(1) == classes[:, 2]).float().mean()),
-            "numbers": float(losses[-3].detach() / 4), "patches": float(losses[-2].detach() / 2),
-            "same": float((same.argmax(1) == order).float().mean()),
-            "fine": float(fine_left.detach()), "alike": float(alike.detach()),
+            "concept": hit.sum() / known.sum(), "look": (logits[1].argmax(1) == classes[:, 1]).float().mean(),
+            "ground": (logits[2].argmax(1) == classes[:, 2]).float().mean(),
+            "numbers": losses[-3].detach() / 4, "patches": losses[-2].detach() / 2,
+            "same": (same.argmax(1) == order).float().mean(), "fine": fine_left.detach(),
+            "alike": alike.detach(),
         }  # fmt: skip
         return sum(losses), log
+
+
+class Shown:
+    """Pictures and labels of a seed on the training device."""
+
+    def __init__(self, seed: int, most: int) -> None:
+        self.seed, self.most = seed, most
+        self.pictures = torch.empty(most, 128, 128, 3, dtype=torch.uint8, device=DEVICE)
+        self.numbers = torch.empty(most, 21, device=DEVICE)
+        self.classes = torch.empty(most, 5, dtype=torch.long, device=DEVICE)
+        self.size = 0
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take what has been drawn since."""
+        pool = Pool(self.seed, self.most)
+        for number in range(self.size // CHUNK, len(pool.chunks)):
+            rows, labels = slice(self.size, self.size + CHUNK), labels_of(pool.paths[number])
+            self.pictures[rows] = torch.from_numpy(pool.chunks[number].copy()).to(DEVICE)
+            self.numbers[rows] = torch.from_numpy(labels["numbers"]).to(DEVICE)
+            self.classes[rows] = torch.from_numpy(labels["classes"]).long().to(DEVICE)
+            self.size += CHUNK
+
+
+def new_tower(layers: int) -> CLIPVisionModelWithProjection:
+    """START's tower with its last layer repeated where ``layers`` are more than it has."""
+    old = CLIPVisionModelWithProjection.from_pretrained(START / "image_encoder").float()
+    if layers == old.config.num_hidden_layers:
+        return old
+    config = copy.deepcopy(old.config)
+    config.num_hidden_layers = layers
+    new = CLIPVisionModelWithProjection(config).float()
+    new.load_state_dict(old.state_dict(), strict=False)
+    return new
 
 
 def main() -> None:
     parser = stage_parser(__doc__, minutes=20, lr=6e-4)
     parser.add_argument("--groups", type=int, default=16, help="of four pictures, in a batch")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--most", type=int, default=60000, help="pictures to learn from")
     args = parsed(parser)
-    tower = CLIPVisionModelWithProjection.from_pretrained(
-        START / "image_encoder",
-        attn_implementation="eager" if HALF and DEVICE == "cpu" else "sdpa",  # each a fifth faster there
-    ).float()
-    eye = Eye(tower).train().to(DEVICE)
+    eye = Eye(new_tower(args.layers)).train().to(DEVICE)
     optimizer = torch.optim.AdamW(eye.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
     loop = Loop(
-        CHECKPOINTS / "encoder.pt", args.minutes, eye, optimizer, Ema(eye, 0.997),
-        fingerprint(stage="encoder", teacher="lite0", words=WORDS, looks=LOOKS), warmup=40,
+        CHECKPOINTS / "encoder.pt", args.minutes, eye, optimizer, Ema(eye, 0.998),
+        fingerprint(stage="encoder", teacher="lite0", words=WORDS, looks=LOOKS, layers=args.layers), 200,
     )  # fmt: skip
-    pool = Pool(1)
-    teacher = Teacher(1, len(pool))
+    teacher = Likeness()
+    held_out = Shown(2, CHUNK)
     if not args.export:
+        shown = Shown(1, args.most)
         for step in loop:
-            eye.tower.requires_grad_(step >= 150)  # new heads first
-            if step % 100 == 0:
-                pool = Pool(1)
-                if len(pool) != len(teacher.coarse):
-                    teacher = Teacher(1, len(pool))
-            rng = np.random.default_rng([5, step])
-            groups = rng.choice(len(pool) // GROUP, args.groups, replace=False)
-            picked = [int(g) * GROUP + k for g in groups for k in range(GROUP)]
-            pictures = pool.pictures(picked)
+            if step % 200 == 0:
+                shown.refresh()
+            groups = torch.randint(shown.size // GROUP, (args.groups, 1), device=DEVICE) * GROUP
+            picked = (groups + torch.arange(GROUP, device=DEVICE)).flatten()
+            pictures = shown.pictures[picked]
+            with half():
+                seen = tuple(a.float() for a in teacher.features(pictures))
             loss, log = eye.loss(
-                normalise(pictures), [pool.facts[i] for i in picked], teacher(picked, pictures)
+                normalise(pictures), shown.numbers[picked], shown.classes[picked], (seen[0] / 8, seen[1])
             )
             loop.learn(loss)
             for name, value in log.items():
@@ -206,17 +188,15 @@ def main() -> None:
     assert loop.ema
     loop.ema.copy_to(eye)
     eye.eval()
-    held_out = Pool(2)
-    logs, teacher = [], Teacher(2, len(held_out))
+    logs = []
     with torch.no_grad():
         for i in range(0, 1280, 64):
-            picked = list(range(i, i + 64))
-            pictures = held_out.pictures(picked)
-            facts = [held_out.facts[j] for j in picked]
-            logs.append(eye.loss(normalise(pictures), facts, teacher(picked, pictures))[1])
-    print(
-        "validation", {k: round(float(np.nanmean([log[k] for log in logs])), 3) for k in logs[0]}, flush=True
-    )
+            rows = slice(i, i + 64)
+            fine, coarse = teacher.features(held_out.pictures[rows])
+            x = normalise(held_out.pictures[rows])
+            logs.append(eye.loss(x, held_out.numbers[rows], held_out.classes[rows], (fine / 8, coarse))[1])
+    means = {k: round(float(np.nanmean([float(log[k]) for log in logs])), 3) for k in logs[0]}
+    print("validation", means, flush=True)
     torch.save(
         {k: v for k, v in eye.state_dict().items() if not k.startswith("tower.")}, CHECKPOINTS / "heads.pt"
     )

@@ -20,7 +20,7 @@ from adapters import NAMES
 from common import DEVICE, MODEL, half, to_float
 from diffusers import ControlNetModel
 from draw import LOOKS, caption
-from encoder import WORDS
+from labels import WORDS
 from motion import FRAMES, MOTIONS, pose
 from PIL import Image
 from pool import Pool

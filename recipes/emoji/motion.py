@@ -11,6 +11,8 @@ the frames of a clip (Ge et al. 2023, "Preserve Your Own Correlation", §3.1), i
 
 import json
 import math
+from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from common import (
     MODEL,
     START,
     STATE,
+    Crew,
     Ema,
     Loop,
     fingerprint,
@@ -34,9 +37,9 @@ from common import (
 from diffusers import AutoencoderKL, DDIMScheduler, MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from draw import Icons, apply_look, caption, choose, style_of, warp
-from latents import mark_of
-from text import MOTIONS, frozen_base
-from torch import Tensor
+from pool import icons
+from text import MOTIONS, Texts, frozen_base
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 FRAMES = 16
@@ -101,25 +104,43 @@ def words(fact: dict, motion: str, rng: np.random.Generator) -> str:
     return f"{said}, {motion}" if said else motion
 
 
-def clips_of(count: int) -> tuple[Tensor, list[tuple[dict, str]]]:
-    """Latents (N, 16, 4, 16, 16) of the first ``count`` training clips, kept in the state folder."""
-    vae = AutoencoderKL.from_pretrained(MODEL / "vae").float().eval().to(DEVICE)
-    path = STATE / f"clips-{count}-{mark_of(vae)}.pt"
+FEW = 100
+"""Clips of a file."""
+
+
+def clips_path(number: int) -> Path:
+    return STATE / "clips" / f"{number:03}.npy"
+
+
+def make(number: int) -> None:
+    """Draw a file of training clips unless it is there: frames (100, 16, 128, 128, 3), and what they show."""
+    path = clips_path(number)
     if path.exists():
-        kept = torch.load(path, weights_only=True)
-        return kept["latents"], kept["about"]
-    icons, latents, about = Icons(), [], []
-    with torch.no_grad():
-        for i in range(count):
-            frames, fact, motion = clip(icons, 1, i)
-            with half():
-                z = vae.encode(to_float(torch.from_numpy(frames))).latent_dist.mode()
-            latents.append((z * vae.config.scaling_factor).half().cpu())
-            about.append((fact, motion))
-            if i % 100 == 0:
-                print(f"clip {i}/{count}", flush=True)
-    torch.save({"latents": torch.stack(latents), "about": about}, path)
-    return torch.stack(latents), about
+        return
+    drawn = [clip(icons(), 1, i) for i in range(number * FEW, (number + 1) * FEW)]
+    path.with_suffix(".json").write_text(json.dumps([[fact, motion] for _, fact, motion in drawn]))
+    np.save(part := path.with_suffix(".part.npy"), np.stack([frames for frames, *_ in drawn]))
+    part.replace(path)
+
+
+@torch.no_grad()
+def clips_of(vae: AutoencoderKL, count: int, rank: int) -> tuple[Tensor, list[tuple[dict, str]]]:
+    """Latents (N, 16, 4, 16, 16) of at most ``count`` training clips, kept on disk, and what they show."""
+    numbers = [n for n in range(count // FEW) if clips_path(n).exists()]
+    first = float(next(vae.encoder.parameters()).double().abs().sum())
+    kept = {n: clips_path(n).with_suffix(f".{fingerprint(encoder=first)}.npy") for n in numbers}
+    for number in numbers if rank % 2 == 0 else numbers[::-1]:  # two processes meet in the middle
+        if kept[number].exists():
+            continue
+        latents = [
+            vae.encode(to_float(torch.from_numpy(frames.copy()))).latent_dist.mode()
+            for frames in np.load(clips_path(number), mmap_mode="r")
+        ]
+        scaled = torch.stack(latents) * vae.config.scaling_factor
+        np.save(part := kept[number].with_suffix(f".{rank}.npy"), scaled.half().cpu().numpy())
+        part.replace(kept[number])
+    about = [one for n in numbers for one in json.loads(clips_path(n).with_suffix(".json").read_text())]
+    return torch.from_numpy(np.concatenate([np.load(kept[n]) for n in numbers])).to(DEVICE), about
 
 
 def joined(base: UNet2DConditionModel, adapter: MotionAdapter) -> UNetMotionModel:
@@ -152,31 +173,57 @@ class Positions:
             place.pe = whole
 
 
+def motion_words(texts: Texts) -> nn.Embedding:
+    """The text encoder's embeddings, of which the motion words alone learn: no picture has taught them."""
+    encoder = texts.encoder
+    embeddings = encoder.get_input_embeddings().requires_grad_(True)
+    rows = torch.zeros(embeddings.num_embeddings, 1, device=DEVICE)
+    rows[texts.tokenizer(" ".join(MOTIONS), add_special_tokens=False).input_ids] = 1
+    embeddings.weight.register_hook(lambda gradient: gradient * rows)
+    return embeddings
+
+
 def main() -> None:
     parser = stage_parser(__doc__, minutes=30, lr=1e-3)
     parser.add_argument("--count", type=int, default=900, help="clips to learn from")
     parser.add_argument("--clips", type=int, default=3, help="clips a step, of 8 frames each")
+    parser.add_argument("--word-lr", type=float, default=4e-3, help="of the motion words' embeddings")
+    parser.add_argument("--processes", type=int, default=1, help="that train together, or draw")
+    parser.add_argument("--draw", action="store_true", help="draw the clips and stop")
     args = parsed(parser)
+    if args.draw:
+        (STATE / "clips").mkdir(parents=True, exist_ok=True)
+        with get_context("spawn").Pool(args.processes) as workers:
+            workers.map(make, range(args.count // FEW), chunksize=1)
+        return
+    crew = Crew(args.processes)
+    vae = AutoencoderKL.from_pretrained(MODEL / "vae").float().eval().to(DEVICE)
     adapter = MotionAdapter.from_pretrained(START / "motion").float().to(DEVICE)
     base, texts = frozen_base()
-    unet = joined(base, adapter)
-    trained = [p for p in adapter.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    mark = fingerprint(stage="motion", motions=MOTIONS)
+    unet = joined(base, adapter).to(DEVICE)
+    words_ = motion_words(texts)
+    learners = nn.ModuleDict({"motion": adapter, "words": words_})
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in adapter.parameters() if p.requires_grad], "weight_decay": 0.01},
+         {"params": list(words_.parameters()), "lr": args.word_lr, "weight_decay": 0.0}],
+        lr=args.lr, betas=(0.9, 0.98),
+    )  # fmt: skip
+    mark = fingerprint(stage="motion", motions=MOTIONS, words=True)
     loop = Loop(
-        CHECKPOINTS / "motion.pt", args.minutes, adapter, optimizer, Ema(adapter, 0.997), mark, warmup=40
-    )
+        CHECKPOINTS / "motion.pt", args.minutes, learners, optimizer,
+        None if crew.rank else Ema(learners, 0.995), mark, warmup=40, crew=crew,
+    )  # fmt: skip
     if not args.export:
-        latents, about = clips_of(args.count)
+        latents, about = clips_of(vae, args.count, crew.rank)
         positions = Positions(unet)
         abar = DDIMScheduler(**SCHEDULE).alphas_cumprod.to(DEVICE)
         for step in loop:
-            rng = np.random.default_rng([12, step])
+            rng = np.random.default_rng([12, step, crew.rank])
             whole = step % 8 == 0  # now and then, clips as they are when drawing
             count = max(1, args.clips // 2) if whole else args.clips
             shown = np.arange(FRAMES) if whole else np.sort(rng.choice(FRAMES, FRAMES // 2, replace=False))
             picked = rng.integers(len(latents), size=count).tolist()
-            x = latents[picked][:, shown].float().transpose(1, 2).to(DEVICE)  # N 4 F 16 16
+            x = latents[picked][:, shown].float().transpose(1, 2)  # N 4 F 16 16
             part = torch.tensor([SHARED if rng.uniform() < 0.75 else rng.choice((0.0, 0.5)) for _ in picked])
             part = part.float().view(-1, 1, 1, 1, 1).to(DEVICE)
             noise = part.sqrt() * torch.randn_like(x[:, :, :1]) + (1 - part).sqrt() * torch.randn_like(x)
@@ -191,10 +238,13 @@ def main() -> None:
             loss = F.mse_loss(out.float(), target)
             loop.learn(loss)
             positions.restore()
-            progress_mean(loop.log, "loss", loss.item())
+            progress_mean(loop.log, "loss", loss)
+    if crew.rank:
+        return
     assert loop.ema
-    loop.ema.copy_to(adapter)
+    loop.ema.copy_to(learners)
     save_half(adapter, MODEL / "motion")
+    save_half(texts.encoder, MODEL / "text_encoder")
     (MODEL / "motion" / "imprompt.json").write_text(
         json.dumps({"shared_noise": SHARED, "noise_path": "loop", "frames": FRAMES, "fps": 8}) + "\n"
     )

@@ -2,17 +2,18 @@
 
 Every word of the captions is one token, so that a caption fits and a word is learned once; other words are
 spelled. A word's embedding starts as the mean of the pieces the model of START spells it with. The encoder
-itself is trained together with the UNet (``base.py``).
+itself is trained together with the UNet (``adapters.py``).
 """
 
 import json
 
 import numpy as np
 import torch
-from common import DEVICE, LENGTH, MODEL, START
+from common import DEVICE, MODEL, START
 from diffusers import UNet2DConditionModel
 from draw import BACKGROUNDS, COLOURS, LOOKS, plural
 from icons import HERE
+from labels import LENGTH
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer

@@ -167,3 +167,79 @@ def test_palette_distance_is_zero_to_itself_and_large_to_another_colour(recipe) 
     blue = np.full((128, 128, 3), (30, 30, 220), np.uint8)
     assert judge.palette_distance(red, red) == pytest.approx(0, abs=1e-3)
     assert judge.palette_distance(red, blue) > 60
+
+
+def test_a_wider_autoencoder_computes_the_same(recipe) -> None:
+    from diffusers import AutoencoderKL
+
+    vae = recipe("vae")
+    torch.manual_seed(0)
+    old = AutoencoderKL(
+        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, layers_per_block=1,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, latent_channels=4,
+        mid_block_add_attention=False,
+    ).eval()  # fmt: skip
+    new = vae.widened(old).eval()
+    assert new.config.block_out_channels == [12, 24]
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        latents = old.encode(x).latent_dist.mode()
+        assert torch.allclose(new.encode(x).latent_dist.mode(), latents, atol=1e-5)
+        assert torch.allclose(new.decode(latents).sample, old.decode(latents).sample, atol=1e-5)
+
+
+def test_training_adds_the_term_that_imprompt_adds(recipe) -> None:
+    from diffusers import UNet2DConditionModel
+
+    adapters = recipe("adapters")
+    unet = UNet2DConditionModel.from_pretrained(adapters.START / "unet").float().eval()
+    adapter = adapters.IPAdapter.from_pretrained(adapters.START / "adapters" / adapters.NAMES["plus"])
+    adapter.module.float()
+    generator = torch.Generator().manual_seed(0)
+    x, text, image = (
+        torch.randn(shape, generator=generator) for shape in ((3, 4, 16, 16), (3, 32, 256), (3, 16, 256))
+    )
+    t = torch.tensor([20, 500, 999])
+    with torch.no_grad():
+        adapter.attach(unet)
+        with adapter.training_tokens(image, torch.tensor([0.0, 1.0, 1.0])):
+            expected = unet(x, t, text).sample
+        adapter.detach()
+        adapters.decouple(unet, adapter, bare=1)
+        found = unet(x, t, torch.cat([text, image], 1)).sample
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_draws_pair_a_reference_with_what_shares_its_manner(recipe) -> None:
+    supply = recipe("supply")
+    made = object.__new__(supply.Supply)  # without pictures to encode
+    made.plain, made.size = 8, 8 + 4 * 60
+    made.classes = torch.zeros(made.size, 5)
+    made.classes[9::7, 0] = -100  # things without a word
+    known = torch.nonzero(made.classes[:, 0] >= 0).flatten()
+    made.known = known[known >= made.plain]
+    generator = torch.Generator().manual_seed(0)
+    draws = made.batch(400, 600, generator)
+    references, targets = draws.references, draws.targets[400:]
+    assert len(references) == len(targets) == 600
+    assert (references // 4 == targets // 4).all()
+    assert (draws.targets[:400] < made.plain).float().mean() == pytest.approx(supply.PLAIN_SHARE, abs=0.06)
+    assert (targets >= made.plain).all()
+    alone = draws.captions[400:] == supply.ALONE
+    assert (references[alone] != targets[alone]).all()
+    assert not ((references % 4 + targets % 4 == 2) & (references % 2 == 0) & alone).any()  # one icon twice
+    assert (made.classes[targets[alone], 0] >= 0).all()
+    assert 0.04 < (~draws.shown).float().mean() < 0.13
+
+
+def test_only_the_embeddings_of_motion_words_learn(recipe) -> None:
+    motion, text = recipe("motion"), recipe("text")
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    encoder = CLIPTextModel.from_pretrained(motion.START / "text_encoder").float().requires_grad_(False)
+    texts = text.Texts(CLIPTokenizer.from_pretrained(motion.START / "tokenizer"), encoder)
+    embeddings = motion.motion_words(texts)
+    texts(["a cat bouncing", "an owl sliding left"]).square().sum().backward()
+    moved = set(torch.nonzero(embeddings.weight.grad.abs().sum(1)).flatten().tolist())
+    words = texts.tokenizer("bouncing sliding left", add_special_tokens=False).input_ids
+    assert moved == set(words)
