@@ -10,7 +10,8 @@ from imprompt import Engine, Request
 from imprompt.encoders.images import load_image
 
 FOLDER = Path(imprompt.app.server.__file__).parent / "static" / "examples"
-EXAMPLES = (("a rocket", ""), ("a heart", "cactus-neon"), ("a cat", "sunset"))  # as in static/main.js
+EXAMPLES = (("an owl on a yellow background", ""), ("a heart", "cactus-neon"), ("a house", "sunset"))
+"""As in static/main.js."""
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ OUTSIDE = (
 )  # fmt: skip
 """References that are made otherwise than anything that the model was trained on."""
 LOOKS = ("sunset", "tulip-blueprint", "cactus-neon")
-ALONE = ("pig-clay", "umbrella-sticker")
+ALONE = ("penguin-flat", "airplane-watercolour")
 EDITED = "koala-flat"
 SCALES = (0, 0.25, 0.5, 0.75, 1)
 STRENGTHS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -13,8 +13,8 @@ const SWEEP = [0, 0.25, 0.5, 0.75, 1];
 const THEMES = { system: "auto", light: "sun", dark: "moon" };
 const EXAMPLES = [
   { title: "example2", text: "a heart", picture: "/static/examples/cactus-neon.webp", drawn: "/static/examples/drawn-2.webp" },
-  { title: "example3", text: "a cat", picture: "/static/examples/sunset.webp", drawn: "/static/examples/drawn-3.webp" },
-  { title: "example1", text: "a rocket", picture: null, drawn: "/static/examples/drawn-1.webp" },
+  { title: "example3", text: "a house", picture: "/static/examples/sunset.webp", drawn: "/static/examples/drawn-3.webp" },
+  { title: "example1", text: "an owl on a yellow background", picture: null, drawn: "/static/examples/drawn-1.webp" },
 ];
 const EXAMPLE_STEPS = 20;
 
