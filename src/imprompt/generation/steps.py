@@ -95,11 +95,12 @@ def step_count(pipe: Any) -> int:
 def latent_colours(vae: Any) -> Float[Tensor, "C1 3"]:
     """The linear map, with a last row of offsets, from scaled latents to colours in 0 to 1.
 
-    Fitted by least squares to what the VAE's encoder makes of random patchworks of 2×2 to 8×8 colours.
+    Fitted by least squares to what the VAE's encoder makes of random patchworks of 1 to 4×4 colours.
     """
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     random = torch.Generator().manual_seed(0)
-    works = [torch.rand(4, 3, n, n, generator=random) * 1.6 - 0.3 for n in (2, 4, 8)]  # also pure colours
+    sizes = ((32, 1), (8, 2), (4, 4))  # most of a picture is even
+    works = [torch.rand(m, 3, n, n, generator=random) * 1.6 - 0.3 for m, n in sizes]  # also pure colours
     colours = torch.cat([F.interpolate(work.clamp(0, 1), _PATCHWORK) for work in works])
     picture = F.interpolate(colours, scale_factor=float(factor)) * 2 - 1
     weight = next(vae.parameters())
