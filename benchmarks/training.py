@@ -14,7 +14,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from gpu_timing import milliseconds
 from PIL import Image
 from torch.nn import functional
 from transformers import (
@@ -143,23 +143,6 @@ def trainer(folder: Path, base: str, batch: int, side: int | None, device: str) 
     return Trainer(config, make_accelerator(config), held)
 
 
-def cpu_seconds(work: Callable[[], object]) -> float:
-    before = time.process_time()
-    work()
-    return time.process_time() - before
-
-
-def gpu_seconds(work: Callable[[], object]) -> float:
-    """From an idle GPU until it is idle again."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    work()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
-
-
 def our_step(ours: Trainer, number: int, device: str) -> Callable[[], None]:
     """One step; on the CPU with making its sample, which costs the same time in a thread."""
     if device == "cpu":
@@ -178,12 +161,11 @@ def compared(
         encoder = Path(base) / "image_encoder"
     ours = trainer(folder, base, batch, side, device)
     theirs = Reference(base, encoder, batch, side, ours.dtype, device)
-    seconds = cpu_seconds if device == "cpu" else gpu_seconds
     spent: dict[str, list[float]] = {"reference": [], "imprompt": [], "again": []}
     for number in range(rounds + 1):
         for name, times in spent.items():
             step = theirs.step if name != "imprompt" else our_step(ours, number, device)
-            took = seconds(step)
+            took = milliseconds(step, device) / 1000
             if number:  # the first round warms up
                 times.append(took)
     ratios = [a / b for a, b in zip(spent["reference"], spent["imprompt"], strict=True)]

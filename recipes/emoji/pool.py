@@ -11,6 +11,7 @@ and the tokens of eight captions of each.
 
 import argparse
 import json
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def chunk_path(seed: int, number: int) -> Path:
 
 
 class Pool:
-    """What has been drawn of ``seed`` so far: ``pictures(indices)``, ``facts[index]``, ``labels(name)``."""
+    """What has been drawn of ``seed`` so far: ``pictures(indices)``, ``facts[index]``."""
 
     def __init__(self, seed: int, most: int | None = None) -> None:
         self.chunks: list[np.ndarray] = []
@@ -58,8 +59,9 @@ def labels_of(path: Path) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-def make(seed: int, number: int) -> str | None:
-    """Draw a chunk unless it is there; the name of the file that was written."""
+def make(chunk: tuple[int, int]) -> str | None:
+    """Draw chunk (seed, number) unless it is there; the name of the file that was written."""
+    seed, number = chunk
     path = chunk_path(seed, number)
     if path.exists():
         return None
@@ -84,13 +86,10 @@ def make(seed: int, number: int) -> str | None:
     return path.name
 
 
-ICONS: list[Icons] = []
-
-
+@cache
 def icons() -> Icons:
-    if not ICONS:
-        ICONS.append(Icons())
-    return ICONS[0]
+    """The icons, opened once in a process."""
+    return Icons()
 
 
 def main() -> None:
@@ -104,13 +103,9 @@ def main() -> None:
     (STATE / "pool").mkdir(parents=True, exist_ok=True)
     chunks = [(args.seed, number) for number in range(args.count // CHUNK)]
     with get_context("spawn").Pool(args.processes) as workers:
-        for name in workers.imap(make_one, chunks):
+        for name in workers.imap(make, chunks):
             if name:
                 print(name, flush=True)
-
-
-def make_one(chunk: tuple[int, int]) -> str | None:
-    return make(*chunk)
 
 
 if __name__ == "__main__":

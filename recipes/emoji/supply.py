@@ -15,7 +15,8 @@ from pool import CHUNK, Pool, labels_of
 from torch import Tensor
 
 PLAIN_SHARE = 0.2
-"""Part of the draws without an adapter that are of plain pictures: "a cat" alone is a clean drawing."""
+"""Part of the draws without an adapter that are of plain pictures. It is too little to make "a cat" alone a
+plain drawing: the draws with a picture say the thing alone as well."""
 PARTNERS = ((1, 3), (0, 2, 3), (1, 3), (0, 1, 2))
 """Of each member of a group, those that show another thing in its manner."""
 LOOK_AT = 250

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,15 @@ from torch import Tensor
 
 from imprompt.weights import in_float32
 
-_PATCHWORK = 16  # latent pixels a side of the pictures that the preview's colours are fitted to
+_SIDE = 16  # latent pixels a side of the pictures that the preview's colours are fitted to
+_PICTURES = 24
+_NEAR = 7
+"""Latent pixels a side from which a preview's colours are made: a VAE spreads what it draws."""
+_FINE = 4
+"""Pixels a side that a preview has for each latent pixel, where the VAE has so many."""
+
+
+_KNOWN: "WeakKeyDictionary[Any, Tensor]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +42,7 @@ class Step:
     pictures: int
     """Number of pictures to draw."""
     _latents: Tensor = field(repr=False)
-    _colours: "Float[Tensor, 'C1 3']" = field(repr=False)
+    _colours: "Float[Tensor, 'N1 3F']" = field(repr=False)
     _factor: int = field(repr=False)
 
     @property
@@ -44,15 +53,16 @@ class Step:
     def preview(self, which: int = 0) -> Image.Image:
         """Picture ``which`` of the batch as it looks now, at the drawn size; for a clip its middle frame.
 
-        A linear map turns each latent pixel into a colour: no decoder runs.
+        A linear map turns each latent pixel and its neighbours into colours: no decoder runs.
         """
         latents = self._latents[which]
         if latents.ndim == 4:
             latents = latents[:, latents.shape[1] // 2]
-        flat = latents.detach().float().cpu().permute(1, 2, 0)
-        pixels = (flat @ self._colours[:-1] + self._colours[-1]).clamp(0, 1)
-        small = Image.fromarray((pixels * 255).round().byte().numpy())
-        size = small.width * self._factor, small.height * self._factor
+        latents = latents.detach().float().cpu()[None]
+        pixels = (_neighbourhoods(latents) @ self._colours).mT.unflatten(-1, latents.shape[2:])
+        fine = F.pixel_shuffle(pixels, _fineness(self._factor))[0].clamp(0, 1).permute(1, 2, 0)
+        size = latents.shape[3] * self._factor, latents.shape[2] * self._factor
+        small = Image.fromarray((fine * 255).round().byte().numpy())
         return small.resize(size, Image.Resampling.BILINEAR)
 
 
@@ -92,22 +102,50 @@ def step_count(pipe: Any) -> int:
 
 
 @torch.no_grad()
-def latent_colours(vae: Any) -> Float[Tensor, "C1 3"]:
-    """The linear map, with a last row of offsets, from scaled latents to colours in 0 to 1.
+def latent_colours(vae: Any) -> Float[Tensor, "N1 3F"]:
+    """The linear map from a latent pixel's neighbourhood (last: 1) to the colours in 0 to 1 of its F pixels.
 
-    Fitted by least squares to what the VAE's encoder makes of random patchworks of 1 to 4×4 colours.
+    Fitted by least squares to what the VAE's encoder makes of random discs and rings on even grounds, once
+    for each VAE.
     """
+    if vae in _KNOWN:
+        return _KNOWN[vae]
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    random = torch.Generator().manual_seed(0)
-    sizes = ((32, 1), (8, 2), (4, 4))  # most of a picture is even
-    works = [torch.rand(m, 3, n, n, generator=random) * 1.6 - 0.3 for m, n in sizes]  # also pure colours
-    colours = torch.cat([F.interpolate(work.clamp(0, 1), _PATCHWORK) for work in works])
-    picture = F.interpolate(colours, scale_factor=float(factor)) * 2 - 1
+    pictures = _discs_and_rings(_SIDE * factor)
     weight = next(vae.parameters())
     with in_float32(vae, when=not weight.is_meta):  # float16 overflows in SDXL's
         # An offloading hook moves what comes in.
-        picture = picture.to(vae.dtype) if weight.is_meta else picture.to(weight.device)
-        latents = vae.encode(picture).latent_dist.mode().float().cpu()
-    found = (latents * vae.config.scaling_factor).movedim(1, -1).flatten(0, 2)
-    known = torch.cat((found, torch.ones(len(found), 1)), 1)
-    return torch.linalg.lstsq(known, colours.movedim(1, -1).flatten(0, 2)).solution
+        shown = 2 * pictures - 1
+        shown = shown.to(vae.dtype) if weight.is_meta else shown.to(weight.device)
+        latents = vae.encode(shown).latent_dist.mode().float().cpu() * vae.config.scaling_factor
+    fine = _fineness(factor)
+    colours = F.pixel_unshuffle(F.avg_pool2d(pictures, factor // fine), fine)
+    known, wanted = _neighbourhoods(latents).flatten(0, 1), colours.flatten(2).mT.flatten(0, 1)
+    _KNOWN[vae] = torch.linalg.lstsq(known, wanted).solution
+    return _KNOWN[vae]
+
+
+def _fineness(factor: int) -> int:
+    return min(_FINE, factor)
+
+
+def _neighbourhoods(latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B HW N1"]:
+    """Of each latent pixel, those around it and a last 1; beyond the edge, the edge goes on."""
+    near = F.unfold(F.pad(latents, (_NEAR // 2,) * 4, mode="replicate"), _NEAR).mT
+    return torch.cat((near, torch.ones(*near.shape[:2], 1)), -1)
+
+
+def _discs_and_rings(side: int) -> Float[Tensor, "B 3 S S"]:
+    """Pictures as drawings are: even areas, pure colours among them, and lines."""
+    random = torch.Generator().manual_seed(0)
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    pictures = torch.empty(_PICTURES, 3, side, side)
+    for picture in pictures:
+        colours = (torch.rand(9, 3, generator=random) * 1.6 - 0.3).clamp(0, 1)
+        picture[:] = colours[0, :, None, None]
+        places = torch.rand(8, 3, generator=random) * torch.tensor([1, 1, 0.3]) * side
+        for number, ((y, x, radius), colour) in enumerate(zip(places, colours[1:], strict=True)):
+            far = torch.hypot(row - y, column - x) - radius
+            inside = (far.abs() - side / 60 if number % 2 else far).neg().add(0.5).clamp(0, 1)
+            picture.lerp_(colour[:, None, None].expand_as(picture), inside.expand_as(picture))
+    return pictures
