@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -33,6 +35,7 @@ from facemodels import pack
 from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.app.cli import main
+from imprompt.data.rows import Dataset, read_dataset
 from imprompt.errors import InputError, ModelError, UsageError
 from imprompt.training import preview
 from imprompt.training.cache import fingerprint
@@ -178,6 +181,43 @@ def test_two_processes_of_4_learn_what_one_of_8_learns(make_config, tmp_path):
     assert all(torch.allclose(first[name], second[name], atol=2e-5) for name in first)
     with pytest.raises(UsageError, match=r"a step was 4 samples, now .* is 2"):
         train(make_config(output=tmp_path / "two", batch=2, steps=5, save_dtype="float32", resume=True))
+
+
+def test_rows_of_ones_own_give_the_weights_that_the_same_pictures_in_a_folder_give(
+    make_config, pictures, mixed, whole, tmp_path
+):
+    """Wherever the pictures come from and whatever they are called."""
+    rows = read_dataset(pictures).rows
+    mine = [
+        replace(row, file=Path(f"mine/{number}"), content=row.file.read_bytes)
+        for number, row in enumerate(rows)
+    ]
+    config = make_config(data="my pictures", output=tmp_path / "mine", **mixed)
+    assert same(train(config, data=Dataset(mine)), whole)
+    assert [record["loss"] for record in log_of(config) if "loss" in record] == [
+        record["loss"] for record in log_of(make_config(output=whole.parent)) if "loss" in record
+    ]
+    with pytest.raises(UsageError, match="there were 7 pictures, now 6"):
+        train(config.replace(resume=True), data=Dataset(mine[1:]))
+
+
+def test_rows_of_ones_own_are_checked_as_those_of_a_folder_are(make_config, pictures):
+    rows = read_dataset(pictures).rows
+    with pytest.raises(InputError, match="no row of 'my pictures' has the tag 'core'"):
+        train(make_config(data="my pictures", only="core"), data=Dataset(rows))
+    with pytest.raises(InputError, match="none of the 7 pictures of 'my pictures' has a caption"):
+        train(make_config(data="my pictures"), data=Dataset([replace(row, captions={}) for row in rows]))
+
+
+def test_a_resumed_run_that_is_refused_keeps_the_cache_of_the_run_it_is_not(make_config):
+    config = make_config(steps=1, cache=None)
+    train(config)
+    before = set(config.cache_folder.rglob("*.safetensors"))
+    with pytest.raises(UsageError, match="resolution was None, is 16"):
+        train(make_config(steps=1, cache=None, resume=True, resolution=16))
+    assert before <= set(config.cache_folder.rglob("*.safetensors"))
+    train(make_config(steps=1, cache=None, resume=True))
+    assert before == set(config.cache_folder.rglob("*.safetensors"))
 
 
 def test_held_out_pictures_do_not_touch_the_weights(make_config, pictures, tmp_path):

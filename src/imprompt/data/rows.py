@@ -50,7 +50,7 @@ class Row:
 
     ``captions``: kind to texts (a plain caption has the kind ``"full"``); ``groups``: kind to name (a plain
     ``group`` has the kind ``"group"``): pictures of one name may stand as each other's reference. ``content``
-    reads the encoded picture where it is not a file of its own.
+    gives the encoded picture where it is not a file of its own; ``file`` then is its name.
     """
 
     file: Path
@@ -111,7 +111,17 @@ def read_dataset(
     without a caption, and sources without any. Damaged records and missing pictures are collected as
     :class:`Rejected`. Raises :class:`InputError` if ``source`` does not exist or has no usable row.
     """
-    data = _read(source, captions == "required")
+    return usable(_read(source, captions == "required"), source, only=only, captions=captions)
+
+
+def usable(
+    data: Dataset,
+    source: str | Path,
+    *,
+    only: str | None = None,
+    captions: Literal["required", "optional"] = "required",
+) -> Dataset:
+    """What :func:`read_dataset` makes of rows that were read or made already; ``source`` is their name."""
     rows = data.rows
     if only is not None and rows:
         rows = [row for row in rows if only in row.tags]

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.checkpoints.locate import NOTED_ENCODER
-from imprompt.data.rows import Rejected, Row, read_dataset
+from imprompt.data.rows import Dataset, Rejected, Row, read_dataset, usable
 from imprompt.errors import InputError, UsageError
 from imprompt.generation.families import Base
 from imprompt.training import cache, start
 from imprompt.training.config import Kind, TrainConfig
 from imprompt.training.data import Plan, bucket_size
 from imprompt.training.folder import Identity, data_hash
-from imprompt.training.launch import frozen_dtype, on_main
+from imprompt.training.launch import frozen_dtype
 from imprompt.training.pictures import Pictures, Size
 from imprompt.training.tables import Ranks, Table
 
@@ -46,12 +46,15 @@ class Prepared:
     notes: tuple[str, ...]
 
 
-def prepare(config: TrainConfig, accelerator: Accelerator) -> Prepared:
-    """Load and encode what ``config`` names; all processes share the encoding.
+def prepare(config: TrainConfig, accelerator: Accelerator, data: Dataset | None = None) -> Prepared:
+    """Load and encode what ``config`` names, or ``data`` in its place; all processes share the encoding.
 
     Raises :class:`InputError` for data that cannot be trained on, :class:`ModelError` or :class:`UsageError`
     for a base, encoder or start that does not fit."""
-    found = read_dataset(config.data, only=config.only)
+    if data is None:
+        found = read_dataset(config.data, only=config.only)
+    else:
+        found = usable(data, config.data, only=config.only)
     base = start.find_unet_base(config.base)
     initial = start.load_start(config, base)
     kind = config.kind or (start.kind_of(initial) if initial is not None else "linear")
@@ -59,11 +62,10 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Prepared:
     config = config.model_copy(update={"dtype": frozen_dtype(accelerator)})
     pictures = Pictures.read(found.rows, _target_size(config, base), config.workers)
     encoding = _Encoding(config, kind, base, initial, pictures, accelerator)
-    data, plan = encoding.run(found.rejected)
-    removed = on_main(accelerator, lambda: cache.clean(config, (data.latents, data.features, data.texts)))
+    encoded, plan = encoding.run(found.rejected)
 
     pipe = start.load_parts(base, torch.float32, "unet", "vae")
-    adapter = initial or start.new_adapter(config, kind, pipe.unet, start.widths(data.negative))
+    adapter = initial or start.new_adapter(config, kind, pipe.unet, start.widths(encoded.negative))
     identity = Identity(
         config=config.identity(),
         pictures=len(found.rows),
@@ -80,8 +82,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Prepared:
         "imprompt.pictures": str(len(found.rows)),
         "imprompt.start": "new weights" if initial is None else initial.checkpoint.name,
     }
-    notes = (*found.notes, *([removed] if removed else []))
-    return Prepared(config, identity, pipe, adapter, data, plan, about, notes)
+    return Prepared(config, identity, pipe, adapter, encoded, plan, about, tuple(found.notes))
 
 
 class _Encoding:

@@ -27,8 +27,10 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from imprompt.data.rows import Dataset
 from imprompt.errors import ModelError
 from imprompt.io import write_atomic
+from imprompt.training import cache
 from imprompt.training.card import Card, html, markdown, noted
 from imprompt.training.config import TrainConfig
 from imprompt.training.folder import WEIGHT_NAME, RunFolder
@@ -47,9 +49,12 @@ SHEET_SECONDS = 180.0
 """Least time between two sheets of samples that no number of steps is given for."""
 
 
-def train(config: TrainConfig, *, on_step: Callable[[int], None] | None = None) -> Path:
+def train(
+    config: TrainConfig, *, data: Dataset | None = None, on_step: Callable[[int], None] | None = None
+) -> Path:
     """Train one adapter and return its file, which was read back as a check.
 
+    ``data`` are rows of one's own, in place of those that ``config.data`` names; that is their name then.
     ``on_step`` is called after each step with the number of steps so far, in every process.
 
     With ``minutes`` the run may end before its last step: the adapter is written as it is then, and
@@ -62,7 +67,7 @@ def train(config: TrainConfig, *, on_step: Callable[[int], None] | None = None) 
     folder = RunFolder(config.output, resume=config.resume)
     try:
         on_main(accelerator, folder.open)
-        trainer = Trainer(config, accelerator, folder)
+        trainer = Trainer(config, accelerator, folder, data)
         trainer.run(on_step)
         return trainer.finish()
     finally:
@@ -76,10 +81,12 @@ def train(config: TrainConfig, *, on_step: Callable[[int], None] | None = None) 
 class Trainer:
     """A run: the frozen base, the adapter in training, validation, samples and checkpoints."""
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> None:
+    def __init__(
+        self, config: TrainConfig, accelerator: Accelerator, folder: RunFolder, data: Dataset | None = None
+    ) -> None:
         self.accelerator, self.folder, self.device = accelerator, folder, accelerator.device
         self.quiet = config.quiet or not accelerator.is_main_process
-        prepared = prepare(config, accelerator)
+        prepared = prepare(config, accelerator, data)
         self.config, self.pipe, self.adapter = prepared.config, prepared.pipe, prepared.adapter
         self.data, self.plan, self.about = prepared.data, prepared.plan, prepared.about
         self.accumulate = accelerator.gradient_accumulation_steps
@@ -113,8 +120,9 @@ class Trainer:
             self.preview = Preview(self.pipe, self.adapter, self.data, self.plan, config.sample_guidance)
 
     def _begin(self, prepared: Prepared) -> None:
-        """Check that the folder is this run's, and report what it trains on."""
+        """Check that the folder is this run's, clean its cache, and report what it trains on."""
         self.folder.begin(prepared.identity)
+        removed = cache.clean(self.config, (self.data.latents, self.data.features, self.data.texts))
         rejected = self.data.rejected
         self.folder.write("rejected.txt", "".join(f"{item}\n" for item in rejected))
         plan, config = self.plan, self.config
@@ -125,7 +133,7 @@ class Trainer:
             f"{config.steps} steps of {plan.per_step}, lr {config.lr:g}"
             + (f"; {len(rejected)} left out, see rejected.txt" if rejected else "")
         )
-        for note in prepared.notes:
+        for note in (*prepared.notes, *([removed] if removed else [])):
             self._say(note)
 
     def _place(self) -> None:
