@@ -32,19 +32,19 @@ BESIDE = {
 STAGES = {
     "cpu": (
         ("vae.py --wider --minutes 80", "encoder.py --minutes 160"),
-        ("adapters.py plus --with-base --processes 2 --minutes 300",),
-        ("adapters.py base --minutes 60", "vae.py --decoder --minutes 60"),
+        ("unet.py --processes 2 --minutes 300",),
+        ("adapters.py base --steps 2500", "vae.py --decoder --minutes 60"),
         ("judge.py --minutes 60", "control.py --minutes 90"),
         ("motion.py --processes 2 --minutes 45",),
     ),
     "cuda": (
         ("vae.py --wider --batch 128 --lr 1e-3 --most 20000 --minutes 4",
          "encoder.py --groups 128 --lr 1e-3 --most 260000 --minutes 4.2"),
-        ("adapters.py plus --with-base --compile --batch 512 --most 700000 --lr 8e-4 --base-lr 4e-4 "
+        ("unet.py --compile --batch 512 --most 700000 --lr 8e-4 --base-lr 4e-4 "
          "--text-lr 4e-4 --word-lr 1e-3 --minutes 13.2",
          "judge.py --batch 256 --minutes 3.2",
          "vae.py --decoder --batch 128 --lr 8e-4 --minutes 3.5"),
-        ("adapters.py base --batch 256 --most 100000 --minutes 3",
+        ("adapters.py base --batch 256 --steps 3000 --threads 4",
          "control.py --batch 128 --most 100000 --processes 6 --minutes 3.6",
          "motion.py --clips 16 --lr 5e-4 --count 2000 --minutes 3.8"),
     ),

@@ -1,6 +1,8 @@
 """The emoji recipe: draws follow from (seed, index) alone, captions say what was drawn, a loop resumes."""
 
 import importlib
+import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -8,6 +10,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from imprompt.training.data import Plan
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "emoji"
 cv2 = pytest.importorskip("cv2")
@@ -191,7 +197,7 @@ def test_a_wider_autoencoder_computes_the_same(recipe) -> None:
 def test_training_adds_the_term_that_imprompt_adds(recipe) -> None:
     from diffusers import UNet2DConditionModel
 
-    adapters = recipe("adapters")
+    adapters, joint = recipe("adapters"), recipe("unet")
     unet = UNet2DConditionModel.from_pretrained(adapters.START / "unet").float().eval()
     adapter = adapters.IPAdapter.from_pretrained(adapters.START / "adapters" / adapters.NAMES["plus"])
     adapter.module.float()
@@ -205,9 +211,69 @@ def test_training_adds_the_term_that_imprompt_adds(recipe) -> None:
         with adapter.training_tokens(image, torch.tensor([0.0, 1.0, 1.0])):
             expected = unet(x, t, text).sample
         adapter.detach()
-        adapters.decouple(unet, adapter, bare=1)
+        joint.decouple(unet, adapter, bare=1)
         found = unet(x, t, torch.cat([text, image], 1)).sample
     assert torch.allclose(found, expected, atol=1e-6)
+
+
+def write_pool(recipe, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Drawn pictures of seeds 1 and 2 with their facts, and the bundled model as that of the state folder."""
+    common, draw, pool = recipe("common"), recipe("draw"), recipe("pool")
+    monkeypatch.setattr(pool, "CHUNK", count)
+    for seed in (1, 2):
+        made = [draw.draw(Icons(), seed, index) for index in range(count)]
+        path = pool.chunk_path(seed, 0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, np.stack([picture for picture, _ in made]))
+        path.with_suffix(".json").write_text(json.dumps([fact for _, fact in made]))
+    shutil.copytree(common.START, common.MODEL)
+
+
+def test_an_adapters_draws_follow_the_recipe(recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product's plan of the rows: what is shown with what, and what is said."""
+    write_pool(recipe, monkeypatch, 64)
+    adapters, labels = recipe("adapters"), recipe("labels")
+    rows = adapters.drawn(1, 64)
+    plan = Plan([*rows, *adapters.drawn(2, 8)], adapters.configuration("base", 2500))
+    batch = plan.samples(range(4000))
+    facts = recipe("pool").Pool(1, 64).facts
+    said = [labels.captions(fact, 1, index) for index, fact in enumerate(facts)]
+    another = 0
+    for target, reference, text, mode in zip(
+        batch.targets, batch.references, batch.captions, batch.modes, strict=True
+    ):
+        assert target // 4 == reference // 4
+        assert target < 64
+        if mode.startswith("manner"):
+            another += 1
+            assert {target % 4, reference % 4} not in ({0, 2}, {target % 4})
+            assert facts[target]["concept"]
+            assert text in (said[target][labels.ALONE], said[target][labels.MORE], "")
+        else:
+            assert reference == target or {target % 4, reference % 4} == {0, 2}
+            assert text in (said[target][labels.PARTS], "")
+    assert another / 4000 == pytest.approx(0.5, abs=0.12)
+    assert batch.image_dropped.float().mean() == pytest.approx(0.08, abs=0.02)
+
+
+def test_the_products_trainer_makes_the_adapter_and_goes_on(recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pool(recipe, monkeypatch, 8)
+    adapters, common = recipe("adapters"), recipe("common")
+    made = common.MODEL / "adapters" / adapters.NAMES["base"]
+    before = load_file(made)
+    steps = []
+    for count in ("1", "2"):
+        words = ["adapters.py", "base", "--steps", count, "--batch", "2", "--most", "8"]
+        monkeypatch.setattr(sys, "argv", words)
+        adapters.main()
+        lines = (common.CHECKPOINTS / "adapter-base" / "log.jsonl").read_text().splitlines()
+        steps.append([json.loads(line)["step"] for line in lines if '"loss"' in line])
+    assert steps == [[1], [1, 2]]
+    after = load_file(made)
+    assert after.keys() == before.keys()
+    assert all(tensor.dtype == torch.float16 and tensor.isfinite().all() for tensor in after.values())
+    with safe_open(made, "pt") as file:
+        assert file.metadata() == {"format": "pt", "imprompt.variant": "linear"}
 
 
 def test_draws_pair_a_reference_with_what_shares_its_manner(recipe) -> None:
