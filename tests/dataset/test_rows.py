@@ -9,6 +9,7 @@ from PIL import Image
 
 from imprompt.catalog import ASSETS
 from imprompt.data.rows import read_dataset
+from imprompt.encoders.images import load_image
 from imprompt.errors import InputError
 
 
@@ -51,7 +52,7 @@ def test_text_and_captions_and_groups_are_read(folder):
 @pytest.mark.parametrize("name", ["caption", "prompt", "description"])
 def test_the_caption_field_is_guessed_and_said(folder, name):
     write(folder, {"file_name": "a.png", name: "a cat"}, {"image": "b.png", name: "a dog"})
-    data = read_dataset(folder)
+    data = read_dataset(folder / "metadata.jsonl")
     assert captions(data) == {"a.png": ("a cat",), "b.png": ("a dog",)}
     assert data.notes == [f"captions are read from the field '{name}' (2)"]
 
@@ -145,6 +146,114 @@ def test_captions_beside_the_pictures(folder):
     data = read_dataset(folder)
     assert [(row.file.name, row.captions) for row in data.rows] == [("a.png", {"full": ("a cat",)})]
     assert [item.where for item in data.rejected] == ["b.png", "c.png"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"\xef\xbb\xbfa cat\r\n", b"a cat\r\n", b"\r\n  a cat \n"],
+    ids=["byte order mark", "CRLF", "blanks"],
+)
+def test_a_caption_is_its_text_however_it_was_saved(folder, text):
+    (folder / "a.txt").write_bytes(text)
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        tar.add(folder / "a.png", "x.png")
+        tar.add(folder / "a.txt", "x.txt")
+    (folder / "tars").mkdir()
+    shard = (folder / "0.tar").rename(folder / "tars" / "0.tar")
+    assert captions(read_dataset(folder)) == {"a.png": ("a cat",)}
+    assert captions(read_dataset(shard)) == {"x.png": ("a cat",)}
+
+
+@pytest.mark.parametrize(
+    ("picture", "caption"),
+    [("1.JPEG", "1.txt"), ("1.Jpg", "1.TXT"), ("1.WEBP", "1.Caption"), ("1.PNG", "1.PNG.txt"),
+     ("a.b v1.AVIF", "a.b v1.txt"), ("1.jfif", "1.txt"), ("1.jp2", "1.txt")],
+)  # fmt: skip
+def test_suffixes_may_be_in_any_case_and_the_captions_may_follow_the_pictures(tmp_path, picture, caption):
+    inside = tmp_path / "deep" / "er"
+    inside.mkdir(parents=True)
+    forms = {".jpg": "JPEG", ".jfif": "JPEG", ".jp2": "JPEG2000"}
+    suffix = (inside / picture).suffix.lower()
+    Image.new("RGB", (16, 16), "red").save(inside / picture, forms.get(suffix, suffix[1:].upper()))
+    (inside / caption).write_text("a square")
+    data = read_dataset(tmp_path)
+    assert captions(data) == {picture: ("a square",)}
+    assert load_image(data.rows[0].read()).size == (16, 16)
+
+
+def test_hidden_files_and_what_earlier_runs_drew_are_no_pictures(folder):
+    (folder / "a.txt").write_text("a cat")
+    for name in ("._a.png", ".thumbs/a.png", "__MACOSX/a.png", "runs/mine/samples/1.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"\0\5\x16\7")
+    (folder / "runs" / "mine" / "run.json").touch()
+    with tarfile.open(folder.parent / f"{folder.name}.tar", "w") as tar:
+        for name in ("a.png", "a.txt", "._a.png"):
+            tar.add(folder / name, f"./{name}")
+    data = read_dataset(folder)
+    assert captions(data) == {"a.png": ("a cat",)}
+    assert [item.where for item in data.rejected] == ["b.png", "c.png"]
+    packed = read_dataset(folder.parent / f"{folder.name}.tar")
+    assert captions(packed) == {"a.png": ("a cat",)}
+    assert not packed.rejected
+
+
+def test_formats_that_are_not_read_are_told_not_passed_over(folder):
+    (folder / "a.txt").write_text("a cat")
+    (folder / "IMG_1.HEIC").touch()
+    rejected = {item.where: item.reason for item in read_dataset(folder).rejected}
+    assert rejected["IMG_1.HEIC"] == ".HEIC is not read here; convert it to PNG or JPEG"
+
+
+def test_pictures_without_any_caption_are_told_what_to_write(folder):
+    (folder / "a.txt").write_text(" \n\t")
+    with pytest.raises(InputError, match=r"none of the 3 pictures .* for 'a\.png' into 'a\.txt'"):
+        read_dataset(folder)
+
+
+@pytest.mark.parametrize("name", ["a.png", "photo.heic", "pictures.zip", "captions.txt"])
+def test_a_file_that_is_no_data_is_named_as_what_it_is(folder, name):
+    (folder / name).touch()
+    with pytest.raises(InputError, match=rf"{name}' is (one picture|a file of the kind).*; give a folder"):
+        read_dataset(folder / name)
+
+
+def test_a_table_with_semicolons_and_windows_paths_is_read(folder):
+    (folder / "in").mkdir()
+    (folder / "b.png").rename(folder / "in" / "b.png")
+    (folder / "metadata.csv").write_bytes(
+        "\ufefffile_name;text\r\na.png;a cat, sitting\r\nin\\b.png;a dog".encode()
+    )
+    assert captions(read_dataset(folder)) == {"a.png": ("a cat, sitting",), "b.png": ("a dog",)}
+
+
+def test_a_record_without_a_picture_says_what_it_has(folder):
+    write(folder, {"name": "a.png", "text": "a cat"}, {"file_name": "b.png", "text": "a dog"})
+    (item,) = read_dataset(folder).rejected
+    assert item.reason.startswith("no picture: one of file_name, ")
+    assert item.reason.endswith("is expected, given name, text")
+
+
+def test_pictures_that_the_metadata_does_not_name_are_counted(folder):
+    write(folder, {"file_name": "a.png", "text": "a cat"}, {"file_name": "a.png", "text": "a pet"})
+    assert read_dataset(folder).notes == [
+        "pictures that the folder's metadata does not name are not used (2)"
+    ]
+
+
+def test_an_imagefolder_may_have_a_folder_for_each_split(folder):
+    for number, split in enumerate(("train", "test")):
+        (folder / split).mkdir()
+        (folder / f"{'ab'[number]}.png").rename(folder / split / "1.png")
+        write(folder / split, {"file_name": "1.png", "text": split}, {"file_name": "gone.png", "text": "x"})
+    (folder / "c.png").unlink()
+    data = read_dataset(folder)
+    assert [(row.name, row.caption, row.trainable) for row in data.rows] == [
+        ("test/1.png", "test", False),
+        ("train/1.png", "train", True),
+    ]
+    assert [item.where for item in data.rejected] == ["test/metadata.jsonl:2", "train/metadata.jsonl:2"]
+    assert data.notes == ["pictures of 'test' are held out (1)"]
 
 
 def test_rows_can_be_chosen_by_a_tag(folder):

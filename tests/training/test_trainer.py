@@ -434,6 +434,43 @@ def test_buckets_keep_proportions_and_a_step_has_one_size(make_config, pictures)
     assert len(shapes) == 2
 
 
+def test_a_photo_taken_upright_has_an_upright_bucket(make_config, pictures):
+    sideways = tiny.picture(60, (64, 32))
+    about = sideways.getexif()
+    about[0x112] = 6  # the camera was turned
+    for number in range(6):
+        sideways.save(pictures / f"{number}.png", exif=about)
+    trainer = opened(make_config(buckets=True))
+    wide, high = trainer.plan.sizes[0]
+    assert high > wide
+    height, width = trainer.data.latents.rows("crop", [0])[0, :2].tolist()
+    assert (width, height) == (32, 64)
+
+
+def test_copies_and_small_pictures_are_noted_and_no_copy_is_held_out(make_config, pictures, capsys):
+    path = pictures / "metadata.jsonl"
+    path.write_text(path.read_text().replace("held_out_pair", "train"))
+    for number in range(4):
+        tiny.picture(0, (40, 24)).save(pictures / f"{number}.png")
+    trainer = opened(make_config(quiet=False))
+    assert set(trainer.plan.validation) <= {4, 5, 6}
+    said = capsys.readouterr().err
+    assert "3 training pictures are copies of others" in said
+    assert "4 training pictures are smaller than what is trained, and are enlarged" in said
+
+
+def test_many_records_that_are_left_out_stop_the_run_before_it_encodes(make_config, pictures):
+    path = pictures / "metadata.jsonl"
+    path.write_text(path.read_text() + '{"file_name": "gone.png", "text": "a cat"}\n' * 4)
+    with pytest.raises(
+        InputError, match=r"4 of 11 pictures .*metadata.jsonl:8: picture 'gone.png' is missing"
+    ):
+        train(make_config())
+    assert not (make_config().cache_folder).exists()
+    with pytest.raises(InputError, match="4 pictures cannot be trained on"):
+        train(make_config(on_bad_sample="stop"))
+
+
 def test_many_bad_pictures_stop_the_run_before_it_begins(make_config, pictures):
     for number in range(4):
         (pictures / f"{number}.png").write_bytes(b"no picture")

@@ -1,7 +1,8 @@
 """Read captioned pictures in the usual forms, as rows for training and evaluation.
 
 =====================================================  ================================================
-folder with ``metadata.jsonl``, ``.csv`` or ``.json``  Hugging Face's imagefolder; the file itself will do
+folder with ``metadata.jsonl``, ``.csv`` or ``.json``  Hugging Face's imagefolder, also with a folder for each
+                                                       split; the file itself will do
 folder of pictures                                     ``.txt`` or ``.caption`` beside each picture
 folder of ``10_name`` folders                          kohya's: repeats and, without captions, the class name
 ``.json`` list                                         the reference script's ``[{"image_file", "text"}]``
@@ -21,6 +22,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +37,15 @@ from PIL import Image
 from imprompt.encoders.images import as_bytes
 from imprompt.errors import InputError, first_line
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+PICTURES = (
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jp2",
+    ".ppm", ".qoi",
+)  # fmt: skip
+UNREAD = (".heic", ".heif", ".jxl", ".svg", ".psd", ".tga", ".exr", ".dng", ".cr2", ".cr3", ".nef", ".arw")
+"""Suffixes of pictures in formats that are not read here."""
+HELD_OUT = ("validation", "valid", "val", "dev", "test")
+"""Folders of a split that is not trained on."""
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json")
 SIDECARS = (".txt", ".caption")
 PICTURE_FIELDS = ("file_name", "image_file", "image", "filename", "file", "path", "image_path")
 CAPTION_FIELDS = ("text", "caption", "prompt", "captions", "description", "txt")
@@ -157,21 +167,72 @@ def _read(source: str | Path, required: bool) -> Dataset:
             f"no data at '{source}'; give a folder of captioned pictures, its metadata.jsonl, a .tar shard "
             f"or {HUB}owner/name."
         )
-    readers = {".tar": lambda file: _shards([file]), ".csv": _csv, ".json": _json}
-    return readers.get(path.suffix.lower(), _jsonl)(path)
+    suffix = path.suffix.lower()
+    if suffix == ".tar":
+        return _shards([path])
+    if suffix not in _READERS:
+        what = "one picture" if suffix in PICTURES + UNREAD else f"a file of the kind '{suffix}'"
+        raise InputError(
+            f"'{source}' is {what}; give a folder of captioned pictures, its metadata "
+            f"({', '.join(_READERS)}) or a .tar shard."
+        )
+    return _READERS[suffix](path)
 
 
 def _folder(path: Path, required: bool) -> Dataset:
     if (path / "eval.json").is_file() and (path / "sheet.webp").is_file():
         return _sheet(path)
-    for name, read in (("metadata.jsonl", _jsonl), ("metadata.csv", _csv), ("metadata.json", _json)):
-        if (path / name).is_file():
-            return read(path / name)
+    if (metadata := _metadata(path)) is not None:
+        return _with_unnamed(_READERS[metadata.suffix](metadata), path)
     if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
         return _hugging_face(str(path), required)
     if shards := sorted(path.glob("*.tar")):
         return _shards(shards)
-    return _pictures(path, required)
+    inside = [found for each in sorted(path.iterdir()) if (found := _metadata(each)) is not None]
+    if not inside or any(file.parent == path for file in _files(path, PICTURES + UNREAD)):
+        return _pictures(path, required)
+    return _with_unnamed(_splits(inside), path)
+
+
+def _metadata(folder: Path) -> Path | None:
+    """The file that describes the pictures of a folder."""
+    return next((folder / name for name in METADATA if (folder / name).is_file()), None)
+
+
+def _splits(files: Sequence[Path]) -> Dataset:
+    """Read the folders of an imagefolder; those named after a held-out split are one."""
+    rows: list[Row] = []
+    rejected: list[Rejected] = []
+    notes: list[str] = []
+    for file in files:
+        data, split = _READERS[file.suffix](file), file.parent.name
+        held = split.lower() in HELD_OUT
+        rows += [replace(row, split=split) if held and row.trainable else row for row in data.rows]
+        rejected += [Rejected(f"{split}/{item.where}", item.reason) for item in data.rejected]
+        notes += [f"{split}: {note}" for note in data.notes]
+        notes += [f"pictures of '{split}' are held out ({len(data.rows)})"] if held else []
+    return Dataset(rows, rejected, notes)
+
+
+def _with_unnamed(data: Dataset, folder: Path) -> Dataset:
+    """Note how many pictures of a folder its metadata does not name."""
+    unnamed = {os.path.normpath(file) for file in _files(folder, PICTURES + UNREAD)}
+    unnamed -= {os.path.normpath(row.file) for row in data.rows}
+    said = f"pictures that the folder's metadata does not name are not used ({len(unnamed)})"
+    return replace(data, notes=data.notes + ([said] if unnamed else []))
+
+
+def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """The files with these suffixes, in any case, at any depth; without hidden ones, macOS's copies, and what
+    training runs have drawn."""
+    sheets = {path.parent / "samples" for path in folder.rglob("run.json")}
+
+    def seen(path: Path) -> bool:
+        parts = path.relative_to(folder).parts
+        hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+        return not hidden and sheets.isdisjoint(path.parents)
+
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and seen(path))
 
 
 # ---- records
@@ -199,11 +260,18 @@ def _json(path: Path) -> Dataset:
 
 def _csv(path: Path) -> Dataset:
     try:
-        lines = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
+        text = path.read_text(encoding="utf-8-sig")
+        heading = text.partition("\n")[0]
+        separator = next((sign for sign in (",", ";", "\t") if sign in heading), ",")
+        lines = list(csv.DictReader(io.StringIO(text), delimiter=separator))
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"'{path}' is not CSV in UTF-8: {error}.") from error
     stated = [{key: value for key, value in line.items() if value not in (None, "")} for line in lines]
     return _records(((f"{path.name}:{n}", record) for n, record in enumerate(stated, 2)), path.parent)
+
+
+_READERS: dict[str, Callable[[Path], Dataset]] = {".jsonl": _jsonl, ".csv": _csv, ".json": _json}
+"""Readers of metadata, by suffix."""
 
 
 def _records(records: Iterator[tuple[str, Any]], folder: Path) -> Dataset:
@@ -216,8 +284,8 @@ def _records(records: Iterator[tuple[str, Any]], folder: Path) -> Dataset:
             if not isinstance(record, dict):
                 raise TypeError(f"a record is an object, given a {type(record).__name__}")
             rows.append(_row(record, folder, taken))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            rejected.append(Rejected(where, f"{type(error).__name__}: {error}"))
+        except (ValueError, TypeError, AttributeError) as error:
+            rejected.append(Rejected(where, str(error)))
     notes = [f"captions are read from the field '{name}' ({count})" for name, count in taken.items()]
     return Dataset(rows, rejected, notes if set(taken) - {"text", "captions"} else [])
 
@@ -225,8 +293,12 @@ def _records(records: Iterator[tuple[str, Any]], folder: Path) -> Dataset:
 def _row(record: Mapping[str, Any], folder: Path, taken: dict[str, int]) -> Row:
     named = next((record[name] for name in PICTURE_FIELDS if isinstance(record.get(name), str)), None)
     if named is None:
-        raise KeyError(f"no picture: one of {', '.join(PICTURE_FIELDS)} is expected")
+        raise ValueError(
+            f"no picture: one of {', '.join(PICTURE_FIELDS)} is expected, given {', '.join(map(str, record))}"
+        )
     file = folder / named
+    if not file.is_file():
+        file = folder / named.replace("\\", "/")
     if not file.is_file():
         raise ValueError(f"picture '{named}' is missing")
     return _described(Row(file), record, taken)
@@ -278,14 +350,20 @@ def _texts(value: str | list[str]) -> tuple[str, ...]:
 def _pictures(folder: Path, required: bool) -> Dataset:
     rows: list[Row] = []
     rejected: list[Rejected] = []
+    bare: list[Rejected] = []
     classes = 0
-    for file in sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES):
+    files = _files(folder, PICTURES + UNREAD)
+    texts = {file.with_suffix(file.suffix.lower()): file for file in _files(folder, SIDECARS)}
+    for file in files:
         name = file.relative_to(folder).as_posix()
+        if file.suffix.lower() in UNREAD:
+            rejected.append(Rejected(name, f"{file.suffix} is not read here; convert it to PNG or JPEG"))
+            continue
         top = _KOHYA.fullmatch(name.partition("/")[0]) if "/" in name else None
         try:
-            text = _sidecar(file)
+            text = _sidecar(file, texts)
         except (UnicodeDecodeError, OSError) as error:
-            rejected.append(Rejected(name, f"caption is not UTF-8 text: {error}"))
+            rejected.append(Rejected(name, f"caption is not UTF-8 text ({error}); save it as UTF-8"))
             continue
         if top is not None:
             classes += not text
@@ -293,7 +371,13 @@ def _pictures(folder: Path, required: bool) -> Dataset:
         elif text or not required:
             rows.append(Row(file, {"full": (text,)} if text else {}))
         else:
-            rejected.append(Rejected(name, f"no caption: '{file.stem}.txt' is missing or empty"))
+            bare.append(Rejected(name, f"no caption: '{file.stem}.txt' is missing or empty"))
+    if bare and not rows and len(bare) == len(files):
+        raise InputError(
+            f"none of the {len(bare)} pictures in '{folder}' has a caption: write what a picture shows into "
+            f"a text file of its name beside it, for '{bare[0].where}' into '{files[0].stem}.txt'."
+        )
+    rejected += bare
     notes = [f"{classes} pictures without a caption take their folder's name"] if classes else []
     return Dataset(rows, rejected, notes)
 
@@ -305,12 +389,11 @@ def _kohya_row(file: Path, text: str, folder: re.Match[str]) -> Row:
     return Row(file, {"full": (said,)}, {"group": folder[2]}, repeats=max(1, int(folder[1])))
 
 
-def _sidecar(file: Path) -> str:
-    """The caption in the file beside a picture; empty if there is none."""
-    found = next(
-        (file.with_suffix(suffix) for suffix in SIDECARS if file.with_suffix(suffix).is_file()), None
-    )
-    return "" if found is None else found.read_text(encoding="utf-8").strip()
+def _sidecar(file: Path, texts: Mapping[Path, Path]) -> str:
+    """The caption of ``a.png`` in ``a.txt`` or ``a.png.txt``; empty if there is none."""
+    names = [name for suffix in SIDECARS for name in (file.with_suffix(suffix), Path(f"{file}{suffix}"))]
+    found = next((texts[name] for name in names if name in texts), None)
+    return "" if found is None else found.read_text(encoding="utf-8-sig").strip()
 
 
 # ---- containers
@@ -328,7 +411,7 @@ def _shards(paths: Sequence[Path]) -> Dataset:
                 for member in tar:
                     folder, _, name = member.name.rpartition("/")
                     stem, _, suffix = name.partition(".")
-                    if member.isfile() and suffix:
+                    if member.isfile() and suffix and stem:  # without a stem it is hidden
                         members.setdefault(f"{folder}/{stem}", {})[f".{suffix.lower()}"] = member
         except (tarfile.TarError, OSError) as error:
             raise InputError(
@@ -338,8 +421,8 @@ def _shards(paths: Sequence[Path]) -> Dataset:
             where = f"{path.name}/{key.lstrip('/')}"
             try:
                 rows.append(_tar_row(path, key, parts, taken))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                rejected.append(Rejected(where, f"{error}"))
+            except (ValueError, TypeError, AttributeError) as error:
+                rejected.append(Rejected(where, str(error)))
     return Dataset(rows, rejected, [f"captions are read from '{name}' ({n})" for name, n in taken.items()])
 
 
@@ -352,7 +435,7 @@ def _tar_row(path: Path, key: str, parts: Mapping[str, tarfile.TarInfo], taken: 
         raise TypeError("its .json is not an object")
     for suffix in SIDECARS:
         if suffix in parts:
-            record["text"] = _member(path, parts[suffix]).decode("utf-8")
+            record["text"] = _member(path, parts[suffix]).decode("utf-8-sig")
     file = path / f"{key.lstrip('/')}{Path(picture.name).suffix}"
     return _described(Row(file, content=partial(_member, path, picture)), record, taken)
 

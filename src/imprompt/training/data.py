@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -137,11 +137,17 @@ class Plan:
         training = [index for index, row in usable if row.trainable]
         held_out = [index for index, row in usable if not row.trainable]
         by_hash = sorted(held_out or training, key=lambda index: self.keys[index])
+        count = Counter(self.keys[index] for index in training)
+        self.copies = len(training) - len(count)
+        """Training pictures that are there already."""
         if held_out:
             self.validation = by_hash[: config.validation_rows]
         else:
             wanted = max(LEAST_VALIDATION, len(training) // 20)
-            self.validation = by_hash[: min(config.validation_rows, wanted, len(training) // 3)]
+            single = [
+                index for index in by_hash if count[self.keys[index]] == 1
+            ]  # a copy would be trained on
+            self.validation = single[: min(config.validation_rows, wanted, len(training) // 3)]
             training = sorted(set(training) - set(self.validation))
         if not training:
             raise InputError("no picture to train on: every row is held out or could not be read.")

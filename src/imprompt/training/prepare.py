@@ -9,21 +9,21 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.checkpoints.locate import NOTED_ENCODER
-from imprompt.data.rows import Dataset, Rejected, Row, read_dataset, usable
+from imprompt.data.rows import Dataset, Rejected, read_dataset, usable
 from imprompt.errors import InputError, UsageError
 from imprompt.generation.families import Base
 from imprompt.training import cache, start
 from imprompt.training.config import Kind, TrainConfig
-from imprompt.training.data import Plan, bucket_size
+from imprompt.training.data import Plan, bucket_size, crop_box
 from imprompt.training.folder import Identity, data_hash
 from imprompt.training.launch import frozen_dtype
 from imprompt.training.pictures import Pictures, Size
-from imprompt.training.tables import Ranks, Table
+from imprompt.training.tables import Ranks, StoredTable, Table
 
 BAD_SHARE, BAD_LEAST = 0.01, 3
 """A run does not begin with more unreadable pictures than this share, and more than this number."""
@@ -82,7 +82,24 @@ def prepare(config: TrainConfig, accelerator: Accelerator, data: Dataset | None 
         "imprompt.pictures": str(len(found.rows)),
         "imprompt.start": "new weights" if initial is None else initial.checkpoint.name,
     }
-    return Prepared(config, identity, pipe, adapter, encoded, plan, about, tuple(found.notes))
+    notes = (*found.notes, *_notes(plan, encoded.latents))
+    return Prepared(config, identity, pipe, adapter, encoded, plan, about, notes)
+
+
+def _notes(plan: Plan, latents: Table) -> list[str]:
+    """What is odd about the pictures: copies, and small ones."""
+    notes = []
+    if plan.copies:
+        notes.append(f"{plan.copies} training pictures are copies of others")
+    if isinstance(latents, StoredTable):
+        originals = latents.rows("crop", plan.training)[:, :2].int().tolist()  # height and width
+        small = 0
+        for row, (height, width) in zip(plan.training, originals, strict=True):
+            left, _, right, _ = crop_box(width, height, *plan.sizes[row])
+            small += right - left < plan.sizes[row][0]
+        if small:
+            notes.append(f"{small} training pictures are smaller than what is trained, and are enlarged")
+    return notes
 
 
 class _Encoding:
@@ -106,13 +123,14 @@ class _Encoding:
         self.image_encoder, self.image_encoder_name = "", ""
         """A hash, and the name."""
 
-    def run(self, rejected: Sequence[Rejected]) -> tuple[cache.EncodedSet, Plan]:
+    def run(self, before: Sequence[Rejected]) -> tuple[cache.EncodedSet, Plan]:
         """Everything that the steps read, and the plan of what they show."""
+        _check_share(False, len(self.pictures.rows) + len(before), before, self.config)
         features, feature, negative = self._features()
         latents = self._latents()
         bad, rows = latents.rejected | features.rejected, self.pictures.rows
-        rejected = [*rejected, *(Rejected(rows[index].name, why) for index, why in sorted(bad.items()))]
-        _check_share(rows, bad, self.config)
+        rejected = [*before, *(Rejected(rows[index].name, why) for index, why in sorted(bad.items()))]
+        _check_share(len(bad) == len(rows), len(rows) + len(before), rejected, self.config)
         plan = Plan(
             rows, self.config, unusable=set(bad), keys=self.pictures.keys, sizes=self.pictures.sizes,
             per_step=self.per_step,
@@ -159,22 +177,25 @@ def _target_size(config: TrainConfig, base: Base) -> Callable[[bytes], Size]:
 def _bucket(content: bytes, side: int, multiple: int) -> Size:
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return bucket_size(image.width, image.height, side, multiple)
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            size = (image.height, image.width) if turned else image.size
+            return bucket_size(*size, side, multiple)
     except Exception:  # told where it is decoded
         return side, side
 
 
-def _check_share(rows: Sequence[Row], bad: dict[int, str], config: TrainConfig) -> None:
-    """Raise :class:`InputError` where the pictures that cannot be used are too many to be an accident."""
-    if not bad:
+def _check_share(none: bool, pictures: int, rejected: Sequence[Rejected], config: TrainConfig) -> None:
+    """Raise :class:`InputError` where those of the pictures that cannot be used are too many to be an
+    accident; ``none``: no picture can be decoded."""
+    if not rejected:
         return
-    first = f"the first: {rows[min(bad)].name}: {bad[min(bad)]}"
-    if len(bad) == len(rows):
-        raise InputError(f"none of the {len(rows)} pictures can be trained on ({first}).")
+    first = f"the first: {rejected[0]}"
+    if none:
+        raise InputError(f"none of the {pictures} pictures can be trained on ({first}).")
     if config.on_bad_sample == "stop":
-        raise InputError(f"{len(bad)} pictures cannot be trained on ({first}).")
-    if len(bad) > max(BAD_LEAST, BAD_SHARE * len(rows)):
+        raise InputError(f"{len(rejected)} pictures cannot be trained on ({first}).")
+    if len(rejected) > max(BAD_LEAST, BAD_SHARE * pictures):
         raise InputError(
-            f"{len(bad)} of {len(rows)} pictures cannot be trained on, more than {BAD_SHARE:.0%} "
+            f"{len(rejected)} of {pictures} pictures cannot be trained on, more than {BAD_SHARE:.0%} "
             f"({first}). Repair or remove them."
         )

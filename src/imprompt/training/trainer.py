@@ -126,12 +126,16 @@ class Trainer:
         rejected = self.data.rejected
         self.folder.write("rejected.txt", "".join(f"{item}\n" for item in rejected))
         plan, config = self.plan, self.config
-        held = " (training pictures: too few to hold any out)" if plan.validates_on_training_rows else ""
+        held = (
+            " (training pictures: too few different ones to hold any out)"
+            if plan.validates_on_training_rows
+            else ""
+        )
         self._say(
             f"{len(plan.training)} training pictures, {len(plan.validation)} for validation{held}, "
             f"{len(self.data.caption_index)} captions; {config.kind} from {self.about['imprompt.start']}, "
             f"{config.steps} steps of {plan.per_step}, lr {config.lr:g}"
-            + (f"; {len(rejected)} left out, see rejected.txt" if rejected else "")
+            + (f"; {len(rejected)} left out, see rejected.txt ({rejected[0]})" if rejected else "")
         )
         for note in (*prepared.notes, *([removed] if removed else [])):
             self._say(note)
