@@ -773,6 +773,41 @@ def test_each_encoder_is_alone_in_memory_while_it_encodes(make_config):
     assert seen == {("AutoencoderKL",), ("CLIPTextModel",), ("CLIPVisionModelWithProjection",)}
 
 
+def test_sdxls_encoders_encode_in_the_runs_bfloat16_without_the_unet_in_memory(
+    make_config, tmp_path, monkeypatch
+):
+    encoder, processor = tiny.tiny_encoder()
+    parts = tiny.tiny_sdxl().components | {"image_encoder": encoder, "feature_extractor": processor}
+    StableDiffusionXLPipeline(**parts, add_watermarker=False).save_pretrained(tmp_path / "xl")
+    del encoder, parts
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    trained = [id(each) for each in gc.get_objects() if type(each) is UNet2DConditionModel]
+    seen = set()
+
+    def look(module, _):
+        name = type(module).__name__
+        if name in (
+            "Encoder",
+            "CLIPTextModel",
+            "CLIPTextModelWithProjection",
+            "CLIPVisionModelWithProjection",
+        ):
+            unets = [each for each in gc.get_objects() if type(each) is UNet2DConditionModel]
+            seen.add((name, next(module.parameters()).dtype, any(id(each) not in trained for each in unets)))
+
+    hook = register_module_forward_pre_hook(look)
+    try:
+        train(make_config(base=str(tmp_path / "xl"), steps=1, dtype="auto"))
+    finally:
+        hook.remove()
+    assert {name for name, _, _ in seen} >= {
+        "Encoder",
+        "CLIPTextModelWithProjection",
+        "CLIPVisionModelWithProjection",
+    }
+    assert {(dtype, there) for _, dtype, there in seen} == {(torch.bfloat16, False)}
+
+
 def test_a_base_without_a_unet_is_refused(make_config):
     with pytest.raises(UsageError, match="base 'flux' has no UNet"):
         train(make_config(base="flux"))
