@@ -9,16 +9,14 @@ is darkest, so that it does not carry the prompt elsewhere.
 Dimensions: R batch rows, T image tokens, P tokens of the drawn picture, X all of a call, C token width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from inspect import signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from imprompt.adapter.backbones.base import Call
 from imprompt.adapter.schedule import Clock, Gate
@@ -105,9 +103,9 @@ class BesideText:
             if part.gate is not None:
                 part.gate.update(clock, timestep)
 
-    def into(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of the denoiser's call, with the tokens behind the text's."""
-        call = dict(zip(_parameters(type(model).forward), args, strict=False)) | dict(kwargs)
+    def into(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of the denoiser's call, by name, with the tokens behind the text's."""
+        call = dict(given)
         text, latents, ids = call["encoder_hidden_states"], call["hidden_states"], call["txt_ids"]
         call["encoder_hidden_states"] = torch.cat([text, self._tokens.to(text)], dim=1)
         call["txt_ids"] = F.pad(ids, (0, 0, 0, self.count))  # the text's are zeros as well
@@ -124,12 +122,6 @@ class BesideText:
         queries = max(bias.shape[2] for bias in biases)
         joined = torch.cat([bias.expand(-1, -1, queries, -1) for bias in biases], dim=-1)
         return F.pad(joined, (text, image))
-
-
-@cache
-def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of a method's arguments, in order."""
-    return tuple(signature(forward).parameters)[1:]
 
 
 def _stacked(slot: Slot) -> tuple[Float[Tensor, "R T C"], Float[Tensor, "R 1 1 T"]]:

@@ -23,6 +23,7 @@ from imprompt.adapter.backbones.base import (
     Inputs,
     LastCall,
     Site,
+    by_name,
     find_caller,
 )
 from imprompt.adapter.backbones.table import BACKBONES
@@ -208,12 +209,13 @@ class Injection:
             return None
         self._keep_processors()
         self._begin_run(model, caller)
-        inputs = self.backbone.inputs(args, kwargs)
-        call = self._read(model, inputs, kwargs, caller)
+        given = by_name(model, args, kwargs)
+        inputs = self.backbone.inputs(given)
+        call = self._read(model, inputs, given, caller)
         training = any(source.training is not None for source in self.sources)
         ratio = None if training else self._guidance(call, caller)
         if ratio is not None:
-            args, kwargs, call = self._widen(args, kwargs, call, ratio)
+            given, call = self._widen(given, call, ratio)
         batch = self._batch(call, training)
         self._keep_text(inputs.text, call, caller)
         timestep = inputs.timestep.to(call.device, torch.float32)
@@ -223,8 +225,10 @@ class Injection:
             if self.recorder is not None:
                 self.recorder.step(clock.position(timestep).mean() / clock.length, batch.call, self.sites)
         if batch.beside_text is not None:
-            return (), batch.beside_text.into(model, args, kwargs)
-        return None if ratio is None else (args, kwargs)
+            given = batch.beside_text.into(given)
+        elif ratio is None:
+            return None
+        return (), given
 
     def _enter(self, owner: object) -> bool:
         """Note that this thread calls the denoiser in a method of ``owner``; returns whether there is a
@@ -282,7 +286,7 @@ class Injection:
             attention.set_processor(self.backbone.processor(previous, self, site))
             self._shown = None
 
-    def _read(self, model: nn.Module, inputs: Inputs, kwargs: dict[str, Any], caller: Caller | None) -> Call:
+    def _read(self, model: nn.Module, inputs: Inputs, given: dict[str, Any], caller: Caller | None) -> Call:
         latents = inputs.latents
         kind = latents.device.type
         autocast = torch.is_autocast_enabled(kind)
@@ -297,22 +301,22 @@ class Injection:
             )
         return Call(
             batch=len(latents),
-            grid=self._grid_of(model, inputs, kwargs),
+            grid=self._grid_of(model, inputs, given),
             device=latents.device,
             dtype=torch.get_autocast_dtype(kind) if autocast else latents.dtype,
             branches=branches,
             steady=self._compiled,
         )
 
-    def _grid_of(self, model: nn.Module, inputs: Inputs, kwargs: dict[str, Any]) -> Any:
+    def _grid_of(self, model: nn.Module, inputs: Inputs, given: dict[str, Any]) -> Any:
         """The grid of the call; FLUX's is cached by its position ids, one object per run, and the text's
         length, in which negatives may differ."""
-        ids = kwargs.get("img_ids")
+        ids = given.get("img_ids")
         if ids is None:
-            return self.backbone.grid(model, inputs, kwargs)
+            return self.backbone.grid(model, inputs, given)
         length = 0 if inputs.text is None else inputs.text.shape[1]
         if self._grid is None or self._grid[0] is not ids or self._grid[1].text_tokens != length:
-            self._grid = ids, self.backbone.grid(model, inputs, kwargs)
+            self._grid = ids, self.backbone.grid(model, inputs, given)
         return self._grid[1]
 
     def _branches(self, inputs: Inputs, caller: Caller | None) -> tuple[Branch, ...]:
@@ -377,14 +381,12 @@ class Injection:
             raise UsageError("guidance for the image: the text's cannot be read here; pass text= too.")
         return float(scale)
 
-    def _widen(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call, ratio: float
-    ) -> tuple[tuple[Any, ...], dict[str, Any], Call]:
+    def _widen(self, given: dict[str, Any], call: Call, ratio: float) -> tuple[dict[str, Any], Call]:
         rows, branches = {call.batch, call.batch * call.frames}, len(call.branches)
-        kept = {name: value for name, value in kwargs.items() if name in self.backbone.unbatched}
-        args, kwargs = widened(args, rows, branches), widened(kwargs, rows, branches) | kept
+        kept = {name: value for name, value in given.items() if name in self.backbone.unbatched}
+        given = widened(given, rows, branches) | kept
         self._merge = branches + 1, ratio
-        return args, kwargs, replace(call, batch=call.batch + call.samples, branches=WIDENED[call.branches])
+        return given, replace(call, batch=call.batch + call.samples, branches=WIDENED[call.branches])
 
     def _batch(self, call: Call, training: bool) -> Batch:
         """The tensors for ``call``, updated and handed to the processors."""

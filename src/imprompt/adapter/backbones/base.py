@@ -6,8 +6,10 @@ branches), and the processor that adds image prompts at a site. A new architectu
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from inspect import Parameter, signature
 from types import FrameType
 from typing import Any, Literal, TypeAlias
 
@@ -77,6 +79,23 @@ class Inputs:
     text: Tensor | None
     timestep: Tensor
     """In the scheduler's unit, one number or one a row."""
+
+
+def by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of ``model``, by name however they were passed."""
+    return dict(zip(_parameters(type(model)), args, strict=False)) | dict(kwargs)
+
+
+@cache
+def _parameters(model: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the arguments of a class's ``forward``, in order; those of the class it is derived from where
+    it passes on whatever it is called with."""
+    for owner in model.__mro__:
+        if (forward := vars(owner).get("forward")) is not None:
+            _, *found = signature(forward).parameters.values()
+            if not any(each.kind is Parameter.VAR_POSITIONAL for each in found):
+                return tuple(each.name for each in found)
+    return ()
 
 
 @dataclass(frozen=True)
@@ -149,15 +168,16 @@ class Backbone:
     recognises: Callable[[object], bool]
     sites: Callable[[Any], tuple[Site, ...]]
     """All sites of a denoiser, in the order of published files."""
-    inputs: Callable[[tuple[Any, ...], dict[str, Any]], Inputs]
-    grid: Callable[[Any, Inputs, dict[str, Any]], Grid]
+    inputs: Callable[[Mapping[str, Any]], Inputs]
+    """Reads the arguments of a call, all by name (:func:`by_name`)."""
+    grid: Callable[[Any, Inputs, Mapping[str, Any]], Grid]
     branches: Callable[[Inputs, Caller, LastCall], tuple[Branch, ...]]
     processor: Callable[..., Any]
     """Called with (previous processor, injection, site)."""
     wraps: tuple[type, ...]
     """Processors that compute the base's own attention, which ``processor`` may stand in for."""
     unbatched: frozenset[str] = frozenset()
-    """Keyword arguments whose first dimension is not the batch."""
+    """Arguments whose first dimension is not the batch."""
     text_projection: Callable[[Any], nn.Module | None] = lambda model: None
     """The layer that projects text states to the cross-attention width before any attention reads them."""
 

@@ -5,6 +5,7 @@ InstantX's read it in all blocks and add inside the attention, before the output
 query after the base's RMS norm and before RoPE. CFG branches are separate calls, cond first.
 """
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -123,13 +124,12 @@ def _recognises(model: object) -> bool:
     return type(attention).__name__ == "FluxAttention" and hasattr(model, "transformer_blocks")
 
 
-def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-    named = dict(zip(("hidden_states", "encoder_hidden_states"), args, strict=False)) | kwargs
-    return Inputs(named["hidden_states"], named["encoder_hidden_states"], named["timestep"].float() * 1000)
+def _inputs(given: Mapping[str, Any]) -> Inputs:
+    return Inputs(given["hidden_states"], given["encoder_hidden_states"], given["timestep"].float() * 1000)
 
 
-def _grid(model: Any, inputs: Inputs, kwargs: dict[str, Any]) -> Grid:
-    ids: Tensor = kwargs["img_ids"]
+def _grid(model: Any, inputs: Inputs, given: Mapping[str, Any]) -> Grid:
+    ids: Tensor = given["img_ids"]
     ids = ids[0] if ids.ndim == 3 else ids
     drawn = ids[ids[:, 0] == 0]  # Kontext marks its reference's tokens with 1
     height, width = (int(side) + 1 for side in drawn[:, 1:].amax(0).tolist())

@@ -5,6 +5,7 @@ values beside its tokens' (Tencent's formula for UNets has tokens alone). Its su
 is taken before the output projection. Both CFG branches are in one batch.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -97,12 +98,11 @@ def _recognises(model: object) -> bool:
     return isinstance(model, nn.Module) and type(model).__name__ == "SD3Transformer2DModel"
 
 
-def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-    named = dict(zip(("hidden_states", "encoder_hidden_states"), args, strict=False)) | kwargs
-    return Inputs(named["hidden_states"], named["encoder_hidden_states"], named["timestep"])
+def _inputs(given: Mapping[str, Any]) -> Inputs:
+    return Inputs(given["hidden_states"], given["encoder_hidden_states"], given["timestep"])
 
 
-def _grid(model: Any, inputs: Inputs, kwargs: dict[str, Any]) -> Grid:
+def _grid(model: Any, inputs: Inputs, given: Mapping[str, Any]) -> Grid:
     patch = model.config.patch_size
     height, width = inputs.latents.shape[-2:]
     return Grid(height // patch, width // patch)

@@ -6,6 +6,7 @@ run: down, middle, up. Attention of motion modules (``motion_modules``, ``tempor
 never counted.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -153,14 +154,13 @@ def _recognises(model: object) -> bool:
     return isinstance(model, nn.Module) and all(hasattr(model, part) for part in parts)
 
 
-def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-    named = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
-    text = named.get("encoder_hidden_states")
-    timestep = torch.as_tensor(named["timestep"], device=named["sample"].device)
-    return Inputs(named["sample"], text if isinstance(text, Tensor) else None, timestep)
+def _inputs(given: Mapping[str, Any]) -> Inputs:
+    text = given.get("encoder_hidden_states")
+    timestep = torch.as_tensor(given["timestep"], device=given["sample"].device)
+    return Inputs(given["sample"], text if isinstance(text, Tensor) else None, timestep)
 
 
-def _grid(model: Any, inputs: Inputs, kwargs: dict[str, Any]) -> Grid:
+def _grid(model: Any, inputs: Inputs, given: Mapping[str, Any]) -> Grid:
     frames = inputs.latents.shape[2] if inputs.latents.ndim == 5 else 1
     height, width = inputs.latents.shape[-2:]
     return Grid(height, width, frames)
