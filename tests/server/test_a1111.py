@@ -1,14 +1,23 @@
 """The webuiapi client, unchanged, against the served bundled model."""
 
+import asyncio
 import io
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
 import webuiapi
 from PIL import Image
 
+import tinydit
+from imprompt import catalog
 from imprompt.app.server.a1111 import TextToImage, guidance_fields
-from serving import STEPS, Running, mask, picture
+from imprompt.app.server.bases import served
+from imprompt.app.server.problems import Problem
+from imprompt.app.server.settings import Settings
+from serving import STEPS, Running, mask, picture, start
 
 SMALL = {"steps": STEPS, "width": 128, "height": 128, "seed": 9}
 
@@ -16,6 +25,17 @@ SMALL = {"steps": STEPS, "width": 128, "height": 128, "seed": 9}
 @pytest.fixture
 def theirs(running: Running) -> webuiapi.WebUIApi:
     return webuiapi.WebUIApi(port=running.settings.port, sampler="Euler a")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """A server that offers a FLUX and a model of emoji, each in a folder whose name says something else."""
+    root = tmp_path_factory.mktemp("bases")
+    flux = tinydit.save_base("flux", root / "my-drawings")
+    other = root / "flux-like"
+    other.symlink_to(catalog.ASSETS, target_is_directory=True)
+    bases = {"mine": str(flux), "flux-like": str(other)}
+    return Settings(root / "served", devices=(), bases=bases, download=True)
 
 
 def opened(content: bytes) -> Image.Image:
@@ -123,8 +143,35 @@ def test_what_is_not_here_is_refused(client: httpx.Client, change: dict, field: 
         ("flux", {}, {"guidance": None, "true_guidance": None}),
         ("flux", {"cfg_scale": 1, "distilled_cfg_scale": 3.5}, {"guidance": 3.5, "true_guidance": None}),
         ("flux", {"cfg_scale": 2}, {"guidance": None, "true_guidance": 2.0, "negative": "blue"}),
+        ("mine", {"cfg_scale": 2}, {"guidance": None, "true_guidance": 2.0, "negative": "blue"}),
+        ("flux-like", {}, {"guidance": 7.0, "negative": "blue"}),
     ],
 )
-def test_flux_is_guided_as_forge_means_it(base: str, sent: dict, wanted: dict) -> None:
+def test_flux_is_guided_as_forge_means_it(base: str, sent: dict, wanted: dict, folders: Settings) -> None:
+    """A folder by what it says it is, not by its name."""
     body = TextToImage(negative_prompt="blue", **sent)
-    assert guidance_fields(body, base) == wanted
+    assert guidance_fields(body, asyncio.run(served(base, folders))) == wanted
+
+
+def test_what_they_call_euler_is_a_flow_bases_own_scheduler(folders: Settings) -> None:
+    running = start(folders, ready=False)
+    body = {"prompt": "a cat", "sampler_name": "Euler", "cfg_scale": 1, "distilled_cfg_scale": 4}
+    headers = {"X-Client-Id": "forge"}
+    try:
+        with running.client(headers=headers) as client, ThreadPoolExecutor(1) as beside:
+            chosen = {"override_settings": {"sd_model_checkpoint": "mine"}}
+            beside.submit(client.post, "/sdapi/v1/txt2img", json={**body, **chosen})
+            end = time.monotonic() + 60
+            while not (jobs := running.queue.unfinished("127.0.0.1 forge")) and time.monotonic() < end:
+                time.sleep(0.05)
+            request = jobs[0].request
+            httpx.post(f"{running.url}/sdapi/v1/interrupt", headers=headers)
+        assert (request.scheduler, request.guidance, request.true_guidance) == (None, 4, None)
+    finally:
+        running.stop()
+
+
+def test_a_base_that_cannot_be_read_is_refused_before_a_job_is_made(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "OtherPipeline"}')
+    with pytest.raises(Problem, match="OtherPipeline"):
+        asyncio.run(served("odd", Settings(tmp_path, bases={"odd": str(tmp_path)})))

@@ -34,17 +34,26 @@ def transparent_hole(size: tuple[int, int] = (128, 128)) -> bytes:
 
 
 def test_quality_is_a_factor_of_the_bases_own_steps(tmp_path) -> None:
-    running = start(Settings(tmp_path, devices=(), download=True), ready=False)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "mine" / "defaults.json").write_text('{"steps": 8}')
+    offered = Settings(tmp_path, devices=(), download=True, bases={"mine": str(tmp_path / "mine")})
+    running = start(offered, ready=False)
     try:
-        for model, quality in (("flux-schnell", "high"), ("emoji", "low"), ("emoji", "auto")):
+        asked = (
+            ("flux-schnell", "high", 6),
+            ("emoji", "low", 10),
+            ("emoji", "auto", None),
+            ("mine", "low", 4),
+        )
+        for model, quality, expected in asked:
             body = {"prompt": "a cat", "model": model, "quality": quality, "stream": True}
             with (
                 running.client(headers={"X-Client-Id": quality + model}) as client,
                 client.stream("POST", "/v1/images/generations", json=body),  # whose end would cancel the job
             ):
                 [job] = running.queue.unfinished(f"127.0.0.1 {quality}{model}")
-            expected = {"high": 6, "low": 10, "auto": None}
-            assert job.request.steps == expected[quality]
+            assert job.request.steps == expected
     finally:
         running.stop()
 

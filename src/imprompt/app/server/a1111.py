@@ -17,8 +17,8 @@ from fastapi import Request as HTTPRequest
 from PIL import Image, ImageFilter, ImageOps
 from pydantic import BaseModel, Field
 
-from imprompt import catalog
 from imprompt.app.server.a1111_units import MODULES, read_units
+from imprompt.app.server.bases import Served, served
 from imprompt.app.server.bodies import Body, checked, decoded_picture, described, json_body
 from imprompt.app.server.capabilities import capabilities, offered_bases
 from imprompt.app.server.jobs import Job
@@ -44,8 +44,6 @@ SAMPLERS = {
 }  # fmt: skip
 """Their name of a sampler → ours."""
 SCHEDULERS = ("automatic", "uniform", "karras")
-_FLOWS = ("flux", "chroma", "sd35")
-"""Families that match flows; what these programs call Euler is their own scheduler."""
 _LORA = re.compile(r"<lora:([^:>]+)(?::([-+0-9.]+))?(?::[^>]*)?>")
 _REFUSED = {
     "enable_hr": "a second pass at a larger size",
@@ -159,11 +157,12 @@ async def _fields(
     """A request's fields from theirs. Raises :class:`Problem`."""
     _check_supported(values, body)
     prompt, loras = _without_loras(body.prompt)
-    base = str(body.override_settings.get("sd_model_checkpoint") or _chosen_base(http))
+    name = str(body.override_settings.get("sd_model_checkpoint") or _chosen_base(http))
+    base = await served(name, queue.settings)
     fields: dict[str, Any] = {
         "prompt": prompt,
         "loras": loras,
-        "base": base,
+        "base": name,
         "steps": body.steps,
         "count": body.batch_size * body.n_iter,
         "size": [body.width, body.height],
@@ -174,23 +173,14 @@ async def _fields(
     return fields | guidance_fields(body, base) | await read_units(body.alwayson_scripts, queue)
 
 
-def guidance_fields(body: TextToImage, base: str) -> dict[str, Any]:
+def guidance_fields(body: TextToImage, base: Served) -> dict[str, Any]:
     """Guidance, and the negative prompt where it is read. On FLUX as Forge means it: ``cfg_scale`` is
     classifier-free guidance, off at 1, beside the distilled one."""
-    scale = (1.0 if _is_distilled(base) else 7.0) if body.cfg_scale is None else body.cfg_scale
+    scale = (1.0 if base.distilled else 7.0) if body.cfg_scale is None else body.cfg_scale
     found: dict[str, Any] = {"guidance": scale}
-    if _is_distilled(base):
+    if base.distilled:
         found = {"guidance": body.distilled_cfg_scale, "true_guidance": scale if scale > 1 else None}
     return found | ({"negative": body.negative_prompt} if scale > 1 else {})
-
-
-def _is_distilled(base: str) -> bool:
-    return _family(base) == "flux"
-
-
-def _family(base: str) -> str | None:
-    row = catalog.bases().get(base)
-    return None if row is None else row.family
 
 
 def _check_supported(values: Mapping[str, Any], body: TextToImage) -> None:
@@ -220,7 +210,7 @@ def _chosen_base(http: HTTPRequest) -> str:
     return getattr(http.app.state, "a1111_base", http.app.state.settings.base)
 
 
-def _scheduler(body: TextToImage, base: str) -> str | None:
+def _scheduler(body: TextToImage, base: Served) -> str | None:
     """Our scheduler for their sampler and scheduler. Raises :class:`Problem` for one that is not here."""
     name = body.sampler_name or body.sampler_index
     if not name:
@@ -229,7 +219,7 @@ def _scheduler(body: TextToImage, base: str) -> str | None:
     found = known.get(name.lower())
     if found is None:
         raise refused("sampler_name", f"'{name[:60]}' is not here.", "sampler_not_found", 404)
-    if found == "euler" and _family(base) in _FLOWS:
+    if found == "euler" and base.flows:
         return None
     return "dpm++2m-karras" if found == "dpm++2m" and body.scheduler.lower() == "karras" else found
 
@@ -257,20 +247,20 @@ async def _answer(
 ) -> dict[str, Any]:
     job = await drawn(queue, http, await checked_request(queue, fields), previews=True)
     files = await contents(queue, job.pictures)
+    base = await served(job.request.base, queue.settings)
     large = ("init_images", "mask", "alwayson_scripts")
     return {
         "images": await encoded(files) if body.send_images else [],
         "parameters": {name: value for name, value in values.items() if name not in large},
-        "info": json.dumps(_info(job, files)),
+        "info": json.dumps(_info(job, files, base)),
     }
 
 
-def _info(job: Job, files: list[bytes]) -> dict[str, Any]:
+def _info(job: Job, files: list[bytes], base: Served) -> dict[str, Any]:
     request = job.record or {}
     seeds = [request["seed"] + index for index in range(len(files))]
     width, height = request["size"]
-    distilled = _is_distilled(request["base"])
-    guidance = request["true_guidance"] or 1.0 if distilled else request["guidance"]
+    guidance = request["true_guidance"] or 1.0 if base.distilled else request["guidance"]
     return {
         "prompt": request["prompt"], "all_prompts": [request["prompt"]] * len(files),
         "negative_prompt": request["negative"], "all_negative_prompts": [request["negative"]] * len(files),
@@ -280,7 +270,7 @@ def _info(job: Job, files: list[bytes]) -> dict[str, Any]:
         "sd_model_name": request["base"], "sd_model_hash": "", "denoising_strength": request["strength"],
         "index_of_first_image": 0, "infotexts": [_parameters(content) for content in files],
         "job_timestamp": str(int(job.created)), "clip_skip": 1, "styles": [],
-        "extra_generation_params": {"Distilled CFG Scale": request["guidance"]} if distilled else {},
+        "extra_generation_params": {"Distilled CFG Scale": request["guidance"]} if base.distilled else {},
     }  # fmt: skip
 
 

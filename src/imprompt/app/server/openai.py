@@ -21,6 +21,7 @@ from pydantic import BaseModel, Field
 from starlette.datastructures import FormData
 
 from imprompt import catalog
+from imprompt.app.server.bases import served
 from imprompt.app.server.bodies import (
     Body,
     Fields,
@@ -58,7 +59,6 @@ _THEIRS = re.compile(r"^(gpt-image|dall-e|chatgpt-image)")  # programs often hav
 _FIDELITY = {"low": 0.6, "high": 0.9}
 _EFFORT = {"low": 0.5, "high": 1.5, "hd": 1.5}
 """``quality`` → factor of the base's own number of steps."""
-_STEPS = 30  # of bases outside the catalogue
 
 
 class ErrorBody(BaseModel):
@@ -132,7 +132,7 @@ def error_body(problem: Problem) -> dict[str, Any]:
 async def generations(http: HTTPRequest, queue: QueueHere) -> Response:
     """Draw pictures from a text."""
     body = _checked(Generation, await json_body(http, queue.settings))
-    request = await checked_request(queue, _fields(body, queue))
+    request = await checked_request(queue, await _fields(body, queue))
     return await _answer(http, queue, body, request, "image_generation")
 
 
@@ -145,7 +145,7 @@ async def edits(http: HTTPRequest, queue: QueueHere) -> Response:
     form = await form_body(http, queue.settings)
     try:
         body = _checked(Edit, _form_values(form, queue))
-        fields = _fields(body, queue)
+        fields = await _fields(body, queue)
         await _add_pictures(form, fields, body, queue)
     finally:
         await form.close()
@@ -198,20 +198,16 @@ def _scalar(text: str) -> Any:
     return value if isinstance(value, int | float | bool | str | None) else text
 
 
-def _fields(body: Generation, queue: Queue) -> dict[str, Any]:
+async def _fields(body: Generation, queue: Queue) -> dict[str, Any]:
     """A request's fields from OpenAI's. Raises :class:`Problem`."""
     base = _base(body.model, queue)
     fields: dict[str, Any] = {"prompt": body.prompt, "base": base, "count": body.n}
     if body.size != "auto":
         fields["size"] = body.size
     if body.quality in _EFFORT:
-        fields["steps"] = max(1, round(_steps_of(base) * _EFFORT[body.quality]))
+        own = (await served(base, queue.settings)).steps
+        fields["steps"] = max(1, round(own * _EFFORT[body.quality]))
     return fields | body.imprompt
-
-
-def _steps_of(base: str) -> int:
-    row = catalog.bases().get(base)
-    return _STEPS if row is None else row.steps or catalog.families()[row.family].steps
 
 
 def _base(name: str | None, queue: Queue) -> str:
