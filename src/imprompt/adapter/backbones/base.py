@@ -83,7 +83,8 @@ class Inputs:
 
 def by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call of ``model``, by name however they were passed."""
-    return dict(zip(_parameters(type(model)), args, strict=False)) | dict(kwargs)
+    kind: Any = type(model)  # mypy takes no class for hashable
+    return dict(zip(_parameters(kind), args, strict=False)) | dict(kwargs)
 
 
 @cache
