@@ -116,12 +116,12 @@ class LinearProjection(ImageProjection):
 
     def __init__(self, variant: Variant, sizes: Sizes) -> None:
         super().__init__(variant, sizes)
-        self.proj = nn.Linear(sizes.feature_width, sizes.tokens * sizes.cross_dim)
+        self.proj: nn.Module = nn.Linear(sizes.feature_width, sizes.tokens * sizes.cross_dim)
         self.norm = nn.LayerNorm(sizes.cross_dim)
 
     def _tokens(self, features: Tensor) -> Float[Tensor, "N T C"]:
         tokens: Tensor = self.norm(self.proj(features).unflatten(-1, (self.tokens, self.cross_dim)))
-        return tokens
+        return tokens.flatten(1, -2)
 
 
 class PatchMLPProjection(ImageProjection):
@@ -129,33 +129,20 @@ class PatchMLPProjection(ImageProjection):
 
     def __init__(self, variant: Variant, sizes: Sizes) -> None:
         super().__init__(variant, sizes)
-        self.proj = nn.Sequential(
-            nn.Linear(sizes.feature_width, sizes.inner),
-            nn.GELU(),
-            nn.Linear(sizes.inner, sizes.cross_dim),
-            nn.LayerNorm(sizes.cross_dim),
-        )
+        layers = mlp(sizes.feature_width, sizes.inner, sizes.cross_dim)
+        self.proj = layers.append(nn.LayerNorm(sizes.cross_dim))
 
     def _tokens(self, features: Tensor) -> Float[Tensor, "N T C"]:
         tokens: Tensor = self.proj(features)
         return tokens
 
 
-class MLPProjection(ImageProjection):
+class MLPProjection(LinearProjection):
     """``LayerNorm(reshape(MLP(e)))``: an embedding to ``T`` tokens (FaceID, portrait, FLUX InstantX)."""
 
     def __init__(self, variant: Variant, sizes: Sizes) -> None:
         super().__init__(variant, sizes)
-        self.proj = nn.Sequential(
-            nn.Linear(sizes.feature_width, sizes.inner),
-            nn.GELU(),
-            nn.Linear(sizes.inner, sizes.tokens * sizes.cross_dim),
-        )
-        self.norm = nn.LayerNorm(sizes.cross_dim)
-
-    def _tokens(self, features: Tensor) -> Float[Tensor, "N T C"]:
-        tokens: Tensor = self.norm(self.proj(features).unflatten(-1, (self.tokens, self.cross_dim)))
-        return tokens.flatten(1, -2)
+        self.proj = mlp(sizes.feature_width, sizes.inner, sizes.tokens * sizes.cross_dim)
 
 
 class ReduxProjection(ImageProjection):
@@ -169,3 +156,8 @@ class ReduxProjection(ImageProjection):
     def _tokens(self, features: Tensor) -> Float[Tensor, "N T C"]:
         tokens: Tensor = self.redux_down(functional.silu(self.redux_up(features)))
         return tokens
+
+
+def mlp(width: int, inner: int, out: int) -> nn.Sequential:
+    """Two linear layers with a GELU between them."""
+    return nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, out))

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from imprompt.catalog.variants import Variant
 from imprompt.errors import EncoderMismatch, UsageError
-from imprompt.projections.modules import ImageProjection
+from imprompt.projections.modules import ImageProjection, mlp
 from imprompt.projections.shapes import HEAD_WIDTH, Sizes
 
 
@@ -98,11 +98,7 @@ class FaceResamplerProjection(ImageProjection):
         assert sizes.patch_width is not None
         width = sizes.resampler.width
         self.patch_width = sizes.patch_width
-        self.proj = nn.Sequential(
-            nn.Linear(sizes.feature_width, sizes.inner),
-            nn.GELU(),
-            nn.Linear(sizes.inner, sizes.tokens * width),
-        )
+        self.proj = mlp(sizes.feature_width, sizes.inner, sizes.tokens * width)
         self.norm = nn.LayerNorm(width)
         self.perceiver_resampler = nn.Module()
         _add_resampler(self.perceiver_resampler, sizes.patch_width, sizes)

@@ -5,7 +5,7 @@ what follows from them. The modules are made with the same sizes.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from imprompt.catalog.variants import ProjectionKind
 from imprompt.errors import ModelError
@@ -151,14 +151,7 @@ def _resampler(sizes: Sizes) -> _Weights:
 def _timed_sizes(shapes: Shapes) -> Sizes:
     _, frequencies = shape_of(shapes, "time_embedding.linear_1.weight", 2)
     plain = _resampler_sizes(shapes)
-    return Sizes(
-        plain.tokens,
-        plain.cross_dim,
-        plain.feature_width,
-        frequencies=frequencies,
-        resampler=plain.resampler,
-        time_width=plain.resampler.width,
-    )
+    return replace(plain, frequencies=frequencies, time_width=plain.resampler.width)
 
 
 def _timed(sizes: Sizes) -> _Weights:
@@ -170,20 +163,15 @@ def _timed(sizes: Sizes) -> _Weights:
 def _face_resampler_sizes(shapes: Shapes) -> Sizes:
     prefix = "perceiver_resampler."
     inside = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
-    inner, feature_width = shape_of(shapes, "proj.0.weight", 2)
-    rows, _ = shape_of(shapes, "proj.2.weight", 2)
-    (width,) = shape_of(shapes, "norm.weight", 1)
+    faces = _mlp_sizes(shapes)  # whose tokens are as wide as the resampler
     _, patch_width = shape_of(inside, "proj_in.weight", 2)
     cross_dim, _ = shape_of(inside, "proj_out.weight", 2)
-    tokens = _ratio(rows, width, "proj.2.weight", "norm.weight")
-    return Sizes(tokens, cross_dim, feature_width, inner, patch_width, resampler=Widths.of(inside, width))
+    resampler = Widths.of(inside, faces.cross_dim)
+    return replace(faces, cross_dim=cross_dim, patch_width=patch_width, resampler=resampler)
 
 
 def _face_resampler(sizes: Sizes) -> _Weights:
-    width = sizes.resampler.width
-    yield from _layer("proj.0", sizes.feature_width, sizes.inner)
-    yield from _layer("proj.2", sizes.inner, sizes.tokens * width)
-    yield from _norm("norm", width)
+    yield from _mlp(replace(sizes, cross_dim=sizes.resampler.width))
     for key, shape in _blocks(sizes.patch_width or 0, sizes):
         yield f"perceiver_resampler.{key}", shape
 
