@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from imprompt.adapter.schedule import evaluate
+from imprompt.adapter.schedule import curve_at
 from imprompt.errors import UsageError
 from imprompt.schema.options import Points
 
@@ -55,8 +55,7 @@ class Track:
 
     def factors(self, frames: int) -> list[float]:
         """The strength factor of each frame."""
-        places, factors = (torch.tensor([[p[i] for p in self.curve]]).expand(frames, -1) for i in (0, 1))
-        values: list[float] = evaluate(places, factors, torch.linspace(0, 1, frames)).tolist()
+        values: list[float] = curve_at(self.curve, torch.linspace(0, 1, frames)).tolist()
         return values
 
     def tokens(self, tokens: Float[Tensor, "KT C"], frame: int) -> Float[Tensor, "T C"]:

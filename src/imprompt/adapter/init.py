@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from imprompt.adapter.injection import find_denoiser
+from imprompt.adapter.injection import denoiser_of
 from imprompt.checkpoints.checkpoint import StateDict
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.errors import UsageError
@@ -23,19 +23,14 @@ def initial_weights(
     """A random projection, and the text's own keys and values for the image.
 
     ``features`` is the width of the encoder's features, or the encoder. Raises :class:`UsageError` where a
-    width cannot be known or does not fit.
+    width cannot be known or does not fit, :class:`AdapterMismatch` for what is no denoiser.
     """
-    found = find_denoiser(model)
-    if found is None:
-        raise UsageError(
-            f"a {type(model).__name__} is no denoiser that an adapter can be made for; a diffusers UNet with "
-            "cross-attention, or a FLUX, Chroma or SD3 transformer is expected."
-        )
+    backbone, model = denoiser_of(model, "a new adapter")
     if features is None:
         raise UsageError("a new adapter needs feature_width= or an image encoder object to read it from.")
     if isinstance(features, ImageEncoder):
         features = features.pooled_width if kind == "linear" else features.hidden_width
-    sites = found[0].sites(model)
+    sites = backbone.sites(model)
     cross_dim = sites[0].cross_dim
     if kind == "linear":
         projection = new_linear(features, tokens or 4, cross_dim)

@@ -51,6 +51,16 @@ def find_denoiser(target: object) -> tuple[Backbone, nn.Module] | None:
     return None
 
 
+def denoiser_of(target: object, wanted_by: str) -> tuple[Backbone, nn.Module]:
+    """:func:`find_denoiser`. Raises :class:`AdapterMismatch` where there is none."""
+    if (found := find_denoiser(target)) is None:
+        raise AdapterMismatch(
+            f"{wanted_by} needs a diffusers UNet with cross-attention, or a FLUX, Chroma or SD3 transformer; "
+            f"{type(target).__name__} has none."
+        )
+    return found
+
+
 class Injection:
     """The processors and hooks of one denoiser, and the prompt sources that share them.
 
@@ -91,13 +101,7 @@ class Injection:
 
         Raises :class:`AdapterMismatch`, with nothing changed, for attention processors that it cannot wrap.
         """
-        found = find_denoiser(model)
-        if found is None:
-            raise AdapterMismatch(
-                f"{type(model).__name__} is no denoiser that image prompts are known for; a diffusers UNet "
-                "with cross-attention, or a FLUX, Chroma or SD3 transformer is expected."
-            )
-        backbone, model = found
+        backbone, model = denoiser_of(model, "an image prompt")
         sites = backbone.sites(model)
         attentions = [model.get_submodule(site.name) for site in sites]
         injection = cls.of(model) or cls(backbone, model, sites)

@@ -21,7 +21,7 @@ from imprompt.adapter.encoding import EncodedPrompt, EncoderLike, PromptEncoder,
 from imprompt.adapter.faces import FaceReaderLike
 from imprompt.adapter.fit import check_fits
 from imprompt.adapter.init import initial_weights
-from imprompt.adapter.injection import Injection, find_denoiser
+from imprompt.adapter.injection import Injection, denoiser_of, find_denoiser
 from imprompt.adapter.key_value import placement, precise
 from imprompt.adapter.prompt import CompiledPrompt, PromptLike, as_prompts, compile_prompt
 from imprompt.adapter.recorder import Recorder
@@ -34,7 +34,7 @@ from imprompt.checkpoints.checkpoint import Checkpoint, StateDict, read
 from imprompt.checkpoints.locate import locate, noted_encoder
 from imprompt.encoders.clip import Features, ImageEncoder
 from imprompt.encoders.face import FaceEmbedder, Faces
-from imprompt.errors import AdapterMismatch, UsageError
+from imprompt.errors import UsageError
 from imprompt.projections.once import once_each
 from imprompt.schema.prompt import ImagePrompt
 from imprompt.schema.values import Picture
@@ -160,12 +160,7 @@ class IPAdapter(AdapterWeights):
         device, and cast to its dtype if that is finer, unless they are being trained; the layers of keys and
         values, which are read once a prompt, are cast when they are read.
         """
-        found = find_denoiser(target)
-        if found is None:
-            raise AdapterMismatch(
-                f"adapter '{self.checkpoint.name}' needs a diffusers UNet; {type(target).__name__} has none."
-            )
-        backbone, model = found
+        backbone, model = denoiser_of(target, f"adapter '{self.checkpoint.name}'")
         if self.injection is not None and not self.injection.serves(model):
             raise UsageError(
                 f"adapter '{self.checkpoint.name}' is attached to another {backbone.noun}; detach() it first."

@@ -126,6 +126,12 @@ class Gate:
         self._length = length
 
 
+def curve_at(curve: Points, positions: Float[Tensor, " R"]) -> Float[Tensor, " R"]:
+    """Evaluate one curve at several positions."""
+    places, factors = torch.tensor(curve).unbind(-1)
+    return evaluate(places.expand(len(positions), -1), factors.expand(len(positions), -1), positions)
+
+
 def evaluate(
     places: Float[Tensor, "R K"], factors: Float[Tensor, "R K"], at: Float[Tensor, " R"]
 ) -> Float[Tensor, " R"]:

@@ -9,7 +9,7 @@ import torch
 
 from imprompt.adapter.frames import Track
 from imprompt.adapter.injection import find_denoiser
-from imprompt.adapter.schedule import Clock, evaluate
+from imprompt.adapter.schedule import Clock, curve_at
 from imprompt.generation.families import Kind
 from imprompt.generation.job import Job
 from imprompt.generation.loading import Loaded
@@ -36,7 +36,8 @@ def idle_notes(job: Job, loaded: Loaded) -> list[str]:
         layers = loaded.adapters[str(prompt.adapter)].sites_of(sites)
         if layers and not any(layer_weights(prompt.profile, layers).weights):
             reason = "its profile is 0 in every layer"
-        if request.frames and not any(_frame_factors(prompt, request.frames)):
+        over_frames = Track(curve=options.read_curve(prompt.frame_curve))
+        if request.frames and not any(over_frames.factors(request.frames)):
             reason = "its frame_curve is 0 in every frame"
         if reason and prompt.scale != 0:
             notes.append(f"images.{number} has no effect: {reason}")
@@ -70,14 +71,6 @@ def _idle_in_time(prompt: ImagePrompt, steps: Sequence[float]) -> str:
             f"none of the {len(steps)} steps, which run from {steps[0]:.2f} to {steps[-1]:.2f} of the "
             f"schedule, lies {window}"
         )
-    places, factors = (
-        torch.tensor([[point[i] for point in options.read_curve(prompt.curve)]]).expand(len(inside), -1)
-        for i in (0, 1)
-    )
-    if not evaluate(places, factors, torch.tensor(inside)).any():
+    if not curve_at(options.read_curve(prompt.curve), torch.tensor(inside)).any():
         return f"its curve is 0 at each of the {len(inside)} steps {window}"
     return ""
-
-
-def _frame_factors(prompt: ImagePrompt, frames: int) -> list[float]:
-    return Track(curve=options.read_curve(prompt.frame_curve)).factors(frames)
