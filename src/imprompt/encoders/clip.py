@@ -8,7 +8,7 @@ hidden states, ``S`` side of the model's input.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from imprompt import hub
 from imprompt.catalog import encoders
 from imprompt.catalog.resolve import Source, resolve
 from imprompt.encoders.images import load_image
@@ -94,9 +93,7 @@ class ImageEncoder:
         try:
             model, info = _load(place, config, torch_dtype)
         except Exception as error:  # transformers raises nearly anything on damaged or absent files
-            if place.path is None:
-                raise hub.failure(f"image encoder '{name}'", place.repo, error) from error
-            raise ModelError(f"image encoder '{name}' cannot be loaded: {first_line(error)}") from error
+            raise replace(place, name=name, kind="image encoder").not_loaded(error) from error
         absent = sorted(key for key in info["missing_keys"] if not key.endswith("position_ids"))
         if absent:
             raise ModelError(

@@ -27,10 +27,10 @@ from imprompt.generation.control_checks import (
     check_transformer_fits,
     is_t2i_xl,
 )
-from imprompt.generation.families import KINDS, Base, stills
+from imprompt.generation.families import KINDS, Base, check_family, stills
+from imprompt.generation.pipelines import load_part
 from imprompt.io import read_json
 from imprompt.schema.request import ControlRef, Request, Task
-from imprompt.weights import silence_library_logging
 
 NetName = Literal["controlnet", "union", "t2i", "sparse", "flux", "sd3"]
 
@@ -210,21 +210,8 @@ def check_fits(control: Control, unet: Mapping[str, Any], base: Base) -> None:
 
 def load_net(control: Control, dtype: torch.dtype) -> Any:
     """The control's model on the CPU, from safetensors only. Raises :class:`ModelError`."""
-    options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True}
-    if isinstance(row := control.place.row, ControlRow):
-        options["revision"] = row.revision
-        if row.half and dtype == torch.float16:
-            options["variant"] = "fp16"
-    if control.place.path is None and control.place.inside:
-        options["subfolder"] = control.place.inside
-    if control.reads_mask:
-        options["extra_conditioning_channels"] = 1
-    try:
-        with silence_library_logging():
-            model = getattr(diffusers, _NETS[control.net].class_name)
-            return model.from_pretrained(control.place.folder, **options).eval()
-    except Exception as error:  # loaders raise nearly anything on damaged or absent files
-        raise control.place.not_loaded(error) from error
+    channels = {"extra_conditioning_channels": 1} if control.reads_mask else {}
+    return load_part(control.place, getattr(diffusers, _NETS[control.net].class_name), dtype, **channels)
 
 
 def controlled(pipe: Any, task: Task, controls: Sequence[Control], nets: Mapping[str, Any]) -> Any:
@@ -357,7 +344,7 @@ def _find(ref: ControlRef, base: Base, task: Task) -> Control:
     place = resolve(name, "control", catalog.controls(), "a folder or a hub id (owner/name)")
     row = place.row if isinstance(place.row, ControlRow) else None
     if row is not None:
-        _check_family(row, name, base)
+        check_family(f"control '{name}'", row, base)
         _check_kind(ref, kind, name, row.modes)
     config = _config_of(place, task)
     net = _net_of(config, name)
@@ -366,14 +353,6 @@ def _find(ref: ControlRef, base: Base, task: Task) -> Control:
     modes = {} if row is None else row.modes
     _check_kind(ref, kind, name, modes)
     return Control(ref, net, place, config, kind, modes.get(kind))
-
-
-def _check_family(row: ControlRow, name: str, base: Base) -> None:
-    if base.family is not None and row.family != base.family:
-        raise ModelError(
-            f"control '{name}' is for {row.family} bases; base '{base.name}' is of the family {base.family}. "
-            "See imprompt models."
-        )
 
 
 def _net_of(config: Mapping[str, Any], name: str) -> NetName:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from imprompt import catalog, hub
-from imprompt.catalog import BaseRow, FamilyRow
+from imprompt.catalog import BaseRow, ControlRow, FamilyRow, MotionRow
 from imprompt.catalog.resolve import Source, fingerprint_of, resolve
-from imprompt.errors import ModelError, UsageError
+from imprompt.errors import AdapterMismatch, ModelError, UsageError
 from imprompt.io import read_json, sha256
 from imprompt.schema.request import Task
 from imprompt.tensorfile import read_header
@@ -260,6 +260,15 @@ def find_adapter(name: str | None, base: Base) -> str:
             )
     resolve(name, "adapter", catalog.adapters(), "a file, a folder or owner/name/file.safetensors of the hub")
     return name
+
+
+def check_family(what: str, row: ControlRow | MotionRow, base: Base) -> None:
+    """Raise :class:`AdapterMismatch` for a control or motion adapter that is for another family of bases."""
+    if base.family not in (None, row.family):
+        raise AdapterMismatch(
+            f"{what} is for {row.family} bases; base '{base.name}' is of the family {base.family}. See "
+            "imprompt models."
+        )
 
 
 def adapter_file(name: str) -> Path:

@@ -74,6 +74,27 @@ def check(base: Base, task: Task) -> None:
         hub.fetch(base.source, "model_index.json", what=f"base '{base.name}'", about=_about(base))
 
 
+def load_part(place: Source, model: Any, dtype: Any, **options: Any) -> Any:
+    """A model that joins a pipeline (a control, a motion adapter), of one of diffusers' classes, on the CPU.
+
+    Raises :class:`ModelError` when it is missing, damaged or cannot be had.
+    """
+    half = getattr(place.row, "half", False) and str(dtype) == "torch.float16"
+    if place.path is None:
+        options |= {"subfolder": place.inside or None, "revision": place.revision}
+    try:
+        with silence_library_logging():
+            return model.from_pretrained(
+                place.folder,
+                torch_dtype=dtype,
+                use_safetensors=True,
+                variant="fp16" if half else None,
+                **options,
+            )
+    except Exception as error:  # loaders raise nearly anything on damaged or absent files
+        raise place.not_loaded(error) from error
+
+
 def for_task(pipe: Any, base: Base, task: Task) -> Any:
     """The pipeline of another task around the same weights. Raises :class:`UsageError` if there is none."""
     kind = base.kind

@@ -24,7 +24,8 @@ from imprompt import catalog
 from imprompt.catalog import MotionRow
 from imprompt.catalog.resolve import Source, fingerprint_of, resolve
 from imprompt.errors import AdapterMismatch, InputError, ModelError, UsageError, first_line
-from imprompt.generation.families import Base
+from imprompt.generation.families import Base, check_family
+from imprompt.generation.pipelines import load_part
 from imprompt.schema.request import Request
 from imprompt.weights import in_float32, silence_library_logging
 
@@ -80,11 +81,8 @@ def find_motion(name: str | None, base: Base) -> Motion:
                 f"motion: base '{base.name}' has no default motion adapter; name one that was made for it."
             )
     motion = Motion(resolve(name, "motion adapter", catalog.motions(), "a folder or a hub id (owner/name)"))
-    if motion.row is not None and base.family is not None and motion.row.family != base.family:
-        raise AdapterMismatch(
-            f"motion adapter '{name}' is for {motion.row.family} bases; base '{base.name}' is of the family "
-            f"{base.family}. See imprompt models."
-        )
+    if motion.row is not None:
+        check_family(f"motion adapter '{name}'", motion.row, base)
     if motion.place.path is not None and not (motion.place.path / "config.json").is_file():
         raise ModelError(f"'{name}' is no motion adapter: a diffusers folder of one has a config.json.")
     return motion
@@ -138,7 +136,7 @@ def motion_pipeline(pipe: Any, motion: Motion, base: Base, dtype: torch.dtype) -
     Raises :class:`ModelError` when the motion adapter cannot be loaded, :class:`AdapterMismatch` when it was
     made for another base.
     """
-    adapter = _load(motion, dtype)
+    adapter = load_part(motion.place, diffusers.MotionAdapter, dtype)
     widths, own = tuple(adapter.config.block_out_channels), tuple(pipe.unet.config.block_out_channels)
     if widths != own:
         raise AdapterMismatch(
@@ -223,20 +221,6 @@ def draw(
 
 
 # ---- private
-
-
-def _load(motion: Motion, dtype: torch.dtype) -> Any:
-    half = motion.row is not None and motion.row.half and dtype == torch.float16
-    try:
-        with silence_library_logging():
-            return diffusers.MotionAdapter.from_pretrained(
-                motion.place.folder,
-                torch_dtype=dtype,
-                use_safetensors=True,
-                variant="fp16" if half else None,
-            )
-    except Exception as error:  # loaders raise nearly anything on damaged or absent files
-        raise motion.place.not_loaded(error) from error
 
 
 @contextmanager
