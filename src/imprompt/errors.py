@@ -15,6 +15,8 @@ class ImpromptError(Exception):
     """Exit status of the command line."""
     http_status: ClassVar[int] = 500
     """Status code of the server's answer."""
+    code: ClassVar[str] = "error"
+    """What the server's answer calls it, for programs."""
 
 
 class UsageError(ImpromptError, ValueError):
@@ -22,6 +24,7 @@ class UsageError(ImpromptError, ValueError):
 
     exit_code = 2
     http_status = 400
+    code = "invalid_request"
 
 
 class ModelError(ImpromptError):
@@ -29,6 +32,7 @@ class ModelError(ImpromptError):
 
     exit_code = 3
     http_status = 404
+    code = "model_error"
 
 
 class AdapterMismatch(ModelError):
@@ -48,6 +52,7 @@ class InputError(ImpromptError, ValueError):
 
     exit_code = 4
     http_status = 422
+    code = "bad_picture"
 
 
 class Cancelled(ImpromptError):
@@ -55,6 +60,7 @@ class Cancelled(ImpromptError):
 
     exit_code = 130
     http_status = 499
+    code = "cancelled"
 
 
 def first_line(error: BaseException) -> str:

@@ -166,6 +166,18 @@ def test_the_name_of_a_file_says_nothing(quick: Running) -> None:
             assert found.headers["x-content-type-options"] == "nosniff"
 
 
+@pytest.mark.parametrize(("form", "kind"), [("MPO", "image/jpeg"), ("PPM", "image/x-portable-anymap")])
+def test_whatever_picture_can_be_read_is_kept(quick: Running, form: str, kind: str) -> None:
+    shown, file = Image.new("RGB", (40, 24), "blue"), io.BytesIO()
+    second = {"save_all": True, "append_images": [shown]} if form == "MPO" else {}  # as cameras write it
+    shown.save(file, form, **second)
+    with quick.client() as client:
+        answer = client.post("/api/v1/pictures", files={"file": ("photo", file.getvalue())})
+        assert answer.status_code == 201, answer.text
+        kept = answer.json()
+        assert (kept["type"], kept["width"], kept["height"], kept["frames"]) == (kind, 40, 24, 1)
+
+
 @pytest.mark.parametrize(
     ("fields", "field"),
     [

@@ -21,6 +21,7 @@ SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm")
 """Endings of video files."""
 
 _MOV_ATOMS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
+_STILL_BRANDS = (b"avi", b"hei", b"hev", b"mif", b"msf")  # AVIF and HEIF, in the container of MP4
 _MATROSKA = b"\x1a\x45\xdf\xa3"
 
 
@@ -35,7 +36,7 @@ def read_video(
     place, name, budget = check_file(path), f"'{printable(str(path))}'", budget or Budget()
     try:
         with place.open("rb") as stream:
-            container_format = _container(stream.read(12))
+            container_format = container_of(stream.read(12))
             if container_format is None:
                 raise InputError(f"{name} is not an MP4, MOV, MKV or WebM video.")
             stream.seek(0)
@@ -78,8 +79,9 @@ def is_clip(source: Clip) -> bool:
     return isinstance(source, list | tuple) or frame_count(source) > 1
 
 
-def _container(start: bytes) -> str | None:
-    if start[4:8] in _MOV_ATOMS:
+def container_of(start: bytes) -> str | None:
+    """FFmpeg's name of the video container that begins with these bytes (12 suffice); ``None`` for others."""
+    if start[4:8] in _MOV_ATOMS and start[8:11] not in _STILL_BRANDS:
         return "mov"
     return "matroska" if start.startswith(_MATROSKA) else None
 

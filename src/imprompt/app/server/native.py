@@ -6,7 +6,7 @@ pictures where files stand elsewhere.
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
 
@@ -56,24 +56,20 @@ class ErrorAnswer(BaseModel):
     error: ErrorView
 
 
-class PictureView(BaseModel):
+@dataclass(frozen=True)
+class PictureView(Picture):
     """A stored picture."""
 
-    id: str
-    type: str
-    width: int
-    height: int
-    frames: int
-    bytes: int
     url: str
     thumbnail: str
 
 
+@dataclass(frozen=True)
 class UploadView(PictureView):
     """An uploaded picture, and the request inside it if imprompt drew it."""
 
     request: dict[str, Any] | None = None
-    missing: list[str] = []
+    missing: list[str] = field(default_factory=list)
     """Ids of pictures that the request shows and this server does not have."""
 
 

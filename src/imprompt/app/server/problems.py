@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from imprompt.errors import Cancelled, ImpromptError, InputError, ModelError, UsageError
+from imprompt.errors import ImpromptError
 
 _FIELD = re.compile(r"^([a-z_]+(?:\.[a-z0-9_]+)*): ")
 
@@ -28,18 +28,8 @@ def refused(field: str, text: str, code: str = "invalid_request", status: int = 
     return Problem(status, code, f"{field}: {text}", field)
 
 
-_CODES: tuple[tuple[type[ImpromptError], str], ...] = (
-    (Cancelled, "cancelled"),
-    (UsageError, "invalid_request"),
-    (InputError, "bad_picture"),
-    (ModelError, "model_error"),
-    (ImpromptError, "error"),
-)
-
-
 def problem_of(error: ImpromptError) -> Problem:
     """What to answer for one of the library's own errors."""
     message = " ".join(str(error).split())
-    code = next(code for kind, code in _CODES if isinstance(error, kind))
     named = _FIELD.match(message)
-    return Problem(error.http_status, code, message, named[1] if named else None)
+    return Problem(error.http_status, error.code, message, named[1] if named else None)

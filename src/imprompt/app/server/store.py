@@ -22,8 +22,8 @@ from typing import Any
 from PIL import Image
 
 from imprompt.app.server.problems import Problem
-from imprompt.encoders.images import MAX_FRAMES, as_bytes, load_image
-from imprompt.encoders.video import read_video
+from imprompt.encoders.images import MAX_FRAMES, as_bytes, frame_count, load_image
+from imprompt.encoders.video import container_of, read_video
 from imprompt.errors import ImpromptError, InputError
 from imprompt.io import write_atomic
 from imprompt.output import Record, read_record
@@ -32,11 +32,6 @@ from imprompt.schema.request import Request
 ID = re.compile(r"[0-9a-f]{64}")
 THUMBNAIL = 320
 """Longest side of a thumbnail, in pixels."""
-_TYPES = {
-    "PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif", "BMP": "image/bmp",
-    "TIFF": "image/tiff", "AVIF": "image/avif",
-}  # fmt: skip
-_STILL_BRANDS = (b"avi", b"hei", b"hev", b"mif", b"msf")  # AVIF and HEIF, in the container of MP4
 VIDEO = "video/mp4"
 VIDEO_SIDE = 1024
 """Longest side of an uploaded video's frames, in pixels."""
@@ -302,18 +297,12 @@ def _is_id(name: str) -> bool:
     return ID.fullmatch(Path(name).name) is not None
 
 
-def is_video(content: bytes) -> bool:
-    """Whether these are the first bytes of a video file, and not of a picture."""
-    brand = content[8:11]
-    return content.startswith(b"\x1a\x45\xdf\xa3") or (content[4:8] == b"ftyp" and brand not in _STILL_BRANDS)
-
-
 def readable(content: bytes, max_pixels: int, max_frames: int) -> bytes:
     """The picture itself, or the animated WebP of a video, once it is known that it can be decoded.
 
     Raises :class:`InputError` for what cannot, and for a video of more than ``max_frames``.
     """
-    if is_video(content):
+    if container_of(content):
         return as_animation(content, max_frames)
     load_image(content, max_pixels=max_pixels)
     return content
@@ -342,18 +331,18 @@ def _frames(video: bytes, max_frames: int) -> tuple[list[Image.Image], float]:
 
 def describe(content: bytes, identity: str) -> Picture:
     """What the bytes of a picture or clip say about it."""
-    if is_video(content):
+    if container_of(content):
         frames, _ = _frames(content, MAX_FRAMES)
         return Picture(identity, VIDEO, *frames[0].size, len(frames), len(content))
     with Image.open(io.BytesIO(content)) as image:
-        kind = _TYPES[image.format or ""]
-        count = int(getattr(image, "n_frames", 1))
-        return Picture(identity, kind, image.width, image.height, count, len(content))
+        form = "JPEG" if image.format == "MPO" else image.format or ""  # MPO: a camera's JPEG of two pictures
+        kind = Image.MIME.get(form, "application/octet-stream")
+        return Picture(identity, kind, image.width, image.height, frame_count(content), len(content))
 
 
 def thumbnail(content: bytes) -> bytes:
     """A small WebP of a picture's first frame."""
-    image = _frames(content, MAX_FRAMES)[0][0] if is_video(content) else load_image(content)
+    image = _frames(content, MAX_FRAMES)[0][0] if container_of(content) else load_image(content)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     return as_bytes(image, "WEBP", quality=80)
 

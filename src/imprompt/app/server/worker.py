@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import io
 import logging
-import shutil
 import signal
 import tempfile
 import time
@@ -24,8 +23,9 @@ from PIL import Image
 from imprompt.app.server import messages as say
 from imprompt.app.server.logs import log_to_stderr
 from imprompt.app.server.problems import problem_of
-from imprompt.app.server.store import ID, as_animation, describe, disk_problem, is_video
+from imprompt.app.server.store import ID, as_animation, describe, disk_problem
 from imprompt.encoders.images import as_bytes
+from imprompt.encoders.video import container_of
 from imprompt.errors import Cancelled, ImpromptError, InputError
 from imprompt.generation.engine import Engine, Result
 from imprompt.generation.steps import Step
@@ -154,7 +154,7 @@ class Worker:
             content = path.read_bytes()
         except OSError as error:
             raise InputError(f"pictures: '{name}' is not on the server any more; upload it again.") from error
-        return Image.open(io.BytesIO(as_animation(content) if is_video(content) else content))
+        return Image.open(io.BytesIO(as_animation(content) if container_of(content) else content))
 
     def _prepared(self, values: Mapping[str, Any]) -> Request:
         """The request as this machine draws it: offered names looked up, on this worker's device."""
@@ -196,15 +196,10 @@ class Worker:
         scratch = self._setup.scratch
         try:
             scratch.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(dir=scratch))
+            with tempfile.TemporaryDirectory(dir=scratch, ignore_cleanup_errors=True) as folder:
+                return [self._place(path) for path in save(result, Path(folder) / f"picture{suffix}")]
         except OSError as error:
             raise InputError(f"cannot write to the server's folder ({error.strerror}).") from error
-        try:
-            return [self._place(path) for path in save(result, folder / f"picture{suffix}")]
-        except OSError as error:
-            raise InputError(f"cannot write to the server's folder ({error.strerror}).") from error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _place(self, path: Path) -> dict[str, Any]:
         content = path.read_bytes()
