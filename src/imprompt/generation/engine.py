@@ -28,7 +28,7 @@ from imprompt.generation import video
 from imprompt.generation.compiling import compile_failure
 from imprompt.generation.control import Map, find_controls, named_controls
 from imprompt.generation.drawing import draw, fresh_scheduler
-from imprompt.generation.families import Base, find_adapter, find_base
+from imprompt.generation.families import Base, find_base, fitting_adapter
 from imprompt.generation.guided import check_guidance, guidance_notes, negative_notes
 from imprompt.generation.identity import face_controls
 from imprompt.generation.idle import idle_notes
@@ -312,12 +312,14 @@ def _completed_prompts(request: Request, base: Base) -> dict[str, object]:
         return {}
     changes: dict[str, object] = {
         "images": tuple(
-            prompt if prompt.adapter is None else prompt.replace(adapter=find_adapter(prompt.adapter, base))
+            prompt
+            if prompt.adapter is None
+            else prompt.replace(adapter=fitting_adapter(prompt.adapter, base))
             for prompt in request.images
         )
     }
     if not all(prompt.adapter for prompt in request.images):
-        changes["adapter"] = find_adapter(request.adapter, base)
+        changes["adapter"] = fitting_adapter(request.adapter, base)
     if request.scale is None and any(prompt.scale is None for prompt in request.images):
         changes["scale"] = 0.6 if request.prompt else 1.0
     return changes

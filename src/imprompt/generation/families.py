@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from imprompt import catalog, hub
-from imprompt.catalog import BaseRow, ControlRow, FamilyRow, MotionRow
+from imprompt.catalog import AdapterRow, BaseRow, ControlRow, FamilyRow, MotionRow
 from imprompt.catalog.resolve import Source, fingerprint_of, resolve
 from imprompt.errors import AdapterMismatch, ModelError, UsageError
 from imprompt.io import read_json, sha256
@@ -262,9 +262,21 @@ def find_adapter(name: str | None, base: Base) -> str:
     return name
 
 
-def check_family(what: str, row: ControlRow | MotionRow, base: Base) -> None:
-    """Raise :class:`AdapterMismatch` for a control or motion adapter that is for another family of bases."""
-    if base.family not in (None, row.family):
+def fitting_adapter(name: str | None, base: Base) -> str:
+    """:func:`find_adapter`. Raises :class:`AdapterMismatch` for an alias of another family, before its file
+    is downloaded."""
+    found = find_adapter(name, base)
+    if (row := catalog.adapters().get(found)) is not None:
+        check_family(f"adapter '{found}'", row, base)
+    return found
+
+
+def check_family(what: str, row: AdapterRow | ControlRow | MotionRow, base: Base) -> None:
+    """Raise :class:`AdapterMismatch` for an adapter, control or motion adapter of another family of bases."""
+    if base.family is None:
+        return
+    takes = catalog.families()[base.family].takes if isinstance(row, AdapterRow) else ()
+    if row.family not in (base.family, *takes):
         raise AdapterMismatch(
             f"{what} is for {row.family} bases; base '{base.name}' is of the family {base.family}. See "
             "imprompt models."
