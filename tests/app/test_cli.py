@@ -202,15 +202,23 @@ REFUSED = [
     (2, "prompt: give a text", "generate"),
     (2, "scale", "generate a --image ref.png --scale nan"),
     (2, "unknown option 'weigth'", "generate a --image ref.png,weigth=2"),
-    (2, "mask: the task 'inpaint' needs one", "inpaint ref.png a"),
+    (2, "mask: the task 'inpaint' needs a mask, white where the picture is redrawn", "inpaint ref.png a"),
+    (2, "the picture to start from comes first, then the text: imprompt edit PICTURE house", "edit house"),
+    (4, "image: there is no file 'house.png'", "edit house.png"),
+    (4, "there is no file", "batch gone.jsonl -o drawn"),
     (2, "base 'sd51' is unknown; did you mean sd", "generate a --base sd51"),
     (2, "must end in .png", "generate a --base BASE -o cat.gif"),
     (2, "only the bundled model", "models sd15 --vocabulary"),
     (3, "no base", "generate a --base ./missing/folder"),
     (3, "opens no pickles", "generate a --base ref.png"),
+    (
+        3,
+        "adapter 'sdxl' is for sdxl bases; base 'emoji' is of the family emoji. See imprompt models",
+        "generate a --image ref.png --adapter sdxl",
+    ),
     (4, "images.0.image: there is no file 'gone.png'", "generate a --image gone.png --base BASE"),
     (4, "images.0.mask: there is no file 'gone.png'", "generate a --image ref.png,mask=gone.png --base BASE"),
-    (4, "regions.0.mask: mask 'black.png' is black", "generate a --region b,mask=black.png --base BASE"),
+    (4, "regions.0.mask: 'black.png' is black", "generate a --region b,mask=black.png --base BASE"),
     (2, "curve: nan in point", "generate a --image ref.png,curve=0:nan --base BASE"),
     (2, "there is no token 99", "generate a --image ref.png,select=99 --base BASE"),
     (
@@ -294,7 +302,8 @@ def test_help_sets_every_option_apart_from_what_it_is_for(say):
     assert code == 0
     listed = out.partition("options of --image:")[2].partition("options of --region:")[0]
     names = {line.split()[0] for line in listed.splitlines() if re.match(r"  \w", line)}
-    assert names == set(ImagePrompt.model_fields) - {"image", "features", "tokens"}
+    assert names == set(ImagePrompt.model_fields) - {"image", "features", "tokens", "weights"} | {"weight"}
+    assert "Python" not in listed
 
 
 def test_a_new_folder_is_an_output_when_its_name_says_so(say):

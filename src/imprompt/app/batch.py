@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from imprompt.app.batching import batch_key
 from imprompt.errors import ImpromptError, InputError, ModelError, UsageError
-from imprompt.io import read_json
+from imprompt.io import check_file, read_json
 from imprompt.output import check_target, save
 from imprompt.schema.request import Request
 
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("jobs", help="a .jsonl file: a request a line; paths in it are relative to the file")
     add("-o", "--output", required=True, metavar="FOLDER", help="where files and manifest go")
     add("--format", help="png, jpg or webp; clips: webp, gif or mp4; default: png, webp")
-    add("--batch", type=int, default=8, metavar="N", help="drawn together at most; default: 8")
+    add("--batch", type=int, default=8, metavar="N", help="draw at most N together; default: 8")
     add(
         "--shard", metavar="I/N", help="draw only part I (from 1) of N; auto: as SLURM's srun or torchrun say"
     )
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="draw with Ray, on N workers of its cluster or of this machine; without N: one a GPU, else one",
     )
-    add("--device", help="for requests that name none")
+    add("--device", metavar="NAME", help="device of requests that name none")
     add("-q", "--quiet", action="store_true", help="no progress bar")
 
 
@@ -116,7 +116,7 @@ def read_shard(text: str | None) -> tuple[int, int]:
 def read_jobs(source: Path, device: str | None = None) -> Iterator[Job]:
     """The jobs of a file; a line that is not a request has an ``error``. Raises :class:`InputError`."""
     try:
-        with source.open("rb") as lines:
+        with check_file(source).open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield _read_job(f"{number:06}", line, device)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from imprompt import output
 from imprompt.app.flags import add_request_flags, describe_options
-from imprompt.app.hints import check_is_text, check_no_url
+from imprompt.app.hints import check_is_picture, check_is_text, check_no_url
 from imprompt.errors import ModelError, UsageError
 from imprompt.hub import offline
 from imprompt.io import check_path, read_json
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from imprompt.generation.engine import Engine, Result
 
 
+_WEIGHT = {
+    "weight": "share of attention among the pictures of a prompt (--also) with combine=concat, else factor "
+    "of the features; default: 1"
+}
+"""The picture's own of ``weights``."""
 _START = {"edit": "the picture to start from", "inpaint": "the picture to redraw in part"}
 
 
@@ -33,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser, task: str) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps the epilog's lines
     parser.epilog = "\n\n".join(
         [
-            describe_options("--image", ImagePrompt, ("image", "features", "tokens")),
+            describe_options("--image", ImagePrompt, ("image", "features", "tokens", "weights"), _WEIGHT),
             describe_options("--region", TextRegion, ("text",)),
             describe_options("--control", ControlRef, ("kind", "path")),
         ]
@@ -116,7 +121,7 @@ def draw(task: str, args: argparse.Namespace) -> int:
 
 def read_request(task: str, args: argparse.Namespace) -> Request:
     """The request that the flags describe, or ``--from``'s with their changes. Raises :class:`UsageError`."""
-    stated = _stated(args)
+    stated = _stated(task, args)
     if args.again is None:
         if args.force or args.trust:
             raise UsageError("--force and --trust have no effect without --from.")
@@ -137,11 +142,13 @@ def read_request(task: str, args: argparse.Namespace) -> Request:
     return request
 
 
-def _stated(args: argparse.Namespace) -> dict[str, Any]:
+def _stated(task: str, args: argparse.Namespace) -> dict[str, Any]:
     """The fields that the flags state, with repeatable flags read into records."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     if "picture" in given:
         given["image"] = given["picture"]
+        if "prompt" not in given:
+            check_is_picture(given["picture"], task)
     stated = {name: value for name, value in given.items() if name in Request.model_fields}
     if str(stated.get("seed")).startswith("-"):
         raise UsageError(f"--seed {args.seed}: leave --seed out for a random one; the picture records it.")

@@ -7,9 +7,10 @@ Values are passed on as text: the record reads and checks them, as for Python an
 from __future__ import annotations
 
 import argparse
+import re
 import textwrap
 from collections.abc import Mapping
-from types import UnionType
+from types import MappingProxyType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from imprompt.errors import UsageError
@@ -37,7 +38,10 @@ _REPEATED = {
     "embeddings": ("--embedding", "PATH[,token=TEXT]", "a textual inversion (.safetensors); repeatable"),
 }
 """Fields that hold several records → their flag, which is given once for each."""
-_METAVARS = {"size": "WxH", "quantize": "int8|float8|FILE.gguf"}
+_METAVARS = {
+    "size": "WxH", "quantize": "int8|float8|FILE.gguf", "negative": "TEXT", "mask": "PATH", "video": "PATH",
+    "face_model": "FOLDER", **dict.fromkeys(("base", "adapter", "scheduler", "motion", "device"), "NAME"),
+}  # fmt: skip
 
 
 def add_request_flags(parser: argparse.ArgumentParser, model: type[BaseModel], task: str) -> None:
@@ -87,9 +91,10 @@ def stated_fields(args: argparse.Namespace, record: type[BaseModel]) -> dict[str
 
 
 def flag_help(field: FieldInfo) -> str:
-    """A field's description as the help of its flag: no capital, no full stop, and ``None`` is the
-    default."""
+    """A field's description as the help of its flag: no capital, no full stop, nothing of Python's alone, and
+    ``None`` is the default."""
     about = " ".join((field.description or "").split()).removesuffix(".")
+    about = re.sub(r"; in Python also [^;]*", "", about)
     first = about.partition(" ")[0]
     about = about[:1].lower() + about[1:] if first[1:].islower() else about
     return about.replace("``None``: ", "default: ").replace("%", "%%")
@@ -111,15 +116,18 @@ class _NextPicture(argparse.Action):
         getattr(namespace, self.dest)[-1].append(values)
 
 
-def describe_options(flag: str, record: type[BaseModel], positional: tuple[str, ...]) -> str:
-    """The options of a repeatable flag, one paragraph each, for the end of ``--help``."""
+def describe_options(
+    flag: str, record: type[BaseModel], others: tuple[str, ...], own: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """The options of a repeatable flag, one paragraph each, for the end of ``--help``: its ``own``, and all
+    fields of the record but ``others``."""
+    fields = {name: flag_help(field) for name, field in record.model_fields.items() if name not in others}
     lines = [f"options of {flag}:"]
-    for name, field in record.model_fields.items():
-        if name not in positional:
-            text = f"{name:<12}{flag_help(field)}"
-            lines += textwrap.wrap(
-                text, 98, initial_indent="  ", subsequent_indent=" " * 14, break_on_hyphens=False
-            )
+    for name, about in {**own, **fields}.items():
+        text = f"{name:<12}{about}"
+        lines += textwrap.wrap(
+            text, 98, initial_indent="  ", subsequent_indent=" " * 14, break_on_hyphens=False
+        )
     return "\n".join(lines)
 
 

@@ -84,6 +84,16 @@ def check_is_text(prompt: object) -> None:
         )
 
 
+def check_is_picture(picture: str, task: str) -> None:
+    """Raise :class:`UsageError` for a text where the picture to start from is expected, before any file is
+    looked for."""
+    if not os.path.splitext(picture)[1] and not os.path.exists(picture):  # noqa: PTH110, PTH122  # any text
+        raise UsageError(
+            f"there is no file '{picture}'; the picture to start from comes first, then the text: "
+            f"imprompt {task} PICTURE {shlex.quote(picture)}"
+        )
+
+
 def check_no_url(where: str, value: object) -> None:
     """Raise :class:`UsageError` for a web address where a file is expected."""
     if isinstance(value, str) and re.match(r"https?://", value, re.IGNORECASE):

@@ -74,7 +74,7 @@ class EvaluateConfig(Record):
     samples: int = Field(default=4, ge=1, le=64)
     """Drawings of each picture; 4 in the paper."""
     scales: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-    """Scales at which text and picture fidelity are plotted; (): no plot."""
+    """Scales at which text and picture fidelity are plotted; an empty list: no plot."""
     steps: int | None = Field(default=None, ge=1, le=1000)
     """Denoising steps; ``None``: the base's default."""
     guidance: float | None = Field(default=None, ge=0, le=100)

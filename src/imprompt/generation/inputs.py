@@ -176,7 +176,8 @@ class _Files:
             masks = [load_mask(self.source(name), budget=self._budget, notes=self.notes)]
         if not any(mask.getbbox() for mask in masks):
             raise InputError(
-                f"{_field(self._request, name)}: mask '{name}' is black everywhere: it would act nowhere."
+                f"{_field(self._request, name)}: '{name}' is black everywhere and would act nowhere; make it "
+                "white where it should act."
             )
         return masks[0] if len(masks) == 1 else tuple(masks)
 

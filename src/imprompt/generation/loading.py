@@ -212,7 +212,7 @@ def choose_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = first_line(error)
-        raise UsageError(f"device: '{name}' cannot be used here ({reason}).") from error
+        raise UsageError(f"device: '{name}' cannot be used here ({reason}); leave it out.") from error
     return device
 
 

@@ -16,7 +16,11 @@ TASKS_OF_FIELD: dict[str, tuple[str, ...]] = {
     "strength": ("edit", "inpaint", "animate"),
 } | dict.fromkeys(("frames", "fps", "motion", "video", "context", "shared_noise", "noise_path"), ("animate",))
 """Field → the tasks in which it has an effect; fields that are not listed have one in every task."""
-_NEEDED = {"edit": ("image",), "inpaint": ("image", "mask")}
+_NEEDED = {
+    "image": "the picture to start from",
+    "mask": "a mask, white where the picture is redrawn (--mask)",
+}
+"""Field → what a task that needs it is told."""
 
 
 def contradictions(request: "Request") -> Iterator[str]:
@@ -26,9 +30,9 @@ def contradictions(request: "Request") -> Iterator[str]:
 
 
 def _task(request: "Request") -> Iterator[str]:
-    for name in _NEEDED.get(request.task, ()):
-        if getattr(request, name) is None:
-            yield f"{name}: the task {request.task!r} needs one."
+    for name, what in _NEEDED.items():
+        if request.task in TASKS_OF_FIELD[name] and getattr(request, name) is None:
+            yield f"{name}: the task {request.task!r} needs {what}."
     for name, tasks in TASKS_OF_FIELD.items():
         if getattr(request, name) is not None and request.task not in tasks:
             hint = "; an image prompt's is `scale`" if name == "strength" else ""
@@ -77,7 +81,7 @@ def _prompts(request: "Request") -> Iterator[str]:
     if not request.images:
         for name in ("scale", "adapter", "face_model", "image_guidance"):
             if getattr(request, name) is not None:
-                yield f"{name}: has no effect without an image prompt; give one in `images`."
+                yield f"{name}: has no effect without an image prompt; give one in `images` (--image)."
 
 
 def _adapters(request: "Request") -> Iterator[str]:

@@ -94,7 +94,7 @@ def describe_errors(model: type[BaseModel], error: ValidationError) -> str:
     lines = []
     for item in error.errors(include_url=False):
         field = ".".join(str(place) for place in item["loc"] if not str(place).startswith("function-"))
-        message = item["msg"].removeprefix("Value error, ").rstrip(".")
+        message = item["msg"].removeprefix("Value error, ").partition(", unable to parse")[0].rstrip(".")
         if item["type"] == "extra_forbidden":
             near = difflib.get_close_matches(str(item["loc"][-1]), model.model_fields, n=1)
             hint = f"did you mean '{near[0]}'? " if near else ""

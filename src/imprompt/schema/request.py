@@ -203,10 +203,11 @@ class Request(Record):
     guidance: float | None = Field(default=None, ge=0, le=100)
     """Classifier-free guidance scale, 1 switches it off; ``None``: the base's default, often 7.5."""
     true_guidance: float | None = Field(default=None, ge=0, le=100)
-    """FLUX: classifier-free guidance scale beside the distilled one, at twice the work; ``None`` or 1: off,
-    with no negative."""
+    """FLUX: classifier-free guidance scale beside the distilled one, at twice the work; ``None``: off, as
+    with 1, and no negative is read."""
     image_guidance: float | None = Field(default=None, ge=0, le=100)
-    """Guidance scale of the image prompts alone, at half again the work; ``None``: that of the text."""
+    """Guidance scale of the image prompts alone; each step then takes half as long again; ``None``: that of
+    the text."""
     scheduler: str | None = Field(
         default=None, description=f"{', '.join(SCHEDULERS)}; ``None``: the base's own"
     )
@@ -246,13 +247,14 @@ class Request(Record):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Number format of the weights; auto: float16 on cuda and mps, float32 on cpu."""
     offload: Literal["none", "model", "sequential"] = "none"
-    """Keep idle parts in main memory: model is slower, sequential slowest."""
+    """Move idle parts to main memory, to save GPU memory: model is slower, sequential slowest."""
     quantize: str = Field(default="none", pattern=r"^(none|int8|float8|.+\.gguf)$")
-    """The denoiser in fewer bits, to save memory: int8, float8, or a .gguf file of the base; the picture
+    """Load the denoiser in fewer bits, to save memory: int8, float8, or a .gguf file of the base; the picture
     changes a little."""
     compile: Literal["off", "regional", "full"] = "off"
-    """torch.compile for the denoiser, which pays for many pictures of one size: regional compiles its
-    transformer blocks; full all of it, in minutes, and is faster then. Needs a C++ compiler."""
+    """Compile the denoiser with torch.compile, which pays for many pictures of one size: regional compiles
+    its transformer blocks; full compiles all of it, which takes minutes, and then draws faster. On a CPU this
+    needs a C++ compiler."""
     hashes: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of each file that the request names, recorded when drawn; a file that differs is an error."""
     fingerprints: dict[str, str] = Field(default_factory=dict)
