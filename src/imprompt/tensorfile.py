@@ -111,8 +111,7 @@ def check_start(path: Path, error: type[ImpromptError] = ModelError) -> None:
     (length,) = struct.unpack("<Q", start[:8])
     if length > MAX_HEADER:
         raise error(
-            f"'{path}' is not a readable safetensors file: by its first bytes its header would take "
-            f"{length:,} bytes."
+            f"'{path}' is not a readable safetensors file: it would have a header of {length:,} bytes."
         )
     if length > size - 8:
         raise error(

@@ -55,8 +55,7 @@ class Track:
 
     def factors(self, frames: int) -> list[float]:
         """The strength factor of each frame."""
-        values: list[float] = curve_at(self.curve, torch.linspace(0, 1, frames)).tolist()
-        return values
+        return curve_at(self.curve, torch.linspace(0, 1, frames)).tolist()
 
     def tokens(self, tokens: Float[Tensor, "KT C"], frame: int) -> Float[Tensor, "T C"]:
         """The tokens of ``frame``, given those of all pictures in a row."""

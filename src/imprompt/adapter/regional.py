@@ -91,8 +91,7 @@ def project_text(projection: Any | None, states: Float[Tensor, "*B E"]) -> Float
     if projection is None:
         return states
     device, dtype = placement(projection)
-    projected: Tensor = projection(states.to(device=device, dtype=dtype))
-    return projected
+    return projection(states.to(device=device, dtype=dtype))
 
 
 def text_options(caller: Caller) -> dict[str, Any]:

@@ -76,8 +76,7 @@ class Source:
         if self.path is not None and not (self.path / name).is_file():
             return {}
         path = self.file(name)
-        table: Mapping[str, Any] = read_json(path, f"'{path}'", error=ModelError)
-        return table
+        return read_json(path, f"'{path}'", error=ModelError)
 
     @property
     def weights(self) -> tuple[Path, ...]:

@@ -514,5 +514,4 @@ def _hf_table(name: str) -> tuple[Any, str | None]:
 
 def _hf_bytes(stored: Any, column: str, index: int) -> bytes:
     value = stored[index][column]
-    data: bytes = value["bytes"] or Path(value["path"]).read_bytes()
-    return data
+    return value["bytes"] or Path(value["path"]).read_bytes()

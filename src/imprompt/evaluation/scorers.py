@@ -100,10 +100,9 @@ def load_own(folder: Path) -> Scorer | None:
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
 
     def texts(some: Sequence[str]) -> Tensor:
-        pooled: Tensor = model(
+        return model(
             **tokenizer(list(some), padding="max_length", truncation=True, return_tensors="pt")
         ).pooler_output
-        return pooled
 
     return Scorer(scorer.name, scorer.embed_images, texts)
 
@@ -165,5 +164,4 @@ def tells_texts(scorer: Scorer, images: Tensor, captions: Sequence[str]) -> bool
 
 def _pooled(output: Any) -> Tensor:
     """The pooled tensor, which newer versions of transformers wrap in an output object."""
-    found: Tensor = output if isinstance(output, Tensor) else output.pooler_output
-    return found
+    return output if isinstance(output, Tensor) else output.pooler_output

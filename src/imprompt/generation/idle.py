@@ -56,8 +56,7 @@ def _step_fractions(request: Request, kind: Kind, loaded: Loaded) -> list[float]
         drawn = kind.drawn_steps(request.steps, request.strength)
         timesteps = timesteps[(request.steps - drawn) * scheduler.order :]
     clock = Clock.of(scheduler, torch.device("cpu"))
-    fractions: list[float] = (clock.position(timesteps) / clock.length).tolist()
-    return fractions
+    return (clock.position(timesteps) / clock.length).tolist()
 
 
 def _idle_in_time(prompt: ImagePrompt, steps: Sequence[float]) -> str:

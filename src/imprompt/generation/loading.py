@@ -219,8 +219,7 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The number format of that name; ``auto`` is float32 on the CPU, else float16."""
     if name != "auto":
-        chosen: torch.dtype = getattr(torch, name)
-        return chosen
+        return getattr(torch, name)
     return torch.float32 if device.type == "cpu" else torch.float16
 
 

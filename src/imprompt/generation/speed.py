@@ -141,8 +141,7 @@ def inner_reused(unet: Any, every: int = EVERY) -> Iterator[None]:
 
 
 def _latents(args: Any, kwargs: dict[str, Any]) -> Tensor:
-    found: Tensor = args[0] if args else kwargs["sample"]
-    return found
+    return args[0] if args else kwargs["sample"]
 
 
 def _cond(rows: Tensor) -> Tensor:

@@ -293,8 +293,7 @@ def _noisy(
     timesteps, _ = pipe.get_timesteps(
         call["num_inference_steps"], pipe.scheduler.timesteps, request.strength, noise.device
     )
-    mixed: Tensor = pipe.scheduler.add_noise(clean, noise, timesteps[:1])
-    return mixed
+    return pipe.scheduler.add_noise(clean, noise, timesteps[:1])
 
 
 def _decode(pipe: Any, latents: Float[Tensor, "1 C F h w"]) -> Iterator[np.ndarray]:

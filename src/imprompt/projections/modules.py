@@ -133,8 +133,7 @@ class PatchMLPProjection(ImageProjection):
         self.proj = layers.append(nn.LayerNorm(sizes.cross_dim))
 
     def _tokens(self, features: Tensor) -> Float[Tensor, "N T C"]:
-        tokens: Tensor = self.proj(features)
-        return tokens
+        return self.proj(features)
 
 
 class MLPProjection(LinearProjection):
@@ -154,8 +153,7 @@ class ReduxProjection(ImageProjection):
         self.redux_down = nn.Linear(sizes.inner, sizes.cross_dim)
 
     def _tokens(self, features: Tensor) -> Float[Tensor, "N T C"]:
-        tokens: Tensor = self.redux_down(functional.silu(self.redux_up(features)))
-        return tokens
+        return self.redux_down(functional.silu(self.redux_up(features)))
 
 
 def mlp(width: int, inner: int, out: int) -> nn.Sequential:

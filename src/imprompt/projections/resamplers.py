@@ -60,8 +60,7 @@ class TimedResamplerProjection(ResamplerProjection):
 
     def embed_time(self, timestep: Float[Tensor, " N"]) -> Float[Tensor, "N D"]:
         """The embedded timestep, which the adapter's layers read as well; ``timestep`` is in 0 to 1000."""
-        embedded: Tensor = self.time_embedding(timestep)
-        return embedded
+        return self.time_embedding(timestep)
 
     def forward(
         self, features: Tensor, patches: Tensor | None = None, timestep: Tensor | None = None
@@ -86,8 +85,7 @@ class TimedResamplerProjection(ResamplerProjection):
             latents = attention(latents, sequence, shift, scale) + latents
             inner = feed_forward[0](latents) * (1 + scale_2) + shift_2
             latents = feed_forward[1:](inner) + latents
-        tokens: Tensor = self.norm_out(self.proj_out(latents))
-        return tokens
+        return self.norm_out(self.proj_out(latents))
 
 
 class FaceResamplerProjection(ImageProjection):
@@ -157,8 +155,7 @@ class _TimeEmbedding(nn.Module):
         steps = torch.arange(half, device=timestep.device, dtype=torch.float32)
         angles = timestep.float()[:, None] * torch.exp(-math.log(10_000) / half * steps)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
-        embedded: Tensor = self.linear_2(functional.silu(self.linear_1(waves)))
-        return embedded
+        return self.linear_2(functional.silu(self.linear_1(waves)))
 
 
 class _Attention(nn.Module):
@@ -187,8 +184,7 @@ class _Attention(nn.Module):
         heads = (x.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2) for x in (query, key, value))
         # The published d^(-1/4) on both q and k is this scale, kept apart there for the range of fp16.
         gathered = functional.scaled_dot_product_attention(*heads)
-        out: Tensor = self.to_out(gathered.transpose(1, 2).flatten(2))
-        return out
+        return self.to_out(gathered.transpose(1, 2).flatten(2))
 
 
 def _add_resampler(owner: Any, feature_width: int, sizes: Sizes) -> None:
@@ -220,5 +216,4 @@ def _resample(
     for attention, feed_forward in owner.layers:
         latents = attention(latents, features) + latents
         latents = feed_forward(latents) + latents
-    tokens: Tensor = owner.norm_out(owner.proj_out(latents))
-    return tokens
+    return owner.norm_out(owner.proj_out(latents))

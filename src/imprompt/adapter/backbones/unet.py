@@ -127,8 +127,7 @@ def text_projection(unet: Any) -> nn.Module | None:
     config = getattr(unet, "config", {})
     if config.get("encoder_hid_dim_type") != "text_proj":
         return None
-    layer: nn.Module = unet.get_submodule("encoder_hid_proj")
-    return layer
+    return unet.get_submodule("encoder_hid_proj")
 
 
 def _block_of(name: str) -> str:

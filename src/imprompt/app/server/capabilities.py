@@ -91,8 +91,7 @@ def _added(name: str, flag: str) -> dict[str, Any]:
 @lru_cache(1)
 def _vocabulary() -> dict[str, list[str]]:
     """What the bundled model knows."""
-    found: dict[str, list[str]] = json.loads((catalog.ASSETS / "vocabulary.json").read_text(encoding="utf-8"))
-    return found
+    return json.loads((catalog.ASSETS / "vocabulary.json").read_text(encoding="utf-8"))
 
 
 @lru_cache(1)

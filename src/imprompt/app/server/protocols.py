@@ -33,8 +33,7 @@ def errors(answer: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
 
 
 async def _queue(http: HTTPRequest) -> Queue:  # async: FastAPI runs the others on threads
-    found: Queue = http.app.state.queue
-    return found
+    return http.app.state.queue
 
 
 QueueHere = Annotated[Queue, Depends(_queue)]

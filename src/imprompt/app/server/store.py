@@ -166,10 +166,7 @@ class Store:
 
     def job(self, job: str) -> sqlite3.Row | None:
         """A job's row."""
-        found: sqlite3.Row | None = self._database.execute(
-            "SELECT * FROM jobs WHERE id = ?", (job,)
-        ).fetchone()
-        return found
+        return self._database.execute("SELECT * FROM jobs WHERE id = ?", (job,)).fetchone()
 
     def unfinished(self) -> list[sqlite3.Row]:
         """Jobs that an earlier server accepted and did not finish, oldest first."""
