@@ -18,6 +18,7 @@ from compiled import run_unchecked
 from imprompt import output
 from imprompt.errors import InputError, ModelError, UsageError
 from imprompt.generation.engine import Engine, generate
+from imprompt.generation.inputs import fitted
 from imprompt.schema.prompt import ImagePrompt
 from imprompt.schema.request import Request
 
@@ -378,3 +379,11 @@ def alive(kind):
 
 def no_adapter(common):
     return {key: value for key, value in common.items() if key != "adapter"}
+
+
+@pytest.mark.parametrize(("given", "drawn"), [((720, 1080), (832, 1216)), ((1080, 720), (1216, 832))])
+def test_a_picture_is_cropped_to_a_size_that_its_side_is_no_fraction_of(given, drawn):
+    across = Image.linear_gradient("L").rotate(90).resize(given)  # the crop is centred: its middle stays grey
+    found = fitted(across, drawn)
+    assert found.size == drawn
+    assert abs(int(np.asarray(found).mean()) - 127) <= 1

@@ -21,6 +21,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations, product
@@ -342,13 +343,9 @@ def _weights(adapter: str) -> str:
 
 
 def _stored(place: Path | None) -> Image.Image | None:
-    if place is None or not place.is_file():
-        return None
-    try:
-        with Image.open(place) as image:
-            return image.convert("RGB")
-    except OSError:  # half-written by a crash: drawn again
-        return None
+    with suppress(InputError):  # not drawn yet, or half-written by a crash
+        return None if place is None else load_image(place)
+    return None
 
 
 def _store(place: Path | None, image: Image.Image) -> None:

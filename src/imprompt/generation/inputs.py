@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from imprompt.encoders.images import Budget, frame_count, load_image, load_mask
 from imprompt.encoders.video import is_clip, read_clip
@@ -88,9 +88,7 @@ def _source(
 
 def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Crop around the centre to the proportions of ``size`` and resample, unless it has that size."""
-    if image.size == size:
-        return image
-    return image.resize(size, Image.Resampling.LANCZOS, box=_box(image, size))
+    return image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS)
 
 
 def crop_notes(inputs: Inputs, whole: Collection[str]) -> list[str]:
@@ -199,14 +197,6 @@ def _field(request: Request, name: str) -> str:
 # ---- geometry
 
 
-def _box(image: Image.Image, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The largest part of the picture around its centre that has the proportions of ``size``."""
-    scale = max(size[0] / image.width, size[1] / image.height)
-    width, height = size[0] / scale, size[1] / scale
-    left, top = (image.width - width) / 2, (image.height - height) / 2
-    return left, top, left + width, top + height
-
-
 def _alike(one: tuple[int, int], other: tuple[int, int]) -> bool:
     """Whether two sizes have the same proportions."""
     return abs(one[0] * other[1] / (one[1] * other[0]) - 1) <= _ASPECT
@@ -286,9 +276,9 @@ class _Placing:
         assert size is not None
         if _alike(mask.size, size) or not any(_alike(mask.size, other.size) for other in self.aligned):
             return mask
-        box = _box(mask, size)
-        kept = max(1, round(box[2] - box[0])), max(1, round(box[3] - box[1]))
-        return mask.resize(kept, Image.Resampling.BILINEAR, box=box)
+        scale = max(size[0] / mask.width, size[1] / mask.height)
+        kept = max(1, round(size[0] / scale)), max(1, round(size[1] / scale))
+        return ImageOps.fit(mask, kept, Image.Resampling.BILINEAR)
 
     def prompt(self, prompt: ImagePrompt) -> ImagePrompt:
         """The prompt with its pictures, mask, scale and adapter's name."""
