@@ -1,6 +1,7 @@
 """The webuiapi client, unchanged, against the served bundled model."""
 
 import asyncio
+import base64
 import io
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     other = root / "flux-like"
     other.symlink_to(catalog.ASSETS, target_is_directory=True)
     bases = {"mine": str(flux), "flux-like": str(other)}
-    return Settings(root / "served", devices=(), bases=bases, download=True)
+    adapters = {"My-XLabs": str(flux / "adapters")}
+    return Settings(root / "served", devices=(), bases=bases, adapters=adapters, download=True)
 
 
 def opened(content: bytes) -> Image.Image:
@@ -153,13 +155,14 @@ def test_flux_is_guided_as_forge_means_it(base: str, sent: dict, wanted: dict, f
     assert guidance_fields(body, asyncio.run(served(base, folders))) == wanted
 
 
-def test_what_they_call_euler_is_a_flow_bases_own_scheduler(folders: Settings) -> None:
+def test_euler_is_a_flow_bases_own_scheduler_and_added_adapters_go_by_their_names(folders: Settings) -> None:
     running = start(folders, ready=False)
     body = {"prompt": "a cat", "sampler_name": "Euler", "cfg_scale": 1, "distilled_cfg_scale": 4}
     headers = {"X-Client-Id": "forge"}
     try:
         with running.client(headers=headers) as client, ThreadPoolExecutor(1) as beside:
-            chosen = {"override_settings": {"sd_model_checkpoint": "mine"}}
+            shown = {"model": "My-XLabs", "image": base64.b64encode(picture()).decode()}
+            chosen = {"override_settings": {"sd_model_checkpoint": "mine"}, **units(**shown)}
             beside.submit(client.post, "/sdapi/v1/txt2img", json={**body, **chosen})
             end = time.monotonic() + 60
             while not (jobs := running.queue.unfinished("127.0.0.1 forge")) and time.monotonic() < end:
@@ -167,6 +170,7 @@ def test_what_they_call_euler_is_a_flow_bases_own_scheduler(folders: Settings) -
             request = jobs[0].request
             httpx.post(f"{running.url}/sdapi/v1/interrupt", headers=headers)
         assert (request.scheduler, request.guidance, request.true_guidance) == (None, 4, None)
+        assert [prompt.adapter for prompt in request.images] == ["My-XLabs"]
     finally:
         running.stop()
 

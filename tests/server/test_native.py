@@ -150,7 +150,9 @@ def test_capabilities_say_what_is_here(client: httpx.Client) -> None:
     offered = client.get("/api/v1/capabilities").json()
     bundled = next(row for row in offered["bases"] if row["name"] == "emoji")
     assert (bundled["here"], bundled["licence"]) == (True, "Apache-2.0")
-    assert not next(row for row in offered["bases"] if row["name"] == "sdxl")["offered"]
+    rows = {row["name"]: row for row in offered["bases"]}
+    assert not rows["sdxl"]["offered"]
+    assert [rows[name]["multiple"] for name in ("emoji", "flux", "sd35")] == [8, 16, 16]
     for table in (offered["controls"], offered["motions"]):
         assert (
             {row["name"] for row in table if row["offered"]}

@@ -72,7 +72,7 @@ async def read_units(scripts: Mapping[str, Any], queue: Queue) -> dict[str, Any]
     for unit in checked(Script, script).args:
         if not unit.enabled:
             continue
-        if _IMAGE_PROMPT.search(unit.module) or _adapter(unit) is not None:
+        if _IMAGE_PROMPT.search(unit.module) or _adapter(unit, queue) is not None:
             found["images"].append(await _image_prompt(unit, queue))
         else:
             found["controls"].append(await _control(unit, queue))
@@ -87,7 +87,7 @@ async def _image_prompt(unit: Unit, queue: Queue) -> dict[str, Any]:
         "scale": unit.weight,
         "start": unit.guidance_start,
         "end": unit.guidance_end,
-        "adapter": _adapter(unit),
+        "adapter": _adapter(unit, queue),
         "framing": _looked_up("resize_mode", str(unit.resize_mode), _FRAMINGS),
         "profile": unit.advanced_weighting or _looked_up("weight_type", unit.weight_type, _WEIGHT_TYPES),
     }
@@ -117,11 +117,12 @@ def _looked_up(field: str, name: str, known: Mapping[str, str]) -> str:
     return found
 
 
-def _adapter(unit: Unit) -> str | None:
+def _adapter(unit: Unit, queue: Queue) -> str | None:
     """The adapter that a unit's model names, by our name or its file's; ``None`` for no adapter's name."""
     model = unit.model.lower()
-    if model in catalog.adapters():
-        return model
+    names = {name.lower(): name for name in (*catalog.adapters(), *queue.settings.adapters)}
+    if model in names:
+        return names[model]
     files = {PurePosixPath(row.file).stem.lower(): name for name, row in catalog.adapters().items()}
     return files.get(model)
 

@@ -8,6 +8,7 @@ from imprompt import __version__, catalog
 from imprompt.app.server.settings import Settings
 from imprompt.catalog import AdapterRow, BaseRow, ControlRow, MotionRow
 from imprompt.catalog.resolve import is_here
+from imprompt.generation.families import Base
 from imprompt.schema import options
 from imprompt.schema.profiles import PROFILES
 from imprompt.schema.request import CONTROLS as CONTROL_KINDS
@@ -55,9 +56,13 @@ def offered_bases(settings: Settings) -> list[str]:
 def _bases(settings: Settings) -> list[dict[str, Any]]:
     return [
         _described(name, row, settings)
-        | {"size": row.size, "inpaint": row.inpaint, "source": "" if row.bundled else row.repo}
+        | {"size": row.size, "multiple": Base(name, row.repo, row).kind.multiple}
+        | {"inpaint": row.inpaint, "source": "" if row.bundled else row.repo}
         for name, row in catalog.bases().items()
-    ] + [_added(name, "--model") | {"size": None, "inpaint": False, "source": ""} for name in settings.bases]
+    ] + [
+        _added(name, "--model") | {"size": None, "multiple": None, "inpaint": False, "source": ""}
+        for name in settings.bases
+    ]
 
 
 def _adapters(settings: Settings) -> list[dict[str, Any]]:

@@ -70,15 +70,17 @@ function number(label, name, { min, max, step = 1, placeholder }) {
 
 function shapes() {
   const side = baseRow().size ?? 512;
-  const sized = ([key, x, y]) => ({ key, text: t(key), size: [Math.round((side * Math.sqrt(x / y)) / 8) * 8, Math.round((side * Math.sqrt(y / x)) / 8) * 8] });
+  const grid = baseRow().multiple ?? 16; // FLUX's and SD3's; UNets draw such sizes too
+  const even = (length) => Math.round(length / grid) * grid;
+  const sized = ([key, x, y]) => ({ key, text: t(key), size: [even(side * Math.sqrt(x / y)), even(side * Math.sqrt(y / x))] });
   const options = SHAPES.map(sized);
   const now = settings.size ? options.find(({ size }) => size.join() === settings.size.join())?.key : "square";
   const field = (place, label) => h("input", {
-    type: "number", min: "64", max: String(offered.capabilities.limits.side), step: "8", "aria-label": label, title: label,
+    type: "number", min: "64", max: String(offered.capabilities.limits.side), step: String(grid), "aria-label": label, title: label,
     value: settings.size?.[place] ?? "", placeholder: String(side),
     onchange: (event) => {
       const size = settings.size ? [...settings.size] : [side, side];
-      size[place] = Math.max(64, Math.min(offered.capabilities.limits.side, Math.round(Number(event.target.value) / 8) * 8 || side));
+      size[place] = Math.max(64, Math.min(offered.capabilities.limits.side, even(Number(event.target.value)) || side));
       change({ size });
       renderLook();
     },
