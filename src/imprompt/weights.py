@@ -181,6 +181,8 @@ def silence_library_logging() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch_dtype.*is deprecated.*")
             warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")
+            # of its own use of its own classes (FluxPosEmbed in FLUX's ControlNet)
+            warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
             for library in libraries:
                 library.set_verbosity_error()
                 library.disable_progress_bar()

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import tinydit
 from imprompt import generate, tune
 from imprompt.app.cli import main
 from imprompt.errors import InputError, UsageError
@@ -126,6 +127,16 @@ def test_tuning_writes_the_chosen_request_the_plot_and_the_sheet(tuned_base, pic
     assert np.array_equal(
         np.asarray(generate(again.request).images[0]), np.asarray(Image.open(tmp_path / "p" / "best.png"))
     )
+
+
+def test_a_transformer_is_tuned_without_profiles_of_unets(pictures, tmp_path) -> None:
+    base = tinydit.save_base("flux", tmp_path / "flux")
+    fields = {"base": str(base), "adapter": str(base / "adapters"), "steps": 1, "size": (32, 32), "seed": 3}
+    request = Request(prompt="a cat", images=[pictures / "ref.png"], **fields)
+    tune(request, tmp_path / "t", measure=lambda text_alone, references: ByDistance(text_alone))
+    figures = json.loads((tmp_path / "t" / "tune.json").read_text())
+    assert len(figures["settings"]) == 8
+    assert not any("profile" in one["setting"] for one in figures["settings"])
 
 
 def test_tuning_that_tells_nothing_apart_is_refused(tuned_base, pictures, tmp_path, capsys) -> None:

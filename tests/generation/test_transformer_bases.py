@@ -246,3 +246,37 @@ def test_guidance_that_the_model_does_not_read_is_noted(engine: Engine, flux: Pa
     other = engine.run(asked(schnell, guidance=0.0))
     assert not other.notes
     assert np.array_equal(np.asarray(result.images[0]), np.asarray(other.images[0]))
+
+
+def test_a_text_ends_where_t5_stops_reading_not_clip(engine: Engine, base: Path) -> None:
+    """512 tokens on FLUX and Chroma, 256 on SD3; the tiny T5 reads letters, the tiny CLIP 16 tokens."""
+    for letters, cut in ((90, False), (360, base.name == "sd3"), (630, True)):
+        notes = engine.run(asked(base, prompt="abcdefgh " * (letters // 9))).notes
+        assert bool([note for note in notes if "does not read its end" in note]) is cut, letters
+
+
+@pytest.mark.parametrize("prompt", ["a (cat:1.3)", "a cat BREAK a dog"])
+def test_weights_and_breaks_that_t5_does_not_take_are_noted(engine: Engine, base: Path, prompt: str) -> None:
+    notes = engine.run(asked(base, prompt=prompt)).notes
+    assert [note for note in notes if note.startswith("prompt: (word:1.3) and BREAK are read as they are")]
+
+
+def test_where_each_prompt_acted_is_told_in_the_order_of_the_request(
+    engine: Engine, flux: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """Whatever adapter reads which."""
+    shutil.copytree(flux / "adapters", tmp_path / "other")
+    left, right = (Image.new("L", (48, 32)) for _ in range(2))
+    left.paste(255, (0, 0, 24, 32))
+    right.paste(255, (24, 0, 48, 32))
+    shown = [("left", None), ("right", str(tmp_path / "other")), ("left", None)]
+    given = {"shown": Image.open(pictures / "ref.png"), "left": left, "right": right}
+    images = [ImagePrompt("shown", mask=mask, adapter=adapter) for mask, adapter in shown]
+    [found] = engine.run(asked(flux, images=images), pictures=given, explain=True).attributions
+    halves = [map_.unflatten(1, (2, -1)).sum((0, 2)) for map_ in found.maps]
+    assert [int(half.argmax()) for half in halves] == [0, 1, 0]
+
+
+def test_no_clip_is_drawn_with_a_transformer(engine: Engine, base: Path) -> None:
+    with pytest.raises(UsageError, match=r"base: clips are drawn with UNets .* has a transformer"):
+        engine.run(Request.from_mapping({"task": "animate", "prompt": "a cat", "base": str(base)}))

@@ -3,6 +3,7 @@
 import inspect
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import tinydit
 from controls import saved, tiny_controlnet
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.errors import ModelError, UsageError
-from imprompt.generation.control import find_controls
+from imprompt.generation.control import find_controls, load_net
 from imprompt.generation.engine import Engine
 from imprompt.generation.families import find_base
 from imprompt.schema.prompt import ImagePrompt
@@ -93,6 +94,15 @@ def theirs(pipe: Any, task: str, **fields: Any) -> np.ndarray:
     if task == "inpaint":
         image = Image.composite(image, PICTURES["start"], PICTURES["mask"])
     return np.asarray(image, np.int16)
+
+
+def test_nothing_is_said_while_a_net_is_loaded(flux: Path, nets: dict[str, str]) -> None:
+    """diffusers warns its users of its own use of a class of its own."""
+    request = asked(flux, "generate", [ControlRef(kind="none", path="map", model=nets["flux"])])
+    [control] = find_controls(request, find_base(str(flux)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_net(control, torch.float32)
 
 
 def with_net(kind: type[Any], base: Path, net: Any) -> Any:

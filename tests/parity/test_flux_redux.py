@@ -99,7 +99,7 @@ def test_a_request_draws_what_diffusers_prior_and_pipeline_draw(tmp_path: Path) 
     plain = drawn(request.replace(images=(), adapter=None))
     assert np.abs(got - plain).max() > 3
     assert np.array_equal(plain, drawn(request.replace(images=[ImagePrompt("shown", scale=0.0)])))
-    with pytest.raises(UsageError, match="nothing to explain"):
+    with pytest.raises(UsageError, match=r"explain: the base reads the tokens of adapter '.*' among"):
         engine.run(request, pictures={"shown": shown}, explain=True)
 
 

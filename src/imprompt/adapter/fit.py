@@ -54,11 +54,16 @@ def check_fits(
 
 def _check_reads_tokens(checkpoint: Checkpoint, model: Any, mine: str, name: str) -> None:
     """Check that a model reads an adapter's tokens among its text: FLUX of that width; Chroma masks text."""
-    width = model.config.joint_attention_dim
-    if type(model).__name__ != "FluxTransformer2DModel" or width != checkpoint.cross_dim:
+    width, kind = model.config.joint_attention_dim, type(model).__name__
+    if kind != "FluxTransformer2DModel":
+        raise AdapterMismatch(
+            f"{mine} was made for FLUX, which reads its tokens among the text's; {name} has a {kind}, which "
+            "was not trained to. Use an adapter trained for this base."
+        )
+    if width != checkpoint.cross_dim:
         raise AdapterMismatch(
             f"{mine} makes tokens of width {checkpoint.cross_dim} that FLUX reads among its text's; {name} "
-            f"has a {type(model).__name__} with text of width {width}. Use an adapter trained for this base."
+            f"has text of width {width}. Use an adapter trained for this base."
         )
 
 

@@ -24,13 +24,13 @@ def run(args: argparse.Namespace) -> int:
     if args.count is None:
         request = request.replace(count=2)
 
-    from imprompt.app.tuning import AXES, tune
+    from imprompt.app.tuning import tune
 
     with drawing.network(args):
         tuned = tune(
             request,
             args.output or "tune",
-            axes=args.sweep or AXES,
+            axes=args.sweep or None,
             prefer=args.prefer,
             engine=drawing.make_engine(args),
             say=lambda line: print(f"imprompt: {line}", file=sys.stderr),

@@ -20,13 +20,14 @@ from imprompt.errors import InputError, UsageError
 from imprompt.evaluation.charts import grid, scatter
 from imprompt.evaluation.front import EncoderMeasure, Fidelity, Measure, NormalizedScore, choose, pareto_front
 from imprompt.generation.engine import Engine, Result
+from imprompt.generation.families import find_base
 from imprompt.generation.sweep import expand, read_axis
 from imprompt.schema.prompt import ImagePrompt
 from imprompt.schema.request import Request
 from imprompt.schema.values import is_saved
 
 AXES = ("scale=0.3,0.6,0.9,1.2", "profile=linear,style,ease-out", "end=1,0.6")
-"""The settings that are tried by default."""
+"""The settings that are tried by default; on transformers without the profiles, which are UNets' layers'."""
 _SHOWN = 7  # settings of the front on the sheet, beside the chosen one
 
 
@@ -58,13 +59,14 @@ def tune(
     request: Request,
     folder: str | Path,
     *,
-    axes: Sequence[str] = AXES,
+    axes: Sequence[str] | None = None,
     prefer: float = 0.5,
     engine: Engine | None = None,
     measure: Callable[[Sequence[Image.Image], Sequence[Image.Image]], Measure] | None = None,
     say: Callable[[str], None] = print,
 ) -> Tuned:
-    """Draw ``request`` with every setting of ``axes`` (``FIELD=VALUE,…``) and choose the best one.
+    """Draw ``request`` with every setting of ``axes`` (``FIELD=VALUE,…``; ``None``: of :data:`AXES`) and
+    choose the best one.
 
     Each is drawn with ``request.count`` seeds. ``prefer`` weighs the picture (1) against the text (0).
     ``measure`` makes a measure from what the text alone draws and the pictures shown; the default compares by
@@ -73,7 +75,7 @@ def tune(
     """
     folder = Path(folder)
     _check(request, folder, prefer)
-    trials = _draw(request, axes, engine or Engine(), say)
+    trials = _draw(request, axes or _usual_axes(request), engine or Engine(), say)
     references = [load_image(Path(name).expanduser()) for name in _shown(request)]
     made = (measure or _by_encoder(request))(trials.text_alone, references)
     score = NormalizedScore.between(made, trials.text_alone, trials.picture_alone)
@@ -115,6 +117,11 @@ def _check(request: Request, folder: Path, prefer: float) -> None:
         raise UsageError(f"prefer is {prefer}; a number from 0 (the text) to 1 (the picture) is expected.")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"'{folder}' is not a folder.")
+
+
+def _usual_axes(request: Request) -> tuple[str, ...]:
+    transformer = find_base(request.base).kind.denoiser == "transformer"
+    return tuple(axis for axis in AXES if not (transformer and axis.startswith("profile=")))
 
 
 def _shown(request: Request) -> list[str]:

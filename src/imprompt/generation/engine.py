@@ -49,7 +49,7 @@ from imprompt.generation.pipelines import pipeline_class, takes
 from imprompt.generation.provenance import fingerprints, provenance
 from imprompt.generation.speed import check_speed, hurried
 from imprompt.generation.steps import OnStep, Step, reported
-from imprompt.generation.text import cut_words, in_chunks
+from imprompt.generation.text import cut_words, has_marks, in_chunks
 from imprompt.schema.request import Request
 
 
@@ -189,6 +189,8 @@ class Engine:
         """Load, encode and draw jobs that may be one batch."""
         clock = [time.perf_counter()]
         loaded = self._load(jobs)
+        if explain:
+            _check_recordable(loaded)
         clock.append(time.perf_counter())
         with _attached(loaded, jobs) as prompted:
             jobs = [_recorded(job, loaded) for job in jobs]
@@ -261,7 +263,7 @@ def _draw_calls(
             most = len(some) // 2
             calls = [each[at : at + most] for each in (some, *calls) for at in range(0, len(each), most)]
         else:
-            attributions += [recorder.result() for recorder in recorders]
+            attributions += [_in_order(recorder.result(), some[0][0]) for recorder in recorders]
     return images, tuple(attributions)
 
 
@@ -334,6 +336,30 @@ def _check_explainable(request: Request) -> None:
         raise UsageError("explain: at speed 'fast' most layers do not run at each step; use 'exact'.")
 
 
+def _check_recordable(loaded: Loaded) -> None:
+    """Raise :class:`UsageError` for an adapter whose tokens cannot be told from the text's while drawing."""
+    for name, adapter in loaded.adapters.items():
+        if adapter.projection.variant.beside_text:
+            raise UsageError(
+                f"explain: the base reads the tokens of adapter '{name}' among its text's, so that nobody "
+                "can tell where they acted; leave explain out, or show the picture to another adapter."
+            )
+
+
+def _in_order(found: Attribution, job: Job) -> Attribution:
+    """Measurements with the prompts in the request's order; they were set adapter by adapter."""
+    prompts = job.inputs.prompts
+    order = [n for name in job.adapters for n, prompt in enumerate(prompts) if prompt.adapter == name]
+    order = order[: len(found.maps)]  # the last may not have acted
+
+    def placed(values: torch.Tensor) -> torch.Tensor:
+        whole = values.new_zeros(max(order) + 1, *values.shape[1:])
+        whole[order] = values
+        return whole
+
+    return replace(found, strength=placed(found.strength), maps=placed(found.maps))
+
+
 def _counted_on(on_step: OnStep, before: int, total: int) -> OnStep:
     """``on_step`` for a part of several drawings, of which ``before`` pictures are drawn already."""
 
@@ -400,7 +426,7 @@ def _notes(job: Job, loaded: Loaded) -> list[str]:
         if shows_pictures(job, name) and (reader := adapter.face_embedder) is not None:
             note = face_onnx.licence_note(reader.space)
             notes += [note] if note else []
-    notes += _cut_notes(job, loaded.pipe) + negative_notes(job, loaded.adapters)
+    notes += _text_notes(job, loaded.pipe) + negative_notes(job, loaded.adapters)
     notes += guidance_notes(job, loaded.pipe)
     return notes + idle_notes(job, loaded)
 
@@ -413,14 +439,21 @@ def _reads_all(job: Job, name: str, adapter: IPAdapter) -> bool:
     return encoder is not None and encoder.is_siglip
 
 
-def _cut_notes(job: Job, pipe: Any) -> list[str]:
-    """A note for each text of which the encoder does not read the end."""
+def _text_notes(job: Job, pipe: Any) -> list[str]:
+    """A note for each text of which the encoder does not read the end, or reads weights as words."""
     request = job.request
     texts = [] if in_chunks(pipe) else [("prompt", request.prompt), ("negative", request.negative)]
+    marked = [
+        f"{name}: (word:1.3) and BREAK are read as they are written; this base's text has no weights"
+        for name, text in texts
+        if has_marks(text)
+    ]
     texts += [(f"images.{n}.text", str(each.text or "")) for n, each in enumerate(request.images)]
     texts += [(f"regions.{n}.text", str(each.text)) for n, each in enumerate(request.regions)]
     lost = ((name, cut_words(pipe, text)) for name, text in texts if text)
-    return [f"{name}: the text encoder does not read its end: '{words}'" for name, words in lost if words]
+    return marked + [
+        f"{name}: the text encoder does not read its end: '{words}'" for name, words in lost if words
+    ]
 
 
 def _is_of_memory(error: Exception) -> bool:

@@ -94,24 +94,32 @@ def chunk_count(pipe: Any, *texts: str) -> int:
 
 
 def cut_words(pipe: Any, text: str) -> str:
-    """The end of ``text`` that the pipeline's own encoder would not read; empty if it reads all."""
+    """The end of ``text`` that the pipeline's own encoder would not read; empty if it reads all.
+
+    Where T5 reads a text beside CLIP (FLUX, SD3), T5 alone counts: of CLIP a summary is taken there.
+    """
     lost = ""
-    for tokenizer in _tokenizers(pipe):
+    tokenizers = _tokenizers(pipe)
+    most = signature(pipe.__call__).parameters.get("max_sequence_length")
+    for tokenizer in [each for each in tokenizers if not _is_clip(each)] or tokenizers:
         limit = int(tokenizer.model_max_length)
+        if most is not None and not _is_clip(tokenizer):
+            limit = min(limit, most.default)
         tokens = tokenizer(text, truncation=False, verbose=False).input_ids
         if limit < 100_000 and len(tokens) > limit:
             lost = max(lost, tokenizer.decode(tokens[limit - 1 : -1]).strip(), key=len)
     return lost
 
 
+def has_marks(text: str) -> bool:
+    """Whether words of a text are weighted, or it is broken into chunks."""
+    return bool(_WEIGHTED.search(text) or _BREAK.search(text))
+
+
 def in_chunks(pipe: Any) -> bool:
     """Whether long texts are encoded in chunks: with CLIP's text encoders alone."""
     tokenizers = _tokenizers(pipe)
-    return (
-        bool(tokenizers)
-        and all("CLIP" in type(tokenizer).__name__ for tokenizer in tokenizers)
-        and hasattr(pipe, "unet")
-    )
+    return bool(tokenizers) and all(map(_is_clip, tokenizers)) and hasattr(pipe, "unet")
 
 
 def _tokenizers(pipe: Any) -> list[Any]:
@@ -119,8 +127,12 @@ def _tokenizers(pipe: Any) -> list[Any]:
     return [part for name in names if (part := getattr(pipe, name, None)) is not None]
 
 
+def _is_clip(tokenizer: Any) -> bool:
+    return "CLIP" in type(tokenizer).__name__
+
+
 def _is_special(pipe: Any, text: str) -> bool:
-    return bool(_WEIGHTED.search(text) or _BREAK.search(text) or cut_words(pipe, text))
+    return has_marks(text) or bool(cut_words(pipe, text))
 
 
 def _pieces(pipe: Any, tokenizer: Any, text: str) -> list[Piece]:

@@ -71,9 +71,15 @@ class Motion:
 def find_motion(name: str | None, base: Base) -> Motion:
     """The motion adapter of that name, or the base's default.
 
-    Raises :class:`UsageError` for an unknown alias or a base without a default, :class:`ModelError` for a
-    folder that holds none, :class:`AdapterMismatch` for one of another family of bases.
+    Raises :class:`UsageError` for an unknown alias, a base without a default or with a transformer,
+    :class:`ModelError` for a folder that holds none, :class:`AdapterMismatch` for one of another family of
+    bases.
     """
+    if base.kind.denoiser != "unet":
+        raise UsageError(
+            f"base: clips are drawn with UNets (SD 1.5, SDXL), and base '{base.name}' has a transformer; "
+            "draw a still with it, or take another base."
+        )
     if name is None:
         name = catalog.families()[base.family].motion if base.family is not None else None
         if name is None:
