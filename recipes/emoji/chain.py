@@ -22,7 +22,7 @@ from common import CHECKPOINTS, DEVICE, HERE, MODEL, STATE
 FIRST = ("pool.py --seed 2 --count 2000", "pool.py --seed 1 --count 20000", "pool.py --seed 4 --count 10000")
 """What has to be drawn before the first stage."""
 BESIDE = {
-    "cpu": ("pool.py --seed 1 --count 60000", "motion.py --draw --count 600",
+    "cpu": ("pool.py --seed 1 --count 60000", "motion.py --draw --count 1200",
             "pool.py --seed 5 --count 20000", "pool.py --seed 3 --count 2000"),
     "cuda": ("pool.py --seed 1 --count 120000", "pool.py --seed 5 --count 60000",
              "motion.py --draw --count 2000", "pool.py --seed 1 --count 700000",
@@ -35,7 +35,8 @@ STAGES = {
         ("unet.py --processes 2 --minutes 300",),
         ("adapters.py base --steps 2500", "vae.py --decoder --minutes 60"),
         ("judge.py --minutes 60", "control.py --minutes 90"),
-        ("motion.py --processes 2 --minutes 45",),
+        ("words.py --processes 2 --minutes 5",),
+        ("motion.py --processes 2 --minutes 56",),
     ),
     "cuda": (
         ("vae.py --wider --batch 128 --lr 1e-3 --most 20000 --minutes 4",
@@ -44,6 +45,7 @@ STAGES = {
          "--text-lr 4e-4 --word-lr 1e-3 --minutes 13.2",
          "judge.py --batch 256 --minutes 3.2",
          "vae.py --decoder --batch 128 --lr 8e-4 --minutes 3.5"),
+        ("words.py --batch 64 --minutes 0.4",),
         ("adapters.py base --batch 256 --steps 3000 --threads 4",
          "control.py --batch 128 --most 100000 --processes 6 --minutes 3.6",
          "motion.py --clips 16 --lr 5e-4 --count 2000 --minutes 3.8"),

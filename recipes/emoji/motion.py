@@ -2,11 +2,12 @@
 
 Clips are made from the icons, so that their motions are known exactly: a thing of any look, palette and
 background bounces, spins, slides to the left or right, grows or shakes, one loop of 16 frames whose first is
-at rest, and the caption says which. Only the temporal layers learn. Most of the noise's variance is shared by
-the frames of a clip (Ge et al. 2023, "Preserve Your Own Correlation", §3.1), in training and, as
-``imprompt.json`` beside the weights says, when drawing. Most steps show 8 of the 16 frames.
+at rest, and the caption says which. The temporal layers learn and, slowly, the embeddings of the motion words
+that ``words.py`` has made readable. Most of the noise's variance is shared by the frames of a clip (Ge et al.
+2023, "Preserve Your Own Correlation", §3.1), in training and, as ``imprompt.json`` beside the weights says,
+when drawing. Most steps show 8 of the 16 frames.
 
-    python recipes/emoji/motion.py --minutes 30
+    python recipes/emoji/motion.py --processes 2 --minutes 56
 """
 
 import json
@@ -35,7 +36,9 @@ from common import (
     to_float,
 )
 from diffusers import AutoencoderKL, DDIMScheduler, MotionAdapter, UNet2DConditionModel, UNetMotionModel
+from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
+from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from draw import Icons, apply_look, caption, choose, style_of, warp
 from pool import icons
 from text import MOTIONS, Texts, frozen_base
@@ -45,6 +48,10 @@ from torch.nn import functional as F
 FRAMES = 16
 SHARED = 0.8
 """Part of the initial noise's variance that all frames have in common."""
+BLIND = 0.4
+"""Part of the clips shown as pure noise, as a drawing begins. At time 999 the schedule leaves 0.5 % of the
+variance to the picture, from which, where frames share their noise, every motion can be read: a model that
+saw only that would never need the words, and when drawing take a motion from the noise."""
 
 
 def pose(motion: str, phase: float, much: float) -> tuple[float, float, float, float]:
@@ -98,9 +105,18 @@ def words(fact: dict, motion: str, rng: np.random.Generator) -> str:
     said = caption(fact, rng, (True, *(bool(rng.uniform() < 0.6) for _ in range(3))))
     if rng.uniform() < 0.1:
         return said
+    return with_motion(said, motion, rng)
+
+
+def with_motion(said: str, motion: str, rng: np.random.Generator) -> str:
+    """A caption that names the motion too: behind the thing, behind the first clause or at the end."""
     head, *rest = said.split(", ")
-    if rng.uniform() < 0.5:
-        return ", ".join([f"{head} {motion}", *rest]) if head else motion
+    thing, on, ground = head.partition(" on ")
+    where = rng.integers(3)
+    if where == 0 and head:
+        return ", ".join([f"{thing} {motion}{on}{ground}", *rest])
+    if where == 1 and head:
+        return ", ".join([f"{head} {motion}", *rest])
     return f"{said}, {motion}" if said else motion
 
 
@@ -173,6 +189,49 @@ class Positions:
             place.pe = whole
 
 
+def deeper(folder: Path) -> MotionAdapter:
+    """The adapter of ``folder`` with a temporal layer at every level; a new one adds nothing at first."""
+    old = MotionAdapter.from_pretrained(folder).float()
+    levels = (1,) * len(old.config.block_out_channels)
+    new = MotionAdapter.from_config({**old.config, "motion_transformer_layers_per_block": levels})
+    missing = new.load_state_dict(old.state_dict(), strict=False).missing_keys
+    for name, module in new.named_modules():
+        if isinstance(module, AnimateDiffTransformer3D) and any(
+            key.startswith(f"{name}.") for key in missing
+        ):
+            nn.init.zeros_(module.proj_out.weight)
+            nn.init.zeros_(module.proj_out.bias)
+    return new
+
+
+class ShortAttention:
+    """Attention as plain products, for CPUs: PyTorch's fused kernel spends half of a step on sequences of 8
+    to 16 frames at thousands of places. Several places share a product, and a mask keeps them apart."""
+
+    PLACES = 4
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: None = None,
+    ) -> Tensor:
+        seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        rows, length, width = hidden_states.shape
+        together = self.PLACES if encoder_hidden_states is None and length <= FRAMES < rows else 1
+
+        def split(y: Tensor) -> Tensor:
+            return y.reshape(rows // together, -1, attn.heads, width // attn.heads).transpose(1, 2)
+
+        near = split(attn.to_q(hidden_states) * attn.scale) @ split(attn.to_k(seen)).transpose(-1, -2)
+        if together > 1:
+            place = torch.arange(together * length, device=near.device) // length
+            near = near.masked_fill(place[:, None] != place, -math.inf)
+        drawn = near.softmax(-1) @ split(attn.to_v(seen))
+        return attn.to_out[0](drawn.transpose(1, 2).reshape(rows, length, width))
+
+
 def motion_words(texts: Texts) -> nn.Embedding:
     """The text encoder's embeddings, of which the motion words alone learn: no picture has taught them."""
     encoder = texts.encoder
@@ -183,11 +242,17 @@ def motion_words(texts: Texts) -> nn.Embedding:
     return embeddings
 
 
+def times(count: int) -> Tensor:
+    """Time steps, the noisier ones somewhat more often."""
+    u = (torch.arange(count) + torch.rand(count)) / count
+    return (1000 * u**0.6).long().clamp_max(999).to(DEVICE)
+
+
 def main() -> None:
     parser = stage_parser(__doc__, minutes=30, lr=1e-3)
-    parser.add_argument("--count", type=int, default=900, help="clips to learn from")
-    parser.add_argument("--clips", type=int, default=3, help="clips a step, of 8 frames each")
-    parser.add_argument("--word-lr", type=float, default=4e-3, help="of the motion words' embeddings")
+    parser.add_argument("--count", type=int, default=1200, help="clips to learn from")
+    parser.add_argument("--clips", type=int, default=6, help="clips a step, of 8 frames each")
+    parser.add_argument("--word-lr", type=float, default=3e-4, help="of the motion words' embeddings")
     parser.add_argument("--processes", type=int, default=1, help="that train together, or draw")
     parser.add_argument("--draw", action="store_true", help="draw the clips and stop")
     args = parsed(parser)
@@ -198,17 +263,19 @@ def main() -> None:
         return
     crew = Crew(args.processes)
     vae = AutoencoderKL.from_pretrained(MODEL / "vae").float().eval().to(DEVICE)
-    adapter = MotionAdapter.from_pretrained(START / "motion").float().to(DEVICE)
     base, texts = frozen_base()
-    unet = joined(base, adapter).to(DEVICE)
     words_ = motion_words(texts)
+    adapter = deeper(START / "motion").to(DEVICE)
+    unet = joined(base, adapter).to(DEVICE)
+    if DEVICE == "cpu":
+        unet.set_attn_processor(ShortAttention())
     learners = nn.ModuleDict({"motion": adapter, "words": words_})
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in adapter.parameters() if p.requires_grad], "weight_decay": 0.01},
          {"params": list(words_.parameters()), "lr": args.word_lr, "weight_decay": 0.0}],
         lr=args.lr, betas=(0.9, 0.98),
     )  # fmt: skip
-    mark = fingerprint(stage="motion", motions=MOTIONS, words=True)
+    mark = fingerprint(stage="motion", motions=MOTIONS, words=True, deeper=True)
     loop = Loop(
         CHECKPOINTS / "motion.pt", args.minutes, learners, optimizer,
         None if crew.rank else Ema(learners, 0.995), mark, warmup=40, crew=crew,
@@ -227,9 +294,9 @@ def main() -> None:
             part = torch.tensor([SHARED if rng.uniform() < 0.75 else rng.choice((0.0, 0.5)) for _ in picked])
             part = part.float().view(-1, 1, 1, 1, 1).to(DEVICE)
             noise = part.sqrt() * torch.randn_like(x[:, :, :1]) + (1 - part).sqrt() * torch.randn_like(x)
-            u = (torch.arange(count) + torch.rand(count)) / count
-            t = (1000 * u**0.6).long().clamp_max(999).to(DEVICE)
-            a = abar[t].view(-1, 1, 1, 1, 1)
+            t, blind = times(count), torch.rand(count, device=DEVICE) < BLIND
+            t = torch.where(blind, torch.randint(900, 1000, (count,), device=DEVICE), t)
+            a = torch.where(blind, 0.0, abar[t]).view(-1, 1, 1, 1, 1)
             noisy, target = a.sqrt() * x + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * x
             positions.show(torch.from_numpy(shown))
             with half():

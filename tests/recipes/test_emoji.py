@@ -309,3 +309,75 @@ def test_only_the_embeddings_of_motion_words_learn(recipe) -> None:
     moved = set(torch.nonzero(embeddings.weight.grad.abs().sum(1)).flatten().tolist())
     words = texts.tokenizer("bouncing sliding left", add_special_tokens=False).input_ids
     assert moved == set(words)
+
+
+def test_a_deeper_motion_adapter_draws_the_same_until_it_learns(recipe, tmp_path: Path) -> None:
+    motion, text = recipe("motion"), recipe("text")
+    from diffusers import MotionAdapter, UNet2DConditionModel
+
+    base = UNet2DConditionModel.from_pretrained(text.START / "unet").float().eval()
+    torch.manual_seed(0)
+    config = dict(MotionAdapter.from_pretrained(text.START / "motion").config)
+    shallow = MotionAdapter.from_config(config | {"motion_transformer_layers_per_block": (1, 1, 0)})
+    for module in [*shallow.down_blocks[2].motion_modules, *shallow.up_blocks[0].motion_modules]:
+        torch.nn.init.zeros_(module.proj_out.weight)  # a level without layers still has its projections
+        torch.nn.init.zeros_(module.proj_out.bias)
+    shallow.save_pretrained(tmp_path / "shallow")
+    deep = motion.deeper(tmp_path / "shallow")
+    assert sum(p.numel() for p in deep.parameters()) > sum(p.numel() for p in shallow.parameters())
+    x, hidden = torch.randn(1, 4, 6, 16, 16), torch.randn(6, 32, 256)
+    with torch.no_grad():
+        expected, found = (
+            motion.joined(base, adapter).eval()(x, 500, hidden).sample for adapter in (shallow, deep)
+        )
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert all(p.requires_grad for p in deep.parameters())
+
+
+def test_attention_over_short_clips_is_that_of_the_library(recipe) -> None:
+    motion, text = recipe("motion"), recipe("text")
+    from diffusers import MotionAdapter, UNet2DConditionModel
+
+    base = UNet2DConditionModel.from_pretrained(text.START / "unet").float().eval()
+    unet = motion.joined(base, MotionAdapter.from_pretrained(text.START / "motion").float()).eval()
+    torch.manual_seed(0)
+    x, hidden = torch.randn(2, 4, 8, 16, 16), torch.randn(16, 32, 256)
+    with torch.no_grad():
+        expected = unet(x, 500, hidden).sample
+        unet.set_attn_processor(motion.ShortAttention())
+        found = unet(x, 500, hidden).sample
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_motion_is_named_once_somewhere_in_the_caption(recipe) -> None:
+    motion = recipe("motion")
+    rng = np.random.default_rng(0)
+    said = {motion.with_motion("a cat on a blue background, neon style", "spinning", rng) for _ in range(40)}
+    assert said == {
+        "a cat spinning on a blue background, neon style",
+        "a cat on a blue background spinning, neon style",
+        "a cat on a blue background, neon style, spinning",
+    }
+    assert motion.with_motion("", "spinning", rng) == "spinning"
+
+
+def test_the_words_stage_moves_the_embeddings_of_motion_words_alone(recipe, tmp_path: Path) -> None:
+    common, text, words, motion = (recipe(name) for name in ("common", "text", "words", "motion"))
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    unet = UNet2DConditionModel.from_pretrained(text.START / "unet").float().eval().requires_grad_(False)
+    encoder = CLIPTextModel.from_pretrained(text.START / "text_encoder").float().requires_grad_(False)
+    texts = text.Texts(CLIPTokenizer.from_pretrained(text.START / "tokenizer"), encoder)
+    readers, embeddings = words.Readers(unet), motion.motion_words(texts)
+    before = embeddings.weight.detach().clone()
+    learners = torch.nn.ModuleDict({"readers": readers, "words": embeddings})
+    optimizer = torch.optim.AdamW(learners.parameters(), lr=1e-2, weight_decay=0.0)
+    loop = common.Loop(tmp_path / "words.pt", 0.1, learners, optimizer, warmup=1)
+    facts = [motion.clip(Icons(), 1, index)[1] for index in range(2)]
+    words.learn(unet, texts, readers, torch.randn(2, 16, 4, 16, 16), facts, loop, 4)
+    moved = set(torch.nonzero((embeddings.weight != before).any(1)).flatten().tolist())
+    said = texts.tokenizer(" ".join(motion.MOTIONS), add_special_tokens=False).input_ids
+    assert moved
+    assert moved <= set(said)
+    assert loop.log["changed"] > 0
