@@ -49,7 +49,7 @@ FRAMES = 16
 SHARED = 0.8
 """Part of the noise's variance that all frames have in common, in most clips of the training."""
 SHARED_DRAWING = 0.9
-"""The same in drawings; of 0.8 and 0.9, this kept frames more alike (0.89, 0.88) and obeyed no less (9, 8 of 20)."""
+"""The same in drawings: frames are more alike than with 0.8 (0.89, 0.88), words are obeyed as well."""
 BLIND = 0.4
 """Part of the clips shown as pure noise, as a drawing begins. At time 999 the schedule leaves 0.5 % of the
 variance to the picture, from which, where frames share their noise, every motion can be read: a model that
