@@ -208,7 +208,9 @@ def deeper(folder: Path) -> MotionAdapter:
 
 class ShortAttention:
     """Attention as plain products, for CPUs: PyTorch's fused kernel spends half of a step on sequences of 8
-    to 16 frames at thousands of places. Several places share a product, and a mask keeps them apart."""
+    to 16 frames at thousands of places. Several places share a product, and a mask keeps them apart.
+
+    For layers without group norm, residual or attention mask of their own, as in this UNet."""
 
     PLACES = 4
 

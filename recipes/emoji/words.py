@@ -84,6 +84,8 @@ def learn(
     unet: UNet2DConditionModel, texts: Texts, readers: Readers, latents: Tensor, facts: list[dict],
     loop: Loop, batch: int,
 ) -> None:  # fmt: skip
+    """Train ``readers`` and the motion words' embeddings on frames of ``latents`` (N, 16, 4, 16, 16), of
+    which ``facts`` say what they show, until ``loop`` ends."""
     abar = DDIMScheduler(**SCHEDULE).alphas_cumprod.to(DEVICE)
     for step in loop:
         rng = np.random.default_rng([13, step, loop.crew.rank if loop.crew else 0])

@@ -131,7 +131,10 @@ def usable(
     only: str | None = None,
     captions: Literal["required", "optional"] = "required",
 ) -> Dataset:
-    """What :func:`read_dataset` makes of rows that were read or made already; ``source`` is their name."""
+    """Check rows that are read already, or were made in Python, as :func:`read_dataset` does.
+
+    ``source`` is their name in messages. Raises :class:`InputError` if no row is usable.
+    """
     rows = data.rows
     if only is not None and rows:
         rows = [row for row in rows if only in row.tags]

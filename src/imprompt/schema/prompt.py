@@ -67,8 +67,8 @@ class ImagePrompt(Record):
     adapter: str | None = Field(default=None, min_length=1)
     """The adapter that reads it; ``None``: the request's."""
     scale: float | None = Field(default=None, ge=-10, le=10)
-    """Strength: 0 none, 1 as trained, negative pushes away; ``None``: the request's scale; in Python also 1
-    (set_prompt)."""
+    """Strength: 0 none, 1 as trained, negative pushes away; ``None``: the request's scale; in Python also
+    set_prompt's, 1."""
     profile: ProfileField = Field(
         default="linear",
         description="strength in each layer: "

@@ -139,14 +139,13 @@ class Plan:
         by_hash = sorted(held_out or training, key=lambda index: self.keys[index])
         count = Counter(self.keys[index] for index in training)
         self.copies = len(training) - len(count)
-        """Training pictures that are there already."""
+        """How many training pictures are copies of others."""
         if held_out:
             self.validation = by_hash[: config.validation_rows]
         else:
             wanted = max(LEAST_VALIDATION, len(training) // 20)
-            single = [
-                index for index in by_hash if count[self.keys[index]] == 1
-            ]  # a copy would be trained on
+            # A picture that is there twice would be trained on as well.
+            single = [index for index in by_hash if count[self.keys[index]] == 1]
             self.validation = single[: min(config.validation_rows, wanted, len(training) // 3)]
             training = sorted(set(training) - set(self.validation))
         if not training:

@@ -125,12 +125,13 @@ class _Encoding:
 
     def run(self, before: Sequence[Rejected]) -> tuple[cache.EncodedSet, Plan]:
         """Everything that the steps read, and the plan of what they show."""
-        _check_share(False, len(self.pictures.rows) + len(before), before, self.config)
+        pictures = len(self.pictures.rows) + len(before)
+        _check_share(pictures, before, self.config)
         features, feature, negative = self._features()
         latents = self._latents()
         bad, rows = latents.rejected | features.rejected, self.pictures.rows
         rejected = [*before, *(Rejected(rows[index].name, why) for index, why in sorted(bad.items()))]
-        _check_share(len(bad) == len(rows), len(rows) + len(before), rejected, self.config)
+        _check_share(pictures, rejected, self.config)
         plan = Plan(
             rows, self.config, unusable=set(bad), keys=self.pictures.keys, sizes=self.pictures.sizes,
             per_step=self.per_step,
@@ -184,13 +185,13 @@ def _bucket(content: bytes, side: int, multiple: int) -> Size:
         return side, side
 
 
-def _check_share(none: bool, pictures: int, rejected: Sequence[Rejected], config: TrainConfig) -> None:
+def _check_share(pictures: int, rejected: Sequence[Rejected], config: TrainConfig) -> None:
     """Raise :class:`InputError` where those of the pictures that cannot be used are too many to be an
-    accident; ``none``: no picture can be decoded."""
+    accident."""
     if not rejected:
         return
     first = f"the first: {rejected[0]}"
-    if none:
+    if len(rejected) == pictures:
         raise InputError(f"none of the {pictures} pictures can be trained on ({first}).")
     if config.on_bad_sample == "stop":
         raise InputError(f"{len(rejected)} pictures cannot be trained on ({first}).")

@@ -54,7 +54,8 @@ def train(
 ) -> Path:
     """Train one adapter and return its file, which was read back as a check.
 
-    ``data`` are rows of one's own, in place of those that ``config.data`` names; that is their name then.
+    With ``data``, rows made in Python, nothing is read from ``config.data``, which then is only the name that
+    messages and the model card give them.
     ``on_step`` is called after each step with the number of steps so far, in every process.
 
     With ``minutes`` the run may end before its last step: the adapter is written as it is then, and
