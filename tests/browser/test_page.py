@@ -276,7 +276,7 @@ def test_errors_are_told_in_words(opening: Open) -> None:
     page.get_by_role("button", name="Draw", exact=True).click()
     page.get_by_text("Say what to draw, or show it a picture.").wait_for()
     page.locator("#reference-drop input[type=file]").set_input_files([file(b"no picture at all")])
-    page.locator(".toast.error", has_text="no picture").wait_for()
+    page.locator(".toast.error", has_text="is not a picture that can be read here").wait_for()
 
 
 def test_settings_survive_a_reload_and_chinese_is_chosen(opening: Open, shot) -> None:
