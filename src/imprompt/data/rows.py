@@ -359,15 +359,12 @@ def _pictures(folder: Path, required: bool) -> Dataset:
     texts = {file.with_suffix(file.suffix.lower()): file for file in _files(folder, SIDECARS)}
     for file in files:
         name = file.relative_to(folder).as_posix()
-        if file.suffix.lower() in UNREAD:
-            rejected.append(Rejected(name, f"{file.suffix} is not read here; convert it to PNG or JPEG"))
-            continue
-        top = _KOHYA.fullmatch(name.partition("/")[0]) if "/" in name else None
         try:
             text = _sidecar(file, texts)
-        except (UnicodeDecodeError, OSError) as error:
-            rejected.append(Rejected(name, f"caption is not UTF-8 text ({error}); save it as UTF-8"))
+        except InputError as error:
+            rejected.append(Rejected(name, str(error)))
             continue
+        top = _KOHYA.fullmatch(name.partition("/")[0]) if "/" in name else None
         if top is not None:
             classes += not text
             rows.append(_kohya_row(file, text, top))
@@ -375,14 +372,13 @@ def _pictures(folder: Path, required: bool) -> Dataset:
             rows.append(Row(file, {"full": (text,)} if text else {}))
         else:
             bare.append(Rejected(name, f"no caption: '{file.stem}.txt' is missing or empty"))
-    if bare and not rows and len(bare) == len(files):
+    if bare and len(bare) == len(files):
         raise InputError(
             f"none of the {len(bare)} pictures in '{folder}' has a caption: write what a picture shows into "
             f"a text file of its name beside it, for '{bare[0].where}' into '{files[0].stem}.txt'."
         )
-    rejected += bare
     notes = [f"{classes} pictures without a caption take their folder's name"] if classes else []
-    return Dataset(rows, rejected, notes)
+    return Dataset(rows, rejected + bare, notes)
 
 
 def _kohya_row(file: Path, text: str, folder: re.Match[str]) -> Row:
@@ -393,10 +389,17 @@ def _kohya_row(file: Path, text: str, folder: re.Match[str]) -> Row:
 
 
 def _sidecar(file: Path, texts: Mapping[Path, Path]) -> str:
-    """The caption of ``a.png`` in ``a.txt`` or ``a.png.txt``; empty if there is none."""
+    """The caption of ``a.png`` in ``a.txt`` or ``a.png.txt``; empty if there is none.
+
+    Raises :class:`InputError`, the reason without the file's name, if picture or caption cannot be read."""
+    if file.suffix.lower() in UNREAD:
+        raise InputError(f"{file.suffix} is not read here; convert it to PNG or JPEG")
     names = [name for suffix in SIDECARS for name in (file.with_suffix(suffix), Path(f"{file}{suffix}"))]
     found = next((texts[name] for name in names if name in texts), None)
-    return "" if found is None else found.read_text(encoding="utf-8-sig").strip()
+    try:
+        return "" if found is None else found.read_text(encoding="utf-8-sig").strip()
+    except (UnicodeDecodeError, OSError) as error:
+        raise InputError(f"caption is not UTF-8 text ({error}); save it as UTF-8") from error
 
 
 # ---- containers
