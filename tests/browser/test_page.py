@@ -97,6 +97,29 @@ def test_a_reference_with_everything_set_becomes_the_request(opening: Open, runn
     assert (prompt["scale"], prompt["start"], prompt["profile"]) == (0.8, 0.25, "style")
 
 
+def test_a_transformer_takes_all_of_a_picture(opening: Open) -> None:
+    """Layer profiles are of UNets; the engine refuses them elsewhere."""
+    page = opening()
+    add_reference(page, picture("red"))
+    page.locator("#references > li").first.get_by_role("radio", name="Style").check()
+    page.evaluate("""() => {
+        const draft = JSON.parse(localStorage.getItem("imprompt.draft"));
+        localStorage.setItem("imprompt.draft", JSON.stringify({ ...draft, base: "flux" }));
+    }""")
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    card = page.locator("#references > li").first
+    assert card.get_by_role("radio", name="All").is_checked()
+    assert card.get_by_role("radio", name="Style").is_disabled()
+    assert (
+        page.evaluate("""async () => {
+        const { toRequest } = await import("/static/settings.js");
+        return toRequest().images[0].profile ?? null;
+    }""")
+        is None
+    )
+
+
 def test_paints_a_mask_and_redraws_inside_it(opening: Open, running: Running, shot) -> None:
     page = opening()
     page.get_by_role("tab", name="Inpaint").click()

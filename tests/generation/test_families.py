@@ -14,11 +14,13 @@ from imprompt.catalog import bases
 from imprompt.errors import ModelError, UsageError
 from imprompt.generation.families import KINDS, find_base
 from imprompt.generation.guided import check_guidance, guidance_arguments
+from imprompt.generation.loading import choose_dtype
 from imprompt.generation.pipelines import for_task, load, scheduler_for
 from imprompt.schema.request import Request
 from layouts import sparse
 from tiny import tiny_sd
 
+FLUX = "FluxTransformer2DModel"
 SD3 = "SD3Transformer2DModel"
 UNET = "model.diffusion_model.input_blocks.{}.attn2.to_k.weight"
 PIPES = {"flux": tinydit.flux, "chroma": tinydit.chroma, "sd3": tinydit.sd3}
@@ -58,6 +60,39 @@ def test_a_folder_is_loaded_for_every_task_around_the_same_weights(kind: str, tm
     assert parts == {"transformer", "vae", *(name for name in absent if "text_encoder" in name)}
     with pytest.raises(UsageError, match="is for models that predict noise"):
         scheduler_for(pipe, "ddim")
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "reads_guidance", "steps", "guidance"),
+    [
+        ("FluxPipeline", True, 28, 3.5), ("FluxPipeline", False, 4, 0.0),
+        ("FluxFillPipeline", True, 50, 30.0), ("FluxKontextPipeline", True, 28, 2.5),
+    ],
+)  # fmt: skip
+def test_a_folder_of_flux_has_the_defaults_of_the_published_base_of_its_kind(
+    pipeline: str, reads_guidance: bool, steps: int, guidance: float, tmp_path: Path
+) -> None:
+    config = {"_class_name": FLUX, "joint_attention_dim": 4096, "guidance_embeds": reads_guidance}
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    defaults = find_base(str(tmp_path)).defaults
+    assert (defaults.steps, defaults.guidance) == (steps, guidance)
+
+
+@pytest.mark.parametrize(("reads_guidance", "steps"), [(True, 28), (False, 4)])
+def test_so_has_a_single_file(reads_guidance: bool, steps: int, tmp_path: Path) -> None:
+    keys = ["double_blocks.0.img_attn.qkv.weight", *(["guidance_in.in_layer.weight"] * reads_guidance)]
+    sparse(tmp_path / "base.safetensors", dict.fromkeys(keys, ("BF16", (4, 4))))
+    assert find_base(str(tmp_path / "base.safetensors")).defaults.steps == steps
+
+
+def test_a_transformer_is_drawn_in_the_format_it_is_published_in() -> None:
+    device = torch.device("mps")
+    assert choose_dtype("auto", device, find_base("flux")) == torch.bfloat16
+    assert choose_dtype("auto", device, find_base("sdxl")) == torch.float16
+    assert choose_dtype("float16", device, find_base("flux")) == torch.float16
+    assert choose_dtype("auto", torch.device("cpu"), find_base("flux")) == torch.float32
 
 
 @pytest.mark.parametrize(

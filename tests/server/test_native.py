@@ -153,6 +153,7 @@ def test_capabilities_say_what_is_here(client: httpx.Client) -> None:
     rows = {row["name"]: row for row in offered["bases"]}
     assert not rows["sdxl"]["offered"]
     assert [rows[name]["multiple"] for name in ("emoji", "flux", "sd35")] == [8, 16, 16]
+    assert [rows[name]["profiles"] for name in ("emoji", "flux", "sd35")] == [True, False, False]
     for table in (offered["controls"], offered["motions"]):
         assert (
             {row["name"] for row in table if row["offered"]}

@@ -155,17 +155,18 @@ class Base:
 
     @cached_property
     def defaults(self) -> Defaults:
-        """Its ``defaults.json``, else its row's values, else its family's.
+        """Its ``defaults.json``, else the values of its row or of the published base of its kind, else its
+        family's.
 
         Raises :class:`ModelError` when that file is damaged.
         """
         if self.family is not None:
-            row = catalog.families()[self.family]
-            known = Defaults(row.steps, row.guidance, row.size, adapter=row.adapter)
+            family = catalog.families()[self.family]
+            known = Defaults(family.steps, family.guidance, family.size, adapter=family.adapter)
         else:
             known = Defaults(size=_trained_size(self.path) or Defaults.size)
-        if self.row is not None:
-            own = {name: getattr(self.row, name) for name in ("steps", "guidance")}
+        if (row := self.row or self._published_alike()) is not None:
+            own = {name: getattr(row, name) for name in ("steps", "guidance")}
             known = replace(known, **{name: value for name, value in own.items() if value is not None})
         return known if self.path is None else _stated_defaults(self.path / "defaults.json", known)
 
@@ -191,6 +192,19 @@ class Base:
             f"base '{self.name}' is a {class_name or 'folder without a class name'}; image prompts are drawn "
             f"with {' and '.join(each.pipelines.get('generate', '') for each in list(KINDS.values())[:6])}s."
         )
+
+    def _published_alike(self) -> BaseRow | None:
+        """The row of a base of the same kind, for a folder or file of a kind that a family's values do not
+        fit: FLUX.1's Fill, Kontext, and [schnell], which has no layer that reads a guidance scale."""
+        if self.path is None or self.family != "flux":
+            return None
+        name = next(name for name, kind in KINDS.items() if kind is self.kind)
+        if self.path.is_file():
+            shapes, _ = read_header(self.path)
+            reads_guidance = any("guidance_in." in key for key in shapes)
+        else:
+            reads_guidance = bool(_config(self.path / "transformer").get("guidance_embeds"))
+        return catalog.bases()[name if reads_guidance else "flux-schnell"]
 
     @property
     def weight_files(self) -> tuple[Path, ...]:

@@ -92,7 +92,7 @@ class Models:
         for a device that is not there and for options without effect.
         """
         device = choose_device(request.device)
-        dtype = choose_dtype(request.dtype, device)
+        dtype = choose_dtype(request.dtype, device, base)
         extras = (request.quantize, repr(request.loras), repr(request.embeddings), request.compile)
         if request.compile != "off":
             check_compiler(device)
@@ -216,11 +216,15 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The number format of that name; ``auto`` is float32 on the CPU, else float16."""
+def choose_dtype(name: str, device: torch.device, base: Base) -> torch.dtype:
+    """The number format of that name; ``auto`` is float32 on the CPU, else float16, or bfloat16 for a
+    transformer: their weights are published in it, and their activations can exceed float16's range."""
     if name != "auto":
         return getattr(torch, name)
-    return torch.float32 if device.type == "cpu" else torch.float16
+    if device.type == "cpu":
+        return torch.float32
+    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if base.kind.denoiser == "transformer" and has_bfloat16 else torch.float16
 
 
 def multiplies_bfloat16() -> bool:

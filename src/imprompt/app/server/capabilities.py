@@ -8,7 +8,8 @@ from imprompt import __version__, catalog
 from imprompt.app.server.settings import Settings
 from imprompt.catalog import AdapterRow, BaseRow, ControlRow, MotionRow
 from imprompt.catalog.resolve import is_here
-from imprompt.generation.families import Base
+from imprompt.errors import ImpromptError
+from imprompt.generation.families import Base, Kind, find_base
 from imprompt.schema import options
 from imprompt.schema.profiles import PROFILES
 from imprompt.schema.request import CONTROLS as CONTROL_KINDS
@@ -56,13 +57,31 @@ def offered_bases(settings: Settings) -> list[str]:
 def _bases(settings: Settings) -> list[dict[str, Any]]:
     return [
         _described(name, row, settings)
-        | {"size": row.size, "multiple": Base(name, row.repo, row).kind.multiple}
+        | _of_kind(Base(name, row.repo, row).kind)
+        | {"size": row.size}
         | {"inpaint": row.inpaint, "source": "" if row.bundled else row.repo}
         for name, row in catalog.bases().items()
     ] + [
-        _added(name, "--model") | {"size": None, "multiple": None, "inpaint": False, "source": ""}
-        for name in settings.bases
+        _added(name, "--model") | _read(source) | {"inpaint": False, "source": ""}
+        for name, source in settings.bases.items()
     ]
+
+
+def _of_kind(kind: Kind) -> dict[str, Any]:
+    """What the page must know of a kind: its sizes' multiple, and whether named layer profiles act on it."""
+    return {"multiple": kind.multiple, "profiles": kind.denoiser == "unet"}
+
+
+def _read(source: str) -> dict[str, Any]:
+    """The same of a base that the server was started with, as far as it can be read on this machine."""
+    unknown = {"family": None, "multiple": None, "profiles": True, "size": None}
+    try:
+        base = find_base(source)
+        if base.path is None:
+            return unknown
+        return {"family": base.family, "size": base.defaults.size} | _of_kind(base.kind)
+    except ImpromptError:
+        return unknown
 
 
 def _adapters(settings: Settings) -> list[dict[str, Any]]:

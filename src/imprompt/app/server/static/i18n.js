@@ -27,6 +27,7 @@ const WORDS = {
   everything: ["All", "全部"],
   style: ["Style", "风格"],
   composition: ["Layout", "构图"],
+  takenWhole: ["needs a model with a UNet, such as SD1.5 or SDXL", "需要带 UNet 的模型，如 SD1.5 或 SDXL"],
   face: ["Face", "人脸"],
   noFace: ["needs a face adapter that is on this machine", "需要本机上有人脸适配器"],
   window: ["Acts", "作用区间"],

@@ -4,7 +4,7 @@ import { controlMap, upload } from "./api.js";
 import { $, choice, dialog, h, icon, iconButton, slider, toast } from "./dom.js";
 import { t } from "./i18n.js";
 import { paint } from "./painter.js";
-import { adaptersHere, autoScale, baseRow, changed, faceAdapter, newReference, offered, settings } from "./settings.js";
+import { adaptersHere, autoScale, baseRow, changed, faceAdapter, newReference, offered, settings, taken } from "./settings.js";
 
 const percent = (value) => value.toFixed(2);
 
@@ -86,7 +86,9 @@ async function paintArea(holder, options) {
 function card(reference, number) {
   const name = t("picture", { number: number + 1 });
   const update = (values, again = false) => { Object.assign(reference, values); changed(); if (again) render(); };
-  const takes = ["everything", "style", "composition"].map((key) => ({ key, text: t(key) }));
+  const whole = !baseRow().profiles;
+  const takes = ["everything", "style", "composition"].map((key) => (
+    { key, text: t(key), disabled: whole && key !== "everything", hint: whole ? t("takenWhole") : "" }));
   const face = faceAdapter();
   if (adaptersHere().some((row) => row.face)) takes.push({ key: "face", text: t("face"), disabled: !face, hint: face ? face.note : t("noFace") });
   const [width, height] = drawnSize();
@@ -104,7 +106,7 @@ function card(reference, number) {
       h("div", { class: "row" }, h("h3", {}, reference.avoid ? `${name} · ${t("avoid")}` : name), h("span", { class: "grow" }),
         iconButton("x", `${t("remove")}: ${name}`, () => { settings.references.splice(number, 1); changed(); render(); })),
       !reference.avoid && strength,
-      !reference.avoid && choice(`${t("take")}: ${name}`, takes, reference.take, (take) => update({ take })),
+      !reference.avoid && choice(`${t("take")}: ${name}`, takes, taken(reference), (take) => update({ take })),
       h("details", { open: Boolean(reference.opened), ontoggle: (event) => { reference.opened = event.target.open; } },
         h("summary", { "aria-label": `${t("details")}: ${name}` }, t("details")),
         h("div", { class: "stack" },

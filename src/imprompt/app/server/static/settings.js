@@ -46,6 +46,8 @@ export const baseRow = () => {
 
 export const adaptersHere = () => offered.capabilities.adapters.filter((row) => row.family === baseRow().family || row.family === null);
 export const faceAdapter = () => adaptersHere().find((row) => row.face && row.offered);
+/** What to take from a picture; layer profiles act on UNets alone. */
+export const taken = ({ take }) => (baseRow().profiles || take === "face" ? take : "everything");
 export const autoScale = () => (settings.prompt.trim() ? AUTO_SCALE.withText : AUTO_SCALE.alone);
 
 function imagePrompt(reference, avoided) {
@@ -55,8 +57,9 @@ function imagePrompt(reference, avoided) {
   if (reference.start > 0) image.start = reference.start;
   if (reference.end < 1) image.end = reference.end;
   if (reference.mask) image.mask = reference.mask.id;
-  if (reference.take === "face" && faceAdapter()) image.adapter = faceAdapter().name;
-  else if (TAKES[reference.take] && reference.take !== "everything") image.profile = TAKES[reference.take];
+  const take = taken(reference);
+  if (take === "face" && faceAdapter()) image.adapter = faceAdapter().name;
+  else if (TAKES[take] && take !== "everything") image.profile = TAKES[take];
   if (avoided) image.negative = avoided.pictures[0].id;
   return image;
 }
