@@ -349,6 +349,35 @@ def test_attention_over_short_clips_is_that_of_the_library(recipe) -> None:
     assert torch.allclose(found, expected, atol=1e-5)
 
 
+def test_half_of_the_clips_are_shown_as_pure_noise(recipe) -> None:
+    motion = recipe("motion")
+    times = motion.times_of_clips(1000)
+    assert ((times >= 0) & (times < 1000)).all()
+    assert (times >= motion.BLIND).float().mean() == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_clip_played_backwards_shows_what_its_word_says(recipe) -> None:
+    """All but the frame in which nothing is seen, since the thing is out of the picture."""
+    motion = recipe("motion")
+    for word in motion.MOTIONS:
+        order, said = motion.turned(torch.arange(16), word)
+        poses = [motion.pose(word, int(number) / 16, 1.0) for number in order]
+        for number in set(range(16)) - {8}:
+            assert poses[number] == pytest.approx(motion.pose(said, number / 16, 1.0), abs=1e-9), word
+
+
+def test_the_errors_of_a_clip_are_told_apart_and_add_up(recipe) -> None:
+    motion = recipe("motion")
+    torch.manual_seed(0)
+    target, offset = torch.randn(2, 4, 8, 3, 3), torch.randn(2, 4, 1, 3, 3)
+    still, moved = motion.errors(target + offset, target)
+    assert torch.allclose(still, offset.square().mean((1, 2, 3, 4)))
+    assert moved.max() < 1e-10
+    drawn = torch.randn(2, 4, 8, 3, 3)
+    still, moved = motion.errors(drawn, target)
+    assert torch.allclose(still + moved, (drawn - target).square().mean((1, 2, 3, 4)))
+
+
 def test_a_motion_is_named_once_somewhere_in_the_caption(recipe) -> None:
     motion = recipe("motion")
     rng = np.random.default_rng(0)
