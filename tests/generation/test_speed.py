@@ -57,14 +57,7 @@ def moving():
     return AnimateDiffPipeline(**{name: parts[name] for name in names}, motion_adapter=motion)
 
 
-PIPES = {
-    sd: ["prompt_embeds"],
-    tiny.tiny_sdxl: ["prompt_embeds", "add_text_embeds", "add_time_ids"],
-    tiny.tiny_kolors: ["prompt_embeds", "add_text_embeds", "add_time_ids"],
-    with_control: ["prompt_embeds", "image"],
-    moving: ["prompt_embeds"],
-}
-"""Pipeline → the tensors of which it holds a half for each CFG branch."""
+PIPES = [sd, tiny.tiny_sdxl, tiny.tiny_kolors, with_control, moving]
 
 
 def call(pipe, **options):
@@ -80,27 +73,41 @@ def call(pipe, **options):
     return drawn[0]
 
 
+@contextmanager
+def guidance_of_before(unet, calls):
+    """At some calls, counted from 0, the uncond rows' output is as far from the cond rows' as it was last."""
+    done, apart = 0, None
+
+    def change(_, args, output):
+        nonlocal done, apart
+        uncond, cond = output[0].chunk(2)
+        if done in calls:
+            uncond = cond - apart
+        done, apart = done + 1, cond - uncond
+        changed = torch.cat((uncond, cond))
+        return (changed, *output[1:]) if isinstance(output, tuple) else type(output)(sample=changed)
+
+    hook = unet.register_forward_hook(change)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 @pytest.mark.parametrize("make", PIPES, ids=lambda make: make.__name__)
-def test_late_steps_run_the_cond_rows_alone_and_draw_what_diffusers_does_without_guidance(make):
+def test_late_steps_run_the_cond_rows_alone_and_are_guided_as_the_step_before(make):
     if make is tiny.tiny_kolors:
         pytest.importorskip("sentencepiece")
     pipe = make()
     encoder = ImageEncoder(*tiny.tiny_encoder(), name="tiny")
     adapter = IPAdapter.from_state_dict(tiny.random_adapter_state(pipe.unet), image_encoder=encoder)
     adapter.attach(pipe).set_prompt(tiny.picture(1))
-
-    def late(pipe, step, timestep, tensors):
-        """As diffusers' own SDCFGCutoffCallback, for all kinds of pipelines."""
-        if step != 2:
-            return tensors
-        pipe._guidance_scale = 0.0
-        return {name: tensor.chunk(2)[1] for name, tensor in tensors.items()}
-
-    wanted = call(pipe, callback_on_step_end=late, callback_on_step_end_tensor_inputs=PIPES[make])
     exact = call(pipe)
+    with guidance_of_before(pipe.unet, {2, 4}):
+        wanted = call(pipe)
     with hurried(pipe, "balanced"), counted(pipe.unet.conv_in) as rows:
         drawn = call(pipe)  # the empty text is both rows', which cannot be told apart by comparing
-    assert [count // rows[-1] for count in rows] == [2, 2, 2, 1, 1]
+    assert [count // rows[-1] for count in rows] == [2, 2, 1, 2, 1]
     torch.testing.assert_close(drawn, wanted, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(drawn, exact, atol=1e-3)
     assert torch.equal(call(pipe), exact), "nothing stays behind"
@@ -108,25 +115,27 @@ def test_late_steps_run_the_cond_rows_alone_and_draw_what_diffusers_does_without
 
 def test_inner_blocks_run_at_every_third_call_and_when_the_number_of_rows_changes():
     unet, random = tiny.tiny_unet(), torch.Generator().manual_seed(1)
-    sample, text = torch.randn(2, 4, 16, 16, generator=random), torch.randn(2, 5, 32, generator=random)
+    sample, text = torch.randn(4, 4, 16, 16, generator=random), torch.randn(4, 5, 32, generator=random)
 
     def run(rows, timestep):
         with torch.no_grad():
-            return unet(sample[:rows], timestep, text[:rows], return_dict=False)[0]
+            return unet(sample[rows], timestep, text[rows], return_dict=False)[0]
 
+    both, cond, more = slice(2), slice(1, 2), slice(4)
     before = {name: set(vars(module)) for name, module in unet.named_modules()}
-    exact = [run(2, timestep) for timestep in (800, 700)]
+    exact = [run(both, timestep) for timestep in (800, 700)]
     inside, outside = unet.mid_block.resnets[0], unet.conv_out
     with inner_reused(unet), counted(inside) as inner, counted(outside) as outer:
-        first, second = run(2, 800), run(2, 700)
+        first, second = run(both, 800), run(both, 700)
         assert torch.equal(first, exact[0])
         assert not torch.equal(second, exact[1])
-        assert torch.equal(run(2, 800), first), "only the inner blocks' output is kept"
-        assert torch.equal(run(2, 700), exact[1])
-        run(1, 700)
-    assert (inner, outer) == ([2, 2, 1], [2, 2, 2, 2, 1])
+        assert torch.equal(run(both, 800), first), "only the inner blocks' output is kept"
+        assert torch.equal(run(both, 700), exact[1])
+        torch.testing.assert_close(run(cond, 700), exact[1][cond])
+        run(more, 700)
+    assert (inner, outer) == ([2, 2, 4], [2, 2, 2, 2, 1, 4])
     assert before == {name: set(vars(module)) for name, module in unet.named_modules()}
-    assert torch.equal(run(2, 700), exact[1])
+    assert torch.equal(run(both, 700), exact[1])
 
 
 FIELDS = [
@@ -207,7 +216,7 @@ def test_a_picture_records_its_speed_and_is_repeated_with_it(ask, tmp_path):
     ("fields", "message"),
     [
         ({"speed": "balanced", "guidance": 1}, r"speed: 'balanced' .* none at 1"),
-        ({"speed": "fast", "image_guidance": 3}, "image_guidance: speed 'fast' leaves guidance out"),
+        ({"speed": "fast", "image_guidance": 3}, "image_guidance: speed 'fast' computes guidance seldom"),
         ({"speed": "quick"}, "speed: "),
     ],
 )

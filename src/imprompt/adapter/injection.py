@@ -73,6 +73,8 @@ class Injection:
         self.recorder: Recorder | None = None
         self.kept_text: KeptText | None = None
         """Keys and values of the text that this call reads; ``None`` where they are not kept."""
+        self._kept_texts: dict[tuple[Branch, ...], KeptText] = {}
+        """The same by CFG branches, which may alternate within a run."""
         self.branches: tuple[Branch, ...] | None = None
         """The CFG branches in the batch, where the pipeline's flags do not tell."""
         self.drawing = Drawing()
@@ -167,7 +169,7 @@ class Injection:
         self.sources = [other for other in self.sources if other is not source]
         self.invalidate()
         self._batches.clear()
-        self.kept_text = None
+        self._kept_texts, self.kept_text = {}, None
         if self.sources:
             return
         for hook in self._hooks:
@@ -254,7 +256,7 @@ class Injection:
         run = scheduler, getattr(scheduler, "timesteps", None)
         if self._run is None or any(a is not b for a, b in zip(run, self._run, strict=True)):
             self._run, self._clock, self._compiled = run, None, self._is_compiled(model)
-            self.kept_text = self._last = None
+            self._kept_texts, self.kept_text, self._last = {}, None, None
             encode_text = cache(partial(self.encode_text, caller=caller))
             for source in self.sources:
                 source.begin_run(encode_text)
@@ -265,7 +267,7 @@ class Injection:
         if text is None or self._compiled or not stays_the_same(caller):
             self.kept_text = None
             return
-        self.kept_text = self.kept_text or KeptText()
+        self.kept_text = self._kept_texts.setdefault(call.branches, KeptText())
         self.kept_text.show(text, call)
 
     def _is_compiled(self, model: nn.Module) -> bool:

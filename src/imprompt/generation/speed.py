@@ -1,4 +1,4 @@
-"""Faster drawing for a little less likeness, on UNets: late steps without guidance, inner blocks run seldom.
+"""Faster drawing for a little less likeness, on UNets: uncond rows and inner blocks run seldom.
 
 :func:`hurried` is open around one call of a pipeline and leaves nothing behind.
 """
@@ -17,11 +17,13 @@ from imprompt.generation.families import Base
 from imprompt.generation.steps import step_count
 from imprompt.schema.request import Request, Speed
 
-GUIDED = 0.6
-"""Share of the steps that are guided; what guidance changes later is hardly seen."""
-_TEXT = "encoder_hidden_states"
+GUIDED = 0.4
+"""Share of the steps, the first, at which the uncond rows always run: there guidance changes most."""
 EVERY = 3
-"""The inner blocks run at every third step."""
+"""The uncond rows and the inner blocks run at every third step."""
+_TEXT = "encoder_hidden_states"
+_ALL = range(1, 2**31)
+"""Any number of rows."""
 
 
 def check_speed(request: Request, base: Base) -> None:
@@ -40,36 +42,40 @@ def hurried(pipe: Any, speed: Speed) -> Iterator[None]:
     """
     if speed == "balanced" and getattr(pipe.unet.config, "time_cond_proj_dim", None):
         raise UsageError(
-            "speed: this UNet takes guidance as an input, as LCM's do, so 'balanced' leaves out nothing; "
+            "speed: this UNet takes guidance as an input, as LCM's do, so 'balanced' saves nothing; "
             "use 'exact' or 'fast'."
         )
     with ExitStack() as hurry:
         if speed != "exact":
             for model in (pipe.unet, getattr(pipe, "controlnet", None)):
                 if model is not None:
-                    hurry.enter_context(guided_early(model, pipe))
+                    hurry.enter_context(guided_seldom(model, pipe))
         if speed == "fast":
             hurry.enter_context(inner_reused(pipe.unet))
         yield
 
 
 @contextmanager
-def guided_early(model: nn.Module, pipe: Any) -> Iterator[None]:
-    """While open, late calls of ``model`` (a UNet or ControlNet) run the cond rows alone.
+def guided_seldom(model: nn.Module, pipe: Any) -> Iterator[None]:
+    """While open, most calls of ``model`` (a UNet or ControlNet) after the first run the cond rows alone.
 
-    Their output stands for the uncond rows too, so that the pipeline's ``e∅ + s (e − e∅)`` is ``e`` exactly.
+    The uncond rows' output is then taken to be as far from the cond rows' as at the last call that ran both,
+    so that the pipeline's ``e∅ + s (e − e∅)`` is ``e + (s − 1) d`` with the ``d = e − e∅`` of that call.
     """
     injection, calls, halved = Injection.of(model), 0, set[int]()
     whole_text = cond_text = None
+    apart: Tensor | float = 0.0
 
     def before(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         nonlocal calls, halved, whole_text, cond_text
+        first = calls < max(1, round(GUIDED * step_count(pipe)))
+        light = pipe.do_classifier_free_guidance and not first and calls % EVERY > 0
         calls += 1
-        halved = set()
-        if not pipe.do_classifier_free_guidance or calls <= round(GUIDED * step_count(pipe)):
-            return None
         if injection is not None:
-            injection.branches = ("cond",)
+            injection.branches = ("cond",) if light else None
+        halved = set()
+        if not light:
+            return None
         shape = _latents(args, kwargs).shape
         rows = {shape[0], shape[0] * (shape[2] if len(shape) == 5 else 1)}  # of a clip, frames are rows
         halved = {count // 2 for count in rows}
@@ -81,7 +87,11 @@ def guided_early(model: nn.Module, pipe: Any) -> Iterator[None]:
         return of_rows(_cond, args, rows), kwargs
 
     def after(_: nn.Module, args: Any, output: Any) -> Any:
-        return of_rows(lambda x: torch.cat((x, x)), output, halved)
+        nonlocal apart
+        if not halved and model is pipe.unet and pipe.do_classifier_free_guidance:
+            uncond, cond = output[0].chunk(2)
+            apart = cond - uncond
+        return of_rows(lambda x: torch.cat((x - apart, x)), output, halved)
 
     off = torch.compiler.disable  # for hooks that count calls
     hooks = [  # first of all, so that adapters see the cond rows
@@ -100,21 +110,23 @@ def guided_early(model: nn.Module, pipe: Any) -> Iterator[None]:
 @contextmanager
 def inner_reused(unet: Any, every: int = EVERY) -> Iterator[None]:
     """While open, the blocks of a UNet but the first and the last run at every ``every``-th call, and return
-    their last output at the others (after DeepCache, Ma et al. 2024).
+    their last output at the others (after DeepCache, Ma et al. 2024), of the cond rows where those are alone.
 
-    They also run when the number of rows has changed.
+    They also run when the number of rows has changed otherwise.
     """
     inner = [
         block for block in (*unet.down_blocks[1:], unet.mid_block, *unet.up_blocks[:-1]) if block is not None
     ]
     own = [vars(block).get("forward") for block in inner]  # accelerate's, where parts are offloaded
-    age, rows = 0, 0
+    age, rows, alone = 0, 0, False
 
     def before(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        nonlocal age, rows
+        nonlocal age, rows, alone
         count = len(_latents(args, kwargs))
-        age = (age + 1) % every if count == rows else 0
-        rows = count
+        alone = 2 * count == rows
+        age = (age + 1) % every if alone or count == rows else 0
+        if age == 0:
+            rows, alone = count, False
 
     def reusing(forward: Callable[..., Any]) -> Callable[..., Any]:
         last: Any = None
@@ -123,7 +135,7 @@ def inner_reused(unet: Any, every: int = EVERY) -> Iterator[None]:
             nonlocal last
             if age == 0:
                 last = forward(*args, **kwargs)
-            return last
+            return of_rows(_cond, last, _ALL) if alone else last
 
         return run
 

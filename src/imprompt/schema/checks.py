@@ -111,9 +111,9 @@ def _guidance(request: "Request") -> Iterator[str]:
 
 def _speed(request: "Request") -> Iterator[str]:
     if request.speed == "balanced" and request.guidance is not None and request.guidance <= 1:
-        yield f"speed: 'balanced' leaves guidance out, of which there is none at {request.guidance:g}."
+        yield f"speed: 'balanced' saves work of guidance, of which there is none at {request.guidance:g}."
     if request.speed != "exact" and request.image_guidance is not None:
-        yield f"image_guidance: speed '{request.speed}' leaves guidance out; use one of the two."
+        yield f"image_guidance: speed '{request.speed}' computes guidance seldom; use one of the two."
 
 
 def _compile(request: "Request") -> Iterator[str]:

@@ -221,8 +221,8 @@ class Request(Record):
     """Draw pictures one by one, each with the same pixels as alone; otherwise pictures are drawn in batches
     where possible, which is faster and differs by 1 of 255 in a few places."""
     speed: Speed = "exact"
-    """UNets: exact computes all of each step; balanced leaves guidance out of the last 40 % of steps; fast
-    also runs inner blocks at every third step only. The picture changes a little."""
+    """UNets: exact computes all of each step; balanced computes the uncond rows at every third step only,
+    after the first 40 %; fast also the inner blocks, from the start. The picture changes a little."""
     seed: int | None = Field(default=None, ge=0, le=2**53 - 1)
     """Seed of the first picture; ``None``: a random one, which the picture records."""
     frames: int | None = Field(default=None, ge=2, le=512)
