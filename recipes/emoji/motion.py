@@ -46,7 +46,8 @@ from torch import Tensor, nn
 
 FRAMES = 16
 STILL = 0.2
-"""Weight of what the frames have in common: the frozen UNet draws it already, and its error is large."""
+"""Weight of what the frames have in common while motions are learned: the frozen UNet draws it already, and its
+error is large. In the last seventh of the time it is 1, or pictures would stay blurred."""
 SHARED = 1.0
 """Part of the noise's variance that all frames have in common, in drawings and in most clips of the training:
 where each has noise of its own, the still model sees the thing elsewhere in each, and moves it so."""
@@ -338,7 +339,7 @@ def main() -> None:
                 hidden = texts(said)
                 out = unet(noisy, t, hidden.repeat_interleave(len(shown), 0)).sample
             still, moved = errors(out.float(), target)
-            loop.learn((STILL * still + moved).mean())
+            loop.learn(((STILL if loop.part() < 6 / 7 else 1.0) * still + moved).mean())
             positions.restore()
             progress_mean(loop.log, "still", still.mean())
             progress_mean(loop.log, "moved", moved.mean())
