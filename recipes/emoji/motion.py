@@ -46,8 +46,8 @@ from torch import Tensor, nn
 
 FRAMES = 16
 STILL = 0.2
-"""Weight of what the frames have in common while motions are learned: the frozen UNet draws it already, and its
-error is large. In the last seventh of the time it is 1, or pictures would stay blurred."""
+"""Weight of what the frames have in common while motions are learned: the frozen UNet draws it already, and
+its error is large. In the last seventh of the time it is 1, or pictures would stay blurred."""
 SHARED = 1.0
 """Part of the noise's variance that all frames have in common, in drawings and in most clips of the training:
 where each has noise of its own, the still model sees the thing elsewhere in each, and moves it so."""
