@@ -2,11 +2,14 @@
 
 import io
 import json
+from pathlib import Path
 
 import httpx
 import pytest
 from PIL import Image
 
+from imprompt.app.server.capabilities import capabilities
+from imprompt.app.server.settings import Settings
 from imprompt.output import read_request
 from imprompt.output.clips import encode_clip
 from serving import STEPS, Running, encoded, mask, picture, submit, upload, wait
@@ -144,6 +147,19 @@ def test_history_is_newest_first_and_forgets(client: httpx.Client) -> None:
     assert client.delete(f"/api/v1/history/{ids[1]}").status_code == 204
     assert client.get(url).status_code == 404
     assert client.get(f"/api/v1/jobs/{ids[1]}").status_code == 404
+
+
+def test_capabilities_say_what_an_added_base_is(tmp_path: Path) -> None:
+    """By its files, if they are here; of others nothing is known, and nothing is downloaded."""
+    config = {"_class_name": "FluxTransformer2DModel", "joint_attention_dim": 4096, "guidance_embeds": True}
+    (tmp_path / "mine" / "transformer").mkdir(parents=True)
+    (tmp_path / "mine" / "transformer" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "mine" / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    bases = {"mine": str(tmp_path / "mine"), "other": "somebody/model"}
+    rows = {row["name"]: row for row in capabilities(Settings(tmp_path, bases=bases))["bases"]}
+    known = ("family", "multiple", "profiles", "size")
+    assert [rows["mine"][name] for name in known] == ["flux", 16, False, 1024]
+    assert [rows["other"][name] for name in known] == [None, None, True, None]
 
 
 def test_capabilities_say_what_is_here(client: httpx.Client) -> None:

@@ -1,4 +1,4 @@
-"""Faster drawing for a little less likeness, on UNets: uncond rows and inner blocks run seldom.
+"""Faster drawing of nearly the same picture, on UNets: uncond rows and inner blocks run seldom.
 
 :func:`hurried` is open around one call of a pipeline and leaves nothing behind.
 """

@@ -111,7 +111,8 @@ def _guidance(request: "Request") -> Iterator[str]:
 
 def _speed(request: "Request") -> Iterator[str]:
     if request.speed == "balanced" and request.guidance is not None and request.guidance <= 1:
-        yield f"speed: 'balanced' saves work of guidance, of which there is none at {request.guidance:g}."
+        none = f"of which there is none at {request.guidance:g}"
+        yield f"speed: 'balanced' saves work of guidance, {none}; use 'exact' or 'fast'."
     if request.speed != "exact" and request.image_guidance is not None:
         yield f"image_guidance: speed '{request.speed}' computes guidance seldom; use one of the two."
 

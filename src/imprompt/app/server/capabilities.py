@@ -2,6 +2,7 @@
 
 import json
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from imprompt import __version__, catalog
@@ -73,12 +74,12 @@ def _of_kind(kind: Kind) -> dict[str, Any]:
 
 
 def _read(source: str) -> dict[str, Any]:
-    """The same of a base that the server was started with, as far as it can be read on this machine."""
+    """The same of a base that the server was started with, as far as its files tell; downloads nothing."""
     unknown = {"family": None, "multiple": None, "profiles": True, "size": None}
+    if not Path(source).expanduser().exists():
+        return unknown
     try:
         base = find_base(source)
-        if base.path is None:
-            return unknown
         return {"family": base.family, "size": base.defaults.size} | _of_kind(base.kind)
     except ImpromptError:
         return unknown
