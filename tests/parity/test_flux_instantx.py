@@ -134,7 +134,7 @@ def test_a_mask_keeps_the_picture_out_of_text_and_the_other_half() -> None:
     adapter.set_prompt(torch.randn(1, 24), scale=0.7, mask=mask)
     call(pipe)
     single = pipe.transformer.single_transformer_blocks[0].attn.processor
-    (kv,) = single.image_kvs
+    ((kv,),) = (read.parts for read in single.image_kvs)
     assert kv.gain is not None
     lying = kv.gain[0, 0, :, 0]
     assert not lying[:7].any()  # the text tokens

@@ -2,12 +2,13 @@
 
 ``out = SDPA(q, K_text, V_text) + Σ_p factor_p · mask_p · SDPA(q, K_p, V_p)``, before or after the site's
 output projection as the backbone says. ``factor`` is strength × window × curve of each batch row; it lives
-outside the softmax, so that a new strength needs no new keys. Tensors are made by
+outside the softmax, so that a new strength needs no new keys. :class:`ImageKV` is one term of the sum and the
+readable form, :class:`JointKV` several terms at once. Tensors are made by
 :mod:`imprompt.adapter.batch` and stay the same objects while their shapes do, so that compiled models see no
 change.
 
 Dimensions: B batch rows (branches × samples × frames), H heads, L queries, T tokens, D head width, C token
-width.
+width, P prompts.
 """
 
 from collections.abc import Callable
@@ -44,6 +45,11 @@ class ImageKV:
     """SD3.5: the adapter's own norms of raw queries and image keys, which its attention reads as well."""
 
     @property
+    def parts(self) -> tuple["ImageKV", ...]:
+        """The prompts one by one, as a :class:`JointKV` has several."""
+        return (self,)
+
+    @property
     def gain(self) -> Float[Tensor, "_ 1 _ 1"] | None:
         """What the attention over the image tokens is multiplied by, mask and factor; ``None`` is 1."""
         if self.mask is None or self.factor is None:
@@ -65,6 +71,67 @@ class ImageKV:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class JointKV:
+    """Several image prompts of equally many tokens at one site, read in two products for all of them.
+
+    Keys come first in the scores, so that each prompt's softmax over its few tokens runs along the queries.
+    """
+
+    key: Tensor
+    """Of all prompts in turn, divided by √D: ``B H (P·T) D``."""
+    value: Tensor
+    """Likewise, not divided."""
+    parts: tuple[ImageKV, ...]
+    mask: Float[Tensor, "_ 1 P 1 L"] | None
+    factor: Float[Tensor, "B 1 P 1 _"]
+    """As those of :class:`ImageKV`."""
+
+    @property
+    def after_block(self) -> bool:
+        """See :attr:`ImageKV.after_block`; the same for all prompts."""
+        return self.parts[0].after_block
+
+    def attend(self, query: Float[Tensor, "B H L D"]) -> Tensor:
+        """What :meth:`add_to` adds: the sum of all prompts' attention, each times its mask and factor."""
+        scores = self.key @ query.transpose(-1, -2)
+        shares = self._shares(scores.unflatten(2, (len(self.parts), -1)))
+        return shares.flatten(2, 3).transpose(-1, -2) @ self.value
+
+    def add_to(self, out: Float[Tensor, "B H L D"], image: Tensor) -> Float[Tensor, "B H L D"]:
+        """``out`` plus the sum, in place unless gradients are recorded."""
+        return out + image if torch.is_grad_enabled() else out.add_(image)
+
+    def _shares(self, scores: Float[Tensor, "B H P T L"]) -> Float[Tensor, "B H P T L"]:
+        """Softmax over each prompt's tokens, times mask and factor."""
+        gain = self.factor if self.mask is None else self.mask * self.factor
+        shares = scores.softmax(3)
+        return shares * gain if torch.is_grad_enabled() else shares.mul_(gain)
+
+
+class FoldedKV(JointKV):
+    """The same with all heads in one matrix, ``B (H·P·T) (H·D)``: keys and values of a head stand in its own
+    columns and are 0 elsewhere. H times the work, but as one large product, which a CPU does faster where
+    tokens are few.
+    """
+
+    __slots__ = ()
+
+    def attend(self, query: Float[Tensor, "B H L D"]) -> Tensor:
+        """What :meth:`add_to` adds: the shares of all tokens, ``B (H·P·T) L``."""
+        scores = self.key @ query.transpose(1, 2).flatten(2).transpose(1, 2)
+        return self._shares(scores.unflatten(1, (query.shape[1], len(self.parts), -1))).flatten(1, 3)
+
+    def add_to(self, out: Float[Tensor, "B H L D"], image: Tensor) -> Float[Tensor, "B H L D"]:
+        """``out`` plus the shares' values, in place unless gradients are recorded."""
+        flat, shares = out.transpose(1, 2).flatten(2), image.transpose(1, 2)
+        if torch.is_grad_enabled():
+            flat = torch.baddbmm(flat, shares, self.value)
+        else:
+            flat.baddbmm_(shares, self.value)
+        return flat.unflatten(2, (out.shape[1], -1)).transpose(1, 2)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class JointNorms:
     """RMS norms over the head width that an SD3.5 adapter brings for a site."""
 
@@ -82,7 +149,7 @@ class SiteProcessor:
         self.previous = previous
         self.injection = injection
         self.site = site
-        self.image_kvs: tuple[ImageKV, ...] = ()
+        self.image_kvs: tuple[ImageKV | JointKV, ...] = ()
         self.regional: Any = None
 
     @property
@@ -93,10 +160,10 @@ class SiteProcessor:
     def add_images(
         self,
         out: Float[Tensor, "B H L D"],
-        attend: Callable[[ImageKV], Tensor],
+        attend: Callable[[Any], Tensor],
         project: Projection | None = None,
         beside: Float[Tensor, "B L C"] | None = None,
-        kvs: tuple[ImageKV, ...] | None = None,
+        kvs: tuple[ImageKV | JointKV, ...] | None = None,
     ) -> Float[Tensor, "B H L D"]:
         """``out`` plus the attention of every image prompt (or of ``kvs``) as ``attend`` computes it.
 
@@ -106,7 +173,7 @@ class SiteProcessor:
         kvs = self.image_kvs if kvs is None else kvs
         recorder = self.injection.recorder
         if recorder is not None:
-            return recorder.add_images(self.site, kvs, attend, out, project, beside)
+            recorder.note(self.site, kvs, attend, out, project, beside)
         for kv in kvs:
             out = kv.add_to(out, attend(kv))
         return out

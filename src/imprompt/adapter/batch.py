@@ -9,8 +9,9 @@ Dimensions: S token sequences, T tokens of the longest, C token width, R batch r
 images × frames), H heads, D head width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from operator import is_
 from typing import NamedTuple
 
@@ -19,9 +20,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from imprompt.adapter.attention import ImageKV
+from imprompt.adapter.attention import ImageKV, JointKV
 from imprompt.adapter.backbones.base import Call, Site
 from imprompt.adapter.beside_text import BesideText
+from imprompt.adapter.joint import JointKeys, form_of, group_of, joint_mask, parties, written
 from imprompt.adapter.prompt import CompiledPrompt
 from imprompt.adapter.regional import Regional, Regions, project_text
 from imprompt.adapter.scaling import split_strength
@@ -52,6 +54,11 @@ class _Added(NamedTuple):
     kv: ImageKV
     strengths: list[float]
     """Strength of each row, outside the softmax."""
+
+    @property
+    def group(self) -> tuple[object, ...]:
+        """The same for contributions that may be read together."""
+        return self.at.site.name, *group_of(self.kv)
 
 
 class _Timed(NamedTuple):
@@ -99,21 +106,19 @@ class _Factors:
 
     def set(
         self, strengths: list[list[float]], prompts: list[int], whens: list[When], call: Call
-    ) -> tuple[Float[Tensor, " R"], ...]:
+    ) -> Float[Tensor, "P R"]:
         """The factors of each pair: its strengths, at all times if no prompt has a window or curve.
 
         ``prompts`` is the number of each pair's prompt, ``whens`` has the rows of all prompts in turn.
         """
         self.gate = None
-        if not strengths:
-            return ()
         table = torch.tensor(strengths, dtype=torch.float32).to(call.device, call.dtype)
-        self._strengths = _written(self._strengths, table)
-        self._factors = _written(self._factors, table.clone())
+        self._strengths = written(self._strengths, table)
+        self._factors = written(self._factors, table.clone())
         self._prompts = torch.tensor(prompts, device=call.device)
         if not all(when.always for when in whens):
             self.gate = Gate(whens, call.device, call.dtype)
-        return self._factors.unbind()
+        return self._factors
 
     def step(self, clock: Clock, timestep: Float[Tensor, "*B"]) -> None:
         """Multiply the strengths with windows and curves at ``timestep``."""
@@ -131,13 +136,15 @@ class Batch:
         self.call = call
         """The layout, with the tokens that stand among the text's; ``key`` is without them."""
         self.beside_text: BesideText | None = None
-        self.image_kvs: dict[str, tuple[ImageKV, ...]] = {}
+        self.image_kvs: dict[str, tuple[ImageKV | JointKV, ...]] = {}
         self.regional: dict[str, Regional | None] = {}
         self._keys: list[_Keys] = []
         self._timed: list[_Timed] = []
         self._factors = _Factors()
         self._gains: dict[tuple[str, int], Tensor] = {}
-        """Masks times factors, by site and prompt."""
+        """Masks times factors, by site and (first) prompt."""
+        self._joint: dict[tuple[str, int], JointKeys] = {}
+        """Keys and values of several prompts, by site and first prompt."""
 
     def update(self, sources: Sequence[PromptSource], text_projection: nn.Module | None) -> None:
         """Read the sources' prompts, in place if shapes allow. While one is trained, only its tokens are
@@ -147,7 +154,7 @@ class Batch:
         self.beside_text = None if training else BesideText.of(sources, self.key)
         self.call = _lengthened(self.key, self.beside_text)
         slots = [] if training else _slots(sources, self.call)
-        made: dict[str, list[ImageKV]] = {site.name: [] for site in self.sites}
+        made: dict[str, list[ImageKV | JointKV]] = {site.name: [] for site in self.sites}
         for site, kv in (*self._training_kvs(training), *self._prompt_kvs(slots)):
             made[site.name].append(kv)
         self.image_kvs = {name: tuple(kvs) for name, kvs in made.items()}
@@ -168,7 +175,7 @@ class Batch:
         for timed in self._timed:
             timed.write(timestep.reshape(-1)[:1], self.heads)
 
-    def _prompt_kvs(self, slots: list[tuple[PromptSource, Slot]]) -> list[tuple[Site, ImageKV]]:
+    def _prompt_kvs(self, slots: list[tuple[PromptSource, Slot]]) -> Iterator[tuple[Site, ImageKV | JointKV]]:
         """The contributions of all slots, with their factors."""
         self._keys = [*self._keys[: len(slots)], *(_Keys() for _ in slots[len(self._keys) :])]
         self._timed = []
@@ -180,21 +187,49 @@ class Batch:
                 self._timed.append(_Timed.of(source, slot, of_slot))
             added += of_slot
             whens += [slot.prompts[m].when for m in slot.rows]
+        if not added:
+            self._factors.gate = None
+            return
+        added.sort(key=lambda each: each.group)  # the factors of a group are rows side by side
+        groups = [list(group) for _, group in groupby(added, lambda each: each.group)]
         factors = self._factors.set(
             [each.strengths for each in added], [each.kv.prompt for each in added], whens, self.call
         )
-        return [
-            (at.site, self._with_factor(at.site, kv, factor[:, None, None, None]))
-            for (at, kv, _), factor in zip(added, factors, strict=True)
-        ]
+        earlier, self._joint = self._joint, {}
+        for group, of_group in zip(groups, factors.split([len(group) for group in groups]), strict=True):
+            site, kvs = group[0].at.site, [each.kv for each in group]
+            for party in parties(kvs):
+                yield site, self._read_together(site, kvs[party], of_group[party], earlier)
 
-    def _with_factor(self, site: Site, kv: ImageKV, factor: Float[Tensor, "R 1 1 1"]) -> ImageKV:
-        """The contribution with its factor, which takes the mask in where neither changes at any step."""
-        if kv.mask is None or self._factors.gate is not None or self.call.steady:
-            return replace(kv, factor=factor)
-        place = site.name, kv.prompt
-        self._gains[place] = _written(self._gains.get(place), kv.mask * factor)
-        return replace(kv, factor=self._gains[place], mask=None)
+    def _read_together(
+        self,
+        site: Site,
+        kvs: list[ImageKV],
+        factors: Float[Tensor, "P R"],
+        earlier: dict[tuple[str, int], JointKeys],
+    ) -> ImageKV | JointKV:
+        """One contribution of one or several prompts, with their factors."""
+        kvs = [replace(kv, factor=row[:, None, None, None]) for kv, row in zip(kvs, factors, strict=True)]
+        form = form_of(kvs)
+        if form is None:
+            (kv,) = kvs
+            mask, factor = self._gain(site, kv.prompt, kv.mask, factors[0, :, None, None, None])
+            return replace(kv, mask=mask, factor=factor)
+        place, made_of = (site.name, kvs[0].prompt), [self._keys[kv.prompt].parts for kv in kvs]
+        keys = self._joint[place] = JointKeys.of(form, kvs, made_of, earlier.get(place))
+        side_by_side = factors.t()[:, None, :, None, None]
+        gain = self._gain(site, kvs[0].prompt, joint_mask([kv.mask for kv in kvs]), side_by_side)
+        return form(keys.key, keys.value, tuple(kvs), *gain)
+
+    def _gain(
+        self, site: Site, prompt: int, mask: Tensor | None, factor: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
+        """Mask and factor; where neither changes at any step, only a factor that has the mask in it."""
+        if mask is None or self._factors.gate is not None or self.call.steady:
+            return mask, factor
+        place = site.name, prompt
+        self._gains[place] = written(self._gains.get(place), mask * factor)
+        return None, self._gains[place]
 
     def _added(self, source: PromptSource, slot: Slot, number: int) -> list[_Added]:
         """The contribution of one slot at each site where it acts."""
@@ -226,9 +261,9 @@ class Batch:
             key, value = slot.scaled(key, value, bias, at)
             old = keys.at.get(at.site.name, (None, None, None))
             made[at.site.name] = (
-                _written(old[0], key.to(self.call.dtype)),
-                _written(old[1], value.to(self.call.dtype)),
-                None if bias is None else _written(old[2], bias),
+                written(old[0], key.to(self.call.dtype)),
+                written(old[1], value.to(self.call.dtype)),
+                None if bias is None else written(old[2], bias),
             )
         keys.at, keys.parts, keys.settings = made, parts, settings
 
@@ -301,13 +336,6 @@ def _lengthened(call: Call, beside: BesideText | None) -> Call:
     if beside is None:
         return call
     return replace(call, grid=replace(call.grid, text_tokens=call.grid.text_tokens + beside.count))
-
-
-def _written(old: Tensor | None, new: Tensor) -> Tensor:
-    """``new``, in the memory of ``old`` where that has its shape: who holds it sees the new values."""
-    if old is None or (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
-        return new
-    return old.copy_(new)
 
 
 def _ingredients(

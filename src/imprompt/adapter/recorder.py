@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from imprompt.adapter.attention import ImageKV, merge_heads
+from imprompt.adapter.attention import ImageKV, JointKV, merge_heads
 from imprompt.adapter.backbones.base import Call, Site
 from imprompt.errors import UsageError
 
@@ -55,25 +55,22 @@ class Recorder:
         self._steps.append(position)
 
     @torch.no_grad()
-    def add_images(
+    def note(
         self,
         site: Site,
-        kvs: Sequence[ImageKV],
+        kvs: Sequence[ImageKV | JointKV],
         attend: Callable[[ImageKV], Tensor],
         out: Float[Tensor, "B H L D"],
         project: Callable[[Tensor], Tensor] | None,
         beside: Float[Tensor, "B L C"] | None,
-    ) -> Float[Tensor, "B H L D"]:
-        """``out`` plus the contributions of the prompts, added in the same order as without a recorder."""
+    ) -> None:
+        """Measure the prompts, one by one, that are about to be added to ``out``."""
         own = self._length(merge_heads(out), project) if beside is None else self._length(beside, None)
-        for kv in kvs:
-            image, gain = attend(kv), kv.gain
+        for prompt in (part for kv in kvs for part in kv.parts):
+            image, gain = attend(prompt), prompt.gain
             acting = image if gain is None else image * gain
-            self._note(
-                site, kv.prompt, self._length(merge_heads(acting), project) / own.mean().clamp_min(1e-12)
-            )
-            out = kv.add_to(out, image)
-        return out
+            lengths = self._length(merge_heads(acting), project)
+            self._add(site, prompt.prompt, lengths / own.mean().clamp_min(1e-12))
 
     def result(self) -> Attribution:
         """The measurements so far. Raises :class:`UsageError` if no prompt acted."""
@@ -106,7 +103,7 @@ class Recorder:
             rows = project(rows) - project(torch.zeros_like(rows[:1, :1]))
         return rows.float().norm(dim=-1).mean(0)
 
-    def _note(self, site: Site, prompt: int, lengths: Float[Tensor, " L"]) -> None:
+    def _add(self, site: Site, prompt: int, lengths: Float[Tensor, " L"]) -> None:
         assert self._call is not None
         grid = self._call.grid
         before = grid.text_tokens if site.kind == "single" else 0
