@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from imprompt.training.prepare import Prepared, prepare
 from imprompt.training.preview import Preview, unet_takes_pooled
 from imprompt.training.result import push, write_adapter
 from imprompt.training.samples import Forward, Sample, Samples, Shown
+from imprompt.training.short_attention import ShortAttention
 from imprompt.training.stopping import Stopper
 from imprompt.weights import silence_library_logging
 
@@ -148,6 +150,8 @@ class Trainer:
             self.unet.to(self.device, self.dtype)
         if self.device.type == "cpu":  # convolutions are faster so; on a GPU it was not measured
             self.unet.to(memory_format=torch.channels_last)
+        plain = self.device.type == "cpu" and self.dtype.itemsize == 2 and not config.compile
+        self.attention = ShortAttention() if plain else nullcontext()
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.adapter.to(self.device, torch.float32)
@@ -232,10 +236,11 @@ class Trainer:
             with accelerator.accumulate(self.forward):
                 moved = sample.to(self.device)
                 try:
-                    error = self.error(moved)
-                    alpha_bar = self.alpha_bar[moved.steps]
-                    loss = (error * loss_weights(self.prediction, alpha_bar, config.min_snr)).mean()
-                    accelerator.backward(loss)
+                    with self.attention:  # the backward pass as well: checkpointing runs layers again there
+                        error = self.error(moved)
+                        alpha_bar = self.alpha_bar[moved.steps]
+                        loss = (error * loss_weights(self.prediction, alpha_bar, config.min_snr)).mean()
+                        accelerator.backward(loss)
                 finally:
                     accelerator.unwrap_model(self.forward).release()
                 self.meter.add(error.detach(), loss.detach(), moved.steps)
