@@ -3,13 +3,15 @@
 A generation is all after loading: the picture and the text are encoded, drawn and decoded, the same number of
 pictures by both. CPU time, on a GPU the time until it is idle again; interleaved; each round has another
 picture, so that nothing is remembered. Prints JSON: ratios to diffusers (medians; "again" is the control,
-diffusers once more) and the mean difference of the pixels, of 255.
+diffusers once more), the mean difference of the pixels, of 255, and their signal-to-noise ratio in decibels.
 
     python benchmarks/whole.py [--count 1] [--steps 20] [--rounds 5] [--device cuda] [--dtype bfloat16]
+        [--against float32, diffusers' format]
 """
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -66,15 +68,22 @@ def seconds(work: Callable[[], object], device: str) -> float:
 
 
 def compared(
-    count: int, steps: int, rounds: int, *, device: str = "cpu", dtype: str = "float32"
+    count: int,
+    steps: int,
+    rounds: int,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    against: str | None = None,
 ) -> dict[str, float]:
-    """Ratios to diffusers of ``count`` pictures each, the mean difference of the pixels, and seconds."""
+    """Ratios to diffusers (in the format ``against``, by default the same) of ``count`` pictures each, the
+    differences of the pixels, and seconds."""
     plain = Request(
         prompt="a cat", base="emoji", seed=1, steps=steps, guidance=5.0, device=device, dtype=dtype
     )
     first = Engine().run(plain).images[0]
     request = plain.replace(images=["shown"], adapter="emoji-plus", scale=0.6, count=count)
-    draw = theirs(request, first.width)
+    draw = theirs(request.replace(dtype=against or dtype), first.width)
     kinds = {"diffusers": draw, "imprompt": ours(request), "again": draw}
     times: dict[str, list[float]] = {name: [] for name in kinds}
     drawn = {}
@@ -90,8 +99,13 @@ def compared(
         name: round(median(own / base for own, base in zip(taken, times["diffusers"], strict=True)), 3)
         for name, taken in times.items()
     }
-    lost = float(np.abs(drawn["imprompt"] - drawn["diffusers"]).mean())
-    return ratios | {"difference": round(lost, 3), "seconds": round(median(times["diffusers"]), 3)}
+    lost = drawn["imprompt"] - drawn["diffusers"]
+    noise = float(np.square(lost).mean())
+    return ratios | {
+        "difference": round(float(np.abs(lost).mean()), 3),
+        "psnr": round(10 * math.log10(255**2 / max(noise, 1e-9)), 1),
+        "seconds": round(median(times["diffusers"]), 3),
+    }
 
 
 def main() -> None:
@@ -101,6 +115,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--against", help="diffusers' format; the same if not given")
     args = parser.parse_args()
     if args.device == "cpu":
         torch.set_num_threads(1)

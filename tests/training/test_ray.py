@@ -16,7 +16,9 @@ APP = Path(__file__).parents[2] / "deploy" / "ray" / "train_app.py"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
+@pytest.mark.skipif(
+    find_spec("ray") is None or find_spec("pandas") is None, reason="ray[train] is not installed"
+)
 def test_two_ray_workers_of_2_learn_what_one_process_of_4_learns(make_config, tmp_path):
     one = make_config(output=tmp_path / "one", batch=4, steps=3, save_dtype="float32")
     two = make_config(output=tmp_path / "two", batch=2, steps=3, save_dtype="float32")
