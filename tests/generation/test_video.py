@@ -1,12 +1,15 @@
 """Clips drawn on tiny real models: what the task animate does, from pictures to files and back."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, UNetMotionModel
 from PIL import Image
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import tiny
 from controls import saved, tiny_controlnet, tiny_sparse, tiny_union
@@ -83,6 +86,58 @@ def test_more_shared_noise_brings_frames_closer_and_all_of_it_makes_them_alike(e
 
     none, half, most = spread(0), spread(0.5), spread(0.95)
     assert none > half > most
+
+
+def test_noise_that_is_shared_to_the_end_is_shared_noise_of_1(engine, asked):
+    """No step lies behind a start of 0.9999."""
+    to_the_end = engine.run(asked(shared_start=0.9999, shared_noise=0.2))
+    assert np.array_equal(pixels(to_the_end.images), pixels(engine.run(asked(shared_noise=1)).images))
+    assert to_the_end.request.shared_start == 0.9999
+
+
+@contextmanager
+def unet_inputs():
+    """The latents (B, C, F, h, w) and timestep of every call of a video UNet."""
+    seen = []
+
+    def note(module, args):
+        if isinstance(module, UNetMotionModel):
+            seen.append((args[0].clone(), float(args[1])))
+
+    hook = register_module_forward_pre_hook(note)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+# LCM gives each frame new noise of its own at every step.
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "pndm", "euler", "euler-a", "dpm++2m", "unipc"])
+def test_a_shared_start_ends_in_noise_of_each_frames_own_at_the_level_of_its_step(engine, asked, scheduler):
+    with unet_inputs() as seen:
+        clip = engine.run(asked(shared_start=0.3, shared_noise=0.25, steps=6, scheduler=scheduler))
+    differing = [(latents - latents.mean(2, keepdim=True))[:1] for latents, _ in seen]
+    own = [t <= 700 for _, t in seen]
+    assert not own[0]
+    assert not differing[0].any()
+    first = next(number for number, far in enumerate(differing) if far.std() > 0.3)
+    assert own[first]
+    assert not any(own[:first]) or scheduler == "pndm"  # whose first step takes two calls
+    # The rest of the variance is common, and nearly so what frames show: the motion adapter is untrained.
+    alpha_bar = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    ).alphas_cumprod
+    level = float(1 - alpha_bar[int(seen[first][1])])
+    expected = (0.75 * level * (1 - 1 / FRAMES)) ** 0.5
+    assert float(differing[first].std()) == pytest.approx(expected, rel=0.15)
+    assert np.ptp(pixels(clip.images), axis=0).any()
+
+
+def test_a_video_that_begins_behind_the_shared_start_is_drawn_as_without(engine, asked, film):
+    redrawn = asked(video=film, frames=4, steps=6, strength=0.5, shared_noise=0.5)
+    plain = pixels(engine.run(redrawn).images)
+    assert np.array_equal(pixels(engine.run(redrawn.replace(shared_start=0.2)).images), plain)
+    assert not np.array_equal(pixels(engine.run(redrawn.replace(shared_start=0.8)).images), plain)
 
 
 def test_noise_on_a_loop_moves_little_by_little_and_ends_where_it_began(engine, asked):

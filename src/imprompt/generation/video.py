@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any
 
 import diffusers
@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from imprompt import catalog
+from imprompt.adapter.schedule import Clock
 from imprompt.catalog import MotionRow
 from imprompt.catalog.resolve import Source, fingerprint_of, resolve
 from imprompt.errors import AdapterMismatch, InputError, ModelError, UsageError, first_line
@@ -56,7 +57,8 @@ class Motion:
 
     @cached_property
     def defaults(self) -> Mapping[str, Any]:
-        """Fields of a request in ``imprompt.json`` beside the weights: shared_noise, noise_path, frames, fps.
+        """Fields of a request in ``imprompt.json`` beside the weights: shared_noise, shared_start,
+        noise_path, frames, fps.
 
         Raises :class:`ModelError` for a damaged file.
         """
@@ -100,6 +102,8 @@ def clip_defaults(request: Request, motion: Motion) -> dict[str, object]:
     values: dict[str, object] = {"motion": motion.name}
     if request.shared_noise is None:
         values["shared_noise"] = float(known.get("shared_noise", 0.0))
+    if request.shared_start is None:
+        values["shared_start"] = float(known.get("shared_start", 0.0))
     if request.noise_path is None:
         values["noise_path"] = str(known.get("noise_path", "apart"))
     if request.scheduler is None and motion.row is not None and motion.row.scheduler is not None:
@@ -219,7 +223,7 @@ def draw(
     ``start`` has the frames of the video to start from, at the size that is drawn.
     """
     arguments = {**call, **_start(pipe, call, request, start, generator)}
-    with _windows(pipe, request), torch.inference_mode():
+    with _windows(pipe, request), torch.inference_mode(), _own_noise_later(pipe, call, request, generator):
         with torch.random.fork_rng():  # SparseCtrl's pipeline encodes pictures with the global generator
             torch.manual_seed(generator.initial_seed())
             latents = pipe(**arguments, generator=generator, output_type="latent").frames
@@ -251,9 +255,10 @@ def _start(
     generator: torch.Generator,
 ) -> dict[str, Any]:
     """Arguments of the pipeline for its start: noise, shared noise, a video, or a video with shared noise."""
-    has_noise = bool(request.shared_noise) or request.noise_path == "loop"
+    has_noise = request.shared_noise or request.shared_start or request.noise_path == "loop"
     with torch.inference_mode():
-        noise = _noise(pipe, call, request, generator) if has_noise else None
+        share = 1.0 if _begins_shared(pipe, call, request) else request.shared_noise or 0.0
+        noise = _noise(pipe, call, request, share, generator) if has_noise else None
         if start is None:
             found: dict[str, Any] = {"num_frames": request.frames}
             return found if noise is None else found | {"latents": noise}
@@ -262,15 +267,85 @@ def _start(
         return {"strength": request.strength, "latents": _noisy(pipe, call, request, start, noise)}
 
 
-def _noise(
+@contextmanager
+def _own_noise_later(
     pipe: Any, call: Mapping[str, Any], request: Request, generator: torch.Generator
+) -> Iterator[None]:
+    """Where frames share all noise at first: after the last such step, add new noise to what the clip is
+    expected to be, shared as the request says.
+
+    With shared noise, frames differ by what the text says of their motion alone; if they went on so, that
+    first guess would never be refined, since no noise lies on their differences.
+    """
+    if not _begins_shared(pipe, call, request):
+        yield
+        return
+    border = request.shared_start or 0.0
+    scheduler, step, replaced = pipe.scheduler, pipe.scheduler.step, vars(pipe.scheduler).get("step")
+    noise = _noise(pipe, call, request, request.shared_noise or 0.0, generator)
+    waiting = True
+
+    @wraps(step)  # pipelines ask for its parameters
+    def stepped(predicted: Tensor, timestep: Tensor, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal waiting
+        output = step(predicted, timestep, sample, *args, **kwargs)
+        following = scheduler.timesteps[scheduler.timesteps < timestep][:1]
+        if waiting and len(following) and _position(scheduler, following[0]) >= border and _whole(scheduler):
+            clean = _expected(scheduler, output, predicted, timestep, sample)
+            output.prev_sample = scheduler.add_noise(clean, noise.to(clean), following)
+            waiting = False
+        return output
+
+    scheduler.step = stepped
+    try:
+        yield
+    finally:
+        if replaced is None:
+            del scheduler.step
+        else:
+            scheduler.step = replaced
+
+
+def _begins_shared(pipe: Any, call: Mapping[str, Any], request: Request) -> bool:
+    """Whether the first step lies before ``shared_start``; one from a video may lie behind."""
+    if not request.shared_start:
+        return False
+    pipe.scheduler.set_timesteps(call["num_inference_steps"])
+    timesteps = pipe.scheduler.timesteps
+    if request.video is not None:
+        timesteps, _ = pipe.get_timesteps(call["num_inference_steps"], timesteps, request.strength, "cpu")
+    return _position(pipe.scheduler, timesteps[0]) < request.shared_start
+
+
+def _position(scheduler: Any, timestep: Tensor) -> float:
+    """Position in the schedule, from 0 to 1."""
+    clock = Clock.of(scheduler, timestep.device)
+    return float(clock.position(timestep.float()) / clock.length)
+
+
+def _whole(scheduler: Any) -> bool:
+    """Whether the scheduler's last call ended a step: Heun's take two calls, PNDM's first one as well."""
+    return getattr(scheduler, "state_in_first_order", True) and getattr(scheduler, "counter", 0) != 1
+
+
+def _expected(scheduler: Any, output: Any, predicted: Tensor, timestep: Tensor, sample: Tensor) -> Tensor:
+    """What the finished latents are expected to be after a step; most schedulers return it."""
+    if len(output) > 1:
+        return output[-1]
+    alpha_bar = scheduler.alphas_cumprod[int(timestep)].to(sample)
+    if scheduler.config.prediction_type == "v_prediction":
+        return alpha_bar.sqrt() * sample - (1 - alpha_bar).sqrt() * predicted
+    return (sample - (1 - alpha_bar).sqrt() * predicted) / alpha_bar.sqrt()
+
+
+def _noise(
+    pipe: Any, call: Mapping[str, Any], request: Request, share: float, generator: torch.Generator
 ) -> Float[Tensor, "1 C F h w"]:
-    """Initial noise with a share common to all frames, of unit variance in each (Ge et al. 2023, §3.1).
+    """Noise with a share common to all frames, of unit variance in each (Ge et al. 2023, §3.1).
 
     The rest is independent for each frame or, for a loop, moves on a circle through two independent noises.
     """
     assert request.frames is not None
-    assert request.shared_noise is not None
     size = call["height"] // pipe.vae_scale_factor, call["width"] // pipe.vae_scale_factor
     channels = pipe.unet.config.in_channels
     common = torch.randn(1, channels, 1, *size, generator=generator)
@@ -280,7 +355,6 @@ def _noise(
         own = angle.cos() * one + angle.sin() * other
     else:
         own = torch.randn(1, channels, request.frames, *size, generator=generator)
-    share = request.shared_noise
     mixed = share**0.5 * common + (1 - share) ** 0.5 * own
     return mixed.to(pipe._execution_device, pipe.unet.dtype)
 

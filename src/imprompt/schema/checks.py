@@ -14,7 +14,10 @@ TASKS_OF_FIELD: dict[str, tuple[str, ...]] = {
     "image": ("edit", "inpaint"),
     "mask": ("inpaint",),
     "strength": ("edit", "inpaint", "animate"),
-} | dict.fromkeys(("frames", "fps", "motion", "video", "context", "shared_noise", "noise_path"), ("animate",))
+} | dict.fromkeys(
+    ("frames", "fps", "motion", "video", "context", "shared_noise", "shared_start", "noise_path"),
+    ("animate",),
+)
 """Field → the tasks in which it has an effect; fields that are not listed have one in every task."""
 _NEEDED = {
     "image": "the picture to start from",
