@@ -4,8 +4,8 @@ Clips are made from the icons, so that their motions are known exactly: a thing 
 background bounces, spins, slides to the left or right, grows or shakes, one loop of 16 frames whose first is
 at rest, and the caption says which. The temporal layers learn and, slowly, the embeddings of the motion words
 that ``words.py`` has made readable. Most of the noise's variance is shared by the frames of a clip (Ge et al.
-2023, "Preserve Your Own Correlation", §3.1), in training and, as ``imprompt.json`` beside the weights says,
-when drawing. Most steps show 8 of the 16 frames.
+2023, "Preserve Your Own Correlation", §3.1), at the first time steps all of it, in training and, as
+``imprompt.json`` beside the weights says, when drawing. Most steps show 8 of the 16 frames.
 
     python recipes/emoji/motion.py --processes 2 --minutes 56
 """
@@ -45,17 +45,15 @@ from text import MOTIONS, Texts, frozen_base
 from torch import Tensor, nn
 
 FRAMES = 16
-STILL = 0.2
-"""Weight of what the frames have in common while motions are learned: the frozen UNet draws it already, and
-its error is large. In the last seventh of the time it is 1, or pictures would stay blurred."""
-SHARED = 1.0
-"""Part of the noise's variance that all frames have in common, in drawings and in most clips of the training:
-where each has noise of its own, the still model sees the thing elsewhere in each, and moves it so."""
+SHARED = 0.9
+"""Part of the noise's variance that all frames have in common, in drawings and in most clips of the training,
+at time steps before ``BLIND``: with all of it, frames would differ by a first guess that is never refined."""
 BLIND = 870
-"""The time step from which a clip is shown as pure noise, as a drawing begins. The schedule leaves 0.5 to
-1.6 % of the variance to the picture there, from which, where frames share their noise, every motion can be
-read: a model that saw that would not need the words, and when drawing take a motion from the noise."""
-BLIND_CLIPS = 0.5
+"""The time step from which all noise is common and a clip is shown as that noise alone, as a drawing begins:
+the still model would see a thing elsewhere in each frame's own noise, and move it so. The schedule leaves 0.5
+to 1.6 % of the variance to the picture there, from which every motion can be read: a model that saw that
+would not need the words."""
+BLIND_CLIPS = 0.6
 """Part of the clips shown so: there alone the words say what moves."""
 
 
@@ -274,7 +272,7 @@ def turned(latents: Tensor, motion: str) -> tuple[Tensor, str]:
 
 def errors(drawn: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Squared errors (N) of what the frames (N, C, F, H, W) have in common, and of what moves. They add up to
-    the mean squared error, and whatever their weights, the same drawing has the least of both."""
+    the mean squared error; the first is large, and hides in their sum whether motions are learned."""
     wrong = drawn - target
     common = wrong.mean(2, keepdim=True)
     return common.square().mean((1, 2, 3, 4)), (wrong - common).square().mean((1, 2, 3, 4))
@@ -325,21 +323,21 @@ def main() -> None:
             pairs = [(latents[i], about[i][1]) for i in picked]
             pairs = [turned(*pair) if rng.uniform() < 0.5 else pair for pair in pairs]
             x = torch.stack([clip for clip, _ in pairs])[:, shown].float().transpose(1, 2)  # N 4 F 16 16
-            part = torch.tensor(
-                [SHARED if rng.uniform() < 0.6 else rng.choice((0.0, 0.5, 0.9)) for _ in picked]
-            )
-            part = part.float().view(-1, 1, 1, 1, 1).to(DEVICE)
-            noise = part.sqrt() * torch.randn_like(x[:, :, :1]) + (1 - part).sqrt() * torch.randn_like(x)
             t = times_of_clips(count)
-            a = torch.where(t < BLIND, abar[t], 0.0).view(-1, 1, 1, 1, 1)
-            noisy, target = a.sqrt() * x + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * x
+            blind = (t >= BLIND).view(-1, 1, 1, 1, 1)
+            part = torch.tensor([SHARED if rng.uniform() < 0.75 else rng.choice((0.0, 0.5)) for _ in picked])
+            part = torch.where(blind, 1.0, part.float().view(-1, 1, 1, 1, 1).to(DEVICE))
+            noise = part.sqrt() * torch.randn_like(x[:, :, :1]) + (1 - part).sqrt() * torch.randn_like(x)
+            a = abar[t].view(-1, 1, 1, 1, 1)
+            seen = torch.where(blind, 0.0, a)
+            noisy, target = seen.sqrt() * x + (1 - seen).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * x
             positions.show(torch.from_numpy(shown))
             with half():
                 said = [words(about[i][0], motion, rng) for i, (_, motion) in zip(picked, pairs, strict=True)]
                 hidden = texts(said)
                 out = unet(noisy, t, hidden.repeat_interleave(len(shown), 0)).sample
             still, moved = errors(out.float(), target)
-            loop.learn(((STILL if loop.part() < 6 / 7 else 1.0) * still + moved).mean())
+            loop.learn((still + moved).mean())
             positions.restore()
             progress_mean(loop.log, "still", still.mean())
             progress_mean(loop.log, "moved", moved.mean())
@@ -349,9 +347,9 @@ def main() -> None:
     loop.ema.copy_to(learners)
     save_half(adapter, MODEL / "motion")
     save_half(texts.encoder, MODEL / "text_encoder")
-    (MODEL / "motion" / "imprompt.json").write_text(
-        json.dumps({"shared_noise": SHARED, "noise_path": "loop", "frames": FRAMES, "fps": 8}) + "\n"
-    )
+    shared = {"shared_noise": SHARED, "shared_start": round(1 - BLIND / 1000, 3)}
+    drawn_with = {**shared, "noise_path": "loop", "frames": FRAMES, "fps": 8}
+    (MODEL / "motion" / "imprompt.json").write_text(json.dumps(drawn_with) + "\n")
 
 
 if __name__ == "__main__":

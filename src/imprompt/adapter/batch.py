@@ -177,29 +177,36 @@ class Batch:
 
     def _prompt_kvs(self, slots: list[tuple[PromptSource, Slot]]) -> Iterator[tuple[Site, ImageKV | JointKV]]:
         """The contributions of all slots, with their factors."""
-        self._keys = [*self._keys[: len(slots)], *(_Keys() for _ in slots[len(self._keys) :])]
-        self._timed = []
-        added, whens = list[_Added](), list[When]()
-        for number, (source, slot) in enumerate(slots):
-            _check_negatives(source, slot)
-            of_slot = self._added(source, slot, number)
-            if source.timed and of_slot:
-                self._timed.append(_Timed.of(source, slot, of_slot))
-            added += of_slot
-            whens += [slot.prompts[m].when for m in slot.rows]
+        added = self._all_added(slots)
         if not added:
             self._factors.gate = None
             return
         added.sort(key=lambda each: each.group)  # the factors of a group are rows side by side
         groups = [list(group) for _, group in groupby(added, lambda each: each.group)]
         factors = self._factors.set(
-            [each.strengths for each in added], [each.kv.prompt for each in added], whens, self.call
+            [each.strengths for each in added],
+            [each.kv.prompt for each in added],
+            [slot.prompts[row].when for _, slot in slots for row in slot.rows],
+            self.call,
         )
         earlier, self._joint = self._joint, {}
         for group, of_group in zip(groups, factors.split([len(group) for group in groups]), strict=True):
             site, kvs = group[0].at.site, [each.kv for each in group]
             for party in parties(kvs):
                 yield site, self._read_together(site, kvs[party], of_group[party], earlier)
+
+    def _all_added(self, slots: list[tuple[PromptSource, Slot]]) -> list[_Added]:
+        """The contributions of all slots, without their factors."""
+        self._keys = [*self._keys[: len(slots)], *(_Keys() for _ in slots[len(self._keys) :])]
+        self._timed = []
+        added = list[_Added]()
+        for number, (source, slot) in enumerate(slots):
+            _check_negatives(source, slot)
+            of_slot = self._added(source, slot, number)
+            if source.timed and of_slot:
+                self._timed.append(_Timed.of(source, slot, of_slot))
+            added += of_slot
+        return added
 
     def _read_together(
         self,
