@@ -36,7 +36,7 @@ STAGES = {
         ("adapters.py base --steps 2500", "vae.py --decoder --minutes 60"),
         ("judge.py --minutes 60", "control.py --minutes 90"),
         ("words.py --processes 2 --minutes 5",),
-        ("motion.py --processes 2 --minutes 83",),
+        ("motion.py --processes 2 --minutes 25 --word-lr 0",),
     ),
     "cuda": (
         ("vae.py --wider --batch 128 --lr 1e-3 --most 20000 --minutes 4",

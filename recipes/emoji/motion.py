@@ -46,8 +46,10 @@ from torch import Tensor, nn
 
 FRAMES = 16
 SHARED = 0.9
-"""Part of the noise's variance that all frames have in common, in drawings and in most clips of the training,
-at time steps before ``BLIND``: with all of it, frames would differ by a first guess that is never refined."""
+"""Part of the noise's variance that all frames have in common, in most clips of the training, at time steps
+before ``BLIND``: with all of it, frames would differ by a first guess that is never refined."""
+SHARED_DRAWN = 0.97
+"""The same in drawings, which are calmer so and obey as well."""
 BLIND = 870
 """The time step from which all noise is common and a clip is shown as that noise alone, as a drawing begins:
 the still model would see a thing elsewhere in each frame's own noise, and move it so. The schedule leaves 0.5
@@ -347,8 +349,8 @@ def main() -> None:
     loop.ema.copy_to(learners)
     save_half(adapter, MODEL / "motion")
     save_half(texts.encoder, MODEL / "text_encoder")
-    shared = {"shared_noise": SHARED, "shared_start": round(1 - BLIND / 1000, 3)}
-    drawn_with = {**shared, "noise_path": "loop", "frames": FRAMES, "fps": 8}
+    shared = {"shared_noise": SHARED_DRAWN, "shared_start": round(1 - BLIND / 1000, 3)}
+    drawn_with = {**shared, "noise_path": "apart", "frames": FRAMES, "fps": 8}
     (MODEL / "motion" / "imprompt.json").write_text(json.dumps(drawn_with) + "\n")
 
 
