@@ -136,7 +136,9 @@ def test_a_shared_start_ends_in_noise_of_each_frames_own_at_the_level_of_its_ste
 def test_a_video_that_begins_behind_the_shared_start_is_drawn_as_without(engine, asked, film):
     redrawn = asked(video=film, frames=4, steps=6, strength=0.5, shared_noise=0.5)
     plain = pixels(engine.run(redrawn).images)
-    assert np.array_equal(pixels(engine.run(redrawn.replace(shared_start=0.2)).images), plain)
+    behind = engine.run(redrawn.replace(shared_start=0.2))
+    assert np.array_equal(pixels(behind.images), plain)
+    assert any("shared_start 0.2 has no effect: drawing begins at 0.67" in note for note in behind.notes)
     assert not np.array_equal(pixels(engine.run(redrawn.replace(shared_start=0.8)).images), plain)
 
 

@@ -31,7 +31,7 @@ from imprompt.generation.drawing import draw, fresh_scheduler
 from imprompt.generation.families import Base, find_base, fitting_adapter
 from imprompt.generation.guided import check_guidance, guidance_notes, negative_notes
 from imprompt.generation.identity import face_controls
-from imprompt.generation.idle import idle_notes
+from imprompt.generation.idle import idle_notes, shared_start_notes
 from imprompt.generation.inputs import crop_notes, read_inputs
 from imprompt.generation.job import (
     Job,
@@ -428,7 +428,7 @@ def _notes(job: Job, loaded: Loaded) -> list[str]:
             notes += [note] if note else []
     notes += _text_notes(job, loaded.pipe) + negative_notes(job, loaded.adapters)
     notes += guidance_notes(job, loaded.pipe)
-    return notes + idle_notes(job, loaded)
+    return notes + idle_notes(job, loaded) + shared_start_notes(job, loaded)
 
 
 def _reads_all(job: Job, name: str, adapter: IPAdapter) -> bool:

@@ -1,4 +1,4 @@
-"""Image prompts that cannot act in a run, by its real steps and the base's real layers.
+"""Image prompts and shared noise that cannot act in a run, by its real steps and the base's real layers.
 
 Zero strength that was asked for as such is no finding; all else that leaves a prompt without effect is.
 """
@@ -42,6 +42,20 @@ def idle_notes(job: Job, loaded: Loaded) -> list[str]:
         if reason and prompt.scale != 0:
             notes.append(f"images.{number} has no effect: {reason}")
     return notes
+
+
+def shared_start_notes(job: Job, loaded: Loaded) -> list[str]:
+    """A note if no step of a clip lies where its frames would share all noise."""
+    request = job.request
+    if request.task != "animate" or not request.shared_start:
+        return []
+    first = _step_fractions(request, job.base.kind, loaded)[0]
+    if first < request.shared_start:
+        return []
+    return [
+        f"shared_start {request.shared_start:g} has no effect: drawing begins at {first:.2f} of the schedule "
+        "(more steps begin earlier, and so does more strength with a video)"
+    ]
 
 
 def _step_fractions(request: Request, kind: Kind, loaded: Loaded) -> list[float]:

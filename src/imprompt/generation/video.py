@@ -102,8 +102,8 @@ def clip_defaults(request: Request, motion: Motion) -> dict[str, object]:
     values: dict[str, object] = {"motion": motion.name}
     if request.shared_noise is None:
         values["shared_noise"] = float(known.get("shared_noise", 0.0))
-    if request.shared_start is None:
-        values["shared_start"] = float(known.get("shared_start", 0.0))
+    if request.shared_start is None:  # a video says itself what moves
+        values["shared_start"] = 0.0 if request.video is not None else float(known.get("shared_start", 0.0))
     if request.noise_path is None:
         values["noise_path"] = str(known.get("noise_path", "apart"))
     if request.scheduler is None and motion.row is not None and motion.row.scheduler is not None:
@@ -332,6 +332,12 @@ def _expected(scheduler: Any, output: Any, predicted: Tensor, timestep: Tensor, 
     """What the finished latents are expected to be after a step; most schedulers return it."""
     if len(output) > 1:
         return output[-1]
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise UsageError(
+            f"shared_start: {type(scheduler).__name__} does not tell what clips will be; take scheduler ddim."
+        )
+    if scheduler.config.prediction_type == "sample":
+        return predicted
     alpha_bar = scheduler.alphas_cumprod[int(timestep)].to(sample)
     if scheduler.config.prediction_type == "v_prediction":
         return alpha_bar.sqrt() * sample - (1 - alpha_bar).sqrt() * predicted

@@ -242,7 +242,7 @@ class Request(Record):
     shared_start: float | None = Field(default=None, ge=0, lt=1)
     """animate: position in the schedule, from 0, pure noise, to 1, up to which frames have all noise in
     common, so that the text alone decides what moves; then the clip gets new noise, shared as shared_noise
-    says; ``None``: as the motion adapter was trained, or 0, not at all."""
+    says; ``None``: as the motion adapter was trained, or 0, not at all; 0 with a video."""
     noise_path: Literal["apart", "loop"] | None = None
     """animate: how the other initial noise differs between frames: apart, independent; loop, changing slowly
     and returning to its start; ``None``: as the motion adapter was trained, or apart."""
