@@ -8,7 +8,7 @@ rows of a batch.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from typing import Any
@@ -222,8 +222,10 @@ def draw(
 
     ``start`` has the frames of the video to start from, at the size that is drawn.
     """
-    arguments = {**call, **_start(pipe, call, request, start, generator)}
-    with _windows(pipe, request), torch.inference_mode(), _own_noise_later(pipe, call, request, generator):
+    shared = _begins_shared(pipe, call, request)
+    arguments = {**call, **_start(pipe, call, request, start, shared, generator)}
+    own_later = _own_noise_later(pipe, call, request, generator) if shared else nullcontext()
+    with _windows(pipe, request), torch.inference_mode(), own_later:
         with torch.random.fork_rng():  # SparseCtrl's pipeline encodes pictures with the global generator
             torch.manual_seed(generator.initial_seed())
             latents = pipe(**arguments, generator=generator, output_type="latent").frames
@@ -252,12 +254,14 @@ def _start(
     call: Mapping[str, Any],
     request: Request,
     start: Sequence[Image.Image] | None,
+    shared: bool,
     generator: torch.Generator,
 ) -> dict[str, Any]:
-    """Arguments of the pipeline for its start: noise, shared noise, a video, or a video with shared noise."""
+    """Arguments of the pipeline for its start: noise, shared noise, a video, or a video with shared noise.
+    ``shared``: frames share all of it."""
     has_noise = request.shared_noise or request.shared_start or request.noise_path == "loop"
     with torch.inference_mode():
-        share = 1.0 if _begins_shared(pipe, call, request) else request.shared_noise or 0.0
+        share = 1.0 if shared else request.shared_noise or 0.0
         noise = _noise(pipe, call, request, share, generator) if has_noise else None
         if start is None:
             found: dict[str, Any] = {"num_frames": request.frames}
@@ -271,15 +275,12 @@ def _start(
 def _own_noise_later(
     pipe: Any, call: Mapping[str, Any], request: Request, generator: torch.Generator
 ) -> Iterator[None]:
-    """Where frames share all noise at first: after the last such step, add new noise to what the clip is
-    expected to be, shared as the request says.
+    """For a clip whose frames share all noise at first: after the last such step, add new noise to what the
+    clip is expected to be, shared as the request says.
 
     With shared noise, frames differ by what the text says of their motion alone; if they went on so, that
     first guess would never be refined, since no noise lies on their differences.
     """
-    if not _begins_shared(pipe, call, request):
-        yield
-        return
     border = request.shared_start or 0.0
     scheduler, step, replaced = pipe.scheduler, pipe.scheduler.step, vars(pipe.scheduler).get("step")
     noise = _noise(pipe, call, request, request.shared_noise or 0.0, generator)
@@ -289,8 +290,10 @@ def _own_noise_later(
     def stepped(predicted: Tensor, timestep: Tensor, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         nonlocal waiting
         output = step(predicted, timestep, sample, *args, **kwargs)
+        if not waiting:
+            return output
         following = scheduler.timesteps[scheduler.timesteps < timestep][:1]
-        if waiting and len(following) and _position(scheduler, following[0]) >= border and _whole(scheduler):
+        if len(following) and _position(scheduler, following[0]) >= border and _whole(scheduler):
             clean = _expected(scheduler, output, predicted, timestep, sample)
             output.prev_sample = scheduler.add_noise(clean, noise.to(clean), following)
             waiting = False
