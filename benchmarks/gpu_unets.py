@@ -125,8 +125,9 @@ def steps(run: Run, model: str, side: int) -> None:
     """All figures of a model with latents of ``side`` × ``side``."""
     config = QUICK if run.quick else MODELS[model]
     plain = run.model(lambda: UNet2DConditionModel(**config))
+    # Not in inference mode, in which PyTorch does not count who writes to the features.
+    inputs = Inputs.random(run, plain, MASKED if run.quick else side)
     with torch.inference_mode():
-        inputs = Inputs.random(run, plain, MASKED if run.quick else side)
         mine: dict[str, Ours] = {}
         kinds: dict[str, Work] = {}
         for name in ("plain", "plain again"):

@@ -141,6 +141,13 @@ def dtype_name(dtype: torch.dtype) -> str:
     return DTYPES.get(name, name)
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``; to a GPU it is copied from pinned memory, so that nothing waits for it."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+
+
 def give_back_memory() -> None:
     """Return freed memory to the system and to other programs on a GPU; glibc and torch keep it else."""
     if torch.cuda.is_initialized():

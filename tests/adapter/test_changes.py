@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,19 @@ from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline,
 from torch import Tensor, nn
 
 from faces import face_state, person
+from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.adapter.regions import TextRegions
 from imprompt.errors import ImpromptError, InputError, UsageError
 from imprompt.schema.prompt import ImagePrompt, TextRegion
 from tiny import POOLED, TEXT_WIDTH, random_adapter_state, tiny_sd, tiny_sdxl, tiny_unet
+
+CHANGES: list[dict[str, Any]] = [
+    {"scale": 0.4},
+    {"mask": torch.eye(8)},
+    {"end": 0.2},
+    {"curve": "0:1,1:0"},
+]
 
 
 @torch.no_grad()
@@ -156,9 +165,51 @@ def test_what_several_samples_show_is_projected_once() -> None:
     for prompt, tokens in zip(shown, batch, strict=True):
         adapter.set_prompt(prompt)
         assert torch.equal(adapter.samples[0][0].tokens, tokens)
-    features.mul_(2)  # nothing is remembered from one prompt to the next
+    features.mul_(2)  # what was written to is not what was projected
     adapter.set_prompt(features)
     assert not torch.equal(adapter.samples[0][0].tokens, batch[0])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_another_strength_mask_or_window_makes_no_tokens_keys_or_values(count: int) -> None:
+    unet = tiny_unet()
+    adapter = IPAdapter.from_state_dict(random_adapter_state(unet)).attach(unet)
+    shown = [torch.full((1, POOLED), 1.0 + n) for n in range(count)]
+    worked: list[int] = []
+    for module in (adapter.projection, *(adapter.key_value(site.index) for site in cross_attentions(unet))):
+        module.register_forward_hook(lambda *_: worked.append(1))
+
+    def drawn(features: list[Tensor], **fields: Any) -> Tensor:
+        worked.clear()
+        adapter.set_prompt([ImagePrompt(features=each) for each in features], **fields)
+        return draw(unet)
+
+    first = drawn(shown)
+    assert worked
+    others = [drawn(shown, **fields) for fields in CHANGES]
+    assert not worked
+    for fields, seen in zip(CHANGES, others, strict=True):
+        fresh = IPAdapter.from_state_dict(random_adapter_state(unet))
+        adapter.detach()
+        fresh.attach(unet).set_prompt([ImagePrompt(features=each) for each in shown], **fields)
+        assert torch.equal(seen, draw(unet))
+        assert not torch.equal(seen, first)
+        fresh.detach()
+        adapter.attach(unet)
+    drawn([each + 1 for each in shown])
+    assert worked
+
+
+def test_features_that_were_written_to_in_inference_mode_are_projected_again() -> None:
+    unet = tiny_unet()
+    adapter = IPAdapter.from_state_dict(random_adapter_state(unet)).attach(unet)
+    with torch.inference_mode():
+        features = torch.ones(1, POOLED)
+        adapter.set_prompt(features)
+        before = draw(unet)
+        features.mul_(2)  # PyTorch does not count this
+        adapter.set_prompt(features)
+        assert not torch.equal(draw(unet), before)
 
 
 @pytest.mark.parametrize("kept", [True, False])

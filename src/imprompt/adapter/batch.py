@@ -31,6 +31,7 @@ from imprompt.adapter.schedule import Clock, Gate, When
 from imprompt.adapter.slots import Slot, SlotSite, padded, prompt_slots
 from imprompt.adapter.source import PromptSource, TrainingTokens
 from imprompt.errors import UsageError
+from imprompt.weights import moved
 
 
 @dataclass(eq=False)
@@ -90,7 +91,8 @@ class _Timed(NamedTuple):
         stack = pad_sequence([each.flatten(0, 1) for each in sets], batch_first=True)
         for at, kv, _ in self.added:
             module = self.source.key_value(at.site.index)
-            key, value = (x[slot.order] for x in module(stack, heads[at.site.name], call.dtype, temb[:1]))
+            made = module(stack, heads[at.site.name], call.dtype, temb[:1])
+            key, value = map(slot.of_sequences, made)
             key, value = slot.scaled(key, value, kv.bias, at)
             kv.key.copy_(key)
             kv.value.copy_(value)
@@ -112,11 +114,11 @@ class _Factors:
         ``prompts`` is the number of each pair's prompt, ``whens`` has the rows of all prompts in turn.
         """
         self.gate = None
-        table = torch.tensor(strengths, dtype=torch.float32).to(call.device, call.dtype)
+        table = moved(torch.tensor(strengths, dtype=torch.float32).to(call.dtype), call.device)
         self._strengths = written(self._strengths, table)
         self._factors = written(self._factors, table.clone())
-        self._prompts = torch.tensor(prompts, device=call.device)
         if not all(when.always for when in whens):
+            self._prompts = moved(torch.tensor(prompts), call.device)
             self.gate = Gate(whens, call.device, call.dtype)
         return self._factors
 
@@ -263,8 +265,8 @@ class Batch:
             if at.negated not in stacks:
                 stacks[at.negated] = self._stack(source, slot, at.negated)
             tokens, bias = stacks[at.negated]
-            bias = None if bias is None else bias[slot.order].to(self.call.dtype)
-            key, value = (each[slot.order] for each in self._key_value(source, at.site, tokens))
+            bias = None if bias is None else slot.of_sequences(bias).to(self.call.dtype)
+            key, value = map(slot.of_sequences, self._key_value(source, at.site, tokens))
             key, value = slot.scaled(key, value, bias, at)
             old = keys.at.get(at.site.name, (None, None, None))
             made[at.site.name] = (
@@ -315,11 +317,12 @@ class Batch:
             )
         tokens = self._projected(source, live.tokens).to(self.call.device)
         key, value = source.key_value(site.index)(tokens, self.heads[site.name], self.call.dtype)
-        scale = torch.as_tensor(live.scale, device=self.call.device, dtype=self.call.dtype).reshape(-1)
+        scale = live.scale  # a number is written on the device: a copy there could be in no CUDA graph
+        scale = scale.to(tokens) if isinstance(scale, Tensor) else tokens.new_full((1,), scale)
         return ImageKV(
             key.to(self.call.dtype),
             value.to(self.call.dtype),
-            factor=scale.expand(self.call.batch)[:, None, None, None],
+            factor=scale.reshape(-1).to(self.call.dtype).expand(self.call.batch)[:, None, None, None],
             after_block=source.after_block,
             norms=source.key_value(site.index).joint_norms,
         )

@@ -135,4 +135,4 @@ def _stacked(slot: Slot) -> tuple[Float[Tensor, "R T C"], Float[Tensor, "R 1 1 T
     scales = torch.tensor([prompt.scale if acts else 0.0 for prompt, acts in shown], device=device)
     bias = scales.log()[:, None, None, None].expand(-1, 1, 1, tokens.shape[1])
     bias = bias if shares is None else bias + shares
-    return tokens[slot.order].to(slot.call.dtype), bias[slot.order].to(slot.call.dtype)
+    return slot.of_sequences(tokens).to(slot.call.dtype), slot.of_sequences(bias).to(slot.call.dtype)

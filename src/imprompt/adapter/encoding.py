@@ -343,7 +343,7 @@ class PromptEncoder:
         self, given: Tensor | Encoded, *, negative: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(features, patches, zeros) as the projection reads them. Raises :class:`EncoderMismatch` for
-        features of another kind, :class:`InputError` for NaN."""
+        features of another kind."""
         parts: tuple[Tensor, Tensor | None, Tensor | None]
         if isinstance(given, Tensor):
             parts = self._bare(given, check_length=not negative), None, None
@@ -364,10 +364,6 @@ class PromptEncoder:
             parts = given.last, None, None
         else:
             parts = given.pooled, None, None
-        if any(part is not None and not bool(torch.isfinite(part).all()) for part in parts):
-            raise InputError(
-                "image features contain NaN or infinite values; encode them again with sound weights."
-            )
         features, patches, zeros = parts
         if self._projection.variant.negative == "black_picture":
             zeros = self._black_picture()

@@ -160,9 +160,9 @@ class Injection:
         options = {} if caller is None else text_options(caller)
         return project_text(projection, encode_text(pipe, text, width, **options))
 
-    def serves(self, model: nn.Module) -> bool:
+    def serves(self, model: object) -> bool:
         """Whether it is installed in ``model``."""
-        return self._model() is getattr(model, "_orig_mod", model)
+        return model is not None and self._model() is getattr(model, "_orig_mod", model)
 
     def remove(self, source: PromptSource) -> None:
         """Remove one source; with the last, restore the processors that were found."""

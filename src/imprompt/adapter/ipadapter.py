@@ -22,8 +22,10 @@ from imprompt.adapter.faces import FaceReaderLike
 from imprompt.adapter.fit import check_fits
 from imprompt.adapter.init import initial_weights
 from imprompt.adapter.injection import Injection, denoiser_of, find_denoiser
+from imprompt.adapter.kept import Kept
 from imprompt.adapter.key_value import placement, precise
-from imprompt.adapter.prompt import CompiledPrompt, PromptLike, as_prompts, compile_prompt
+from imprompt.adapter.masks import together
+from imprompt.adapter.prompt import CompiledPrompt, PromptLike, PromptTokens, as_prompts, compile_prompt
 from imprompt.adapter.recorder import Recorder
 from imprompt.adapter.regional import encode_text
 from imprompt.adapter.source import TrainingTokens
@@ -35,7 +37,6 @@ from imprompt.checkpoints.locate import locate, noted_encoder
 from imprompt.encoders.clip import Features, ImageEncoder
 from imprompt.encoders.face import FaceEmbedder, Faces
 from imprompt.errors import UsageError
-from imprompt.projections.once import once_each
 from imprompt.schema.prompt import ImagePrompt
 from imprompt.schema.values import Picture
 
@@ -57,6 +58,7 @@ class IPAdapter(AdapterWeights):
         self._prompter = self.prompter = Prompter()
         self._encoded: _Encoded = ()
         self._compiled_with: tuple[object, ...] = ()
+        self._kept = Kept[PromptTokens]()
         self.prompt_encoder = PromptEncoder(self.checkpoint, self.projection, image_encoder)
         """Encodes prompts with the image encoder or face model, and caches features."""
         if face_embedder is not None:
@@ -363,6 +365,9 @@ class IPAdapter(AdapterWeights):
     def _check_target(self) -> None:
         """Raise :class:`UsageError` if the pipeline has got another denoiser since it was attached to."""
         target, injection = None if self._target is None else self._target(), self.injection
+        component = None if injection is None else getattr(target, injection.backbone.component, None)
+        if injection is not None and injection.serves(component):
+            return
         found = None if isinstance(target, nn.Module) else find_denoiser(target)
         if found is not None and (injection is None or not injection.serves(found[1])):
             raise UsageError(
@@ -377,16 +382,22 @@ class IPAdapter(AdapterWeights):
                 tuple(replace(self.prompt_encoder.encode(p), text=self._text(p.text)) for p in prompts)
                 for prompts in samples
             )
-        with self._undisturbed(), once_each(self.projection):
+        with self._undisturbed():
+            self._kept.next()
             self._compile(encoded)
             self._prompter.set()
 
     def _compile(self, encoded: _Encoded) -> None:
         weights, injection = self.versions(), self.injection
+        if weights != self._compiled_with:
+            self._kept.clear()
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             samples = tuple(
-                tuple(compile_prompt(prompt, self.projection) for prompt in prompts) for prompts in encoded
+                tuple(compile_prompt(prompt, self.projection, self._kept) for prompt in prompts)
+                for prompts in encoded
             )
+        masks = iter(together([prompt.mask for prompts in samples for prompt in prompts], self.device))
+        samples = tuple(tuple(replace(p, mask=next(masks)) for p in prompts) for prompts in samples)
         if injection is not None:
             self._check_profiles(samples, injection.sites)
         self._encoded, self._compiled_with = encoded, weights

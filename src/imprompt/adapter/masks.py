@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image
@@ -15,6 +16,7 @@ from torch import Tensor
 from imprompt.encoders.images import Source
 from imprompt.encoders.masks import mask_tensor
 from imprompt.errors import InputError
+from imprompt.weights import moved
 
 MaskLike: TypeAlias = Source | Tensor
 
@@ -52,6 +54,21 @@ def read_masks(
     if not any(bool(one.any()) for one in masks):
         raise InputError("the masks are 0 in every frame; leave the prompt out instead.")
     return None, masks
+
+
+def together(
+    masks: Sequence[Float[Tensor, "1 1 _ _"] | None], device: torch.device
+) -> list[Float[Tensor, "1 1 _ _"] | None]:
+    """The masks on a device; those of one size are copied at once."""
+    found, sizes = list(masks), dict[torch.Size, list[int]]()
+    for number, mask in enumerate(masks):
+        if mask is not None:
+            sizes.setdefault(mask.shape, []).append(number)
+    for numbers in sizes.values():
+        stack = moved(torch.cat([mask for n in numbers if (mask := masks[n]) is not None]), device)
+        for number, mask in zip(numbers, stack.split(1), strict=True):
+            found[number] = mask
+    return found
 
 
 def feathered(mask: Float[Tensor, "1 1 h w"], width: float) -> Float[Tensor, "1 1 H W"]:

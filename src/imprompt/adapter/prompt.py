@@ -9,8 +9,9 @@ Dimensions: N pictures, T tokens, C token width, D text width.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,7 @@ from imprompt.adapter.backbones.base import Site
 from imprompt.adapter.combine import combine, log_weight_bias
 from imprompt.adapter.encoding import EncodedPrompt
 from imprompt.adapter.frames import Track, track_of
+from imprompt.adapter.kept import Kept
 from imprompt.adapter.masks import read_masks
 from imprompt.adapter.schedule import When
 from imprompt.encoders.clip import Features
@@ -139,35 +141,63 @@ class CompiledPrompt:
         ]
 
 
-def compile_prompt(encoded: EncodedPrompt, projection: ImageProjection) -> CompiledPrompt:
-    """Project an encoded prompt with the adapter's present weights, on their device.
+class PromptTokens(NamedTuple):
+    """The tokens of a prompt, which no strength, mask or window changes."""
 
-    Raises :class:`InputError` for an invalid mask and features that overflow in the projection,
-    :class:`UsageError` for tokens or frames that do not exist.
+    tokens: Float[Tensor, "T C"]
+    negative: Float[Tensor, "Tn C"] | None
+    log_weight_bias: Float[Tensor, " T"] | None
+    """As those of :class:`CompiledPrompt`."""
+    pictures: int
+
+    @classmethod
+    def of(cls, encoded: EncodedPrompt, projection: ImageProjection) -> "PromptTokens":
+        """Project an encoded prompt with the adapter's present weights, on their device."""
+        prompt = encoded.prompt
+        _check_negative(encoded)
+        with _s_scale(projection, prompt.s_scale):
+            sets = _token_sets(encoded, projection)
+            negative = _negative(encoded, projection)
+        if prompt.select is not None:
+            chosen = list(options.read_selection(prompt.select, sets.shape[1]))
+            if negative is not None and not isinstance(encoded.negative, Tensor):
+                negative = negative.unflatten(0, (-1, sets.shape[1]))[:, chosen].flatten(0, 1)
+            sets = sets[:, chosen]
+        tokens = sets.flatten(0, 1)
+        if not bool(torch.isfinite(tokens).all()):
+            raise InputError(
+                "the image features are too large: their projection is not finite; give an encoder's own."
+            )
+        if negative is not None and len(tokens) % len(negative) == 0:
+            # The same tokens repeated give the same attention; equal lengths need no padding.
+            negative = negative.repeat(len(tokens) // len(negative), 1)
+        each = projection.tokens if projection.variant.timed else sets.shape[1]
+        bias = log_weight_bias(encoded.weights, each) if prompt.combine == "concat" else None
+        return cls(tokens, negative, bias, len(sets))
+
+
+def compile_prompt(
+    encoded: EncodedPrompt, projection: ImageProjection, kept: Kept[PromptTokens]
+) -> CompiledPrompt:
+    """Compile an encoded prompt; its tokens are those in ``kept``, if it was shown before.
+
+    Raises :class:`InputError` for an invalid mask, and for features that are not finite or overflow in the
+    projection, :class:`UsageError` for tokens or frames that do not exist.
     """
-    prompt = encoded.prompt
-    with _s_scale(projection, prompt.s_scale):
-        sets = _token_sets(encoded, projection)
-        negative = _negative(encoded, projection)
-    if prompt.select is not None:
-        chosen = list(options.read_selection(prompt.select, sets.shape[1]))
-        if negative is not None and not isinstance(encoded.negative, Tensor):
-            negative = negative.unflatten(0, (-1, sets.shape[1]))[:, chosen].flatten(0, 1)
-        sets = sets[:, chosen]
-    tokens = sets.flatten(0, 1)
-    if not bool(torch.isfinite(tokens).all()):
-        raise InputError(
-            "the image features are too large: their projection is not finite; give an encoder's own."
-        )
-    if negative is not None and len(tokens) % len(negative) == 0:
-        # The same tokens repeated give the same attention; equal lengths need no padding.
-        negative = negative.repeat(len(tokens) // len(negative), 1)
-    joined = prompt.combine == "concat"
-    each = projection.tokens if projection.variant.timed else sets.shape[1]
+    prompt, given = encoded.prompt, encoded.negative
+    settings = prompt.combine, encoded.weights, str(prompt.select), prompt.s_scale, projection.s_scale
+    made = kept.get(
+        [
+            *(encoded.features, encoded.patches, encoded.zeros, encoded.tokens),
+            *(given if isinstance(given, tuple) else (given,)),
+        ],
+        settings,
+        partial(PromptTokens.of, encoded, projection),
+    )
     mask, masks = read_masks(prompt.mask, prompt.feather)
     return CompiledPrompt(
-        tokens=tokens,
-        negative=negative,
+        tokens=made.tokens,
+        negative=made.negative,
         scale=1.0 if prompt.scale is None else prompt.scale,
         profile=prompt.profile,
         start=prompt.start,
@@ -175,18 +205,27 @@ def compile_prompt(encoded: EncodedPrompt, projection: ImageProjection) -> Compi
         mask=mask,
         curve=options.read_curve(prompt.curve),
         scaling=prompt.scaling,
-        log_weight_bias=log_weight_bias(encoded.weights, each) if joined else None,
+        log_weight_bias=made.log_weight_bias,
         words=prompt.text if isinstance(prompt.text, str) else None,
         text=encoded.text,
         track=track_of(
             encoded.at,
             options.read_curve(prompt.frame_curve),
             masks,
-            pictures=len(sets),
-            plain=joined and len(set(encoded.weights)) == 1,
+            pictures=made.pictures,
+            plain=prompt.combine == "concat" and len(set(encoded.weights)) == 1,
         ),
-        pictures=len(sets),
+        pictures=made.pictures,
     )
+
+
+def _check_negative(encoded: EncodedPrompt) -> None:
+    given = encoded.negative if isinstance(encoded.negative, tuple) else (encoded.negative,)
+    for part in (encoded.zeros, *given):
+        if part is not None and not bool(torch.isfinite(part).all()):
+            raise InputError(
+                "image features contain NaN or infinite values; encode them again with sound weights."
+            )
 
 
 def _token_sets(encoded: EncodedPrompt, projection: ImageProjection) -> Float[Tensor, "N T C"]:

@@ -68,8 +68,8 @@ class Regions:
         cond = torch.tensor([branch != "uncond" for branch in call.branches])
         spoken = torch.tensor([text is not None for text in texts])[slot.rows]
         reads = spoken & cond.repeat_interleave(len(slot.rows) // len(cond))
-        self._texts.append(stack[slot.rows])
-        self._biases.append(None if bias is None else bias[slot.rows].to(call.dtype))
+        self._texts.append(slot.of_prompts(stack))
+        self._biases.append(None if bias is None else slot.of_prompts(bias).to(call.dtype))
         self._slots.append((slot, reads.to(call.device, call.dtype)[:, None, None, None]))
 
     def at(self, size: tuple[int, int]) -> Regional | None:

@@ -3,7 +3,7 @@
 A :class:`Slot` has one prompt of every sample; samples with fewer prompts get one of strength 0. Frames of a
 clip are rows, like samples.
 
-Dimensions: S token sequences, T tokens of the longest, C token width, L queries.
+Dimensions: S token sequences, T tokens of the longest, C token width, L queries, R rows, P prompts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -57,8 +57,12 @@ class Slot:
             )
         frames = 1 if all(prompt.track is None for prompt in prompts) else call.frames
         self.prompts = [of_frame for prompt in prompts for of_frame in prompt.over_frames(frames)]
-        of_samples = torch.arange(len(self.prompts)).view(len(prompts), 1, frames)
-        picks = of_samples.expand(-1, each * call.frames // frames, -1).flatten().tolist()
+        shape, turns = (len(prompts), 1, frames), each * call.frames // frames
+
+        def picked(device: torch.device | None) -> Tensor:
+            return torch.arange(len(self.prompts), device=device).view(shape).expand(-1, turns, -1).flatten()
+
+        picks = picked(None).tolist()
         branches: list[Branch] = ["uncond" if branch == "text" else branch for branch in call.branches]
         self.branches = list(dict.fromkeys(branches))
         """The branches that see different tokens."""
@@ -67,8 +71,19 @@ class Slot:
         """The prompt of each row of the batch."""
         self.order = [start + pick for start in starts for pick in picks]
         """The token sequence of each row."""
+        # The same on the device, made there: each copy from the host would wait for it.
+        self._rows = picked(call.device).repeat(len(branches))
+        self._order = torch.cat([start + picked(call.device) for start in starts])
         self.call = call
         self._masks: dict[tuple[int, int], Tensor] = {}
+
+    def of_sequences(self, x: Float[Tensor, "S ..."]) -> Float[Tensor, "R ..."]:
+        """Each row's part of ``x``, which has one of every token sequence."""
+        return x.index_select(0, self._order)
+
+    def of_prompts(self, x: Float[Tensor, "P ..."]) -> Float[Tensor, "R ..."]:
+        """The same of ``x`` with one of every prompt."""
+        return x.index_select(0, self._rows)
 
     @property
     def sequences(self) -> list[tuple[CompiledPrompt, Branch]]:
@@ -104,7 +119,7 @@ class Slot:
             whole = torch.ones(1, 1, *size, device=device)
             grids = [whole if mask is None else resize_mask(mask.to(device), size) for mask in masks]
             stack = torch.cat(grids).flatten(2)[..., None].to(self.call.dtype)
-            self._masks[size] = stack[self.rows] if len(grids) > 1 else stack
+            self._masks[size] = self.of_prompts(stack) if len(grids) > 1 else stack
         return self._masks[size]
 
     def site_mask(self, site: Site) -> Float[Tensor, "_ 1 L 1"] | None:

@@ -6,7 +6,7 @@ A sample is a function of the run's seed and its global index, whichever process
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from imprompt.training.cache import EncodedSet
 from imprompt.training.config import TrainConfig
 from imprompt.training.data import Plan, generator_for
 from imprompt.training.objective import drop_features, stratified_timesteps
+from imprompt.weights import moved
 
 
 @dataclass(frozen=True)
@@ -31,21 +32,23 @@ class Sample:
     states: Tensor
     extra: dict[str, Tensor]
 
-    def to(self, device: torch.device) -> Sample:
-        """Copy to the device; on a GPU from pinned memory, without waiting."""
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        groups = self.features.values(), self.extra.values()
+        return [self.clean, self.noise, self.steps, self.states, *groups[0], *groups[1]]
 
-        def move(tensor: Tensor) -> Tensor:
-            pinned = tensor.pin_memory() if device.type == "cuda" else tensor
-            return pinned.to(device, non_blocking=True)
-
-        return Sample(
-            move(self.clean),
-            move(self.noise),
-            move(self.steps),
-            {name: move(tensor) for name, tensor in self.features.items()},
-            move(self.states),
-            {name: move(tensor) for name, tensor in self.extra.items()},
+    def map(self, change: Callable[[Tensor], Tensor]) -> Sample:
+        """The same of changed tensors."""
+        features, extra = (
+            {name: change(tensor) for name, tensor in group.items()} for group in (self.features, self.extra)
         )
+        steps, states = change(self.steps), change(self.states)
+        return Sample(change(self.clean), change(self.noise), steps, features, states, extra)
+
+    def to(self, device: torch.device) -> Sample:
+        """Copy to the device."""
+        return self.map(lambda tensor: moved(tensor, device))
 
 
 Shown = Literal["picture", "negative", "bare"]
