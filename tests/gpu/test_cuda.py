@@ -3,15 +3,20 @@ Float32 products are exact here (no TF32)."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import tiny
 import tinydit
+from compiled import run_unchecked
 from imprompt import Engine, ImagePrompt, IPAdapter, Request
 from imprompt.catalog import ASSETS
 from imprompt.training import TrainConfig
@@ -50,6 +55,30 @@ def mask() -> Image.Image:
     return found
 
 
+COMPILED = """
+import sys
+
+import numpy as np
+import torch
+
+from imprompt import Engine, ImagePrompt, Request
+
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+(pictures,) = sys.argv[1:]
+plain = Request(prompt="a cat", seed=1, steps=8, guidance=5.0, device="cuda", dtype="float32")
+engine = Engine()
+for prompt in (
+    ImagePrompt(f"{pictures}/one.png", scale=0.6), ImagePrompt(f"{pictures}/two.png", scale=0.9, end=0.7)
+):
+    request = plain.replace(adapter="emoji-plus", images=[prompt])
+    wanted, drawn = (
+        np.asarray(each.images[0]).astype(float)
+        for each in (Engine().run(request), engine.run(request.replace(compile="regional")))
+    )
+    assert np.abs(wanted - drawn).mean() < 1, np.abs(wanted - drawn).mean()
+"""
+
+
 def pixels(images: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(image).astype(float) for image in images])
 
@@ -72,10 +101,13 @@ IMAGES = {
 def test_cuda_draws_what_the_cpu_draws(case: str, shown: dict[str, Image.Image], mask: Image.Image) -> None:
     request = ASKED.replace(images=IMAGES[case])
     pictures = shown | {"mask": mask}
-    wanted = pixels(Engine().run(request, pictures=pictures).images)
+    # In each format, since PyTorch before 2.13 draws other noise in half precision from the same seed.
     for dtype, limit in (("float32", 0.5), ("bfloat16", 8.0), ("float16", 2.0)):
-        drawn = Engine().run(request.replace(device=DEVICE, dtype=dtype), pictures=pictures).images
-        assert error(pixels(drawn), wanted) < limit, dtype
+        here, there = (
+            pixels(Engine().run(request.replace(device=device, dtype=dtype), pictures=pictures).images)
+            for device in ("cpu", DEVICE)
+        )
+        assert error(there, here) < limit, dtype
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 0.2), ("bfloat16", 4.0)])
@@ -109,13 +141,10 @@ def test_offloading_draws_the_same(shown: dict[str, Image.Image]) -> None:
     assert error(pixels(drawn), wanted) < 0.1
 
 
-def test_a_compiled_base_draws_the_same(shown: dict[str, Image.Image]) -> None:
-    request = ASKED.replace(device=DEVICE, dtype="float32")
-    engine = Engine()
-    for each in (request, request.replace(images=[ImagePrompt("two", scale=0.9, end=0.7)])):
-        wanted = pixels(Engine().run(each, pictures=shown).images)
-        drawn = engine.run(each.replace(compile="regional"), pictures=shown).images
-        assert error(pixels(drawn), wanted) < 1.0
+def test_a_compiled_base_draws_the_same(tmp_path: Path, shown: dict[str, Image.Image]) -> None:
+    for name, picture in shown.items():
+        picture.save(tmp_path / f"{name}.png")
+    run_unchecked(COMPILED, tmp_path, folder=Path(__file__).parent)
 
 
 def test_a_step_never_waits_for_the_device() -> None:
@@ -133,6 +162,35 @@ def test_a_step_never_waits_for_the_device() -> None:
             pipe.unet(sample, timestep, text)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_change_of_strength_copies_two_tables_to_the_device(count: int) -> None:
+    pipe = tiny.tiny_sd().to(DEVICE)
+    adapter = IPAdapter.from_state_dict(tiny.random_adapter_state(pipe.unet)).to(DEVICE).attach(pipe.unet)
+    adapter.batch(guidance=True)
+    shown = torch.randn(count, tiny.POOLED, device=DEVICE)
+    prompts = [ImagePrompt(features=each[None], mask=torch.eye(8)) for each in shown]
+    sample, text = torch.randn(2, 4, 8, 8, device=DEVICE), torch.randn(2, 7, tiny.TEXT_WIDTH, device=DEVICE)
+    timestep = torch.tensor(500, device=DEVICE)
+
+    def step(scale: float) -> Tensor:
+        adapter.set_prompt(prompts, scale=scale)
+        return pipe.unet(sample, timestep, text).sample
+
+    with torch.inference_mode():
+        first = step(0.4)
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            second = step(0.8)
+        copies = [e for e in profiler.events() if e.name.startswith(("Memcpy HtoD", "Memcpy DtoH"))]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            third = step(0.4)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(copies) <= 2, [copy.name for copy in copies]
+    assert torch.equal(third, first)
+    assert not torch.equal(second, first)
 
 
 @pytest.mark.parametrize("base", ["flux", "sd3"])
@@ -155,17 +213,36 @@ def test_transformers_draw_what_the_cpu_draws(base: str) -> None:
     torch.testing.assert_close(*drawn, atol=1e-3, rtol=1e-3)
 
 
-def test_training_on_cuda_writes_an_adapter_that_draws(tmp_path: Path, shown: dict[str, Image.Image]) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    for name, picture in shown.items():
-        for n in range(3):
-            picture.rotate(n).save(data / f"{name}{n}.png")
-            (data / f"{name}{n}.txt").write_text(name)
-    config = TrainConfig(
-        data=str(data), output=tmp_path / "run", batch=2, steps=4, checkpoint_every=2, sample_every=0,
-        device=DEVICE, trackers=(), quiet=True,
+def training(folder: Path, shown: dict[str, Image.Image], name: str, **fields: Any) -> TrainConfig:
+    """A run of a few steps on turned pictures."""
+    data = folder / "data"
+    if not data.exists():
+        data.mkdir()
+        for word, picture in shown.items():
+            for n in range(3):
+                picture.rotate(n).save(data / f"{word}{n}.png")
+                (data / f"{word}{n}.txt").write_text(word)
+    return TrainConfig(
+        data=str(data), output=folder / name, batch=2, steps=4, checkpoint_every=2, sample_every=0,
+        device=DEVICE, trackers=(), quiet=True, **fields,
     )  # fmt: skip
+
+
+def test_a_step_as_a_graph_trains_as_one_without(tmp_path: Path, shown: dict[str, Image.Image]) -> None:
+    fields = {"dtype": "float32", "save_dtype": "float32", "latent": "mean"}
+    started = load_file(ASSETS / "adapters" / "ip-adapter-plus_emoji.safetensors")
+    with_, without = (
+        load_file(train(training(tmp_path, shown, str(graphs), cuda_graphs=graphs, **fields)))
+        for graphs in (True, False)
+    )
+    for name, before in started.items():
+        moved, other = (each[name] - before.to(each[name]) for each in (with_, without))
+        assert (moved - other).norm() <= 0.02 * other.norm(), name
+    assert any(not torch.equal(with_[name], before.to(with_[name])) for name, before in started.items())
+
+
+def test_training_on_cuda_writes_an_adapter_that_draws(tmp_path: Path, shown: dict[str, Image.Image]) -> None:
+    config = training(tmp_path, shown, "run")
     first = train(config)
     again = train(config.model_copy(update={"steps": 6, "resume": True}))
     assert first == again

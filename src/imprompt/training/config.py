@@ -25,7 +25,7 @@ NOT_IDENTITY = frozenset((
     "data", "only", "base", "image_encoder", "face_model", "init", "output", "cache", "batch", "accumulate",
     "steps", "minutes", "lr", "warmup", "sample_every", "sample_guidance", "checkpoint_every",
     "keep_checkpoints", "keep", "validate_every", "log_every", "max_skipped", "resume", "workers", "quiet",
-    "device", "gradient_checkpointing", "compile", "trackers", "push_to_hub", "on_bad_sample",
+    "device", "gradient_checkpointing", "compile", "cuda_graphs", "trackers", "push_to_hub", "on_bad_sample",
 ))  # fmt: skip
 """Fields that a resumed run may change. Data, base, encoder and start are compared by their contents instead,
 and ``batch × accumulate × processes`` by its product: see :class:`imprompt.training.folder.Identity`."""
@@ -156,6 +156,9 @@ class TrainConfig(Record):
     """Less memory for about a third more time."""
     compile: bool = False
     """Compile the UNet's repeated blocks."""
+    cuda_graphs: bool = True
+    """On one GPU, without compile and gradient_checkpointing: replay the kernels of each step in one launch.
+    Steps are faster where Python launches kernels more slowly than they run; activations stay in memory."""
     save_dtype: Literal["float16", "float32"] = "float16"
     """Number format of the adapter file; published ones are float16."""
     seed: int = Field(default=0, ge=0, lt=2**31)

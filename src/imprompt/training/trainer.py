@@ -35,6 +35,7 @@ from imprompt.training import cache
 from imprompt.training.card import Card, html, markdown, noted
 from imprompt.training.config import TrainConfig
 from imprompt.training.folder import WEIGHT_NAME, RunFolder
+from imprompt.training.graphs import GraphedPass, Pass
 from imprompt.training.launch import make_accelerator, on_main
 from imprompt.training.learned import Learned
 from imprompt.training.meter import BANDS, Meter
@@ -163,6 +164,17 @@ class Trainer:
         self.optimizer = accelerator.prepare(self.learned.optimizer)
         if accelerator.log_with:
             accelerator.init_trackers("tracker", config={"run": str(config.output)})
+        self.pass_of: Pass = self._pass
+        if self._graphs:
+            self.pass_of = GraphedPass(self._pass, self.learned.parameters, self._say)
+
+    @property
+    def _graphs(self) -> bool:
+        """Whether passes are CUDA graphs: on one GPU, where each is a step and is not run in parts."""
+        config, accelerator = self.config, self.accelerator
+        apart = self.accumulate > 1 or accelerator.num_processes > 1 or accelerator.scaler is not None
+        parts = config.compile or config.gradient_checkpointing
+        return config.cuda_graphs and self.device.type == "cuda" and not apart and not parts
 
     # ---- running
 
@@ -229,23 +241,26 @@ class Trainer:
 
     def advance(self, samples: Sequence[Sample]) -> None:
         """Take one optimizer step. One without a finite gradient changes nothing and is counted."""
-        config, accelerator = self.config, self.accelerator
+        accelerator = self.accelerator
         for group in self.learned.optimizer.param_groups:
             group["lr"] = self._rate(self.step)
         for sample in samples:
             with accelerator.accumulate(self.forward):
                 moved = sample.to(self.device)
-                try:
-                    with self.attention:  # the backward pass as well: checkpointing runs layers again there
-                        error = self.error(moved)
-                        alpha_bar = self.alpha_bar[moved.steps]
-                        loss = (error * loss_weights(self.prediction, alpha_bar, config.min_snr)).mean()
-                        accelerator.backward(loss)
-                finally:
-                    accelerator.unwrap_model(self.forward).release()
-                self.meter.add(error.detach(), loss.detach(), moved.steps)
+                self.meter.add(*self.pass_of(moved), moved.steps)
                 if accelerator.sync_gradients:
                     self._update()
+
+    def _pass(self, sample: Sample) -> tuple[Tensor, Tensor]:
+        """Forward and backward of a sample: each picture's error ``B``, and the loss."""
+        try:
+            with self.attention:  # the backward pass as well: checkpointing runs layers again there
+                error, alpha_bar = self.error(sample), self.alpha_bar[sample.steps]
+                loss = (error * loss_weights(self.prediction, alpha_bar, self.config.min_snr)).mean()
+                self.accelerator.backward(loss)
+        finally:
+            self.accelerator.unwrap_model(self.forward).release()
+        return error.detach(), loss.detach()
 
     def _update(self) -> None:
         learned, limit = self.learned, self.config.clip or math.inf
