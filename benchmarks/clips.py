@@ -25,7 +25,7 @@ from imprompt.encoders.framing import encode
 from imprompt.generation.engine import Engine
 from imprompt.generation.families import find_base
 from imprompt.generation.pipelines import load
-from imprompt.generation.video import find_motion, moving
+from imprompt.generation.video import find_motion, motion_pipeline
 from imprompt.schema.prompt import ImagePrompt
 from imprompt.schema.request import Request
 
@@ -62,7 +62,9 @@ def ratios(pictures: list[Image.Image], steps: int, rounds: int) -> dict[str, fl
     """CPU time of a step with guidance and one picture for all frames; ratio of a picture for each frame
     to it."""
     base, frames = find_base("emoji"), len(pictures)
-    pipe = moving(load(base, "generate", torch.float32), find_motion(None, base), base, torch.float32)
+    pipe = motion_pipeline(
+        load(base, "generate", torch.float32), find_motion(None, base), base, torch.float32
+    )
     adapter = IPAdapter.from_pretrained("emoji-plus").attach(pipe)
     adapter.batch(guidance=True)
     encoder = adapter.image_encoder

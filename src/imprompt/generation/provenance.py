@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from imprompt import __version__
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.encoders.face_onnx import OnnxFaces
 from imprompt.encoders.features import fingerprint as of_weights
@@ -83,7 +84,8 @@ def provenance(job: Job, loaded: Loaded) -> dict[str, str]:
 
 @cache
 def _versions() -> dict[str, str]:
-    return {part: version(part) for part in ("imprompt", "torch", "diffusers", "transformers")}
+    made_with = {part: version(part) for part in ("torch", "diffusers", "transformers")}
+    return {"imprompt": __version__, **made_with}
 
 
 def _of_adapters(job: Job, loaded: Loaded) -> dict[str, str]:
