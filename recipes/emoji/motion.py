@@ -5,9 +5,10 @@ background bounces, spins, slides to the left or right, grows or shakes, one loo
 at rest, and the caption says which. The temporal layers learn and, slowly, the embeddings of the motion words
 that ``words.py`` has made readable. Most of the noise's variance is shared by the frames of a clip (Ge et al.
 2023, "Preserve Your Own Correlation", §3.1), at the first time steps all of it, in training and, as
-``imprompt.json`` beside the weights says, when drawing. Most steps show 8 of the 16 frames.
+``imprompt.json`` beside the weights says, when drawing. On a CPU most steps show 8 of the 16 frames.
 
-    python recipes/emoji/motion.py --processes 2 --minutes 56
+    python recipes/emoji/motion.py --draw --processes 16 --count 9600
+    python recipes/emoji/motion.py --count 9600 --clips 32 --word-lr 0    # on a GPU
 """
 
 import json
@@ -45,11 +46,11 @@ from text import MOTIONS, Texts, frozen_base
 from torch import Tensor, nn
 
 FRAMES = 16
-SHARED = 0.9
-"""Part of the noise's variance that all frames have in common, in most clips of the training, at time steps
-before ``BLIND``: with all of it, frames would differ by a first guess that is never refined."""
 SHARED_DRAWN = 0.97
-"""The same in drawings, which are calmer so and obey as well."""
+"""Part of the noise's variance that all frames have in common in drawings, after the start: with all of it,
+frames would differ by a first guess that is never refined."""
+SHARED = (SHARED_DRAWN, SHARED_DRAWN, 0.9, 0.5, 0.0)
+"""The same in training, one of these for a clip, at time steps before ``BLIND``."""
 BLIND = 870
 """The time step from which all noise is common and a clip is shown as that noise alone, as a drawing begins:
 the still model would see a thing elsewhere in each frame's own noise, and move it so. The schedule leaves 0.5
@@ -318,8 +319,8 @@ def main() -> None:
         abar = DDIMScheduler(**SCHEDULE).alphas_cumprod.to(DEVICE)
         for step in loop:
             rng = np.random.default_rng([12, step, crew.rank])
-            whole = step % 8 == 0  # now and then, clips as they are when drawing
-            count = max(1, args.clips // 2) if whole else args.clips
+            whole = DEVICE != "cpu" or step % 8 == 0  # now and then, clips as they are when drawing
+            count = max(1, args.clips // 2) if whole and DEVICE == "cpu" else args.clips
             shown = np.arange(FRAMES) if whole else np.sort(rng.choice(FRAMES, FRAMES // 2, replace=False))
             picked = rng.integers(len(latents), size=count).tolist()
             pairs = [(latents[i], about[i][1]) for i in picked]
@@ -327,8 +328,8 @@ def main() -> None:
             x = torch.stack([clip for clip, _ in pairs])[:, shown].float().transpose(1, 2)  # N 4 F 16 16
             t = times_of_clips(count)
             blind = (t >= BLIND).view(-1, 1, 1, 1, 1)
-            part = torch.tensor([SHARED if rng.uniform() < 0.75 else rng.choice((0.0, 0.5)) for _ in picked])
-            part = torch.where(blind, 1.0, part.float().view(-1, 1, 1, 1, 1).to(DEVICE))
+            part = torch.tensor(rng.choice(SHARED, count), dtype=torch.float32, device=DEVICE)
+            part = torch.where(blind, 1.0, part.view(-1, 1, 1, 1, 1))
             noise = part.sqrt() * torch.randn_like(x[:, :, :1]) + (1 - part).sqrt() * torch.randn_like(x)
             a = abar[t].view(-1, 1, 1, 1, 1)
             seen = torch.where(blind, 0.0, a)

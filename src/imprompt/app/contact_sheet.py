@@ -57,7 +57,7 @@ def contact_sheet(folder: str | Path, *, seed: int = 7, say: Callable[[str], Non
     draw = _Artist(Engine(), seed, say)
     pages = [draw.band(*band) for band in _bands(shown, seed)]
     if (ASSETS / "motion").is_dir():
-        pages.append(draw.clips([("a cactus growing", shown["cactus-neon"])], folder))
+        pages.append(draw.clips([("a heart growing", shown["cactus-neon"])], folder))
     title = "imprompt: show a diffusion model a picture and it draws with it"
     note = "Framed: shown to the model, never in its training. The rest: drawn by the bundled model on a CPU."
     return output.save_page(bands(pages, title, note), folder / "contact-sheet.png")
