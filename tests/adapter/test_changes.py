@@ -200,14 +200,16 @@ def test_another_strength_mask_or_window_makes_no_tokens_keys_or_values(count: i
     assert worked
 
 
-def test_features_that_were_written_to_in_inference_mode_are_projected_again() -> None:
+@pytest.mark.parametrize("how", ["inference mode", "numpy", "data"])
+def test_features_that_were_written_to_unseen_are_projected_again(how: str) -> None:
     unet = tiny_unet()
     adapter = IPAdapter.from_state_dict(random_adapter_state(unet)).attach(unet)
-    with torch.inference_mode():
+    with torch.inference_mode(how == "inference mode"):
         features = torch.ones(1, POOLED)
         adapter.set_prompt(features)
         before = draw(unet)
-        features.mul_(2)  # PyTorch does not count this
+        seen = {"inference mode": features, "numpy": features.numpy(), "data": features.data}[how]
+        seen *= 2  # PyTorch does not count these
         adapter.set_prompt(features)
         assert not torch.equal(draw(unet), before)
 

@@ -196,6 +196,7 @@ REFUSED = [
     (2, "--seed -1: leave --seed out for a random one", "generate a --seed -1"),
     (2, "'ref.png' is a picture and stands where the text does", "edit ref.png ref.png"),
     (2, "each picture has a flag of its own: --image ref.png", "generate a --image ref.png ref.png"),
+    (2, "unrecognized arguments: cat; a text of several words stands in quotes", "generate a cat --seed 1"),
     (2, "write: imprompt edit ref.png owl (or generate --image ref.png)", "ref.png owl"),
     (2, "curl -LO 'https://a.b/c.png'", "edit https://a.b/c.png a"),
     (3, "no base", "generate a --size 32X32 --base ./missing/folder"),

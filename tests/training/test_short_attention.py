@@ -70,7 +70,7 @@ def test_half_precision_is_as_near_to_the_exact_gradient_as_the_fused_kernel() -
 
 
 @pytest.mark.parametrize(
-    ("queries", "keys", "plain"), [(256, 256, True), (257, 256, False)], ids=["short", "long"]
+    ("queries", "keys", "plain"), [(5000, 128, True), (1024, 512, True), (1025, 512, False)]
 )
 def test_long_sequences_and_drawings_keep_the_fused_kernel(queries: int, keys: int, plain: bool) -> None:
     states = inputs(queries, keys)

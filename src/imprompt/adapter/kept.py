@@ -2,42 +2,63 @@
 neither its tokens nor their keys and values anew."""
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
 
 
+class _Made(NamedTuple, Generic[T]):
+    tensors: tuple[Tensor | None, ...]
+    """Kept, so that their memory stays theirs."""
+    values: tuple[Tensor | None, ...]
+    """Copies of those on the CPU."""
+    made: T
+
+
 class Kept(Generic[T]):
     """What was made of the same tensors with the same settings for the latest prompt, or for the one before.
 
-    Tensors are told apart by their memory, which stays theirs because they are kept, and by the number of
-    times that they were written to. Those made in inference mode do not count that, and are never the same.
+    Tensors are told apart by their memory and the number of times that they were written to. That number does
+    not count who writes through numpy, ``.data`` or in inference mode: on the CPU values are compared as
+    well, and those of inference mode elsewhere are never the same.
     """
 
     def __init__(self) -> None:
-        self._made: dict[Hashable, tuple[Any, T]] = {}
-        self._before: dict[Hashable, tuple[Any, T]] = {}
+        self._new: dict[Hashable, _Made[T]] = {}
+        self._old: dict[Hashable, _Made[T]] = {}
 
     def next(self) -> None:
         """Another prompt begins."""
-        self._before, self._made = self._made, {}
+        self._old, self._new = self._new, {}
 
     def clear(self) -> None:
         """Forget all."""
-        self._before, self._made = {}, {}
+        self._old, self._new = {}, {}
 
     def get(self, tensors: Sequence[Tensor | None], settings: Hashable, make: Callable[[], T]) -> T:
         """What ``make`` returned for these tensors and settings, or returns now."""
-        if any(each is not None and each.is_inference() for each in tensors):
+        if any(each is not None and each.is_inference() and not _on_cpu(each) for each in tensors):
             return make()
         key = settings, *(None if each is None else _place(each) for each in tensors)
-        found = self._made.get(key) or self._before.get(key) or (tensors, make())
-        self._made[key] = found
-        return found[1]
+        found = self._new.get(key) or self._old.get(key)
+        if found is None or not all(map(_same, tensors, found.values)):
+            copies = tuple(each.clone() if each is not None and _on_cpu(each) else None for each in tensors)
+            found = _Made(tuple(tensors), copies, make())
+        self._new[key] = found
+        return found.made
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
-    place = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-    return *place, tensor._version
+    version = None if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, version
+
+
+def _same(tensor: Tensor | None, value: Tensor | None) -> bool:
+    return tensor is None or value is None or torch.equal(tensor, value)

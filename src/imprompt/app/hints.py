@@ -49,6 +49,8 @@ def for_flag(flag: str, known: Iterable[str]) -> str:
     known = list(known)
     if _is_picture(flag) and "--image" in known:
         return f"; each picture has a flag of its own: --image {shlex.quote(flag)}"
+    if not flag.startswith("-") and "--image" in known:
+        return "; a text of several words stands in quotes"
     flag = flag.partition("=")[0]
     if flag in _ELSEWHERE and _ELSEWHERE[flag].split()[0] in (*known, "the", "a"):
         return f"; here it is {_ELSEWHERE[flag]}"

@@ -2,7 +2,8 @@
 
 PyTorch's fused kernel takes 0.3 ms for each head of each picture in its backward pass there, however short
 the sequences are: two fifths of a training step of the bundled base. Plain products take a tenth of that, and
-keep ``B·H·L·T`` numbers for the backward pass.
+half of its time where a long sequence reads a text or an image prompt. They keep ``B·H·L·T`` numbers for the
+backward pass.
 
 Dimensions: B batch rows, H heads, L queries, T keys, D head width.
 """
@@ -16,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_MOST_SCORES = 256 * 256
-"""Queries times keys; from there on the fused kernel is as fast, and needs less memory."""
+_MOST_KEYS, _MOST_SCORES = 128, 1024 * 512
+"""Keys, or queries times keys, up to which they are faster."""
 
 
 class ShortAttention(TorchFunctionMode):
@@ -35,7 +36,8 @@ class ShortAttention(TorchFunctionMode):
             query, key, value = args
             bias = options.pop("attn_mask", None)
             known = not any(options.values()) and (bias is None or bias.is_floating_point())
-            if known and query.shape[-2] * key.shape[-2] <= _MOST_SCORES:
+            queries, keys = query.shape[-2], key.shape[-2]
+            if known and (keys <= _MOST_KEYS or queries * keys <= _MOST_SCORES):
                 return attention(query, key, value, bias)
         return func(*args, **(kwargs or {}))
 
