@@ -170,10 +170,11 @@ class Trainer:
 
     @property
     def _graphs(self) -> bool:
-        """Whether passes are CUDA graphs: on one GPU, where each is a step and is not run in parts."""
+        """Whether passes are CUDA graphs: on one GPU, where each is a step and is not run in parts, and no
+        other thread encodes pictures there meanwhile."""
         config, accelerator = self.config, self.accelerator
         apart = self.accumulate > 1 or accelerator.num_processes > 1 or accelerator.scaler is not None
-        parts = config.compile or config.gradient_checkpointing
+        parts = config.compile or config.gradient_checkpointing or config.cache_folder is None
         return config.cuda_graphs and self.device.type == "cuda" and not apart and not parts
 
     # ---- running
