@@ -200,6 +200,25 @@ def test_another_strength_mask_or_window_makes_no_tokens_keys_or_values(count: i
     assert worked
 
 
+def test_after_clear_prompt_weights_written_through_data_act() -> None:
+    unet = tiny_unet()
+    adapter = IPAdapter.from_state_dict(random_adapter_state(unet)).attach(unet)
+    features = torch.ones(1, POOLED)
+    adapter.set_prompt(features)
+    before = draw(unet)
+    for weight in adapter.parameters():
+        weight.data.mul_(1.5)
+    adapter.clear_prompt()
+    adapter.set_prompt(features)
+    changed = draw(unet)
+    assert not torch.equal(changed, before)
+    scale_in_place(adapter, "image_proj")  # as if all were made anew
+    with torch.no_grad():
+        next(p for n, p in adapter.named_parameters() if "image_proj" in n).div_(1.5)
+    adapter.set_prompt(features)
+    torch.testing.assert_close(draw(unet), changed)
+
+
 @pytest.mark.parametrize("how", ["inference mode", "numpy", "data"])
 def test_features_that_were_written_to_unseen_are_projected_again(how: str) -> None:
     unet = tiny_unet()

@@ -907,6 +907,18 @@ def test_the_rate_warms_up_and_falls_to_zero():
     assert learning_rate(60, peak=1.0, steps=110, warmup=10, schedule="linear") == pytest.approx(0.5)
 
 
+def test_a_prompt_that_the_average_showed_is_projected_again_without_it(make_config):
+    trainer = opened(make_config(steps=3, ema=0.9, lr=0.3))
+    trainer.run()
+    adapter = trainer.adapter
+    features = torch.ones(1, adapter.projection.feature_width)
+    with trainer.learned.averaged():
+        adapter.set_prompt(features)
+        averaged = adapter.samples[0][0].tokens
+    adapter.set_prompt(features)
+    assert not torch.equal(adapter.samples[0][0].tokens, averaged)
+
+
 def test_weights_are_averaged_over_the_run(make_config, tmp_path):
     last = load_file(train(make_config(output=tmp_path / "a", ema=0, lr=1e-2)))
     mean = load_file(train(make_config(output=tmp_path / "b", ema=0.9, lr=1e-2)))

@@ -237,6 +237,8 @@ class IPAdapter(AdapterWeights):
         pictures is one prompt (their tokens share a softmax, as in diffusers); a list of :class:`ImagePrompt`
         is several, each with its own softmax, scale, window and mask, whose contributions add up. ``fields``
         are those of :class:`ImagePrompt`. Pictures are encoded now, ``text`` again at the start of each run.
+        A picture that was set just before is not projected again unless a weight has changed; call
+        :meth:`clear_prompt` after writing to weights through ``.data``, which PyTorch does not count.
         Raises an :class:`ImpromptError` for a prompt that cannot be used, and keeps the previous one;
         :class:`UsageError` while another thread draws with the adapter.
         """
@@ -258,6 +260,7 @@ class IPAdapter(AdapterWeights):
         """Remove the image prompt: the model then draws exactly as without the adapter."""
         with self._undisturbed():
             self._encoded, self._samples = (), ()
+            self._kept.clear()
             self._prompter.clear()
             self._invalidate()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -45,11 +45,17 @@ class Learned:
             yield
             return
         current = [parameter.detach().clone() for parameter in self.parameters]
-        self.average.copy_to(self.parameters)
+        self._write(self.average.shadow_params)
         try:
             yield
         finally:
-            torch._foreach_copy_([parameter.data for parameter in self.parameters], current)
+            self._write(current)
+
+    @torch.no_grad()
+    def _write(self, values: Sequence[Tensor]) -> None:
+        """Set the weights, not through ``.data``: the adapter looks at how often they were written to."""
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
 
     def tensors(self) -> dict[str, Tensor]:
         """All weights, averages and optimizer states by name."""
