@@ -7,6 +7,7 @@ of a step. So each kind is timed as passes over the layers, interleaved with a s
 compared first. Prints JSON.
 
     python benchmarks/layers.py [--model sd15|sdxl|emoji] [--size 32] [--dtype bfloat16] [--rounds 15]
+                                [--tokens 16]
 """
 
 import argparse
@@ -70,8 +71,8 @@ def sharing(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return copy.deepcopy(unet, {id(weight): weight for weight in unet.parameters()})
 
 
-def state_of(unet: UNet2DConditionModel, tokens: int = 4) -> dict[str, dict[str, Tensor]]:
-    """A random adapter of the base kind in the published layout."""
+def state_of(unet: UNet2DConditionModel, tokens: int) -> dict[str, dict[str, Tensor]]:
+    """A random adapter in the layout of the base kind, whose projection is not measured."""
     cross = unet.config.cross_attention_dim
     layers = {
         f"{site.index}.{part}.weight": torch.randn(site.width, cross) / cross**0.5
@@ -108,7 +109,9 @@ def passes(
     return lambda: [layer(states, encoder_hidden_states=text) for layer, states, text in layers]
 
 
-def with_ours(unet: UNet2DConditionModel, sample: Tensor, text: Tensor, state: Any, count: int) -> None:
+def with_ours(
+    unet: UNet2DConditionModel, sample: Tensor, text: Tensor, state: Any, count: int, tokens: int
+) -> None:
     """Attach and show ``count`` prompts; the step builds their keys and values."""
     pipe = OneStep(unet, DDIMScheduler())
     adapter = IPAdapter.from_state_dict(state).attach(pipe)
@@ -117,7 +120,7 @@ def with_ours(unet: UNet2DConditionModel, sample: Tensor, text: Tensor, state: A
     adapter.set_prompt(
         [
             imprompt.ImagePrompt(
-                tokens=torch.randn(4, width), negative=torch.randn(4, width), scale=0.6,
+                tokens=torch.randn(tokens, width), negative=torch.randn(tokens, width), scale=0.6,
                 mask=masks[i] if count > 1 else None,
             )
             for i in range(count)
@@ -127,10 +130,11 @@ def with_ours(unet: UNet2DConditionModel, sample: Tensor, text: Tensor, state: A
     unet.keep = pipe, adapter  # as long as the model lives
 
 
-def with_theirs(unet: UNet2DConditionModel, state: Any, count: int) -> None:
+def with_theirs(unet: UNet2DConditionModel, state: Any, count: int, length: int) -> None:
     """diffusers' own adapter: one image of the same number of tokens, or as many as there are prompts."""
     unet._load_ip_adapter_weights([state] * count)
-    tokens = [torch.randn(2, 1, 4, unet.config.cross_attention_dim, dtype=unet.dtype) for _ in range(count)]
+    width = unet.config.cross_attention_dim
+    tokens = [torch.randn(2, 1, length, width, dtype=unet.dtype) for _ in range(count)]
     masks = [torch.ones(1, 1, 64, 64, dtype=unet.dtype) for _ in range(count)] if count > 1 else None
     for site in cross_attentions(unet):
         attention = unet.get_submodule(site.name)
@@ -146,7 +150,9 @@ def with_theirs(unet: UNet2DConditionModel, state: Any, count: int) -> None:
         attention.forward = called
 
 
-def measure(name: str, size: int, dtype: torch.dtype, rounds: int, counts: Sequence[int]) -> dict[str, float]:
+def measure(
+    name: str, size: int, dtype: torch.dtype, rounds: int, counts: Sequence[int], tokens: int
+) -> dict[str, float]:
     """Shares of a plain step, by kind."""
     plain = unet_of(name, dtype)
     text = torch.randn(2, 77, plain.config.cross_attention_dim, dtype=dtype)
@@ -155,15 +161,15 @@ def measure(name: str, size: int, dtype: torch.dtype, rounds: int, counts: Seque
     def step(unet: UNet2DConditionModel) -> Callable[[], object]:
         return lambda: unet(sample, 500, text)
 
-    state = state_of(plain)
+    state = state_of(plain, tokens)
     inputs = recorded(plain, step(plain))
     kinds: dict[str, Callable[[], list[Tensor]]] = {"plain": passes(plain, inputs)}
     kinds["plain again"] = passes(plain, inputs)
     for count in counts:
         label = "one prompt" if count == 1 else f"{count} masked"
         ours, theirs = sharing(plain), sharing(plain)
-        with_ours(ours, sample, text, state, count)
-        with_theirs(theirs, state, count)
+        with_ours(ours, sample, text, state, count, tokens)
+        with_theirs(theirs, state, count, tokens)
         kinds[f"imprompt, {label}"] = passes(ours, inputs)
         kinds[f"diffusers, {label}"] = passes(theirs, inputs)
     for pass_ in kinds.values():
@@ -200,10 +206,12 @@ def main() -> None:
     parser.add_argument(
         "--prompts", type=int, nargs="*", default=[1, 8], help="image prompts; several: masked"
     )
+    parser.add_argument("--tokens", type=int, default=4, help="of a prompt; a plus adapter has 16")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with torch.inference_mode():
-        found = measure(args.model, args.size, getattr(torch, args.dtype), args.rounds, args.prompts)
+        dtype = getattr(torch, args.dtype)
+        found = measure(args.model, args.size, dtype, args.rounds, args.prompts, args.tokens)
     print(json.dumps({"model": args.model, "size": args.size, "dtype": args.dtype} | found, indent=2))
 
 

@@ -40,24 +40,29 @@ class Kept(Generic[T]):
 
     def get(self, tensors: Sequence[Tensor | None], settings: Hashable, make: Callable[[], T]) -> T:
         """What ``make`` returned for these tensors and settings, or returns now."""
-        if any(each is not None and each.is_inference() and not _on_cpu(each) for each in tensors):
+        if any(map(_changes_unseen, tensors)):
             return make()
-        key = settings, *(None if each is None else _place(each) for each in tensors)
+        key = settings, *map(_place, tensors)
         found = self._new.get(key) or self._old.get(key)
         if found is None or not all(map(_same, tensors, found.values)):
-            copies = tuple(each.clone() if each is not None and _on_cpu(each) else None for each in tensors)
-            found = _Made(tuple(tensors), copies, make())
+            found = _Made(tuple(tensors), tuple(map(_value, tensors)), make())
         self._new[key] = found
         return found.made
 
 
-def _on_cpu(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
+def _changes_unseen(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.is_inference() and tensor.device.type != "cpu"
 
 
-def _place(tensor: Tensor) -> tuple[object, ...]:
+def _place(tensor: Tensor | None) -> tuple[object, ...]:
+    if tensor is None:
+        return ()
     version = None if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, version
+
+
+def _value(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None or tensor.device.type != "cpu" else tensor.clone()
 
 
 def _same(tensor: Tensor | None, value: Tensor | None) -> bool:
