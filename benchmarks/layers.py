@@ -71,15 +71,16 @@ def sharing(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return copy.deepcopy(unet, {id(weight): weight for weight in unet.parameters()})
 
 
-def state_of(unet: UNet2DConditionModel, tokens: int) -> dict[str, dict[str, Tensor]]:
-    """A random adapter in the layout of the base kind, whose projection is not measured."""
+def state_of(unet: UNet2DConditionModel) -> dict[str, dict[str, Tensor]]:
+    """A random adapter in the published layout. Its projection to 4 tokens is not measured: tokens are
+    given."""
     cross = unet.config.cross_attention_dim
     layers = {
         f"{site.index}.{part}.weight": torch.randn(site.width, cross) / cross**0.5
         for site in cross_attentions(unet)
         for part in ("to_k_ip", "to_v_ip")
     }
-    proj = {"proj.weight": torch.randn(tokens * cross, 1024) / 32, "proj.bias": torch.zeros(tokens * cross)}
+    proj = {"proj.weight": torch.randn(4 * cross, 1024) / 32, "proj.bias": torch.zeros(4 * cross)}
     norm = {"norm.weight": torch.ones(cross), "norm.bias": torch.zeros(cross)}
     return {"image_proj": proj | norm, "ip_adapter": layers}
 
@@ -161,7 +162,7 @@ def measure(
     def step(unet: UNet2DConditionModel) -> Callable[[], object]:
         return lambda: unet(sample, 500, text)
 
-    state = state_of(plain, tokens)
+    state = state_of(plain)
     inputs = recorded(plain, step(plain))
     kinds: dict[str, Callable[[], list[Tensor]]] = {"plain": passes(plain, inputs)}
     kinds["plain again"] = passes(plain, inputs)
