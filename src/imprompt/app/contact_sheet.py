@@ -57,7 +57,8 @@ def contact_sheet(folder: str | Path, *, seed: int = 7, say: Callable[[str], Non
     draw = _Artist(Engine(), seed, say)
     pages = [draw.band(*band) for band in _bands(shown, seed)]
     if (ASSETS / "motion").is_dir():
-        pages.append(draw.clips([("a heart growing", shown["cactus-neon"])], folder))
+        moving = [("a heart growing", shown["cactus-neon"]), ("a star bouncing", shown["sunset"])]
+        pages.append(draw.clips(moving, folder))
     title = "imprompt: show a diffusion model a picture and it draws with it"
     note = "Framed: shown to the model, never in its training. The rest: drawn by the bundled model on a CPU."
     return output.save_page(bands(pages, title, note), folder / "contact-sheet.png")
@@ -166,12 +167,12 @@ class _Artist:
         for prompt, reference in rows:
             fields = {"task": "animate", "prompt": prompt, "seed": self.seed, "steps": STEPS}
             result = self.engine.run(Request.from_mapping(fields | _shown(reference)))
-            output.save(result, folder / f"{reference.stem}.gif")
+            output.save(result, folder / f"{prompt.replace(' ', '-')}.gif")
             frames = [Cell(f"frame {n + 1}", result.images[n]) for n in range(0, len(result.images), 2)]
             cells.append([_given(reference), *frames])
         self.say(f"{len(rows)} clips, {time.monotonic() - self.started:.0f} s")
-        said = ", ".join(f"“{prompt}”" for prompt, _ in rows)
-        return Band("In motion", f"{said}: the clip lies beside this sheet as a GIF.", cells)
+        said = " and ".join(f"“{prompt}”" for prompt, _ in rows)
+        return Band("In motion", f"{said}: the clips lie beside this sheet as GIFs.", cells)
 
 
 def _given(path: Path) -> Cell:
