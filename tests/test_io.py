@@ -2,15 +2,18 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
+import imprompt.io
 from imprompt.errors import InputError, UsageError
 from imprompt.io import (
     check_file,
@@ -96,6 +99,41 @@ def test_a_folder_that_is_replaced_keeps_what_is_not_ours(tmp_path: Path) -> Non
     assert names(folder) == ["1.png", "notes-1.txt", "notes.txt", "sub"]
     assert (folder / "1.png").read_bytes() == b"new"
     assert names(tmp_path) == ["frames"]
+
+
+def test_a_folder_that_is_interrupted_at_any_line_is_the_old_or_the_new_one(tmp_path: Path) -> None:
+    """As a signal handler does, raise at each line of io.py in turn."""
+    place, number, ended = tmp_path / "frames", 0, False
+
+    def tracer(frame: FrameType, event: str, _: object) -> object:
+        nonlocal lines
+        if frame.f_code.co_filename != imprompt.io.__file__:
+            return None
+        if event == "line":
+            lines += 1
+            if lines == number:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return tracer
+
+    while not ended:
+        write_folder(place, {"1.png": b"old"}, is_ours=lambda path: path.suffix == ".png")
+        (place / "mine.txt").write_bytes(b"kept")
+        number, lines = number + 1, 0
+        sys.settrace(tracer)
+        try:
+            write_folder(place, {"1.png": b"new"}, is_ours=lambda path: path.suffix == ".png")
+            ended = True
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        assert names(tmp_path) == ["frames"], number
+        assert (place / "1.png").read_bytes() in (b"old", b"new")
+        kept = [path.read_bytes() for path in place.iterdir() if path.suffix == ".txt"]
+        assert set(kept) == {b"kept"}
+        shutil.rmtree(place)
+    assert number > 30
 
 
 def test_a_linked_folder_is_not_replaced(tmp_path: Path) -> None:

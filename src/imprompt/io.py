@@ -95,21 +95,30 @@ def write_folder(
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     part, replaced = _beside(path, "part"), list[Path]()
     try:
-        with _writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.mkdir()
-            for name, content in files.items():
-                _write_new(part / name, content)
-            while not _swap(part, path, replaced if is_ours else None):
-                pass  # another process wrote the folder in between: replace that one too
-    finally:
+        try:
+            with _writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                part.mkdir()
+                for name, content in files.items():
+                    _write_new(part / name, content)
+                while not _swap(part, path, replaced if is_ours else None):
+                    pass  # another process wrote the folder in between: replace that one too
+        finally:
+            _tidy(part, replaced, path, is_ours)
+    except KeyboardInterrupt:  # which may have come while it tidied up
+        _tidy(part, replaced, path, is_ours)
+        raise
+    return path
+
+
+def _tidy(part: Path, replaced: list[Path], path: Path, is_ours: Callable[[Path], bool] | None) -> None:
+    """Remove ``part`` if it was not renamed, and the folders that another stands in place of now."""
+    with _writing(path):
         if part.exists():
             shutil.rmtree(part)
-    if is_ours is not None:
-        with _writing(path):
-            for old in replaced:
+        for old in replaced:
+            if is_ours is not None and old.exists() and path.exists():
                 _clear(old, path, is_ours)
-    return path
 
 
 def _swap(part: Path, path: Path, replaced: list[Path] | None) -> bool:
