@@ -25,7 +25,7 @@ BESIDE = {
     "cpu": ("pool.py --seed 1 --count 60000", "motion.py --draw --count 1200",
             "pool.py --seed 5 --count 20000", "pool.py --seed 3 --count 2000"),
     "cuda": ("pool.py --seed 1 --count 120000", "pool.py --seed 5 --count 60000",
-             "motion.py --draw --count 2000", "pool.py --seed 1 --count 700000",
+             "motion.py --draw --count 9600", "pool.py --seed 1 --count 700000",
              "pool.py --seed 3 --count 2000"),
 }  # fmt: skip
 """What is drawn, one after the other, while the stages train."""
@@ -48,7 +48,7 @@ STAGES = {
         ("words.py --batch 64 --minutes 0.4",),
         ("adapters.py base --batch 256 --steps 3000 --threads 4",
          "control.py --batch 128 --most 100000 --processes 6 --minutes 3.6",
-         "motion.py --clips 16 --lr 5e-4 --count 2000 --minutes 3.8"),
+         "motion.py --clips 32 --count 9600 --word-lr 0 --minutes 6"),
     ),
 }  # fmt: skip
 """Rows of stages; those of a row run at the same time. Minutes are of a core, or of the GPU they share."""

@@ -148,6 +148,11 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
+def times_written(tensor: Tensor) -> int | None:
+    """How often a tensor was written to in place; ``None`` where torch does not count, in inference mode."""
+    return None if tensor.is_inference() else tensor._version
+
+
 def give_back_memory() -> None:
     """Return freed memory to the system and to other programs on a GPU; glibc and torch keep it else."""
     if torch.cuda.is_initialized():

@@ -317,12 +317,13 @@ class Batch:
             )
         tokens = self._projected(source, live.tokens).to(self.call.device)
         key, value = source.key_value(site.index)(tokens, self.heads[site.name], self.call.dtype)
-        scale = live.scale  # a number is written on the device: a copy there could be in no CUDA graph
-        scale = scale.to(tokens) if isinstance(scale, Tensor) else tokens.new_full((1,), scale)
+        scale, device, dtype = live.scale, self.call.device, self.call.dtype
+        if not isinstance(scale, Tensor):  # written on the device: no CUDA graph could hold a copy to it
+            scale = torch.full((1,), scale, device=device, dtype=dtype)
         return ImageKV(
             key.to(self.call.dtype),
             value.to(self.call.dtype),
-            factor=scale.reshape(-1).to(self.call.dtype).expand(self.call.batch)[:, None, None, None],
+            factor=scale.to(device, dtype).reshape(-1).expand(self.call.batch)[:, None, None, None],
             after_block=source.after_block,
             norms=source.key_value(site.index).joint_norms,
         )

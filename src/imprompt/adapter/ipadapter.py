@@ -368,8 +368,7 @@ class IPAdapter(AdapterWeights):
     def _check_target(self) -> None:
         """Raise :class:`UsageError` if the pipeline has got another denoiser since it was attached to."""
         target, injection = None if self._target is None else self._target(), self.injection
-        component = None if injection is None else getattr(target, injection.backbone.component, None)
-        if injection is not None and injection.serves(component):
+        if injection is not None and injection.serves(getattr(target, injection.backbone.component, None)):
             return
         found = None if isinstance(target, nn.Module) else find_denoiser(target)
         if found is not None and (injection is None or not injection.serves(found[1])):

@@ -7,6 +7,8 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from imprompt.weights import times_written
+
 T = TypeVar("T")
 
 
@@ -57,8 +59,8 @@ def _changes_unseen(tensor: Tensor | None) -> bool:
 def _place(tensor: Tensor | None) -> tuple[object, ...]:
     if tensor is None:
         return ()
-    version = None if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, version
+    layout = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    return tensor.data_ptr(), *layout, times_written(tensor)
 
 
 def _value(tensor: Tensor | None) -> Tensor | None:

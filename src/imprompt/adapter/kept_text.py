@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from imprompt.adapter.backbones.base import Call, Caller
+from imprompt.weights import times_written
 
 _MOST_BYTES = 128 * 2**20  # SDXL in float32, one guided picture, has 102 MB; layers beyond are not kept
 
@@ -33,7 +34,7 @@ class _Kept(NamedTuple):
     @classmethod
     def of(cls, attn: Any, key: Tensor, value: Tensor) -> "_Kept":
         weights = attn.to_k.weight, attn.to_v.weight
-        versions = _version(weights[0]), _version(weights[1])
+        versions = times_written(weights[0]), times_written(weights[1])
         return cls(key, value, (attn.to_k, attn.to_v), weights, versions)
 
     def computed_by(self, attn: Any) -> bool:
@@ -42,7 +43,7 @@ class _Kept(NamedTuple):
         if attn.to_k is not to_k or attn.to_v is not to_v:
             return False
         same = to_k.weight is key and to_v.weight is value
-        return same and self.versions == (_version(key), _version(value))
+        return same and self.versions == (times_written(key), times_written(value))
 
 
 class KeptText:
@@ -57,7 +58,7 @@ class KeptText:
     def show(self, text: Float[Tensor, "B T C"], call: Call) -> None:
         """Say that the coming call of the denoiser reads ``text``: another object, one that was written to
         since, or another layout of the batch, forgets what is kept. So does the end of the text's life."""
-        rest = (_version(text), call)
+        rest = (times_written(text), call)
         if self._text is None or self._text() is not text or self._rest != rest:
             self.forget()
             self._text, self._rest = weakref.ref(text, self._gone), rest
@@ -98,8 +99,3 @@ def _plain(layer: Any) -> bool:
     """Whether a layer is torch's own linear one, and nothing but its weights decides what it computes."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
     return type(layer) is nn.Linear and not hooked and not layer.weight.is_meta
-
-
-def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was written to; ``None`` where torch does not count."""
-    return None if tensor.is_inference() else tensor._version

@@ -149,10 +149,15 @@ class PromptTokens(NamedTuple):
     log_weight_bias: Float[Tensor, " T"] | None
     """As those of :class:`CompiledPrompt`."""
     pictures: int
+    """Number of pictures in :attr:`tokens`."""
 
     @classmethod
     def of(cls, encoded: EncodedPrompt, projection: ImageProjection) -> "PromptTokens":
-        """Project an encoded prompt with the adapter's present weights, on their device."""
+        """Project an encoded prompt with the adapter's present weights, on their device.
+
+        Raises :class:`InputError` for features that are not finite or overflow in the projection,
+        :class:`UsageError` for tokens that do not exist.
+        """
         prompt = encoded.prompt
         _check_negative(encoded)
         with _s_scale(projection, prompt.s_scale):

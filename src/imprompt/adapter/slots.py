@@ -8,6 +8,7 @@ Dimensions: S token sequences, T tokens of the longest, C token width, L queries
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -57,25 +58,34 @@ class Slot:
             )
         frames = 1 if all(prompt.track is None for prompt in prompts) else call.frames
         self.prompts = [of_frame for prompt in prompts for of_frame in prompt.over_frames(frames)]
-        shape, turns = (len(prompts), 1, frames), each * call.frames // frames
-
-        def picked(device: torch.device | None) -> Tensor:
-            return torch.arange(len(self.prompts), device=device).view(shape).expand(-1, turns, -1).flatten()
-
-        picks = picked(None).tolist()
+        self._shape = len(prompts), each * call.frames // frames, frames
+        picks = self._picks(None).tolist()
         branches: list[Branch] = ["uncond" if branch == "text" else branch for branch in call.branches]
         self.branches = list(dict.fromkeys(branches))
         """The branches that see different tokens."""
-        starts = [self.branches.index(branch) * len(self.prompts) for branch in branches]
+        self._starts = [self.branches.index(branch) * len(self.prompts) for branch in branches]
         self.rows = picks * len(branches)
         """The prompt of each row of the batch."""
-        self.order = [start + pick for start in starts for pick in picks]
+        self.order = [start + pick for start in self._starts for pick in picks]
         """The token sequence of each row."""
-        # The same on the device, made there: each copy from the host would wait for it.
-        self._rows = picked(call.device).repeat(len(branches))
-        self._order = torch.cat([start + picked(call.device) for start in starts])
         self.call = call
         self._masks: dict[tuple[int, int], Tensor] = {}
+
+    def _picks(self, device: torch.device | None) -> Tensor:
+        """The prompt of each row of one branch."""
+        samples, turns, frames = self._shape
+        numbers = torch.arange(samples * frames, device=device)
+        return numbers.view(samples, 1, frames).expand(-1, turns, -1).flatten()
+
+    # Made on the device, and once: each copy from the host would wait for it.
+    @cached_property
+    def _rows(self) -> Tensor:
+        return self._picks(self.call.device).repeat(len(self._starts))
+
+    @cached_property
+    def _order(self) -> Tensor:
+        picks = self._picks(self.call.device)
+        return torch.cat([start + picks for start in self._starts])
 
     def of_sequences(self, x: Float[Tensor, "S ..."]) -> Float[Tensor, "R ..."]:
         """Each row's part of ``x``, which has one of every token sequence."""

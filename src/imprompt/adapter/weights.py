@@ -14,6 +14,7 @@ from imprompt.checkpoints.checkpoint import Checkpoint, StateDict, write
 from imprompt.projections.build import build_projection
 from imprompt.projections.modules import ImageProjection
 from imprompt.projections.resamplers import TimedResamplerProjection
+from imprompt.weights import times_written
 
 
 class AdapterWeights(PromptSource):
@@ -103,7 +104,7 @@ class AdapterWeights(PromptSource):
     def versions(self) -> tuple[object, ...]:
         """A value that differs after any weight or the LoRA's scale has changed."""
         found = [
-            (id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+            (id(weight), weight.data_ptr(), times_written(weight))
             for table, name in self._slots
             if (weight := table[name]) is not None
         ]

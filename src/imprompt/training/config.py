@@ -157,8 +157,9 @@ class TrainConfig(Record):
     compile: bool = False
     """Compile the UNet's repeated blocks."""
     cuda_graphs: bool = True
-    """On one GPU, without compile and gradient_checkpointing: replay the kernels of each step in one launch.
-    Steps are faster where Python launches kernels more slowly than they run; activations stay in memory."""
+    """Replay the kernels of each step in one launch, on one GPU and where a step is one whole pass: not with
+    accumulate, compile, gradient_checkpointing, cache none or float16. Steps are faster where Python launches
+    kernels more slowly than they run; activations stay in memory."""
     save_dtype: Literal["float16", "float32"] = "float16"
     """Number format of the adapter file; published ones are float16."""
     seed: int = Field(default=0, ge=0, lt=2**31)

@@ -44,19 +44,21 @@ class GraphedPass:
         self._usual, self._parameters, self._note = usual, tuple(parameters), note
         self._recorded: dict[object, _Recorded] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        self._full = False
+        self._failed = False
 
     def __call__(self, sample: Sample) -> tuple[Tensor, Tensor]:
         """One pass of a sample that is on the device."""
         shape = tuple((tensor.shape, tensor.dtype) for tensor in sample.tensors)
         recorded = self._recorded.get(shape)
         if recorded is None:
-            if self._full or len(self._recorded) == _MOST:
+            if self._failed or len(self._recorded) == _MOST:
                 return self._usual(sample)
+            stream = torch.cuda.current_stream()
             try:
                 recorded = self._recorded[shape] = self._record(sample)
             except RuntimeError as error:  # no memory, or a kernel that no graph can hold
-                self._full = True
+                torch.cuda.set_stream(stream)  # an end of recording that fails leaves its own
+                self._failed = True
                 self._forget_gradients()
                 torch.cuda.empty_cache()
                 why = str(error).partition("\n")[0]
