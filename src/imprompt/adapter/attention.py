@@ -94,18 +94,23 @@ class JointKV:
     def attend(self, query: Float[Tensor, "B H L D"]) -> Tensor:
         """What :meth:`add_to` adds: the sum of all prompts' attention, each times its mask and factor."""
         scores = self.key @ query.transpose(-1, -2)
-        shares = self._shares(scores.unflatten(2, (len(self.parts), -1)))
+        shares = shares_of(scores.unflatten(2, (len(self.parts), -1)), self.gain)
         return shares.flatten(2, 3).transpose(-1, -2) @ self.value
 
     def add_to(self, out: Float[Tensor, "B H L D"], image: Tensor) -> Float[Tensor, "B H L D"]:
         """``out`` plus the sum, in place unless gradients are recorded."""
         return out + image if torch.is_grad_enabled() else out.add_(image)
 
-    def _shares(self, scores: Float[Tensor, "B H P T L"]) -> Float[Tensor, "B H P T L"]:
-        """Softmax over each prompt's tokens, times mask and factor."""
-        gain = self.factor if self.mask is None else self.mask * self.factor
-        shares = scores.softmax(3)
-        return shares * gain if torch.is_grad_enabled() else shares.mul_(gain)
+    @property
+    def gain(self) -> Float[Tensor, "B 1 P 1 _"]:
+        """What the shares are multiplied by, mask and factor."""
+        return self.factor if self.mask is None else self.mask * self.factor
+
+
+def shares_of(scores: Float[Tensor, "... T L"], gain: Tensor) -> Float[Tensor, "... T L"]:
+    """Softmax over each prompt's tokens, times ``gain``."""
+    shares = scores.softmax(-2)
+    return shares * gain if torch.is_grad_enabled() else shares.mul_(gain)
 
 
 class FoldedKV(JointKV):
@@ -119,7 +124,8 @@ class FoldedKV(JointKV):
     def attend(self, query: Float[Tensor, "B H L D"]) -> Tensor:
         """What :meth:`add_to` adds: the shares of all tokens, ``B (H·P·T) L``."""
         scores = self.key @ query.transpose(1, 2).flatten(2).transpose(1, 2)
-        return self._shares(scores.unflatten(1, (query.shape[1], len(self.parts), -1))).flatten(1, 3)
+        scores = scores.unflatten(1, (query.shape[1], len(self.parts), -1))
+        return shares_of(scores, self.gain).flatten(1, 3)
 
     def add_to(self, out: Float[Tensor, "B H L D"], image: Tensor) -> Float[Tensor, "B H L D"]:
         """``out`` plus the shares' values, in place unless gradients are recorded."""

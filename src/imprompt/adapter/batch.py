@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from imprompt.adapter.attention import ImageKV, JointKV
 from imprompt.adapter.backbones.base import Call, Site
 from imprompt.adapter.beside_text import BesideText
+from imprompt.adapter.gathered import GatheredKV, Places
 from imprompt.adapter.joint import JointKeys, form_of, group_of, joint_mask, parties, written
 from imprompt.adapter.prompt import CompiledPrompt
 from imprompt.adapter.regional import Regional, Regions, project_text
@@ -224,11 +225,15 @@ class Batch:
             (kv,) = kvs
             mask, factor = self._gain(site, kv.prompt, kv.mask, factors[0, :, None, None, None])
             return replace(kv, mask=mask, factor=factor)
+        mask = joint_mask([kv.mask for kv in kvs])
+        places = None if self.call.steady or form is not JointKV else Places.of(mask, self.call.batch)
+        if places is not None:
+            form, mask = GatheredKV, places.mask
         place, made_of = (site.name, kvs[0].prompt), [self._keys[kv.prompt].parts for kv in kvs]
         keys = self._joint[place] = JointKeys.of(form, kvs, made_of, earlier.get(place))
-        side_by_side = factors.t()[:, None, :, None, None]
-        gain = self._gain(site, kvs[0].prompt, joint_mask([kv.mask for kv in kvs]), side_by_side)
-        return form(keys.key, keys.value, tuple(kvs), *gain)
+        gain = self._gain(site, kvs[0].prompt, mask, factors.t()[:, None, :, None, None])
+        read = keys.key, keys.value, tuple(kvs), *gain
+        return form(*read) if places is None else GatheredKV(*read, places)
 
     def _gain(
         self, site: Site, prompt: int, mask: Tensor | None, factor: Tensor

@@ -1,4 +1,5 @@
-"""Choose how the prompts of a site are read: one by one, in joint products, or with heads folded.
+"""Choose how the prompts of a site are read: one by one, in joint products, with heads folded, or only by the
+queries inside their masks.
 
 All forms give the same sum (:mod:`imprompt.adapter.attention`); which is fastest was measured with
 ``benchmarks/layers.py``.
@@ -15,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from imprompt.adapter.attention import FoldedKV, ImageKV, JointKV
+from imprompt.adapter.gathered import GatheredKV
 
 _FEWEST = 3
 """Prompts in a joint product. Of two, each draws its half bit for bit as it does alone."""
@@ -62,12 +64,15 @@ class JointKeys(NamedTuple):
         cls, form: type[JointKV], kvs: Sequence[ImageKV], made_of: Sequence[object], old: "JointKeys | None"
     ) -> "JointKeys":
         """``old`` if it was made of the same objects, else new ones, in the same memory where they fit."""
+        made_of = (form, *made_of)
         if old is not None and len(old.made_of) == len(made_of) and all(map(is_, old.made_of, made_of)):
             return old
         key = torch.cat([kv.key for kv in kvs], 2) * kvs[0].key.shape[3] ** -0.5
         value = torch.cat([kv.value for kv in kvs], 2)
         if form is FoldedKV:
             key, value = folded(key), folded(value)
+        elif form is GatheredKV:
+            key, value = (x.unflatten(2, (len(kvs), -1)).transpose(1, 2).flatten(0, 1) for x in (key, value))
         kept = (None, None) if old is None else (old.key, old.value)
         return cls(written(kept[0], key), written(kept[1], value), made_of)
 
