@@ -8,15 +8,26 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
 from faces import face_state, person
 from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.adapter.regions import TextRegions
+from imprompt.encoders.clip import ImageEncoder
 from imprompt.errors import ImpromptError, InputError, UsageError
 from imprompt.schema.prompt import ImagePrompt, TextRegion
-from tiny import POOLED, TEXT_WIDTH, random_adapter_state, tiny_sd, tiny_sdxl, tiny_unet
+from tiny import (
+    POOLED,
+    TEXT_WIDTH,
+    picture,
+    random_adapter_state,
+    tiny_encoder,
+    tiny_sd,
+    tiny_sdxl,
+    tiny_unet,
+)
 
 CHANGES: list[dict[str, Any]] = [
     {"scale": 0.4},
@@ -334,3 +345,72 @@ def test_threads_that_draw_with_one_adapter_draw_right_or_are_told() -> None:
         found = list(pool.map(drawn, [0, 1, 2] * 4))
     for number, one in enumerate(found):
         assert isinstance(one, UsageError) or torch.equal(one, expected[number % 3])
+
+
+def test_a_second_adapter_after_all_processors_were_replaced_is_added_to_the_first() -> None:
+    pipe, alone = tiny_sd(), []
+    adapters = [IPAdapter.from_state_dict(random_adapter_state(pipe.unet, seed=seed)) for seed in (1, 2)]
+    for adapter in adapters:
+        adapter.attach(pipe).set_prompt(torch.ones(1, POOLED))
+    both = run(pipe)
+    for adapter in adapters:
+        adapter.detach()
+    plain = run(pipe)
+    for adapter in adapters:
+        adapter.attach(pipe).set_prompt(torch.ones(1, POOLED))
+        alone.append(run(pipe))
+        pipe.unet.set_attn_processor(AttnProcessor2_0())
+    assert torch.equal(run(pipe), both)
+    assert not torch.equal(both, alone[0])
+    for adapter in adapters:
+        adapter.detach()
+    assert torch.equal(run(pipe), plain)
+    assert not pipe.unet._forward_pre_hooks
+
+
+def test_the_pipeline_of_an_adapter_stays_known_when_another_leaves_the_bare_unet() -> None:
+    pipe = tiny_sd()
+    first, second = (IPAdapter.from_state_dict(random_adapter_state(pipe.unet, seed=seed)) for seed in (1, 2))
+    first.attach(pipe).set_prompt(torch.ones(1, POOLED))
+    second.attach(pipe.unet).detach()
+    first.set_prompt(ImagePrompt(features=torch.ones(1, POOLED), text="a hat", mask=LEFT))
+    with pytest.raises(UsageError, match="called from outside of it"):
+        draw(pipe.unet)
+
+
+@pytest.mark.parametrize("fields", [{"curve": "fade-out"}, {"end": 0.5, "mask": torch.eye(8)}])
+@pytest.mark.parametrize("count", [1, 3])
+def test_gradients_pass_through_several_calls_of_a_curve(fields: dict[str, Any], count: int) -> None:
+    """Those of a call alone are summed by the chain rule; with checkpointing, they are refused."""
+    unet = tiny_unet()
+    adapter = IPAdapter.from_state_dict(random_adapter_state(unet)).attach(unet)
+    adapter.set_prompt([ImagePrompt(features=torch.ones(1, POOLED), **fields) for _ in range(count)])
+    random = torch.Generator().manual_seed(1)
+    sample, text = torch.randn(1, 4, 8, 8, generator=random), torch.randn(1, 5, TEXT_WIDTH, generator=random)
+    first = sample.clone().requires_grad_(True)
+    half = unet(first, 900.0, text).sample
+    unet(half, 100.0, text).sample.sum().backward()
+    second = half.detach().clone().requires_grad_(True)
+    unet(second, 100.0, text).sample.sum().backward()
+    alone = sample.clone().requires_grad_(True)
+    unet(alone, 900.0, text).sample.backward(second.grad)
+    torch.testing.assert_close(first.grad, alone.grad)
+    unet.train().enable_gradient_checkpointing()
+    out = unet(unet(first, 900.0, text).sample, 100.0, text).sample
+    with pytest.raises(UsageError, match="gradient checkpointing"):
+        out.sum().backward()
+    once = sample.clone().requires_grad_(True)
+    unet(once, 900.0, text).sample.backward(second.grad)
+    torch.testing.assert_close(once.grad, alone.grad)
+
+
+def test_features_are_those_of_the_encoders_processor() -> None:
+    unet, (model, processor) = tiny_unet(), tiny_encoder()
+    adapter = IPAdapter.from_state_dict(
+        random_adapter_state(unet), image_encoder=ImageEncoder(model, processor)
+    )
+    before = adapter.encode([picture(1)]).pooled
+    other = copy.deepcopy(processor)
+    other.image_mean = [0.1, 0.2, 0.3]
+    adapter.image_encoder = ImageEncoder(model, other)
+    assert not torch.equal(adapter.encode([picture(1)]).pooled, before)

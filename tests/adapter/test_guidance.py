@@ -78,6 +78,28 @@ def test_equal_scales_are_ordinary_guidance(name: str) -> None:
     assert torch.equal(draw(), ordinary)
 
 
+def test_the_texts_scale_is_the_one_that_the_pipeline_computes_with() -> None:
+    """A callback may change it in mid-run; the argument of the call stays what it was."""
+    pipe = tiny_sd()
+    pipe.set_progress_bar_config(disable=True)
+    adapter = on(pipe)
+    adapter.set_prompt(picture(1), scale=0.8)
+
+    def draw(image: bool) -> Tensor:
+        def lower(pipe: Any, step: int, t: int, values: dict[str, Any]) -> dict[str, Any]:
+            pipe._guidance_scale = 2.0
+            adapter.set_guidance(2.0 if image else None)
+            return values
+
+        adapter.set_guidance(7.5 if image else None)
+        call = {"num_inference_steps": 4, "guidance_scale": 7.5, "output_type": "latent"}
+        return pipe(
+            "a cat", generator=torch.Generator().manual_seed(0), callback_on_step_end=lower, **call
+        ).images
+
+    torch.testing.assert_close(draw(True), draw(False), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("guided", [True, False])
 def test_the_result_is_the_published_sum_of_three_evaluations(guided: bool) -> None:
     unet = tiny_unet("sd")

@@ -175,6 +175,19 @@ def test_a_lora_of_another_base_or_for_fused_attention_is_refused_and_nothing_ch
         IPAdapter.from_state_dict(state).attach(tiny_sdxl())
 
 
+def test_attention_that_is_fused_afterwards_is_refused_while_a_face_is_shown(
+    pipe: StableDiffusionPipeline,
+) -> None:
+    adapter = IPAdapter.from_state_dict(face_state(pipe.unet)).attach(pipe)
+    adapter.set_prompt(person())
+    wanted = draw(pipe)
+    pipe.fuse_qkv_projections()
+    with pytest.raises(AdapterMismatch, match="unfuse_qkv_projections"):
+        draw(pipe)
+    pipe.unfuse_qkv_projections()
+    np.testing.assert_allclose(draw(pipe), wanted, atol=1e-5)
+
+
 class Packed(nn.Linear):
     """A layer whose weights are bytes, as quantising libraries have them: nothing to read or merge."""
 

@@ -376,3 +376,10 @@ def test_samples_with_masks_windows_curves_scales_and_texts_equal_themselves_alo
     for i in range(8):
         adapter.set_batch([samples[i // 2]])
         torch.testing.assert_close(together[i], draw([i])[0], rtol=0, atol=1e-4)
+
+
+def test_a_mask_finer_on_one_side_and_coarser_on_the_other_is_averaged_there() -> None:
+    stripes = torch.zeros(64, 4)
+    stripes[::4] = 1
+    assert torch.equal(resize_mask(stripes[None, None], (16, 16)), torch.full((1, 1, 16, 16), 0.25))
+    assert torch.equal(resize_mask(stripes.T[None, None], (16, 16)), torch.full((1, 1, 16, 16), 0.25))

@@ -66,6 +66,12 @@ def test_rows_of_one_timestep_each_are_told_apart() -> None:
     assert gate.factor.tolist() == [1, 1, 0, 0]
 
 
+def test_rows_of_several_prompts_have_the_batch_rows_timesteps() -> None:
+    gate = Gate([When(end=0.5)] * 2 + [When(start=0.5)] * 2, CPU, SINGLE, prompts=2)
+    gate.update(Clock(1000), torch.tensor([800.0, 200.0]))
+    assert gate.factor.tolist() == [1, 0, 0, 1]
+
+
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 TRAINING_STEPS = {
     "DDIM": diffusers.DDIMScheduler(**BETAS),

@@ -114,6 +114,20 @@ def test_a_curve_is_its_factor_at_each_timestep(unet: UNet2DConditionModel, adap
         torch.testing.assert_close(draw(unet, t), faded, rtol=1e-4, atol=1e-5)
 
 
+def test_rows_at_timesteps_of_their_own_have_their_own_windows(
+    unet: UNet2DConditionModel, adapter: IPAdapter
+) -> None:
+    adapter.set_prompt([ImagePrompt(image=picture(1), end=0.5), ImagePrompt(image=picture(2), start=0.5)])
+    random = torch.Generator().manual_seed(1)
+    sample, text = torch.randn(2, 4, 8, 8, generator=random), torch.randn(2, 5, TEXT_WIDTH, generator=random)
+    times = torch.tensor([900.0, 100.0])
+    with torch.no_grad():
+        together = unet(sample, times, text).sample
+        for row in range(2):
+            alone = unet(sample[row : row + 1], times[row], text[row : row + 1]).sample
+            torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+
+
 def test_curves_keep_the_very_tensors_while_steps_go_by(
     unet: UNet2DConditionModel, adapter: IPAdapter
 ) -> None:

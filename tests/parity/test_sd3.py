@@ -11,6 +11,7 @@ from torch import Tensor
 
 import tinydit
 from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.errors import UsageError
 from imprompt.schema.prompt import ImagePrompt
 from tiny import picture
 
@@ -180,3 +181,11 @@ def test_no_picture_is_zero_features_not_those_of_a_black_one() -> None:
         drawn.append(draw(pipe))
     assert torch.equal(drawn[0], drawn[1])
     assert (drawn[2] - drawn[0]).abs().max() > 1e-4
+
+
+def test_tokens_are_refused_since_each_step_makes_others() -> None:
+    adapter = ours(tinydit.sd3())
+    tokens = torch.randn(1, 4, adapter.projection.cross_dim)
+    for negative in (None, tokens):
+        with pytest.raises(UsageError, match="give features or a picture"):
+            adapter.set_prompt(ImagePrompt(tokens=tokens, negative=negative))

@@ -66,7 +66,7 @@ class ImageKV:
         """``out + gain · image``, in place unless gradients are recorded."""
         gain = self.gain
         if torch.is_grad_enabled():  # SDPA's backward needs its output unchanged
-            return out + (image if gain is None else image * gain)
+            return out + (image if gain is None else image * gain.clone())  # the next step overwrites it
         return out.add_(image) if gain is None else out.addcmul_(image, gain)
 
 
@@ -110,7 +110,7 @@ class JointKV:
 def shares_of(scores: Float[Tensor, "... T L"], gain: Tensor) -> Float[Tensor, "... T L"]:
     """Softmax over each prompt's tokens, times ``gain``."""
     shares = scores.softmax(-2)
-    return shares * gain if torch.is_grad_enabled() else shares.mul_(gain)
+    return shares * gain.clone() if torch.is_grad_enabled() else shares.mul_(gain)
 
 
 class FoldedKV(JointKV):

@@ -120,7 +120,7 @@ class _Factors:
         self._factors = written(self._factors, table.clone())
         if not all(when.always for when in whens):
             self._prompts = moved(torch.tensor(prompts), call.device)
-            self.gate = Gate(whens, call.device, call.dtype)
+            self.gate = Gate(whens, call.device, call.dtype, len(whens) // table.shape[1])
         return self._factors
 
     def step(self, clock: Clock, timestep: Float[Tensor, "*B"]) -> None:

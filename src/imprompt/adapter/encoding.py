@@ -284,7 +284,8 @@ class PromptEncoder:
         hashes = tuple(map(content_hash, images))
         if self.face is not None:
             look = None if self._projection.patch_width is None else self._needed_encoder()
-            key = (self.face.reader, look and look.model, self.face.crop, prompt.face, hashes)
+            with_look = look and (look.model, look.preparation)
+            key = (self.face.reader, with_look, self.face.crop, prompt.face, hashes)
             return self.cache.get(key, partial(self.face.read, images, names, prompt.face, look))
         encoder = self._needed_encoder()
         dtype = next(encoder.model.parameters()).dtype
@@ -293,7 +294,8 @@ class PromptEncoder:
         if (about := encoder.about) is not None:
             shown = {"framing": prompt.framing, "sharpen": prompt.sharpen, "pictures": hashes}
             lasting = {**about, **shown}
-        return self.cache.get((encoder.model, dtype, prompt.framing, prompt.sharpen, hashes), make, lasting)
+        seen = encoder.model, encoder.preparation, dtype
+        return self.cache.get((*seen, prompt.framing, prompt.sharpen, hashes), make, lasting)
 
     def load(self, path: str | Path) -> Encoded:
         """Features that ``imprompt embed`` saved.
@@ -320,7 +322,7 @@ class PromptEncoder:
         black = Image.new("RGB", (32, 32))
         make = partial(framing.encode, encoder, [black], "crop", sharpen=0.0)
         dtype = next(encoder.model.parameters()).dtype
-        found = self.cache.get((encoder.model, dtype, "black picture"), make)
+        found = self.cache.get((encoder.model, encoder.preparation, dtype, "black picture"), make)
         return found.pooled if isinstance(found, Features) else None
 
     def _negative(self, prompt: ImagePrompt) -> tuple[Tensor, Tensor | None] | Tensor | None:
@@ -392,6 +394,10 @@ class PromptEncoder:
             return
         if self._projection.variant.beside_text:
             _check_beside_text(prompt, self.name)
+        if self._projection.variant.timed and prompt.tokens is not None:
+            raise UsageError(
+                f"tokens: adapter '{self.name}' makes other tokens at every step; give features or a picture."
+            )
         for field, usual in (("face", ("largest", "0")), ("s_scale", (None,))):
             if getattr(prompt, field) not in usual:
                 raise UsageError(

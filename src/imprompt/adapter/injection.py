@@ -37,6 +37,8 @@ from imprompt.adapter.source import PromptSource
 from imprompt.adapter.threads import Drawing
 from imprompt.errors import AdapterMismatch, UsageError
 
+_INSTALLED: "weakref.WeakKeyDictionary[nn.Module, Injection]" = weakref.WeakKeyDictionary()
+"""Of each denoiser. Its processors do not tell: others may have replaced them all."""
 _LAYOUTS_KEPT = 4  # of batch layouts that alternate within a run: CFG branches called one by one, SAG, …
 
 
@@ -94,6 +96,8 @@ class Injection:
         self._clock: Clock | None = None
         """The clock of the run."""
         self._compiled = False
+        self._call_count = 0
+        """Calls with windows or curves whose blocks a backward pass will run again."""
         self._hooks: list[Any] = []
 
     @classmethod
@@ -120,9 +124,8 @@ class Injection:
     @classmethod
     def of(cls, model: nn.Module) -> "Injection | None":
         """The injection of a denoiser, if there is one."""
-        processors = (getattr(part, "processor", None) for part in model.modules())
-        there = (p.injection for p in processors if isinstance(p, SiteProcessor))
-        return next((injection for injection in there if injection.attached), None)
+        found = _INSTALLED.get(getattr(model, "_orig_mod", model))
+        return found if found is not None and found.attached else None
 
     def __deepcopy__(self, _: object) -> "Injection":
         raise UsageError(
@@ -171,6 +174,9 @@ class Injection:
         self._batches.clear()
         self._kept_texts, self.kept_text = {}, None
         if self.sources:
+            pipes = (other.pipeline for other in reversed(self.sources))
+            pipe = next((pipe for pipe in pipes if pipe is not None), None)
+            self._pipe = None if pipe is None else weakref.ref(pipe)
             return
         for hook in self._hooks:
             hook.remove()
@@ -201,6 +207,7 @@ class Injection:
             model.register_forward_pre_hook(before, with_kwargs=True),
             model.register_forward_hook(after),
         ]
+        _INSTALLED[model] = self
 
     def _live_attentions(self) -> list[Any]:
         return [attention for ref in self._attentions if (attention := ref()) is not None]
@@ -277,7 +284,20 @@ class Injection:
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The forward hook: merge the output of a widened batch."""
-        return output if self._merge is None else merged(output, *self._merge)
+        output = output if self._merge is None else merged(output, *self._merge)
+        gated = self._shown is not None and self._shown.gated
+        if gated and output[0].requires_grad and getattr(model, "is_gradient_checkpointing", False):
+            self._call_count += 1
+            output[0].register_hook(partial(self._refuse_earlier, self._call_count))
+        return output
+
+    def _refuse_earlier(self, number: int, _: Tensor) -> None:
+        """Raise :class:`UsageError` in the backward pass of a call before the last one."""
+        if number < self._call_count:
+            raise UsageError(
+                "gradient checkpointing runs blocks again with the last step's factors, but an image prompt "
+                "has a window or curve; call backward() before the next step, or disable checkpointing."
+            )
 
     def _keep_processors(self) -> None:
         """Reinstall our processors where others have replaced them: attention slicing, xFormers, fused
@@ -382,7 +402,10 @@ class Injection:
                 return float(caller.value("true_cfg_scale"))
             if caller is None or not caller.value("do_classifier_free_guidance"):
                 return 1.0
-        scale = None if pipe is None else pipe.value("guidance_scale")
+        # The property first: a callback may change it, while the argument of the call stays what it was.
+        scale = None if pipe is None else getattr(pipe.pipe, "guidance_scale", None)
+        if scale is None and pipe is not None:
+            scale = pipe.value("guidance_scale")
         if scale is None:
             raise UsageError("guidance for the image: the text's cannot be read here; pass text= too.")
         return float(scale)
@@ -413,6 +436,7 @@ class Injection:
             for source in self.sources:
                 if source.lora is not None:
                     source.lora.show(None if source.training is not None else source.samples, call)
+                    source.lora.check_unfused(self._model(), self.sites)
             self._shown = batch
         return batch
 

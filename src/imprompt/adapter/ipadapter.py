@@ -54,7 +54,6 @@ class IPAdapter(AdapterWeights):
         face_embedder: FaceReaderLike = None,
     ) -> None:
         super().__init__(checkpoint)
-        self._target: weakref.ref[object] | None = None
         self._prompter = self.prompter = Prompter()
         self._encoded: _Encoded = ()
         self._compiled_with: tuple[object, ...] = ()
@@ -213,11 +212,11 @@ class IPAdapter(AdapterWeights):
     def set_guidance(self, image: float | None, *, text: float | None = None) -> None:
         """Set a guidance scale for the image prompts; ``None``: the pipeline's scale for both.
 
-        At the pipeline's own guidance scale the result is that of ordinary guidance, at 0 that without image
-        prompts. The batch gets one more part, which takes half as long again, also if the pipeline's guidance
-        is off. ``text`` is the text's guidance scale, needed only if no pipeline calls the UNet. The batch
-        must consist of uncond and cond rows, or of cond rows. Raises :class:`UsageError` for numbers that are
-        not finite or below 0 (``text``: below 1).
+        At the pipeline's own guidance scale the result is that of ordinary guidance; at 0 all rows read the
+        prompts' negatives, as with no picture. The batch gets one more part, which takes half as long again,
+        also if the pipeline's guidance is off. ``text`` is the text's guidance scale, needed only if no
+        pipeline calls the UNet. The batch must consist of uncond and cond rows, or of cond rows. Raises
+        :class:`UsageError` for numbers that are not finite or below 0 (``text``: below 1).
         """
         for name, value in (("image", image), ("text", text)):
             if value is not None and not (math.isfinite(value) and value >= (0 if name == "image" else 1)):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import FusedAttnProcessor2_0
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -68,13 +69,9 @@ class FaceLora:
 
     def check(self, unet: Any, layers: Sequence[Site], name: str) -> None:
         """Raise :class:`AdapterMismatch` unless the UNet has a layer of the same widths for each LoRA."""
+        _refuse_fused(unet, layers)
         found = {}
         for number, attention in _attentions(unet, layers):
-            if getattr(attention, "fused_projections", False):
-                raise AdapterMismatch(
-                    f"adapter '{name}' has a LoRA for q, k and v of each attention, which are fused in this "
-                    "UNet; call pipe.unfuse_qkv_projections() first."
-                )
             found[number] = {part: _widths(_linear(attention, part)) for part in PARTS}
         mine = {
             number: {part: (low.down.in_features, low.up.out_features) for part, low in parts.items()}
@@ -118,6 +115,12 @@ class FaceLora:
         rows = [float(acts) for acts in acting for _ in range(each * call.frames)] * len(call.branches)
         self._factor = torch.tensor(rows, device=call.device).reshape(-1, 1, 1)
 
+    def check_unfused(self, unet: Any, layers: Sequence[Site]) -> None:
+        """Raise :class:`AdapterMismatch` if it is active on attentions that were fused after :meth:`into`:
+        they do not call the layers with the hooks."""
+        if isinstance(self._factor, Tensor) or self._factor:
+            _refuse_fused(unet, layers)
+
     def _hook(self, low: LowRank) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         def add(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             factor = self._factor
@@ -135,6 +138,16 @@ class FaceLora:
             return output + self.scale * factor * low(args[0]).to(output.dtype)
 
         return add
+
+
+def _refuse_fused(unet: Any, layers: Sequence[Site]) -> None:
+    # The flag `fused_projections` stays on after unfusing; the processor tells.
+    processors = (attention.processor for _, attention in _attentions(unet, layers))
+    if any(isinstance(getattr(p, "previous", p), FusedAttnProcessor2_0) for p in processors):
+        raise AdapterMismatch(
+            "the adapter has a LoRA for q, k and v of each attention, which are fused in this UNet; call "
+            "pipe.unfuse_qkv_projections() first."
+        )
 
 
 def _attentions(unet: Any, layers: Sequence[Site]) -> list[tuple[int, Any]]:

@@ -90,10 +90,12 @@ def feathered(mask: Float[Tensor, "1 1 h w"], width: float) -> Float[Tensor, "1 
 
 
 def resize_mask(mask: Float[Tensor, "1 1 H W"], size: tuple[int, int]) -> Float[Tensor, "1 1 h w"]:
-    """Resize a mask to a layer's grid: area averages to shrink it, bilinear to enlarge it.
+    """Resize a mask to a layer's grid: area averages to shrink a side, then bilinear to enlarge one.
 
     With area averages, cells outside the mask are exactly 0, and complementary masks stay complementary.
     """
-    if size[0] <= mask.shape[-2] and size[1] <= mask.shape[-1]:
-        return F.interpolate(mask, size, mode="area")
-    return F.interpolate(mask, size, mode="bilinear", align_corners=False)
+    height, width = mask.shape[-2:]
+    smaller = F.interpolate(mask, (min(size[0], height), min(size[1], width)), mode="area")
+    if smaller.shape[-2:] == size:
+        return smaller
+    return F.interpolate(smaller, size, mode="bilinear", align_corners=False)

@@ -5,6 +5,7 @@ reads the texts. A region with a picture is an ``ImagePrompt`` with ``mask`` and
 overlap, both kinds share the place.
 """
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -36,6 +37,7 @@ class TextRegions(PromptSource):
         if self.injection is not None and not self.injection.serves(unet):
             raise UsageError("these regions are attached to another UNet; detach() them first.")
         self._enter(Injection.into(unet, None if isinstance(target, nn.Module) else target))
+        self._target = weakref.ref(target)
         return self
 
     def set(self, regions: Sequence[TextRegion]) -> None:
@@ -64,7 +66,7 @@ class TextRegions(PromptSource):
     def detach(self) -> None:
         """Detach from the UNet, which is restored."""
         with self._undisturbed():
-            self._samples = ()
+            self._samples, self._target = (), None
             self._leave()
 
 

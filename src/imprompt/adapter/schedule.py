@@ -85,20 +85,24 @@ def _counts_training_steps(scheduler: Any) -> bool:
 
 
 class Gate:
-    """One factor per batch row, at the present step."""
+    """One factor per batch row of each prompt, at the present step; the rows of a prompt in turn."""
 
-    def __init__(self, rows: Sequence[When], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, rows: Sequence[When], device: torch.device, dtype: torch.dtype, prompts: int = 1
+    ) -> None:
+        self._prompts = prompts
         self.factor: Float[Tensor, " R"] = torch.ones(len(rows), device=device, dtype=dtype)
         self._rows = tuple(rows)
         self._length: int | None = None
 
     def update(self, clock: Clock, timestep: Float[Tensor, "*B"]) -> None:
-        """Write :attr:`factor` for ``timestep``, one number or one for each of equally many rows."""
+        """Write :attr:`factor` for ``timestep``, one number or one for each of equally many batch rows."""
         if clock.length != self._length:
             self._measure(clock.length)
         position = clock.position(timestep).reshape(-1)
         if len(position) > 1:
-            position = position.repeat_interleave(len(self._rows) // len(position))
+            each = len(self._rows) // self._prompts // len(position)
+            position = position.repeat_interleave(each).repeat(self._prompts)
         factor = ((position >= self._first) & (position < self._last)).to(torch.float32)
         if self._curves is not None:
             places, factors = self._curves

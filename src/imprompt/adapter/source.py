@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from imprompt.adapter.backbones.base import Branch, Site
 from imprompt.adapter.key_value import KeyValue
@@ -53,6 +53,14 @@ class PromptSource:
     """Whether its tokens go through the UNet's own text projection (Kolors' FaceID-Plus)."""
     _samples: tuple[tuple[CompiledPrompt, ...], ...] = ()
     _injection: "weakref.ref[Injection] | None" = None
+
+    _target: "weakref.ref[object] | None" = None
+
+    @property
+    def pipeline(self) -> object | None:
+        """The pipeline that it was attached to; ``None`` if that is gone, or was a bare denoiser."""
+        target = None if self._target is None else self._target()
+        return None if isinstance(target, nn.Module) else target
 
     @property
     def injection(self) -> "Injection | None":

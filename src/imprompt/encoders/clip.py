@@ -129,6 +129,11 @@ class ImageEncoder:
             "versions": [version(name) for name in ("torch", "transformers", "pillow", "numpy")],
         }
 
+    @property
+    def preparation(self) -> str:
+        """The processor's settings, as a key."""
+        return repr(sorted(self.processor.to_dict().items()))
+
     def prepare(self, images: Sequence[Image.Image]) -> Float[Tensor, "N 3 S S"]:
         """The model's input for pictures of any size.
 
