@@ -504,19 +504,38 @@ def draw(
                 y = 63.5 + rng.uniform(-1, 1) * (22 if count == 3 else 18)
             angle = float(np.clip(rng.normal(0, 2.5), -7, 7))
             places.append([x / SIZE, y / SIZE, size / SIZE, angle])
-        colour, alpha = np.zeros((SIZE, SIZE, 3), np.float32), np.zeros((SIZE, SIZE), np.float32)
-        for x, y, size, angle in places:
-            one, a = warp(rgba, size * SIZE, np.deg2rad(angle), x * SIZE, y * SIZE, mirror)
-            colour, alpha = colour * (1 - a[..., None]) + one * a[..., None], a + alpha * (1 - a)
-        colour = colour / np.maximum(alpha, 1e-3)[..., None]
+        colour, alpha = placed(rgba, places, mirror)
         fact |= {"count": count, "mirror": mirror}
     fact["places"] = np.round(places, 3).tolist()
     used = ramp if ramp is not None else borrow(np.dstack([colour, 255 * alpha]))
     fact["ramp"] = np.round(used[np.linspace(0, len(used) - 1, 4).round().astype(int)]).tolist()
-    picture = apply_look(
-        style, np.clip(colour, 0, 255).astype(np.float32), alpha.astype(np.float32), ramp, rng
-    )
-    return np.clip(picture + 0.5, 0, 255).astype(np.uint8), fact
+    return finished(style, colour, alpha, ramp, rng), fact
+
+
+def placed(rgba: np.ndarray, places: list[list[float]], mirror: bool) -> tuple[np.ndarray, np.ndarray]:
+    """An icon at its places (x, y, size as parts of the picture; degrees): colours (H, W, 3) and alpha."""
+    colour, alpha = np.zeros((SIZE, SIZE, 3), np.float32), np.zeros((SIZE, SIZE), np.float32)
+    for x, y, size, angle in places:
+        one, a = warp(rgba, size * SIZE, np.deg2rad(angle), x * SIZE, y * SIZE, mirror)
+        colour, alpha = colour * (1 - a[..., None]) + one * a[..., None], a + alpha * (1 - a)
+    return colour / np.maximum(alpha, 1e-3)[..., None], alpha
+
+
+def finished(
+    style: Style, colour: np.ndarray, alpha: np.ndarray, ramp: np.ndarray | None, rng: Generator
+) -> np.ndarray:
+    """What was placed in a look: uint8 (128, 128, 3)."""
+    shown = np.clip(colour, 0, 255).astype(np.float32)
+    picture = apply_look(style, shown, alpha.astype(np.float32), ramp, rng)
+    return np.clip(picture + 0.5, 0, 255).astype(np.uint8)
+
+
+def plainly(icons: Icons, fact: dict) -> np.ndarray | None:
+    """What a drawn picture shows, at the same places, in the icon's own colours on white; None of a scene."""
+    if fact["scene"]:
+        return None
+    colour, alpha = placed(np.asarray(icons.rgba[fact["icon"]]), fact["places"], fact["mirror"])
+    return finished(PLAIN, colour, alpha, None, default_rng(0))
 
 
 def plural(noun: str) -> str:

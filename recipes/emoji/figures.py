@@ -19,11 +19,12 @@ import torch
 from adapters import NAMES
 from common import DEVICE, MODEL, half, to_float
 from diffusers import ControlNetModel
-from draw import LOOKS, caption
+from draw import LOOKS, PLAIN, PLAIN_SEED, caption
+from draw import draw as draw_icon
 from labels import WORDS
 from motion import FRAMES, MOTIONS, pose
 from PIL import Image
-from pool import Pool
+from pool import Pool, icons
 from sample import Model, draw, load
 from vae import quality
 
@@ -190,6 +191,30 @@ def masks(folder: Path, pool: Pool, n: int) -> dict:
     return {"masks left and right: half nearer its own picture": interval(nearer)}
 
 
+def edges_beside_picture(folder: Path, pool: Pool, network: judge.Network, n: int) -> dict:
+    """Edges of a plain icon, its name as text, and a picture of something else: whether its look is drawn."""
+    picked = chosen(pool, n, 0, lambda f: f["count"] == 1)
+    facts, shown, rng = [pool.facts[i] for i in picked], pool.pictures(picked), np.random.default_rng(6)
+    words = [str(rng.choice([w for w in WORDS if w != f["concept"]])) for f in facts]
+    pictures = {f"shown {i}": Image.fromarray(picture) for i, picture in enumerate(shown)}
+    requests = []
+    for i, word in enumerate(words):
+        icon = int(rng.choice(icons().of_word[word]))
+        pictures[f"plain {i}"] = Image.fromarray(draw_icon(icons(), PLAIN_SEED, i, PLAIN, icon)[0])
+        structure = {"kind": "canny", "path": f"plain {i}", "model": str(folder / "controlnet-canny")}
+        fields = {"prompt": f"a {word}", "seed": 6000 + i, "images": [f"shown {i}"], "controls": [structure]}
+        parts = {"base": str(folder), "adapter": str(folder / "adapters" / NAMES["plus"])}
+        requests.append(Request.from_mapping(fields | parts | {"steps": 20}))
+    results = Engine().run_batch(requests, pictures=pictures)
+    concept, look = judge.verdicts(network, np.stack([np.asarray(r.images[0]) for r in results]))
+    right = [WORDS[c[0]] == word for c, word in zip(concept, words, strict=True)]
+    kept = [LOOKS[k] == f["look"] for k, f in zip(look, facts, strict=True)]
+    return {
+        "edges + picture + text: concept": interval(right),
+        "edges + picture + text: look": interval(kept),
+    }
+
+
 def path_of(frames: np.ndarray) -> np.ndarray:
     """Where what stands before the background is in each frame, and how large (3, F), about its mean."""
     rows = []
@@ -261,6 +286,7 @@ def measure(folder: Path, split: str, n: int, kind: str = "plus", extras: bool =
     if extras:
         figures |= masks(folder, pool, n)
         figures |= control(model, pool, folder, min(n, 32))
+        figures |= edges_beside_picture(folder, pool, network, n)
         figures |= clips(folder, min(n, 20))
     return figures
 
