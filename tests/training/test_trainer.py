@@ -425,6 +425,83 @@ def test_the_file_holds_the_best_step_on_held_out_pictures_as_it_was_validated(m
     assert f"step {best}, in the file" in (config.output / "README.md").read_text() or best == 0
 
 
+def losses_of(config):
+    """Step → held-out loss, as the log has them."""
+    return {record["step"]: record["validation_with_image"] for record in log_of(config) if "gap" in record}
+
+
+def validation_in_file(config):
+    return json.loads(IPAdapter.from_pretrained(config.output).checkpoint.metadata["imprompt.validation"])
+
+
+def test_a_resumed_run_keeps_the_best_step_of_before_unless_it_beats_it(make_config):
+    config = make_config(steps=9, lr=0.03, warmup=0, keep="best", ema=0)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, on_step=stops(signal.SIGINT))
+    train(config.replace(resume=True, steps=4, lr=30.0))
+    losses = losses_of(config)
+    assert losses[3] < losses[4] < losses[0]
+    assert validation_in_file(config)["step"] == 3
+    assert f"| step 3, in the file | {losses[3]:.4f}" in (config.output / "README.md").read_text()
+
+
+def test_the_card_is_right_where_the_file_is_of_a_step_that_a_crash_undid(make_config):
+    """The best step was validated and written, its checkpoint was not; and the run goes another way."""
+
+    def crash(step):
+        if step == 4:
+            raise OSError("the power went")
+
+    config = make_config(steps=9, lr=0.03, warmup=0, keep="best", ema=0, checkpoint_every=2, validate_every=3)
+    with pytest.raises(OSError, match="power"):
+        train(config, on_step=crash)
+    best = losses_of(config)[3]
+    train(config.replace(resume=True, steps=3, lr=30.0))
+    assert best < losses_of(config)[3] < losses_of(config)[0]
+    assert validation_in_file(config)["validation_with_image"] == best
+    assert f"| step 3, in the file | {best:.4f}" in (config.output / "README.md").read_text()
+
+
+KILLED_WHILE_VALIDATING = """
+import os, signal, sys
+from imprompt.training import TrainConfig, train
+from imprompt.training.samples import Samples
+def arm(step):
+    if step == 2:
+        Samples.validation = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+train(TrainConfig.read(sys.argv[1]), on_step=arm)
+"""
+
+
+def test_a_step_whose_validation_was_cut_off_is_validated_when_the_run_goes_on(make_config, tmp_path):
+    config = make_config(steps=3, lr=0.03, warmup=0, keep="best", ema=0, checkpoint_every=1, validate_every=1)
+    (tmp_path / "run.json").write_text(config.model_dump_json())
+    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_VALIDATING, tmp_path / "run.json"], check=False)
+    assert done.returncode == -signal.SIGKILL
+    train(config.replace(resume=True))
+    assert list(losses_of(config)) == [0, 1, 2, 3]
+    best = min(losses_of(config).items(), key=lambda item: item[1])
+    assert (validation_in_file(config)["step"], validation_in_file(config)["validation_with_image"]) == best
+
+
+def test_a_stopped_run_that_keeps_its_last_step_does_not_give_it_the_losses_of_another(make_config):
+    config = make_config(steps=8, lr=0.3, validate_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, on_step=stops(signal.SIGINT))
+    assert list(losses_of(config)) == [0, 2]
+    assert IPAdapter.from_pretrained(config.output).checkpoint.metadata["imprompt.step"] == "3"
+    assert "in the file" not in (config.output / "README.md").read_text()
+
+
+def test_a_diverged_run_is_not_kept_and_goes_on_with_a_smaller_rate(make_config):
+    config = make_config(lr=1e30, warmup=0, ema=0, keep="best", validate_every=1, checkpoint_every=1)
+    with pytest.raises(ModelError, match=r"validation loss is not finite at step 1"):
+        train(config)
+    assert not list(config.output.glob("checkpoint-*"))
+    train(config.replace(resume=True, lr=1e-4))
+    assert list(losses_of(config)) == [0, 1, 2, 3, 4]
+
+
 def test_buckets_keep_proportions_and_a_step_has_one_size(make_config, pictures):
     tiny.picture(60, (32, 64)).save(pictures / "0.png")
     tiny.picture(61, (32, 64)).save(pictures / "3.png")

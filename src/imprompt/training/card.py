@@ -75,7 +75,7 @@ class Card:
         if not self.figures:
             return []
         rows = [("start", self.figures[0])]
-        if self.kept is not None and self.kept is not self.figures[0]:
+        if self.kept is not None and self.kept["step"] != self.figures[0]["step"]:
             rows.append((f"step {self.kept['step']}, in the file", self.kept))
         return [(name, [f"{record[field]:.4f}" for field in _LOSSES]) for name, record in rows]
 

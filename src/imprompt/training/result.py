@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi
+from safetensors import SafetensorError, safe_open
 
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.checkpoints.checkpoint import StateDict
@@ -34,6 +37,19 @@ def write_adapter(adapter: IPAdapter, folder: Path, about: Mapping[str, str], dt
             if name not in read[section] or not torch.equal(read[section][name].cpu(), tensor):
                 raise ModelError(f"'{path}' does not read back as written: '{section}.{name}' differs.")
     return path
+
+
+def validation_in(path: Path) -> dict[str, Any] | None:
+    """The validation of the weights in an adapter file: its step and losses, as its metadata has them.
+
+    ``None`` without a file, and for weights of a step that was not validated."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+    except (OSError, SafetensorError):  # missing or damaged
+        return None
+    found: dict[str, Any] | None = json.loads(about.get("imprompt.validation", "null"))
+    return found if found is not None and str(found["step"]) == about.get("imprompt.step") else None
 
 
 def push(repository: str, folder: Path) -> None:

@@ -42,7 +42,7 @@ from imprompt.training.meter import BANDS, Meter
 from imprompt.training.objective import broadcast, learning_rate, loss_weights, prediction_target
 from imprompt.training.prepare import Prepared, prepare
 from imprompt.training.preview import Preview, unet_takes_pooled
-from imprompt.training.result import push, write_adapter
+from imprompt.training.result import push, validation_in, write_adapter
 from imprompt.training.samples import Forward, Sample, Samples, Shown
 from imprompt.training.short_attention import ShortAttention
 from imprompt.training.stopping import Stopper
@@ -207,7 +207,7 @@ class Trainer:
             raise KeyboardInterrupt
 
     def _after_step(self, last: bool, bar: Any) -> None:
-        """Do what is due after a step: checks, a log line, a checkpoint, validation, samples."""
+        """Do what is due after a step: checks, a log line, validation, a checkpoint, samples."""
         config = self.config
 
         def due(every: int | None) -> bool:
@@ -218,11 +218,11 @@ class Trainer:
             self._check_streak(last)
         if log or save:
             self._report(bar)
-        if save:
-            self._save_checkpoint()
         before = time.monotonic()
         if due(config.validate_every) and (config.keep == "best" or not self.stopper.interrupted):
             self._validate()
+        if save:  # a resumed run does not validate the checkpoint's step again
+            self._save_checkpoint()
         if self._sheet_due(last):
             self._sample()
         self.meter.pause(time.monotonic() - before)
@@ -347,17 +347,17 @@ class Trainer:
         record |= {f"validation_{name}": mean for name, mean in means.items()}
         record["gap"] = means["without_image"] - means["with_image"]
         record["gap_by_noise"] = (hidden - shown).tolist()
+        if not all(math.isfinite(mean) for mean in means.values()):
+            raise ModelError(
+                f"the validation loss is not finite at step {self.step}: {means}; go on from the last "
+                "checkpoint with a smaller lr (--resume --lr)."
+            )
         self._log(record)
         self.figures.append(record)
         self._say(
             f"step {self.step}: held-out loss {means['with_image']:.4f} with the picture, "
             f"{means['without_image']:.4f} without, {means['bare_base']:.4f} of the bare base"
         )
-        if not all(math.isfinite(mean) for mean in means.values()):
-            raise ModelError(
-                f"the validation loss is not finite at step {self.step}: {means}; go on from the last "
-                "checkpoint with a smaller lr (--resume --lr)."
-            )
         if self.config.keep == "best" and means["with_image"] < self.best:
             self.best = means["with_image"]
             self._write_adapter()
@@ -416,7 +416,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             if self.config.keep == "last" or not path.exists():
                 self._write_adapter()
-            kept = self._kept()
+            kept = validation_in(path)
             card = Card(self.config, self.about, self.figures, kept)
             self.folder.write("README.md", markdown(card))
             self.folder.write("card.html", html(card))
@@ -426,14 +426,6 @@ class Trainer:
         self.accelerator.end_training()
         self.adapter.detach()
         return path
-
-    def _kept(self) -> dict[str, Any] | None:
-        """The validation record of the weights in the adapter file."""
-        if not self.figures:
-            return None
-        if self.config.keep == "best":
-            return min(self.figures, key=lambda record: float(record["validation_with_image"]))
-        return self.figures[-1]
 
     def _write_adapter(self) -> None:
         """Write the averaged weights, which are those that validation measures."""
@@ -447,7 +439,6 @@ class Trainer:
             return
         average, scaler = self.learned.average, self.accelerator.scaler
         about: dict[str, Any] = {
-            "best": self.best if math.isfinite(self.best) else None,
             "skipped": self.meter.skipped,
             "averages": 0 if average is None else average.optimization_step,
         }
@@ -466,10 +457,11 @@ class Trainer:
         if self.learned.average is not None:
             self.learned.average.optimization_step = int(manifest["averages"])
         self.step, self.meter.skipped = int(manifest["step"]), int(manifest["skipped"])
-        self.best = math.inf if manifest["best"] is None else float(manifest["best"])
         if self.accelerator.is_main_process:
             self.folder.rewind(self.step)
-            self.figures = [record for record in self.folder.records() if "gap" in record]
+            self.figures = [record for record in self.folder.records() if record.get("gap") is not None]
+            kept = validation_in(self.folder.path / WEIGHT_NAME)
+            self.best = math.inf if kept is None else kept["validation_with_image"]
         for each in damaged:
             self._say(f"a checkpoint is damaged and not used: {each}")
         self._say(f"resumed at step {self.step}")
