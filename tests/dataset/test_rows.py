@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 
 import pytest
@@ -138,6 +139,89 @@ def test_a_damaged_row_is_left_out_and_named(folder, damage):
     assert [row.file.name for row in data.rows] == ["a.png"]
     assert [item.where for item in data.rejected] == ["metadata.jsonl:1"]
     assert data.rejected[0].reason
+
+
+DEEP = '{"file_name": "b.png", "text": ' + "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ('{"file_name": "b.png", "repeats": Infinity}', "repeats must be a whole number from 1, given inf"),
+        ({"file_name": "b.png", "repeats": 0}, "repeats .* given 0"),
+        ({"file_name": "b.png", "repeats": -3}, "repeats .* given -3"),
+        ({"file_name": "b.png", "repeats": 2.7}, "repeats .* given 2.7"),
+        ({"file_name": "b.png", "repeats": [2]}, "repeats .* given \\[2\\]"),
+        ({"image": "b" * 300, "text": "a cat"}, "name too long"),
+        ({"image": "\ud800.png", "text": "a cat"}, "missing|half of a character|surrogates"),
+        ({"file_name": "b.png", "text": "a \ud800 cat"}, r"half of a character: 'a \\ud800 cat'"),
+        ({"file_name": "b.png", "group": "\ud800"}, "half of a character"),
+        (DEEP, "recursion"),
+        ({"file_name": "b.png", "captions": {"full": None}}, "text or a list of texts, given .*None"),
+        ({"file_name": "b.png", "groups": ["q"]}, "groups must be an object of names by kind, given"),
+    ],
+)  # fmt: skip
+def test_a_record_that_cannot_be_used_says_why(folder, damage, says):
+    write(folder, damage, {"file_name": "a.png", "text": "a cat"})
+    data = read_dataset(folder)
+    assert [row.file.name for row in data.rows] == ["a.png"]
+    (item,) = data.rejected
+    assert re.search(says, item.reason, re.IGNORECASE)
+    str(item).encode()
+
+
+def test_a_damaged_record_of_a_shard_says_why(folder):
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for key, about in (("x", b'{"text": "a cat"}'), ("y", b'{"text": "b", "repeats": Infinity}')):
+            tar.add(folder / "a.png", f"{key}.png")
+            info = tarfile.TarInfo(f"{key}.json")
+            info.size = len(about)
+            tar.addfile(info, io.BytesIO(about))
+    data = read_dataset(folder / "0.tar")
+    assert captions(data) == {"x.png": ("a cat",)}
+    assert [str(item) for item in data.rejected] == [
+        "0.tar/y: repeats must be a whole number from 1, given inf"
+    ]
+
+
+def test_a_json_list_of_endless_depth_is_no_valid_json(folder):
+    (folder / "data.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="not valid JSON"):
+        read_dataset(folder / "data.json")
+
+
+def test_repeats_may_be_text_as_a_csv_has_them(folder):
+    (folder / "metadata.csv").write_text("file_name,text,repeats\na.png,a cat,3\nb.png,a dog,\n")
+    assert [row.repeats for row in read_dataset(folder).rows] == [3, 1]
+
+
+def test_a_csv_caption_with_a_comma_outside_quotes_is_left_out_not_cut(folder):
+    (folder / "metadata.csv").write_text('file_name,text\na.png,a red, round apple\nb.png,"a red, big dog"\n')
+    data = read_dataset(folder)
+    assert captions(data) == {"b.png": ("a red, big dog",)}
+    (item,) = data.rejected
+    assert item.where == "metadata.csv:2"
+    assert "double quotes" in item.reason
+
+
+def test_an_empty_caption_does_not_hide_one_of_another_field(folder):
+    write(folder, {"file_name": "a.png", "text": "", "caption": "a cat"}, {"file_name": "b.png", "text": " "})
+    data = read_dataset(folder)
+    assert [row.caption for row in data.rows] == ["a cat", ""]
+    assert "captions are read from the field 'caption' (1)" in data.notes
+
+
+def test_pictures_behind_a_link_to_a_folder_are_read_once(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    for place in (tmp_path / "elsewhere", tmp_path / "mine"):
+        place.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(place / "a.png")
+        (place / "a.txt").write_text(place.name)
+    (tmp_path / "mine" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "mine" / "linked again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "mine")
+    data = read_dataset(tmp_path / "mine")
+    assert sorted(row.caption for row in data.rows) == ["elsewhere", "mine"]
 
 
 def test_captions_beside_the_pictures(folder):

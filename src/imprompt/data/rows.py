@@ -36,6 +36,7 @@ from PIL import Image
 
 from imprompt.encoders.images import as_bytes
 from imprompt.errors import InputError, first_line
+from imprompt.io import printable
 
 PICTURES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jp2",
@@ -52,6 +53,8 @@ CAPTION_FIELDS = ("text", "caption", "prompt", "captions", "description", "txt")
 HUB = "hf:"
 _KOHYA = re.compile(r"(\d+)_(.+)")
 _TRAINED = ("train", "training")
+_DAMAGE = (ValueError, TypeError, AttributeError, OSError, RecursionError)
+"""What reading a damaged record raises."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class Rejected:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.reason}"
+        return printable(f"{self.where}: {self.reason}")
 
 
 @dataclass(frozen=True)
@@ -226,16 +229,28 @@ def _with_unnamed(data: Dataset, folder: Path) -> Dataset:
 
 
 def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """The files with these suffixes, in any case, at any depth; without hidden ones, macOS's copies, and what
-    training runs have drawn."""
-    sheets = {path.parent / "samples" for path in folder.rglob("run.json")}
+    """The files with these suffixes, in any case, at any depth, also behind links; without hidden ones,
+    macOS's copies, and what training runs have drawn."""
+    found: list[Path] = []
+    entered = {os.path.realpath(folder)}  # a link may lead back to a folder around it
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [
+            name
+            for name in sorted(folders)
+            if not name.startswith(".")
+            and name != "__MACOSX"
+            and not (name == "samples" and "run.json" in files)
+            and _first(os.path.realpath(f"{place}/{name}"), entered)
+        ]
+        found += [Path(place, name) for name in files if not name.startswith(".")]
+    return sorted(path for path in found if path.suffix.lower() in suffixes)
 
-    def seen(path: Path) -> bool:
-        parts = path.relative_to(folder).parts
-        hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
-        return not hidden and sheets.isdisjoint(path.parents)
 
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and seen(path))
+def _first(name: str, seen: set[str]) -> bool:
+    """Whether ``name`` is new to ``seen``, which gets it."""
+    new = name not in seen
+    seen.add(name)
+    return new
 
 
 # ---- records
@@ -254,7 +269,7 @@ def _jsonl(path: Path) -> Dataset:
 def _json(path: Path) -> Dataset:
     try:
         listed = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"'{path}' is not valid JSON: {error}.") from error
     if not isinstance(listed, list):
         raise InputError(f"'{path}' holds a {type(listed).__name__}; a list of records was expected.")
@@ -269,8 +284,17 @@ def _csv(path: Path) -> Dataset:
         lines = list(csv.DictReader(io.StringIO(text), delimiter=separator))
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"'{path}' is not CSV in UTF-8: {error}.") from error
-    stated = [{key: value for key, value in line.items() if value not in (None, "")} for line in lines]
-    return _records(((f"{path.name}:{n}", record) for n, record in enumerate(stated, 2)), path.parent)
+    records = ((f"{path.name}:{n}", partial(_csv_record, line)) for n, line in enumerate(lines, 2))
+    return _records(records, path.parent)
+
+
+def _csv_record(line: dict[str | None, Any]) -> dict[str | None, Any]:
+    """The fields of a line that hold something. Raises ``ValueError`` for more of them than the heading."""
+    if None in line:
+        raise ValueError(
+            'more fields than the heading has: put a caption with commas between double quotes (")'
+        )
+    return {name: value for name, value in line.items() if value}
 
 
 _READERS: dict[str, Callable[[Path], Dataset]] = {".jsonl": _jsonl, ".csv": _csv, ".json": _json}
@@ -287,8 +311,8 @@ def _records(records: Iterator[tuple[str, Any]], folder: Path) -> Dataset:
             if not isinstance(record, dict):
                 raise TypeError(f"a record is an object, given a {type(record).__name__}")
             rows.append(_row(record, folder, taken))
-        except (ValueError, TypeError, AttributeError) as error:
-            rejected.append(Rejected(where, str(error)))
+        except _DAMAGE as error:
+            rejected.append(Rejected(where, first_line(error)))
     notes = [f"captions are read from the field '{name}' ({count})" for name, count in taken.items()]
     return Dataset(rows, rejected, notes if set(taken) - {"text", "captions"} else [])
 
@@ -313,13 +337,38 @@ def _described(row: Row, record: Mapping[str, Any], taken: dict[str, int]) -> Ro
     if not isinstance(split, str):
         raise TypeError(f"split must be a name, given {split!r}")
     tags = frozenset(name for name, value in record.items() if value is True)
-    repeats = max(1, int(record.get("repeats") or 1))
     captions, groups = _captions(record, taken), _groups(record)
-    return replace(row, captions=captions, groups=groups, split=split, tags=tags, repeats=repeats)
+    _check_text(
+        [split, *captions, *groups, *groups.values(), *(t for some in captions.values() for t in some)]
+    )
+    return replace(row, captions=captions, groups=groups, split=split, tags=tags, repeats=_repeats(record))
+
+
+def _repeats(record: Mapping[str, Any]) -> int:
+    said = record.get("repeats")
+    try:
+        repeats = 1 if said in (None, "") else int(said)
+        if repeats >= 1 and (isinstance(said, str | None) or repeats == said):
+            return repeats
+    except (ValueError, TypeError, OverflowError):
+        pass  # told below
+    raise ValueError(f"repeats must be a whole number from 1, given {said!r}")
+
+
+def _check_text(texts: Sequence[str]) -> None:
+    """Raise ``ValueError`` for a text that cannot be written as UTF-8."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"text holds half of a character: {text!r}") from None
 
 
 def _groups(record: Mapping[str, Any]) -> dict[str, str]:
-    groups = {str(kind): str(name) for kind, name in (record.get("groups") or {}).items()}
+    by_kind = record.get("groups") or {}
+    if not isinstance(by_kind, Mapping):
+        raise TypeError(f"groups must be an object of names by kind, given {by_kind!r}")
+    groups = {str(kind): str(name) for kind, name in by_kind.items()}
     if record.get("group") is not None:
         groups.setdefault("group", str(record["group"]))
     return groups
@@ -334,14 +383,15 @@ def _captions(record: Mapping[str, Any], taken: dict[str, int]) -> dict[str, tup
         raise TypeError(f"captions must be a list of texts or an object by kind, given {by_kind!r}")
     for name in CAPTION_FIELDS:
         value = record.get(name)
-        if value is not None and not isinstance(value, Mapping) and "full" not in captions:
+        if value is not None and not isinstance(value, Mapping) and not captions.get("full"):
             captions["full"] = _texts(value)
-            taken[name] = taken.get(name, 0) + 1
+            if captions["full"]:
+                taken[name] = taken.get(name, 0) + 1
     return captions
 
 
-def _texts(value: str | list[str]) -> tuple[str, ...]:
-    texts = (value,) if isinstance(value, str) else tuple(value)
+def _texts(value: object) -> tuple[str, ...]:
+    texts = value if isinstance(value, list | tuple) else (value,)
     if not all(isinstance(text, str) for text in texts):
         raise TypeError(f"a caption must be text or a list of texts, given {value!r}")
     return tuple(text.strip() for text in texts if text.strip())
@@ -427,8 +477,8 @@ def _shards(paths: Sequence[Path]) -> Dataset:
             where = f"{path.name}/{key.lstrip('/')}"
             try:
                 rows.append(_tar_row(path, key, parts, taken))
-            except (ValueError, TypeError, AttributeError) as error:
-                rejected.append(Rejected(where, str(error)))
+            except _DAMAGE as error:
+                rejected.append(Rejected(where, first_line(error)))
     return Dataset(rows, rejected, [f"captions are read from '{name}' ({n})" for name, n in taken.items()])
 
 
