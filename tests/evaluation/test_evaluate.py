@@ -15,9 +15,10 @@ from imprompt.errors import InputError, ModelError, UsageError
 from imprompt.evaluation.config import Contender, EvaluateConfig
 from imprompt.evaluation.metrics import bootstrap, copy_score, diversity, paired
 from imprompt.evaluation.report import html, table, to_json
-from imprompt.evaluation.run import BARE, evaluate
+from imprompt.evaluation.run import BARE, Difference, evaluate, read_cases
 from imprompt.evaluation.scorers import Scorer, tells_texts
 from imprompt.generation.engine import Engine
+from imprompt.generation.families import find_base
 
 
 @pytest.fixture
@@ -69,6 +70,31 @@ def test_one_picture_gives_no_interval_and_json_no_nan(settings):
     assert all(each["value"]["low"] is None for each in stored["figures"])
     assert {each.real for each in report.differences} == {None}
     assert "one picture" in table(report)
+
+
+def test_few_pictures_and_rounding_make_no_real_difference(settings):
+    report = evaluate(EvaluateConfig(**settings | {"samples": 1}))
+    assert {each.real for each in report.differences} == {None}
+    for text in (table(report), html(report)):
+        assert "too few pictures (6 needed)" in text
+    values = torch.linspace(0.1, 0.2, 8)
+    assert Difference("CLIP-I", "a", "b", paired(values, torch.zeros(8))).real
+    assert Difference("CLIP-I", "a", "b", paired(values * 1e-6, torch.zeros(8))).real is False
+
+
+def test_a_picture_is_drawn_with_the_text_of_one_that_has_another(settings, shown):
+    for number in range(3, 6):
+        tiny.picture(number, (40, 32)).save(shown / f"{number}.png")
+    for number in range(6):
+        (shown / f"{number}.txt").write_text("a heart" if number < 3 else "an owl")
+    cases, notes = read_cases(EvaluateConfig(**settings), find_base(settings["base"]))
+    assert [case.text for case in cases] == ["an owl"] * 3 + ["a heart"] * 3
+    assert not notes
+    for number in range(6):
+        (shown / f"{number}.txt").write_text("an owl")
+    cases, notes = read_cases(EvaluateConfig(**settings), find_base(settings["base"]))
+    assert {case.text for case in cases} == {"an owl"}
+    assert "no other picture has another: 6" in notes[0]
 
 
 def test_what_a_speed_costs_is_measured_as_any_other_setting(settings, tuned_base):
@@ -152,7 +178,7 @@ def test_pictures_without_captions_are_drawn_with_the_texts_of_a_file(settings, 
 
 
 def test_texts_may_come_from_a_file(settings, tmp_path):
-    (tmp_path / "texts.txt").write_text("a dog\n\nan owl\n")
+    (tmp_path / "texts.txt").write_text("a dog\n\nan owl\n", encoding="utf-8-sig")
     report = evaluate(EvaluateConfig(**settings | {"prompts": tmp_path / "texts.txt", "samples": 1}))
     assert [case.text for case in report.cases] == ["a dog", "an owl", "a dog"]
     assert [case.caption for case in report.cases] == ["a cat 0", "a cat 1", "a cat 2"]

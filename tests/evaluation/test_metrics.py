@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from imprompt.evaluation.metrics import bootstrap, cosine
+from imprompt.evaluation.metrics import bootstrap, cosine, paired
 
 
 def test_cosine_ignores_length():
@@ -28,3 +28,26 @@ def test_bootstrap_interval_covers_the_mean_and_narrows_with_more_values():
 def test_bootstrap_refuses_what_has_no_mean(values):
     with pytest.raises(ValueError, match=r"no values|not finite"):
         bootstrap(values)
+
+
+@pytest.mark.parametrize("count", [6, 8, 12, 24])
+def test_a_difference_that_is_chance_excludes_zero_in_5_of_100_cases_at_most(count):
+    draws = torch.randn(600, count, generator=torch.Generator().manual_seed(count))
+    found = [paired(each, torch.zeros(count)) for each in draws]
+    wrong = sum(not one.low <= 0 <= one.high for one in found) / len(found)
+    assert 0.01 < wrong <= 0.06
+    assert all(one.low <= one.mean <= one.high for one in found)
+
+
+def test_a_paired_interval_of_six_reaches_from_the_least_to_the_most():
+    """Of the 64 patterns of signs, one has all of them above zero and one all below."""
+    values = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.9], dtype=torch.float64)
+    found = paired(values, torch.zeros(6))
+    assert (found.low, found.high) == pytest.approx((0.1, 0.9))
+    assert found.mean == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_few_pairs_have_a_mean_and_no_interval(count):
+    found = paired(torch.ones(count), torch.zeros(count))
+    assert (found.mean, found.low, found.high, found.n) == (1, None, None, count)

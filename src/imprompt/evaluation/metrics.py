@@ -1,4 +1,4 @@
-"""Figures with their uncertainty: cosine, copy score, diversity, and bootstrap intervals.
+"""Figures with their uncertainty: cosine, copy score, diversity, and intervals.
 
 Plain functions on tensors and pictures. Nothing here loads a model or draws a picture.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,13 +19,16 @@ COPY_SIDE = 32
 """Side in pixels at which copies are sought: larger finds exact copies only, smaller finds mere likeness."""
 
 RESAMPLES = 2000
+LEAST_PAIRS = 6
+"""With fewer pairs, differences of one sign are no rarer than 1 in 20 by chance."""
+SUBSETS = 4096
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean of ``n`` independent values with its bootstrap interval.
+    """A mean of ``n`` independent values with its 95 % interval.
 
-    One value has no interval: ``low`` and ``high`` are ``None``.
+    Too few values have no interval: ``low`` and ``high`` are ``None``.
     """
 
     mean: float
@@ -90,12 +93,32 @@ def bootstrap(values: Tensor) -> Interval:
 
 
 def paired(first: Tensor, second: Tensor) -> Interval:
-    """The bootstrap interval of ``first - second``, pair by pair, ``N`` each.
+    """The mean of ``first - second``, pair by pair (``N`` each), with the 95 % interval of a sign-flip test.
 
-    Raises ``ValueError`` for another number of values on one side."""
+    The interval holds every difference that the test does not reject, and its ends are order statistics of
+    the means of all subsets of the pairs (Hartigan 1969). So it excludes zero by chance in 5 % of cases at
+    most, whatever ``N``, where a bootstrap interval of few pairs does far more often. Fewer than
+    :data:`LEAST_PAIRS` have no interval. Raises ``ValueError`` for another number of values on one side, for
+    NaN and for no pairs."""
     if len(first) != len(second):
         raise ValueError(f"pairs are needed, given {len(first)} and {len(second)} values")
-    return bootstrap(first.double() - second.double())
+    values = first.detach().double().flatten().cpu() - second.detach().double().flatten().cpu()
+    found = bootstrap(values)
+    if found.n < LEAST_PAIRS:
+        return replace(found, low=None, high=None)
+    chosen = _subsets(found.n)
+    means = (chosen @ values / chosen.sum(1)).sort().values
+    skipped = int(0.025 * (len(means) + 1))
+    return replace(found, low=float(means[skipped - 1]), high=float(means[-skipped]))
+
+
+def _subsets(count: int) -> Tensor:
+    """Members of the subsets of ``count`` values that are not empty, ``S count`` of 0 and 1: all of them, or
+    some at random where there are more than :data:`SUBSETS`."""
+    if 2**count <= SUBSETS:
+        return (torch.arange(1, 2**count)[:, None] >> torch.arange(count) & 1).double()
+    drawn = torch.randint(2, (SUBSETS, count), generator=torch.Generator().manual_seed(0)).double()
+    return drawn[drawn.any(1)]
 
 
 def _crops(image: Image.Image) -> Sequence[Image.Image]:

@@ -32,9 +32,8 @@ def table(report: Report) -> str:
         )
     differences = [("difference", "of", "value", "95 % interval", "real")]
     for one in report.differences:
-        said = {True: "yes", False: "no", None: "one picture"}[one.real]
         pair = f"{one.first} - {one.second}"
-        differences.append((one.name, pair, f"{one.value.mean:+.3f}", _spread(one.value), said))
+        differences.append((one.name, pair, f"{one.value.mean:+.3f}", _spread(one.value), one.verdict))
     parts = [_aligned(figures), _aligned(differences) if len(differences) > 1 else "", *report.notes]
     return "\n".join(part for part in parts if part) + "\n"
 

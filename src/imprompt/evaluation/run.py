@@ -40,7 +40,15 @@ from imprompt.data.rows import Row, read_dataset
 from imprompt.encoders.images import as_bytes, content_hash, load_image
 from imprompt.errors import ImpromptError, InputError
 from imprompt.evaluation.config import Contender, EvaluateConfig
-from imprompt.evaluation.metrics import Interval, bootstrap, copy_score, cosine, diversity, paired
+from imprompt.evaluation.metrics import (
+    LEAST_PAIRS,
+    Interval,
+    bootstrap,
+    copy_score,
+    cosine,
+    diversity,
+    paired,
+)
 from imprompt.evaluation.scorers import (
     FaceReader,
     Scorer,
@@ -58,6 +66,8 @@ from imprompt.schema.request import Request
 
 BARE = "bare base"
 BATCH = 8
+ROUNDING = 1e-6
+"""Mean differences below this come from the order of sums."""
 Values = dict[str, Tensor]
 """A figure's name to its value for each picture, ``N``."""
 Drawn = list[list[Image.Image]]
@@ -94,10 +104,20 @@ class Difference:
 
     @property
     def real(self) -> bool | None:
-        """Whether the interval excludes zero; ``None`` for a single picture, which has no interval."""
+        """Whether the interval excludes zero; ``None`` for too few pictures, which have no interval. What
+        rounding alone makes is no difference."""
+        if abs(self.value.mean) < ROUNDING:
+            return False
         if self.value.low is None or self.value.high is None:
             return None
         return self.value.low > 0 or self.value.high < 0
+
+    @property
+    def verdict(self) -> str:
+        """:attr:`real` in words."""
+        if self.real is None:
+            return "one picture" if self.value.n == 1 else f"too few pictures ({LEAST_PAIRS} needed)"
+        return "yes" if self.real else "no"
 
 
 @dataclass(frozen=True)
@@ -213,6 +233,12 @@ def read_cases(config: EvaluateConfig, base: Base) -> tuple[list[Case], list[str
     prompts = _prompts(config.prompts)
     rows = [row for row, _ in picked]
     texts = [prompts[n % len(prompts)] if prompts else _other_caption(rows, n) for n in range(len(rows))]
+    own = sum(text == row.caption != "" for text, row in zip(texts, rows, strict=True))
+    if own and not prompts:
+        notes.append(
+            f"pictures drawn with their own caption, since no other picture has another: {own}; "
+            "--prompts gives texts"
+        )
     cases = [
         Case(row.name, image, row.caption, text) for (row, image), text in zip(picked, texts, strict=True)
     ]
@@ -235,7 +261,7 @@ def _prompts(path: Path | None) -> list[str]:
     if path is None:
         return []
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the prompts '{path}' cannot be read: {error}.") from error
     found = [line for line in lines if line]
@@ -245,10 +271,12 @@ def _prompts(path: Path | None) -> list[str]:
 
 
 def _other_caption(rows: Sequence[Row], number: int) -> str:
-    """A caption of another picture, its concept where captions have kinds; empty when no picture has any."""
+    """A caption of another picture that differs, its concept where captions have kinds; the own one where
+    none does; empty when no picture has any."""
     mine = rows[number]
-    captioned = [row for row in (*rows[number + 1 :], *rows[:number]) if row.caption] or [mine]
-    row = next((row for row in captioned if not mine.groups.items() & row.groups.items()), captioned[0])
+    others = [row for row in (*rows[number + 1 :], *rows[:number]) if row.caption]
+    differ = [row for row in others if row.caption != mine.caption] or others or [mine]
+    row = next((row for row in differ if not mine.groups.items() & row.groups.items()), differ[0])
     return next(iter(row.captions.get("concept", ())), row.caption)
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.face import OnnxFaces
 from imprompt.errors import ImpromptError, ModelError, UsageError, first_line
-from imprompt.evaluation.metrics import paired
+from imprompt.evaluation.metrics import bootstrap
 
 BATCH = 16
 LEAST_GAP = 1e-3
@@ -158,7 +158,7 @@ def tells_texts(scorer: Scorer, images: Tensor, captions: Sequence[str]) -> bool
             for i in range(len(near))
         ]
     )
-    low = paired(own, others).low
+    low = bootstrap(own.double() - others.double()).low
     return low is not None and low > LEAST_GAP
 
 
