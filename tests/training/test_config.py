@@ -35,6 +35,8 @@ def checked(**values):
         ),
         ({"kind": "plu"}, "plus"),
         ({"augmentation": {"crop": 1.0}}, "crop"),
+        ({"betas": [1.5, 0.9]}, "betas"),
+        ({"betas": [0.9, 1]}, "betas"),
     ],
 )
 def test_a_wrong_value_is_one_line_that_names_it(values, says):
@@ -49,6 +51,22 @@ def test_a_file_is_read_and_overrides_win(tmp_path):
     assert (config.steps, config.lr) == (9, 1e-3)
     (tmp_path / "run.json").write_text(config.model_dump_json())
     assert TrainConfig.read(tmp_path / "run.json") == config
+
+
+def test_overrides_of_a_table_leave_the_rest_of_it(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('data = "d"\noutput = "r"\n[augmentation]\ncrop = 0.5\nflip = 0.0\n')
+    changed = TrainConfig.read(file, augmentation={"flip": 1.0}, captions={"style": ["full"]})
+    assert (changed.augmentation.crop, changed.augmentation.flip) == (0.5, 1.0)
+    assert changed.captions == {"style": ("full",)}
+
+
+def test_a_resumed_run_takes_what_it_does_not_state_from_its_course():
+    course = {"steps": 20, "lr": 3e-4, "warmup": 6}
+    assert checked().following(course).course() == course
+    assert checked(steps=5).following(course).course() == {"steps": 5, "lr": 3e-4, "warmup": 4}
+    stated = {"steps": 30, "lr": 1e-3, "warmup": 0}
+    assert checked(**stated).following(course).course() == stated
 
 
 @pytest.mark.parametrize(("name", "text"), [("a.json", "{"), ("a.toml", "x ="), ("gone.json", None)])

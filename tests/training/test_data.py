@@ -199,3 +199,12 @@ def test_an_augmented_reference_is_its_keys_alone_and_white_outside():
     assert len({version.tobytes() for version in versions}) > 3
     colours = {colour for version in versions for _, colour in version.getcolors()}
     assert colours == {(0, 80, 200), (255, 255, 255)}
+
+
+def test_another_caption_is_not_the_pictures_own_where_captions_repeat():
+    said = ["a heart"] * 6 + ["an owl"] * 6
+    rows = [Row(Path(f"{n}.png"), {"full": (text,)}) for n, text in enumerate(said)]
+    plan = Plan(rows, config())
+    assert all(plan.other_caption(n) not in ("", said[n]) for n in plan.validation)
+    alike = Plan([Row(Path(f"{n}.png"), {"full": ("a heart",)}) for n in range(12)], config())
+    assert {alike.other_caption(n) for n in alike.validation} == {"a heart"}

@@ -959,6 +959,85 @@ def test_a_run_that_could_not_begin_leaves_its_folder_to_the_corrected_one(make_
     train(make_config())
 
 
+def test_layers_that_are_none_leave_the_folder_to_the_corrected_run(make_config):
+    with pytest.raises(UsageError, match="none has nope"):
+        train(make_config(layers=["nope"]))
+    assert not make_config().output.exists()
+    train(make_config(steps=1))
+
+
+def test_a_resumed_run_keeps_its_steps_and_its_rate_unless_others_are_stated(make_config, capsys):
+    config = make_config(steps=5, lr=3e-4, warmup=0, schedule="cosine")
+    with pytest.raises(KeyboardInterrupt):
+        train(config, on_step=stops(signal.SIGINT, at=2))
+    unstated = {"lr": None, "warmup": None, "schedule": "cosine", "resume": True, "quiet": False}
+    train(make_config(steps=None, **unstated))
+    taken = {record["step"]: record["lr"] for record in log_of(config) if "lr" in record}
+    planned = [learning_rate(step, peak=3e-4, steps=5, warmup=0, schedule="cosine") for step in range(5)]
+    assert list(taken) == [1, 2, 3, 4, 5]
+    assert list(taken.values()) == pytest.approx(planned)
+    assert "no step is left" not in capsys.readouterr().err
+    train(make_config(steps=2, **unstated))
+    assert "no step is left: the run has taken 5 of 2; --steps asks for more" in capsys.readouterr().err
+
+
+def test_a_number_of_tokens_that_the_start_does_not_have_is_refused(make_config, tmp_path):
+    first = train(make_config(steps=1, tokens=3, output=tmp_path / "a"))
+    for tokens in (None, 3):
+        train(make_config(steps=1, init=first, tokens=tokens, output=tmp_path / f"{tokens}"))
+    with pytest.raises(UsageError, match=r"tokens is 8, but the start .* has 3; .*--init new"):
+        train(make_config(init=first, tokens=8, output=tmp_path / "b"))
+
+
+def test_options_without_an_effect_are_noted(make_config, tmp_path, capsys):
+    idle = {
+        "lora_rank": 4, "face_model": "nowhere", "augmentation": {"rotate": 50}, "sample_guidance": 9,
+    }  # fmt: skip
+    train(make_config(steps=1, quiet=False, **idle))
+    said = capsys.readouterr().err
+    assert all(f"{name} has no effect: " in said for name in idle)
+    train(make_config(steps=1, quiet=False, output=tmp_path / "b", views=2, augmentation={"rotate": 50}))
+    assert "has no effect" not in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("face_pictures")
+def test_a_face_run_and_its_checkpoint_say_which_variant_they_are(make_config, tmp_path):
+    face = {"face_model": str(pack(tmp_path / "pack")), "steps": 1}
+    config = make_config(kind="faceid-plus", lora_rank=4, output=tmp_path / "a", **face)
+    train(config)
+    (checkpoint,) = config.output.glob("checkpoint-*.safetensors")
+    for number, start in enumerate((checkpoint, config.output)):
+        path = train(make_config(init=str(start), output=tmp_path / f"{number}", **face))
+        assert IPAdapter.from_pretrained(path).checkpoint.variant.name == "faceid-plusv2"
+
+
+def test_a_repository_that_the_hub_does_not_take_is_told_before_the_run(make_config):
+    with pytest.raises(UsageError, match=r"push_to_hub 'bad__/name!!': OWNER/NAME is expected") as caught:
+        train(make_config(push_to_hub="bad__/name!!"))
+    assert not str(caught.value).endswith("..")
+    assert not make_config().output.exists()
+
+
+def test_a_field_is_not_set_as_a_table(pictures, capsys):
+    assert main(["train", str(pictures), "--steps", "1", "--set", "steps.x=4"]) == 2
+    assert "--set steps.x: steps is '1', not a table" in capsys.readouterr().err
+
+
+def test_a_run_is_named_after_its_pictures_and_takes_a_folder_in_which_none_began(
+    make_config, base, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "pictures" / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "pictures" / "inside")
+    words = ["--base", str(base), "--steps", "1", "--sample-every", "0", "--device", "cpu", "-q"]
+    (Path("runs") / "pictures" / "cache").mkdir(parents=True)  # of a run that was stopped while it encoded
+    assert main(["train", "..", *words]) == 0
+    assert capsys.readouterr().out.strip() == f"runs/pictures/{WEIGHT_NAME}"
+    assert main(["train", "../../pictures", *words]) == 0
+    assert capsys.readouterr().out.strip() == f"runs/pictures-2/{WEIGHT_NAME}"
+    assert main(["train", "..", "--resume", *words]) == 0
+    assert capsys.readouterr().out.strip() == f"runs/pictures-2/{WEIGHT_NAME}"
+
+
 def test_a_table_of_the_configuration_is_set_field_by_field(pictures, capsys):
     assert main(["train", str(pictures), "--set", "augmentation.colr=0.2"]) == 2
     assert "augmentation: colr: no such field; did you mean 'colour'?" in capsys.readouterr().err

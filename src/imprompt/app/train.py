@@ -72,9 +72,17 @@ def _is_configuration(path: Path) -> bool:
 
 def _run_folder(source: str, resume: bool) -> Path:
     """``runs/NAME``: with ``resume`` the newest, else one that is free."""
-    stem = Path(source.rpartition(":")[2]).stem or "run"
-    free = next(number for number in count(1) if not _numbered(stem, number).exists())
+    place = Path(source.rpartition(":")[2]).expanduser()
+    stem = (place if place.name not in ("", "..") else place.resolve()).stem or "run"
+    free = next(number for number in count(1) if not _taken(_numbered(stem, number)))
     return _numbered(stem, max(1, free - 1) if resume else free)
+
+
+def _taken(folder: Path) -> bool:
+    """Whether something lies there beside the cache of a run that was stopped before its first step."""
+    if not folder.is_dir():
+        return folder.exists()
+    return any(each.name not in (".lock", "cache") for each in folder.iterdir())
 
 
 def _numbered(stem: str, number: int) -> Path:
@@ -88,6 +96,8 @@ def _set(fields: dict[str, Any], name: str, value: Any) -> None:
         fields[name] = value
     elif isinstance(table := fields.setdefault(outer, {}), dict):
         table[inner] = value
+    else:
+        raise UsageError(f"--set {name}: {outer} is {table!r}, not a table; set it alone.")
 
 
 def _json(value: str) -> Any:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import math
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -19,6 +20,7 @@ from imprompt.schema.record import Record
 ANY_CAPTION = "*"
 """In ``captions``: all captions of the picture, of every kind."""
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Kind = Literal["linear", "plus", "full", "faceid", "faceid-plus"]
 
 NOT_IDENTITY = frozenset((
@@ -85,7 +87,7 @@ class TrainConfig(Record):
     """Train only layers whose name contains one of these, such as up_blocks; (): all."""
 
     steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps; ``None``: by the number of pictures."""
+    """Optimizer steps; ``None``: by the number of pictures, or those of the run to resume."""
     minutes: float | None = Field(default=None, gt=0)
     """Stop after so many minutes and write the adapter; resume continues."""
     batch: int = Field(default=8, ge=1)
@@ -93,13 +95,13 @@ class TrainConfig(Record):
     accumulate: int = Field(default=1, ge=1)
     """Forward passes per optimizer step."""
     lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate; ``None``: 1e-4."""
+    """Peak learning rate; ``None``: 1e-4, or that of the run to resume."""
     weight_decay: float = Field(default=1e-2, ge=0)
     """AdamW's weight decay."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's decay rates of its averages."""
     warmup: int | None = Field(default=None, ge=0)
-    """Steps of linear warm-up; ``None``: a tenth of all steps, at most 500."""
+    """Steps of linear warm-up; ``None``: a tenth of all steps, at most 500, or those of the run to resume."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after warm-up; linear and cosine end at 0."""
     clip: float = Field(default=1.0, ge=0)
@@ -241,6 +243,18 @@ class TrainConfig(Record):
         """Kinds of caption that go with a kind of reference; ``("full",)`` unless stated."""
         return self.captions.get(reference, ("full",))
 
+    def course(self) -> dict[str, Any]:
+        """The fields that set the learning rate of each step."""
+        return {"steps": self.steps, "lr": self.lr, "warmup": self.warmup}
+
+    def following(self, course: Mapping[str, Any]) -> TrainConfig:
+        """With the ``course`` of the run to resume where this states none; a longer warm-up than a smaller
+        number of steps allows is cut."""
+        values = {name: value for name, value in course.items() if getattr(self, name) is None}
+        if "warmup" in values and self.steps is not None:
+            values["warmup"] = min(values["warmup"], self.steps - 1)
+        return self.model_copy(update=values)
+
     def resolved(self, kind: Kind, pictures: int, started: bool) -> TrainConfig:
         """Replace ``None``, for this number of ``pictures``; ``started`` from a trained adapter or not."""
         steps = min(max(3 * pictures, 60), 3000) if started else min(max(50 * pictures, 1000), 20_000)
@@ -258,7 +272,7 @@ class TrainConfig(Record):
 
     @classmethod
     def read(cls, path: str | Path, **overrides: object) -> TrainConfig:
-        """Read a ``.json`` or ``.toml`` file; ``overrides`` win over it.
+        """Read a ``.json`` or ``.toml`` file; ``overrides`` win over it, field by field within a table.
 
         Raises :class:`UsageError` when the file is missing, is no such file, or a value is out of range.
         """
@@ -273,4 +287,7 @@ class TrainConfig(Record):
             raise UsageError(f"'{path}' is not valid {kind}: {error}.") from error
         if not isinstance(values, dict):
             raise UsageError(f"'{path}' contains a {type(values).__name__}; a table of fields is expected.")
-        return cls(**{**values, **overrides})
+        for name, value in overrides.items():
+            inside = isinstance(value, dict) and isinstance(values.get(name), dict)
+            values[name] = values[name] | value if inside else value
+        return cls(**values)

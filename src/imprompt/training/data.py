@@ -179,9 +179,13 @@ class Plan:
         return self.rows[index].caption
 
     def other_caption(self, index: int) -> str:
-        """A caption of some training picture of other groups; without its style where captions have kinds."""
+        """A caption of some training picture of other groups that has another one; without its style where
+        captions have kinds."""
         row = self.rows[index]
-        others = [other for other in self.training if self.rows[other].groups != row.groups] or self.training
+        differ = [
+            other for other in self.training if self.rows[other].caption != row.caption
+        ] or self.training
+        others = [other for other in differ if self.rows[other].groups != row.groups] or differ
         other = self.rows[others[int(self.keys[index][:16], 16) % len(others)]]
         return next(
             (other.captions[kind][0] for kind in ("concept", *other.captions) if other.captions.get(kind)), ""

@@ -137,20 +137,34 @@ class RunFolder:
             with contextlib.suppress(OSError):  # something else lies in it by now
                 self.path.rmdir()
 
-    def begin(self, identity: Identity) -> None:
-        """Record which run this is. Raises :class:`UsageError` when the folder holds another one."""
-        record = self.path / RECORD
-        if record.exists():
-            try:
-                before = json.loads(record.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ModelError(f"'{record}' is damaged: {error}.") from error
-            if changed := identity.differences(before):
-                raise UsageError(
-                    f"'{self.path}' holds another run ({'; '.join(changed)}). Put that back, or name a new "
-                    "folder."
-                )
-        self.write(RECORD, json.dumps(asdict(identity), indent=2, ensure_ascii=False) + "\n")
+    def begin(self, identity: Identity, course: Mapping[str, Any]) -> None:
+        """Record which run this is, and its ``course``, for :meth:`course`. Raises :class:`UsageError` when
+        the folder holds another one."""
+        before = self._record()
+        if before is not None and (changed := identity.differences(before)):
+            raise UsageError(
+                f"'{self.path}' holds another run ({'; '.join(changed)}). Put that back, or name a new "
+                "folder."
+            )
+        record = asdict(identity) | {"course": course}
+        self.write(RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+    def course(self) -> dict[str, Any]:
+        """Steps, learning rate and warm-up of the run to resume; empty where there is none."""
+        found: dict[str, Any] = (self._record() or {}).get("course", {}) if self.resume else {}
+        return found
+
+    def _record(self) -> dict[str, Any] | None:
+        """What ``run.json`` says; ``None`` before a run began. Raises :class:`ModelError` when it is
+        damaged."""
+        path = self.path / RECORD
+        if not path.exists():
+            return None
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ModelError(f"'{path}' is damaged: {error}.") from error
+        return found
 
     def write(self, name: str, text: str) -> None:
         """Write a text file whole or not at all."""
@@ -187,7 +201,7 @@ class RunFolder:
     def save_checkpoint(
         self, step: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any], keep: int
     ) -> Path:
-        """Write a checkpoint and forget all but the newest ``keep``.
+        """Write a checkpoint and forget all but the newest ``keep``. ``about`` has the adapter's ``variant``.
 
         Raises :class:`ModelError` when a tensor is not finite: what cannot be resumed is not kept as if it
         could."""
@@ -198,7 +212,8 @@ class RunFolder:
             )
         path = self.path / f"checkpoint-{step:08d}.safetensors"
         with disk_errors(path, f"step {step}", self._last()):
-            part = save_tensors(tensors, {"step": str(step)}, path.with_suffix(".part"))
+            names = {"step": str(step), "variant": str(about["variant"])}
+            part = save_tensors(tensors, names, path.with_suffix(".part"))
             manifest = {**about, "step": step, "sha256": _sha256(part), "bytes": part.stat().st_size}
             self.write(path.with_suffix(".json").name, json.dumps(manifest) + "\n")
             part.replace(path)

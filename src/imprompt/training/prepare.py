@@ -82,13 +82,15 @@ def prepare(config: TrainConfig, accelerator: Accelerator, data: Dataset | None 
         "imprompt.pictures": str(len(found.rows)),
         "imprompt.start": "new weights" if initial is None else initial.checkpoint.name,
     }
-    notes = (*found.notes, *_notes(plan, encoded.latents))
+    notes = (*found.notes, *_notes(plan, encoded.latents), *_idle(config, kind, initial is not None))
     return Prepared(config, identity, pipe, adapter, encoded, plan, about, notes)
 
 
 def _notes(plan: Plan, latents: Table) -> list[str]:
     """What is odd about the pictures: copies, and small ones."""
     notes = []
+    if len({row.caption for row in plan.rows}) == 1:
+        notes.append("all pictures have one caption: no sample shows a picture with the caption of another")
     if plan.copies:
         notes.append(f"{plan.copies} training pictures are copies of others")
     if isinstance(latents, StoredTable):
@@ -100,6 +102,25 @@ def _notes(plan: Plan, latents: Table) -> list[str]:
         if small:
             notes.append(f"{small} training pictures are smaller than what is trained, and are enlarged")
     return notes
+
+
+def _idle(config: TrainConfig, kind: Kind, started: bool) -> list[str]:
+    """Which options were changed and have no effect in this run."""
+    face = kind in ("faceid", "faceid-plus")
+    idle = {
+        "tokens": "kind full has a token from each patch" if kind == "full" else "",
+        "lora_rank": "only new face adapters have it" if started or not face else "",
+        "face_model": "" if face else f"kind {kind} reads no faces",
+        "image_encoder": "kind faceid reads faces alone" if kind == "faceid" else "",
+        "augmentation": "views is 1" if config.views == 1 else "",
+        "sample_guidance": "sample_every is 0" if config.sample_every == 0 else "",
+    }
+    fields = TrainConfig.model_fields
+    return [
+        f"{name} has no effect: {why}"
+        for name, why in idle.items()
+        if why and getattr(config, name) != fields[name].get_default(call_default_factory=True)
+    ]
 
 
 class _Encoding:

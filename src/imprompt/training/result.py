@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError, safe_open
 
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.checkpoints.checkpoint import StateDict
-from imprompt.errors import ModelError, first_line
+from imprompt.errors import ModelError, UsageError, first_line
 from imprompt.training.folder import WEIGHT_NAME
 
 _UPLOADED = [WEIGHT_NAME, "README.md", "card.html", "samples/*.png"]
@@ -52,6 +54,16 @@ def validation_in(path: Path) -> dict[str, Any] | None:
     return found if found is not None and str(found["step"]) == about.get("imprompt.step") else None
 
 
+def check_repository(name: str | None) -> None:
+    """Raise :class:`UsageError` for a name that the hub does not take; meant for before the run."""
+    try:
+        if name is not None:
+            validate_repo_id(name)
+    except HFValidationError as error:
+        reason = first_line(error).rstrip(".")
+        raise UsageError(f"push_to_hub '{name}': OWNER/NAME is expected ({reason}).") from error
+
+
 def push(repository: str, folder: Path) -> None:
     """Upload the adapter, its cards and the sheets of samples."""
     try:
@@ -60,5 +72,6 @@ def push(repository: str, folder: Path) -> None:
         api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=_UPLOADED)
     except Exception as error:  # the hub's client raises nearly anything
         raise ModelError(
-            f"the adapter is in '{folder}' but was not uploaded to {repository}: {first_line(error)}."
+            f"the adapter is in '{folder}' but was not uploaded to {repository}: "
+            f"{first_line(error).rstrip('.')}."
         ) from error

@@ -82,6 +82,11 @@ def load_start(config: TrainConfig, base: Base) -> IPAdapter | None:
         return None
     adapter = _named(name)
     if config.kind in (None, kind_of(adapter)):
+        if config.tokens not in (None, adapter.checkpoint.tokens):
+            raise UsageError(
+                f"tokens is {config.tokens}, but the start '{name}' has {adapter.checkpoint.tokens}; leave "
+                "tokens out, or begin with new weights (--init new)."
+            )
         return adapter
     if config.init == "auto":
         return None
@@ -94,7 +99,7 @@ def load_start(config: TrainConfig, base: Base) -> IPAdapter | None:
 def kind_of(adapter: IPAdapter) -> Kind:
     """The kind of an adapter, by its variant."""
     variant = adapter.checkpoint.variant
-    if variant.feature == "face":
+    if variant.feature.startswith("face"):
         return "faceid-plus" if adapter.projection.patch_width is not None else "faceid"
     return "linear" if variant.feature == "pooled" else "plus" if variant.name == "resampler" else "full"
 
@@ -246,12 +251,12 @@ def _from_checkpoint(path: Path) -> IPAdapter:
     """The adapter inside a training checkpoint: its averaged weights, if it has any."""
     state: dict[str, dict[str, Tensor]] = {}
     with safe_open(path, "pt") as file:
-        names = set(file.keys())
+        names, about = set(file.keys()), file.metadata() or {}
         for name in sorted(names):
             group, section, key = name.split(".", 2)
             if group == "weights":
                 averaged = f"averaged.{section}.{key}"
                 state.setdefault(section, {})[key] = file.get_tensor(averaged if averaged in names else name)
-    adapter = IPAdapter.from_state_dict(state)
+    adapter = IPAdapter.from_state_dict(state, variant=about.get("variant"))
     adapter.checkpoint = replace(adapter.checkpoint, name=path.stem)
     return adapter

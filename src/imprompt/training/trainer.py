@@ -42,7 +42,7 @@ from imprompt.training.meter import BANDS, Meter
 from imprompt.training.objective import broadcast, learning_rate, loss_weights, prediction_target
 from imprompt.training.prepare import Prepared, prepare
 from imprompt.training.preview import Preview, unet_takes_pooled
-from imprompt.training.result import push, validation_in, write_adapter
+from imprompt.training.result import check_repository, push, validation_in, write_adapter
 from imprompt.training.samples import Forward, Sample, Samples, Shown
 from imprompt.training.short_attention import ShortAttention
 from imprompt.training.stopping import Stopper
@@ -67,6 +67,7 @@ def train(
     :class:`InputError` without usable pictures or with a full disk, :class:`ModelError` when the base cannot
     be loaded or steps stop having finite gradients.
     """
+    check_repository(config.push_to_hub)
     accelerator = make_accelerator(config)
     folder = RunFolder(config.output, resume=config.resume)
     try:
@@ -90,7 +91,7 @@ class Trainer:
     ) -> None:
         self.accelerator, self.folder, self.device = accelerator, folder, accelerator.device
         self.quiet = config.quiet or not accelerator.is_main_process
-        prepared = prepare(config, accelerator, data)
+        prepared = prepare(config.following(folder.course()), accelerator, data)
         self.config, self.pipe, self.adapter = prepared.config, prepared.pipe, prepared.adapter
         self.data, self.plan, self.about = prepared.data, prepared.plan, prepared.about
         self.accumulate = accelerator.gradient_accumulation_steps
@@ -108,8 +109,10 @@ class Trainer:
             process=accelerator.process_index,
             processes=accelerator.num_processes,
         )
+        self._place()  # checks what can only be checked on the UNet, so before the run begins
         on_main(accelerator, lambda: self._begin(prepared))
-        self._place()
+        if accelerator.log_with:
+            accelerator.init_trackers("tracker", config={"run": str(self.config.output)})
         self.step = 0
         self.meter = Meter(accelerator, len(self.alpha_bar))
         self.stopper = Stopper(accelerator, None)
@@ -125,7 +128,7 @@ class Trainer:
 
     def _begin(self, prepared: Prepared) -> None:
         """Check that the folder is this run's, clean its cache, and report what it trains on."""
-        self.folder.begin(prepared.identity)
+        self.folder.begin(prepared.identity, prepared.config.course())
         removed = cache.clean(self.config, (self.data.latents, self.data.features, self.data.texts))
         rejected = self.data.rejected
         self.folder.write("rejected.txt", "".join(f"{item}\n" for item in rejected))
@@ -162,8 +165,6 @@ class Trainer:
             self.unet.compile_repeated_blocks()
         self.forward = accelerator.prepare(Forward(self.adapter, self.unet))
         self.optimizer = accelerator.prepare(self.learned.optimizer)
-        if accelerator.log_with:
-            accelerator.init_trackers("tracker", config={"run": str(config.output)})
         self.pass_of: Pass = self._pass
         if self._graphs:
             self.pass_of = GraphedPass(self._pass, self.learned.parameters, self._say)
@@ -185,6 +186,10 @@ class Trainer:
         if self.step == 0:
             self._validate()
             self._sample()
+        elif self.step >= self.steps:
+            self._say(
+                f"no step is left: the run has taken {self.step} of {self.steps}; --steps asks for more"
+            )
         self.stopper = Stopper(self.accelerator, config.minutes)
         self.terminal = sys.stderr.isatty()
         hidden = self.quiet or not self.terminal
@@ -439,6 +444,7 @@ class Trainer:
             return
         average, scaler = self.learned.average, self.accelerator.scaler
         about: dict[str, Any] = {
+            "variant": self.adapter.checkpoint.variant.name,
             "skipped": self.meter.skipped,
             "averages": 0 if average is None else average.optimization_step,
         }
