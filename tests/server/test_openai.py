@@ -3,6 +3,7 @@
 import base64
 import io
 
+import httpx
 import openai
 import pytest
 from PIL import Image
@@ -135,3 +136,45 @@ def test_errors_are_theirs(theirs: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as opaque:
         theirs.images.edit(image=named(picture()), mask=named(picture()), prompt="x")
     assert opaque.value.param == "mask"
+
+
+def test_lists_and_objects_beside_pictures_are_fields_of_the_request(
+    theirs: openai.OpenAI, running: Running
+) -> None:
+    """Their client writes each of them in brackets, a list of objects key by key."""
+    own = {**SMALL, "size": [64, 96], "negative": "123", "images": [{"scale": 0.1}, {"scale": 0.3}]}
+    pictures = [named(picture("red")), named(picture("blue"))]
+    answer = theirs.images.edit(image=pictures, prompt="an owl", size="auto", extra_body={"imprompt": own})
+    assert opened(answer.data[0].b64_json).size == (64, 96)  # type: ignore[index]
+    with running.client() as client:
+        request = client.get("/api/v1/history?limit=1").json()["jobs"][0]["request"]
+    assert [prompt["scale"] for prompt in request["images"]] == [0.1, 0.3]
+    assert request["negative"] == "123"
+
+
+@pytest.mark.parametrize(
+    ("own", "status", "field"),
+    [
+        ({"images": [{"sclae": 0.1}, {"sclae": 0.1}]}, 422, "images"),
+        ({"images": [{"scale": 0.1}, {"profile": "style"}]}, 400, "imprompt.images"),
+        ({"images": [{}, {"scale": 0.1}]}, 400, "imprompt.images"),
+        ({"images": [{"scale": 0.1, "profile": "style"}, {"scale": 0.1}]}, 400, "imprompt[images]"),
+        ({"images": [{"profile": [1, 0]}, {"profile": [0, 1]}]}, 400, "imprompt[images]"),
+    ],
+)
+def test_options_that_belong_to_nothing_are_refused(
+    theirs: openai.OpenAI, own: dict, status: int, field: str
+) -> None:
+    pictures = [named(picture("red")), named(picture("blue"))]
+    with pytest.raises(openai.APIStatusError) as refused:
+        theirs.images.edit(image=pictures, prompt="an owl", extra_body={"imprompt": {**SMALL, **own}})
+    assert refused.value.status_code == status
+    assert (refused.value.param or "").startswith(field)  # type: ignore[attr-defined]
+
+
+def test_brackets_that_do_not_close_are_refused(client: httpx.Client) -> None:
+    for name in ("imprompt[steps", "imprompt[]", "imprompt[size][0]x", "imprompt[a][][]"):
+        answer = client.post(
+            "/v1/images/edits", data={"prompt": "a", name: "2"}, files={"image": named(picture())}
+        )
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_value")

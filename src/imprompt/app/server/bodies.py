@@ -102,9 +102,13 @@ async def form_body(http: HTTPRequest, settings: Settings) -> FormData:
         raise Problem(400, "bad_multipart", text) from error
 
 
-def texts(form: FormData) -> dict[str, str]:
-    """The parts that are no files."""
-    return {name: value for name, value in form.multi_items() if isinstance(value, str)}
+def texts(form: FormData) -> dict[str, list[str]]:
+    """The parts that are no files: all values of each name, in order."""
+    found: dict[str, list[str]] = {}
+    for name, value in form.multi_items():
+        if isinstance(value, str):
+            found.setdefault(name, []).append(value)
+    return found
 
 
 def uploads(form: FormData, *names: str) -> list[UploadFile]:

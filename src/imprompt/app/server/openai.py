@@ -53,11 +53,21 @@ from imprompt.app.server.protocols import (
 from imprompt.app.server.queue import Queue
 from imprompt.encoders.images import as_bytes, load_image
 from imprompt.errors import ImpromptError
-from imprompt.schema.request import Request
+from imprompt.schema.prompt import ImagePrompt, TextRegion
+from imprompt.schema.request import ControlRef, LoraRef, Request
 
 _THEIRS = re.compile(r"^(gpt-image|dall-e|chatgpt-image)")  # programs often have a name of theirs built in
 _FIDELITY = {"low": 0.6, "high": 0.9}
 _EFFORT = {"low": 0.5, "high": 1.5, "hd": 1.5}
+_KEY = re.compile(r"\[(\w*)\]")
+_BRACKETED = re.compile(rf"imprompt(?:{_KEY.pattern})+")
+_TEXTS = {
+    name
+    for model in (Request, ImagePrompt, TextRegion, ControlRef, LoraRef)
+    for name, field in model.model_fields.items()
+    if field.annotation in (str, str | None)
+}
+"""Fields that are texts, which a form does not tell from numbers."""
 """``quality`` → factor of the base's own number of steps."""
 
 
@@ -177,20 +187,72 @@ def _checked(model: type[Fields], values: object) -> Fields:
 
 
 def _form_values(form: FormData, queue: Queue) -> dict[str, Any]:
-    """Text parts as values; ``imprompt`` is JSON, or ``imprompt[field]`` as their client writes objects."""
+    """Text parts as values; ``imprompt`` is JSON, or in brackets as their client writes objects."""
     values: dict[str, Any] = {}
     own: dict[str, Any] = {}
-    for name, text in texts(form).items():
-        if inner := re.fullmatch(r"imprompt\[(\w+)\]", name):
-            own[inner[1]] = _scalar(text)
-        elif name == "imprompt":
-            own |= parsed(text, queue.settings)
+    for name, given in texts(form).items():
+        if name == "imprompt":
+            own |= parsed(given[-1], queue.settings)
+        elif name.startswith("imprompt["):
+            _add_bracketed(own, name, given)
         else:
-            values[name] = text
+            values[name] = given[-1]
     return {**values, "imprompt": own}
 
 
-def _scalar(text: str) -> Any:
+def _add_bracketed(own: dict[str, Any], name: str, given: list[str]) -> None:
+    """Put the values of a part such as ``imprompt[field][]`` or ``imprompt[field][][key]`` in their place.
+
+    Their client sends a list of objects key by key, so the nth value of each key is the nth object's. Raises
+    :class:`Problem` for what cannot be told apart.
+    """
+    keys = _KEY.findall(name)
+    sound = _BRACKETED.fullmatch(name) is not None and keys[0] and keys.count("") <= 1
+    if not sound:
+        raise _unclear(name)
+    values = [_scalar(text, next(filter(None, reversed(keys)))) for text in given]
+    if "" not in keys:
+        rows, inner = [own], keys
+    elif keys[-1]:
+        rows, inner = _rows(own, keys[: keys.index("")], len(values), name), keys[keys.index("") + 1 :]
+    else:
+        rows, inner, values = [own], keys[:-1], [values]
+    if len(rows) != len(values):
+        raise _unclear(name)
+    for row, value in zip(rows, values, strict=True):
+        place = _inside(row, inner[:-1], name)
+        if inner[-1] in place:
+            raise _unclear(name)
+        place[inner[-1]] = value
+
+
+def _inside(place: dict[str, Any], keys: list[str], name: str) -> dict[str, Any]:
+    """The object under ``keys``, made if it is not there."""
+    for key in keys:
+        place = place.setdefault(key, {})
+        if not isinstance(place, dict):
+            raise _unclear(name)
+    return place
+
+
+def _rows(own: dict[str, Any], keys: list[str], count: int, name: str) -> list[dict[str, Any]]:
+    """The list of objects under ``keys``, made with ``count`` of them if it is not there."""
+    rows = _inside(own, keys[:-1], name).setdefault(keys[-1], [{} for _ in range(count)])
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise _unclear(name)
+    return rows
+
+
+def _unclear(name: str) -> Problem:
+    return _wrong(
+        name[:80], "it cannot be told what this belongs to; send 'imprompt' as one part of JSON text"
+    )
+
+
+def _scalar(text: str, name: str) -> Any:
+    """What a text stands for; fields that are texts keep it, also where it looks like a number."""
+    if name in _TEXTS:
+        return text
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -230,19 +292,26 @@ async def _add_pictures(form: FormData, fields: dict[str, Any], body: Edit, queu
         source = ids.pop(0)
         mask = await asyncio.to_thread(_repainted, await masks[0].read(cap + 1), source, queue)
         fields |= {"task": "inpaint", "image": source, "mask": (await keep(queue, mask, "mask")).id}
-    fields["images"] = _image_prompts(ids, fields.get("images", []))
+    bracketed = any(name.startswith("imprompt[images]") for name in form)
+    fields["images"] = _image_prompts(ids, fields.get("images", []), each=bracketed)
     if ids and body.input_fidelity is not None:
         fields.setdefault("scale", _FIDELITY[body.input_fidelity])
 
 
-def _image_prompts(ids: list[str], options: Any) -> list[dict[str, Any]]:
-    """An image prompt for each picture, with the options that ``imprompt.images`` has for it."""
+def _image_prompts(ids: list[str], options: Any, *, each: bool) -> list[dict[str, Any]]:
+    """An image prompt for each picture, with the options that ``imprompt.images`` has for it.
+
+    ``each``: there must be options for all of them, as their client leaves empty objects out.
+    """
     if (
         not isinstance(options, list)
         or len(options) > len(ids)
         or not all(isinstance(o, dict) for o in options)
     ):
         raise _wrong("imprompt.images", "at most one object of options for each picture is expected")
+    if each and len(options) != len(ids):
+        text = "say the same options for each picture, or send 'imprompt' as one part of JSON text"
+        raise _wrong("imprompt.images", text)
     options = options + [{}] * (len(ids) - len(options))
     return [{PICTURE: name, **option} for name, option in zip(ids, options, strict=True)]
 
