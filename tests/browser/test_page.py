@@ -273,6 +273,63 @@ def test_stops_within_a_step(opening: Open) -> None:
     page.get_by_role("button", name="Draw", exact=True).wait_for()
 
 
+def test_stopping_twice_is_as_stopping_once(opening: Open) -> None:
+    page = opening()
+    sent, held = [], []
+    page.on("request", lambda request: sent.append(request.method + request.url.rpartition("/")[2]))
+    page.route("**/jobs/*", lambda route: held.append(route) if route.request.method == "DELETE" else None)
+    set_up(page, steps=150)
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.wait_for_selector("progress[value]")
+    with page.expect_request(lambda request: request.method == "DELETE"):
+        page.get_by_role("button", name="Stop").click()
+    page.locator("#generate").click()
+    held[0].continue_()
+    page.locator("#stage").get_by_text("Stopped.").wait_for()
+    page.get_by_role("button", name="Draw", exact=True).wait_for()
+    assert sent.count("POSTjobs") == 1
+    page.get_by_role("button", name="Model and adapter").click()
+    page.keyboard.press("Control+Enter")
+    assert page.locator("#generate").inner_text() == "Draw"  # not under a dialog
+
+
+def test_a_proxy_that_passes_no_events_on_hides_neither_the_picture_nor_the_stop(opening: Open) -> None:
+    page = opening()
+    page.route("**/events", lambda route: route.fulfill(status=502, body="bad gateway"))
+    set_up(page, "an owl", steps=2)
+    draw(page)
+    page.get_by_label("Steps").fill("150")
+    page.get_by_label("Steps").press("Tab")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.wait_for_selector("progress[value]")
+    page.get_by_role("button", name="Stop").click()
+    page.locator("#stage").get_by_text("Stopped.").wait_for()
+    page.get_by_role("button", name="Draw", exact=True).wait_for()
+
+
+def test_deleting_says_how_many_pictures_go_and_takes_them_out_of_the_form(
+    opening: Open, running: Running
+) -> None:
+    with running.client() as client:
+        ids = [wait(client, submit(client, seed=8, steps=1, count=n)["id"])["id"] for n in (3, 1)]
+    page = opening()
+    asked = []
+    page.on("dialog", lambda dialog: (asked.append(dialog.message), dialog.accept()))
+    for _ in ids:
+        page.locator("#gallery .tile").first.click()
+        page.wait_for_selector("img.result")
+        page.get_by_role("button", name="Use as reference").click()
+        page.locator("#references > li").wait_for()
+        page.get_by_role("button", name="Follow its shape").click()
+        page.get_by_role("button", name="Edit it").click()
+        page.get_by_role("button", name="Delete", exact=True).click()
+        page.locator("#stage .welcome").wait_for()
+        assert page.locator("#references > li, #control .card, #source .card").count() == 0
+    assert asked == ["Delete this picture?", "Delete all 3 pictures of this drawing?"]
+    with running.client() as client:
+        assert [client.get(f"/api/v1/jobs/{job}").status_code for job in ids] == [404, 404]
+
+
 def test_compares_strengths_as_a_grid(opening: Open, shot) -> None:
     page = opening()
     set_up(page, "an owl", steps=2)

@@ -40,8 +40,8 @@ export function upload(blob, name = "picture.png") {
   return call("/pictures", { method: "POST", body: form });
 }
 
-/** Submit a request; waits and tries again when the queue is full. */
-export async function submit(request, onwait) {
+/** Submit a request; waits and tries again when the queue is full, unless `signal` says that it is not wanted. */
+export async function submit(request, onwait, signal) {
   const key = crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`;
   const options = json("POST", { request });
   options.headers["Idempotency-Key"] = key;
@@ -51,31 +51,50 @@ export async function submit(request, onwait) {
     } catch (problem) {
       if (problem.status !== 429 || attempt === 20) throw problem;
       onwait?.(problem);
-      await new Promise((done) => setTimeout(done, 1000 * (problem.retryAfter ?? 2)));
+      await new Promise((done, stop) => {
+        setTimeout(done, 1000 * (problem.retryAfter ?? 2));
+        signal.addEventListener("abort", () => stop(problem));
+      });
     }
   }
 }
 
+const OVER = ["done", "failed", "cancelled"];
+
 /** Listen to a job until it is over; `on(name, data)` for each event. Resolves to the finished job. */
 export function follow(id, on) {
   return new Promise((resolve, reject) => {
-    const source = new EventSource(`/api/v1/jobs/${id}/events`);
     let lost = 0;
-    const heard = (name) => (event) => {
+    let source;
+    const heard = (name, data) => {
       lost = 0;
-      const data = JSON.parse(event.data);
       on(name, data);
-      if (["done", "failed", "cancelled"].includes(name)) {
+      if (!OVER.includes(name)) return;
+      source.close();
+      resolve(data);
+    };
+    const listen = () => {
+      source = new EventSource(`/api/v1/jobs/${id}/events`);
+      for (const name of ["queued", "step", ...OVER]) source.addEventListener(name, (event) => heard(name, JSON.parse(event.data)));
+      source.addEventListener("error", failed);
+    };
+    // It connects again by itself, also over a restart of the server, but not after an answer other than 200.
+    const failed = async () => {
+      lost += 1;
+      if (lost === 30) {
         source.close();
-        resolve(data);
+        reject(new Problem(0, { code: "offline", message: "offline" }));
+      } else if (source.readyState === EventSource.CLOSED) {
+        try {
+          const now = await job(id);
+          heard(now.state === "running" ? "step" : now.state, now);
+          if (OVER.includes(now.state)) return;
+        } catch (problem) {
+          if (problem.status && problem.status < 500) return reject(problem);
+        }
+        setTimeout(listen, 1000);
       }
     };
-    for (const name of ["queued", "step", "done", "failed", "cancelled"]) source.addEventListener(name, heard(name));
-    source.addEventListener("error", () => {
-      lost += 1;
-      if (lost < 30) return; // it connects again by itself, also over a restart of the server
-      source.close();
-      reject(new Problem(0, { code: "offline", message: "offline" }));
-    });
+    listen();
   });
 }

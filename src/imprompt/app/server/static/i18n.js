@@ -104,6 +104,7 @@ const WORDS = {
   download: ["Download", "下载"],
   delete: ["Delete", "删除"],
   deleteSure: ["Delete this picture?", "删除这张图片？"],
+  deleteAllSure: ["Delete all {count} pictures of this drawing?", "删除这次绘制的全部 {count} 张图片？"],
   open: ["Show", "查看"],
   close: ["Close", "关闭"],
   back: ["Back", "返回"],

@@ -6,7 +6,7 @@ import * as gallery from "./gallery.js";
 import { language, switchLanguage, t, translate } from "./i18n.js";
 import { openModels, render, setTask } from "./look.js";
 import { addReference, draggedPicture, setControl, setSource, take, tell } from "./references.js";
-import { change, fromRequest, loadDraft, newReference, offered, onchange, settings, toRequest } from "./settings.js";
+import { change, dropPictures, fromRequest, loadDraft, newReference, offered, onchange, settings, toRequest } from "./settings.js";
 import * as stage from "./stage.js";
 
 const SWEEP = [0, 0.25, 0.5, 0.75, 1];
@@ -119,7 +119,9 @@ const actions = {
       stage.compare({ url: picture.url, name }, { url: job.pictures[place].url, name: job.request.prompt || t("withoutWords") }, back);
     };
   },
-  forgotten: async () => {
+  forgotten: async (job) => {
+    dropPictures(job.pictures.map((picture) => picture.id));
+    render();
     await gallery.load();
     showWelcome();
   },
@@ -220,8 +222,9 @@ async function begin() {
   $("theme").addEventListener("click", nextTheme);
   $("language").addEventListener("click", () => { switchLanguage(); renderAll(); if (!stage.isRunning()) showWelcome(); });
   document.addEventListener("keydown", (event) => {
+    if (document.querySelector("dialog[open]")) return;
     if ((event.ctrlKey || event.metaKey) && event.key === "Enter") { event.preventDefault(); generate(); }
-    if (event.key === "Escape" && stage.isRunning() && !document.querySelector("dialog[open]")) stage.stop();
+    if (event.key === "Escape" && stage.isRunning()) stage.stop();
   });
   setUpDropping();
   document.documentElement.dataset.ready = "true";

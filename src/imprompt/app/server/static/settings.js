@@ -39,6 +39,18 @@ export function newReference(picture) {
   return { pictures: [picture], scale: null, take: "everything", start: 0, end: 1, mask: null, avoid: false, extra: {} };
 }
 
+/** Take pictures that are not on the server any more out of the form. */
+export function dropPictures(ids) {
+  const kept = (picture) => (picture && !ids.includes(picture.id) ? picture : null);
+  settings.references = settings.references
+    .map((reference) => ({ ...reference, pictures: reference.pictures.filter(kept), mask: kept(reference.mask) }))
+    .filter((reference) => reference.pictures.length);
+  settings.source = kept(settings.source);
+  settings.mask = settings.source && kept(settings.mask);
+  if (settings.control && !kept(settings.control.picture)) settings.control = null;
+  changed();
+}
+
 export const baseRow = () => {
   const { bases, base } = offered.capabilities;
   return bases.find((row) => row.name === (settings.base ?? base)) ?? bases[0];

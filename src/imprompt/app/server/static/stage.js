@@ -7,9 +7,10 @@ import { tell } from "./references.js";
 
 const RUN = "imprompt.run";
 
-/** Cells of the present run: `{ label, job, state, element }`; and whether it is still going on. */
+/** Cells of the present run: `{ label, job, state, element }`; whether it is still going on, and who stops it. */
 let cells = [];
 let running = false;
+let stopper = null;
 let actions = null; // what can be done with a finished picture, set by main.js
 let onstate = () => {};
 
@@ -43,12 +44,13 @@ export async function draw(wanted) {
   begin();
   const jobs = await Promise.all(wanted.map(async ({ request }, place) => {
     try {
-      const job = await submit(request, () => progress(cells[place], t("busy")));
+      const job = await submit(request, () => progress(cells[place], t("busy")), stopper.signal);
       cells[place].job = job;
-      if (!running) cancel(job.id).catch(() => {}); // stopped before it was accepted
+      if (stopper.signal.aborted) cancelled(job); // stopped before it was accepted
       return job;
     } catch (problem) {
-      failed(cells[place], problem);
+      if (stopper.signal.aborted) stopped(cells[place]);
+      else failed(cells[place], problem);
       return null;
     }
   }));
@@ -63,7 +65,7 @@ export async function resume() {
     kept = JSON.parse(localStorage.getItem(RUN) ?? "[]");
   } catch { /* nothing kept */ }
   const jobs = await Promise.all(kept.map(({ id }) => jobState(id).catch(() => null)));
-  if (!jobs.some((job) => job && ["queued", "running"].includes(job.state))) return false;
+  if (running || !jobs.some((job) => job && ["queued", "running"].includes(job.state))) return false;
   cells = kept.map(({ label }, place) => ({ label, job: jobs[place], pictures: [] }));
   begin();
   await listen(jobs);
@@ -102,6 +104,7 @@ async function watch(cell, job) {
 
 function begin() {
   running = true;
+  stopper = new AbortController();
   onstate(true, false);
   for (const cell of cells) {
     cell.image = h("img", { alt: "", class: "preview", hidden: true });
@@ -143,11 +146,21 @@ function stopped(cell) {
   cell.element.replaceChildren(h("div", { class: "frame empty" }, icon("x")), h("figcaption", {}, t("cancelled")));
 }
 
+/** Stop the present run; it is over when the server says so of each of its jobs. */
 export async function stop() {
-  running = false;
-  await Promise.all(cells.filter((cell) => cell.job && !cell.pictures.length).map((cell) => cancel(cell.job.id).catch((problem) => {
-    if (problem.code !== "finished") tell(problem);
-  })));
+  if (stopper.signal.aborted) return;
+  stopper.abort();
+  await Promise.all(cells.filter((cell) => cell.job && !cell.pictures.length).map((cell) => cancelled(cell.job)));
+}
+
+async function cancelled(job) {
+  try {
+    await cancel(job.id);
+  } catch (problem) {
+    if (problem.code === "finished") return;
+    tell(problem);
+    stopper = new AbortController(); // it goes on, and can be stopped again
+  }
 }
 
 // ---- one picture
@@ -180,7 +193,8 @@ export function show(job, place = 0) {
       action("compare", "compareWith", () => actions.compareWith(picture, title(job), () => show(job, place))),
       h("a", { class: "button quiet", href: picture.url, download: `imprompt-${job.id.slice(0, 8)}-${place + 1}` }, icon("download"), t("download")),
       action("trash", "delete", async () => {
-        if (!confirm(t("deleteSure"))) return;
+        const count = job.pictures.length;
+        if (!confirm(t(count > 1 ? "deleteAllSure" : "deleteSure", { count }))) return;
         try {
           await forget(job.id);
           actions.forgotten(job);
