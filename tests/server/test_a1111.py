@@ -18,7 +18,7 @@ from imprompt.app.server.a1111 import TextToImage, guidance_fields
 from imprompt.app.server.bases import served
 from imprompt.app.server.problems import Problem
 from imprompt.app.server.settings import Settings
-from serving import STEPS, Running, mask, picture, start
+from serving import STEPS, Running, encoded, mask, picture, start
 
 SMALL = {"steps": STEPS, "width": 128, "height": 128, "seed": 9}
 
@@ -115,6 +115,9 @@ def test_png_info_reads_what_was_drawn(theirs: webuiapi.WebUIApi) -> None:
     assert "Seed: 9" in theirs.png_info(drawn).info
 
 
+SHOWN = base64.b64encode(picture()).decode()
+
+
 def units(**unit: object) -> dict[str, object]:
     return {"alwayson_scripts": {"ControlNet": {"args": [unit]}}}
 
@@ -129,12 +132,82 @@ def units(**unit: object) -> dict[str, object]:
         (units(module="ip-adapter-auto", ipadapter_input=["gASV"]), "ipadapter_input"),
         (units(module="canny", image="http://x/y.png"), "image"),
         ({"prompt": "a cat <lora:nobody:1>"}, "loras.path"),
+        (units(module="ip-adapter_clip_sd15", model="nonexistent", image=SHOWN), "model"),
+        (units(module="canny", image=SHOWN, resize_mode="nonsense"), "resize_mode"),
+        (units(module="canny", image=SHOWN, control_mode=2), "control_mode"),
+        (units(module="canny", image=SHOWN, threshold_a=20), "threshold_a"),
+        (units(module="canny", image=SHOWN, processor_res=300), "processor_res"),
+        (units(module="canny", image=SHOWN, mask=SHOWN), "mask"),
+        (units(weight="much"), "alwayson_scripts.controlnet.args.0.weight"),
+        ({"override_settings": {"CLIP_stop_at_last_layers": 2}}, "CLIP_stop_at_last_layers"),
+        ({"sampler_name": "DPM++ 2M", "scheduler": "exponential"}, "scheduler"),
+        ({"sampler_name": "Euler", "scheduler": "karras"}, "scheduler"),
+        ({"scheduler": "nonsense"}, "scheduler"),
+        ({"alwayson_scripts": {"x": {"args": {"a": 1}}}}, "alwayson_scripts.x"),
+        ({"alwayson_scripts": {"x": {"args": 5}}}, "alwayson_scripts.x"),
+        ({"alwayson_scripts": {"controlnet": 5}}, "alwayson_scripts.controlnet"),
+        ({"batch_size": -1, "n_iter": -2}, "batch_size"),
     ],
 )
 def test_what_is_not_here_is_refused(client: httpx.Client, change: dict, field: str) -> None:
     answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a cat", **SMALL, **change})
     assert answer.status_code in (404, 422)
     assert answer.json()["field"] == field
+
+
+def test_what_their_programs_send_unasked_is_accepted(client: httpx.Client) -> None:
+    pytest.importorskip("cv2")
+    unit = {"module": "canny", "image": SHOWN, "control_mode": "Balanced", "threshold_a": 100, "mask": None}
+    unset = {
+        "scheduler": "Automatic",
+        "override_settings": {"CLIP_stop_at_last_layers": 1},
+        "sampler_name": None,
+    }
+    for more in (
+        unset,
+        {"scheduler": "Use same scheduler", "sampler_name": "Euler"},
+        {
+            "scheduler": "Karras",
+            "sampler_name": "DPM++ 2M",
+            **units(**unit, processor_res=512, threshold_b=64),
+        },
+    ):
+        answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a cat", **SMALL, "steps": 1, **more})
+        assert answer.status_code == 200, answer.text
+
+
+def test_a_picture_of_other_proportions_is_squashed_cropped_or_filled_up(client: httpx.Client) -> None:
+    pytest.importorskip("cv2")
+    long = base64.b64encode(picture(size=(384, 128))).decode()
+    drawn = {}
+    for mode in (None, 0, 1, 2):
+        body = {"prompt": "a star", "init_images": [long], "resize_mode": mode, **SMALL}
+        drawn[mode] = client.post("/sdapi/v1/img2img", json=body).json()["images"][0]
+        unit = units(module="canny", image=long, resize_mode=mode)
+        body = {"prompt": "a star", **SMALL, **unit}
+        drawn["unit", mode] = client.post("/sdapi/v1/txt2img", json=body).json()["images"][0]
+    assert drawn[None] == drawn[0]  # theirs
+    assert drawn["unit", None] == drawn["unit", 1]
+    assert len(set(drawn.values())) == 6
+    latent = {"prompt": "a star", "init_images": [long], "resize_mode": 3, **SMALL}
+    assert client.post("/sdapi/v1/img2img", json=latent).json()["field"] == "resize_mode"
+
+
+def test_a_mask_goes_with_its_squashed_picture(client: httpx.Client) -> None:
+    long, where = picture("green", (256, 128)), encoded(mask((256, 128)))
+    sent = [base64.b64encode(content).decode() for content in (long, where)]
+    body = {"prompt": "a star", "init_images": sent[:1], "mask": sent[1], "mask_blur": 0, **SMALL}
+    answer = client.post("/sdapi/v1/img2img", json=body)
+    drawn = opened(base64.b64decode(answer.json()["images"][0])).convert("RGB")
+    source = opened(long).resize((128, 128), Image.Resampling.LANCZOS)
+    assert drawn.crop((0, 0, 30, 128)).tobytes() == source.crop((0, 0, 30, 128)).tobytes()
+
+
+def test_a_wrong_strength_is_told_by_the_name_it_was_sent_under(client: httpx.Client) -> None:
+    body = {"prompt": "a star", "init_images": [SHOWN], **SMALL, "steps": 4, "denoising_strength": 0.05}
+    answer = client.post("/sdapi/v1/img2img", json=body)
+    assert (answer.status_code, answer.json()["field"]) == (400, "denoising_strength")
+    assert answer.json()["detail"].startswith("denoising_strength: ")
 
 
 @pytest.mark.parametrize(

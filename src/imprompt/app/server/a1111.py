@@ -17,7 +17,7 @@ from fastapi import Request as HTTPRequest
 from PIL import Image, ImageFilter, ImageOps
 from pydantic import BaseModel, Field
 
-from imprompt.app.server.a1111_units import MODULES, read_units
+from imprompt.app.server.a1111_units import FRAMINGS, MODULES, framed, looked_up, read_units
 from imprompt.app.server.bases import Served, served
 from imprompt.app.server.bodies import Body, checked, decoded_picture, described, json_body
 from imprompt.app.server.capabilities import capabilities, offered_bases
@@ -44,6 +44,7 @@ SAMPLERS = {
 }  # fmt: skip
 """Their name of a sampler → ours."""
 SCHEDULERS = ("automatic", "uniform", "karras")
+_ANY_SCHEDULER = ("", "automatic", "use same scheduler", "uniform")
 _LORA = re.compile(r"<lora:([^:>]+)(?::([-+0-9.]+))?(?::[^>]*)?>")
 _REFUSED = {
     "enable_hr": "a second pass at a larger size",
@@ -56,6 +57,8 @@ _REFUSED = {
 }
 """Fields that would change the picture and have no counterpart."""
 _SCRIPTS = {"controlnet", "controlnet m2m"}
+_THEIR_FIELDS = {"strength": "denoising_strength"}
+"""Fields of a request that can be wrong beside others, by the names that clients sent."""
 
 
 class ErrorAnswer(BaseModel):
@@ -87,10 +90,10 @@ class TextToImage(Body):
     """7 if left out; 1 on FLUX bases."""
     distilled_cfg_scale: float | None = None
     """Forge's: the guidance that FLUX bases take as an input; others have none."""
-    batch_size: int = 1
-    n_iter: int = 1
-    width: int = 512
-    height: int = 512
+    batch_size: int = Field(default=1, ge=1)
+    n_iter: int = Field(default=1, ge=1)
+    width: int = Field(default=512, ge=1)
+    height: int = Field(default=512, ge=1)
     sampler_name: str | None = None
     sampler_index: str | None = None
     scheduler: str = "automatic"
@@ -105,6 +108,7 @@ class ImageToImage(TextToImage):
     init_images: list[Any] = Field(min_length=1, max_length=1)
     """One picture in base64."""
     denoising_strength: float = 0.75
+    resize_mode: str | int = 0
     mask: str | None = None
     mask_blur: float = Field(default=4.0, ge=0)
     inpainting_mask_invert: bool = False
@@ -144,10 +148,13 @@ async def img2img(http: HTTPRequest, queue: QueueHere) -> dict[str, Any]:
     body = checked(ImageToImage, values)
     fields = await _fields(values, body, http, queue)
     source = await keep_encoded(queue, body.init_images[0], "init_images")
-    fields |= {"task": "edit", "image": source.id, "strength": max(body.denoising_strength, 0.01)}
+    size, framing = (body.width, body.height), looked_up("resize_mode", str(body.resize_mode), FRAMINGS)
+    fields |= {"task": "edit", "strength": max(body.denoising_strength, 0.01)}
+    fields["image"] = await framed(queue, source, size, framing, "init_images")
     if body.mask:
-        mask = await asyncio.to_thread(_mask, body, source.id, queue)
-        fields |= {"task": "inpaint", "mask": (await keep(queue, mask, "mask")).id}
+        content = await asyncio.to_thread(_mask, body, source.id, queue)
+        mask = await framed(queue, await keep(queue, content, "mask"), size, framing, "mask")
+        fields |= {"task": "inpaint", "mask": mask}
     return await _answer(http, queue, values, body, fields)
 
 
@@ -170,7 +177,8 @@ async def _fields(
     }
     if body.seed >= 0:
         fields["seed"] = body.seed
-    return fields | guidance_fields(body, base) | await read_units(body.alwayson_scripts, queue)
+    units = await read_units(body.alwayson_scripts, queue, (body.width, body.height))
+    return fields | guidance_fields(body, base) | units
 
 
 def guidance_fields(body: TextToImage, base: Served) -> dict[str, Any]:
@@ -188,8 +196,14 @@ def _check_supported(values: Mapping[str, Any], body: TextToImage) -> None:
     for name, what in _REFUSED.items():
         if values.get(name):
             raise refused(name, f"{what} are not part of this server.", "not_supported")
+    if body.override_settings.get("CLIP_stop_at_last_layers") not in (None, 0, 1):
+        raise refused(
+            "CLIP_stop_at_last_layers", "skipping layers is not part of this server.", "not_supported"
+        )
     for name, script in body.alwayson_scripts.items():
-        arguments = script.get("args") if isinstance(script, dict) else None
+        arguments = script.get("args") or [] if isinstance(script, dict) else None
+        if not isinstance(arguments, list):
+            raise refused(f"alwayson_scripts.{name[:60]}", "an object with a list 'args' is expected.")
         if name.lower() not in _SCRIPTS and arguments and arguments[0]:
             raise refused("alwayson_scripts", f"'{name[:60]}' is not part of this server.", "not_supported")
 
@@ -213,15 +227,23 @@ def _chosen_base(http: HTTPRequest) -> str:
 def _scheduler(body: TextToImage, base: Served) -> str | None:
     """Our scheduler for their sampler and scheduler. Raises :class:`Problem` for one that is not here."""
     name = body.sampler_name or body.sampler_index
-    if not name:
+    found = _sampler(name) if name else None
+    karras = body.scheduler.lower() == "karras" and found in ("dpm++2m", "dpm++2m-karras")
+    simple = body.scheduler.lower() == "simple" and base.flows  # what Forge calls a flow base's own
+    if not (karras or simple or body.scheduler.lower() in _ANY_SCHEDULER):
+        text = f"'{body.scheduler[:60]}' is not here for this sampler; send 'Automatic'"
+        raise refused("scheduler", f"{text}, or 'Karras' with DPM++ 2M.", "not_supported")
+    if found == "euler" and base.flows:
         return None
+    return "dpm++2m-karras" if karras else found
+
+
+def _sampler(name: str) -> str:
     known = {theirs.lower(): ours for theirs, ours in SAMPLERS.items()}
     found = known.get(name.lower())
     if found is None:
         raise refused("sampler_name", f"'{name[:60]}' is not here.", "sampler_not_found", 404)
-    if found == "euler" and base.flows:
-        return None
-    return "dpm++2m-karras" if found == "dpm++2m" and body.scheduler.lower() == "karras" else found
+    return found
 
 
 def _mask(body: ImageToImage, source: str, queue: Queue) -> bytes:
@@ -245,7 +267,13 @@ def _mask(body: ImageToImage, source: str, queue: Queue) -> bytes:
 async def _answer(
     http: HTTPRequest, queue: Queue, values: Mapping[str, Any], body: TextToImage, fields: dict[str, Any]
 ) -> dict[str, Any]:
-    job = await drawn(queue, http, await checked_request(queue, fields), previews=True)
+    try:
+        job = await drawn(queue, http, await checked_request(queue, fields), previews=True)
+    except Problem as problem:
+        if problem.field in _THEIR_FIELDS:
+            ours, problem.field = problem.field, _THEIR_FIELDS[problem.field]
+            problem.message = problem.field + problem.message.removeprefix(ours)
+        raise
     files = await contents(queue, job.pictures)
     base = await served(job.request.base, queue.settings)
     large = ("init_images", "mask", "alwayson_scripts")
