@@ -101,3 +101,29 @@ def test_an_id_that_leaves_the_folder_fails_alone(tmp_path: Path) -> None:
     assert main(["batch", str(file), "-o", str(tmp_path / "out")]) == 1
     assert not (tmp_path / "evil.png").exists()
     assert (tmp_path / "out" / "good.png").exists()
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path, capsys) -> None:
+    file = jobs(tmp_path, {"prompt": "a cat"})
+    assert main(["batch", str(file), "-o", str(file)]) == 2
+    assert "--output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("files", [None, 5, ["gone.png"]])
+def test_a_manifest_that_names_no_files_is_drawn_again(tmp_path: Path, files: object) -> None:
+    file, out = jobs(tmp_path, {"prompt": "a cat", "steps": 1, "size": [64, 64]}), tmp_path / "out"
+    assert main(["batch", str(file), "-o", str(out)]) == 0
+    entry = {**manifest(out)[0], "files": files}
+    (out / "manifest.jsonl").write_text(json.dumps(entry) + "\n")
+    assert main(["batch", str(file), "-o", str(out)]) == 0
+    assert manifest(out)[-1]["files"] == ["000001.png"]
+
+
+@pytest.mark.parametrize(("rank", "size"), [("5", "2"), ("2", "2"), ("one", "2"), ("0", "0"), ("-1", "2")])
+def test_ranks_that_are_no_part_are_refused(rank: str, size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(UsageError, match="--shard auto: RANK"):
+        read_shard("auto")

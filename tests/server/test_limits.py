@@ -1,5 +1,6 @@
 """What strangers and broken programs send: the documented answer, nothing lost, and the next job is fine."""
 
+import hashlib
 import io
 import json
 import shutil
@@ -18,9 +19,12 @@ import httpx
 import pytest
 from PIL import Image
 
+from imprompt.app.cli import main
+from imprompt.app.server import messages as say
 from imprompt.app.server.settings import Limits, Settings
+from imprompt.app.server.store import Store
 from imprompt.errors import UsageError
-from serving import Running, picture, start, submit, upload, wait
+from serving import Running, free_port, picture, start, submit, upload, wait
 
 JSON = {"Content-Type": "application/json"}
 JOB = {"request": {"prompt": "a cat", "steps": 2, "seed": 1}}
@@ -279,6 +283,8 @@ def test_other_addresses_need_a_token(tmp_path: Path) -> None:
     ("wrong", "says"),
     [
         ({"port": 99_999}, "--port"), ({"port": -1}, "--port"), ({"base": "/models/mine"}, "--model NAME"),
+        ({"devices": ("foo",)}, "--device"), ({"dtype": "float7"}, "--dtype"),
+        ({"token": "schlüssel1"}, "--token"),
         ({"limits": Limits(batch=0)}, "--batch"), ({"limits": Limits(queue=-1)}, "--queue"),
     ],
 )  # fmt: skip
@@ -367,3 +373,102 @@ def test_a_full_disk_accepts_nothing_and_loses_nothing(
         running.stop()
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def fill(path: Path) -> None:
+    """Write until the disk is full."""
+    with path.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"0" * 4096)
+
+
+def test_a_full_disk_is_read_and_freed(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)]
+    if subprocess.run(mounting, check=False).returncode:
+        pytest.skip("mounting a small disk needs more rights")
+    try:
+        store = Store(disk, stored_bytes=2**30)
+        stream = io.BytesIO()
+        Image.effect_noise((250, 250), 80).save(stream, "PNG")
+        drawn, shown = store.keep(stream.getvalue()), store.keep(picture())
+        store.add("job", "me", None, "{}", {})
+        store.update("job", "done", 1, {"pictures": [{"id": drawn.id}]}, [drawn])
+        with pytest.raises(OSError, match="No space"):
+            fill(disk / "full")
+        for _ in range(50):
+            assert store.find(shown.id) == shown
+        store.forget("job")
+        assert store.job("job") is None
+        assert store.find(drawn.id) is None
+        store.close()
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_what_an_ended_server_left_half_done_is_swept_away(
+    starting: Callable[..., Running], tmp_path: Path
+) -> None:
+    folder = tmp_path / "server"
+    orphan, other = folder / "pictures" / "ab" / ("ab" * 32), folder / "pictures" / "ab" / "notes.txt"
+    half = folder / "scratch" / "imprompt-1" / "picture.png"
+    for path in (orphan, other, half):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    starting(ready=False, devices=())
+    assert [path.exists() for path in (orphan, other, half)] == [False, True, False]
+
+
+def test_a_picture_drawn_for_a_cancelled_job_is_not_kept(client: httpx.Client, running: Running) -> None:
+    """Cancelled in the moment in which its worker has told of its picture."""
+    job = submit(client, seed=4242, steps=1)["id"]
+    content = picture("pink")
+    place = running.queue.store.path(hashlib.sha256(content).hexdigest())
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(content)
+    wait(client, job)
+    late = say.Drawn(job, ({"id": place.name},), "{}", (), {}, 1)
+    for message in (late, say.Free(0, 0, 0)):
+        running.loop.call_soon_threadsafe(running.queue.workers[0]._received, message)
+    wait(client, submit(client, seed=4243, steps=1)["id"])
+    assert not place.exists()
+
+
+@pytest.mark.parametrize("spoil", ["used", "file", "noise"])
+def test_a_folder_that_cannot_be_used_is_told_in_a_line(tmp_path: Path, spoil: str, capsys) -> None:
+    folder = tmp_path / "server"
+    if spoil == "file":
+        folder.write_text("x")
+    else:
+        folder.mkdir()
+        if spoil == "noise":
+            (folder / "journal.sqlite").write_bytes(b"no database" * 500)
+    first = Store(folder, stored_bytes=1) if spoil == "used" else None
+    command = ["serve", "--folder", str(folder), "--port", str(free_port()), "--device", "cpu"]
+    assert main(command) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1].startswith("imprompt: error: ")
+    assert "--folder" in told[-1]
+    if first is not None:
+        first.close()
+
+
+def test_a_worker_without_its_base_is_not_ready(starting: Callable[..., Running], tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    running = starting(ready=False, base="mine", bases={"mine": str(empty)}, devices=("cpu",))
+    with running.client() as client:
+        job = wait(client, submit(client)["id"])  # is told what is wrong
+        assert job["state"] == "failed"
+        assert client.get("/readyz").status_code == 503
+
+
+def test_the_page_is_asked_for_its_head_and_known_files_are_not_sent_again(quick: Running) -> None:
+    with quick.client() as client:
+        assert client.head("/healthz").status_code == 200
+        page = client.head("/")
+        assert (page.status_code, page.content) == (200, b"")
+        known = {"If-None-Match": f'"other", W/{page.headers["etag"]}'}
+        assert client.get("/", headers=known).status_code == 304
+        assert client.get("/", headers={"If-None-Match": '"other"'}).status_code == 200

@@ -133,6 +133,9 @@ def test_errors_are_theirs(theirs: openai.OpenAI) -> None:
     with pytest.raises(openai.UnprocessableEntityError) as wrong:
         theirs.images.generate(prompt="a cat", extra_body={"imprompt": {"steps": -1}})
     assert "steps" in str(wrong.value)
+    with pytest.raises(openai.BadRequestError) as moving:
+        theirs.images.generate(prompt="a cat", extra_body={"imprompt": {"task": "animate", **SMALL}})
+    assert moving.value.param == "imprompt.task"
     with pytest.raises(openai.BadRequestError) as opaque:
         theirs.images.edit(image=named(picture()), mask=named(picture()), prompt="x")
     assert opaque.value.param == "mask"

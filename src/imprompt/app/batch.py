@@ -79,7 +79,10 @@ def run(args: argparse.Namespace) -> int:
     _check_ids(jobs)
     drawer = Drawer(source.parent, folder, args.format)
     part = [drawer.checked(job) for job in jobs[index::count]]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output '{args.output}': this cannot be a folder ({error.strerror}).") from error
     name = "manifest.jsonl" if count == 1 else f"manifest-{index + 1}-of-{count}.jsonl"
     done = read_manifests(folder)
     left = [job for job in part if not _is_done(job, done.get(job.id), folder)]
@@ -105,12 +108,21 @@ def read_shard(text: str | None) -> tuple[int, int]:
     if text == "auto":
         for rank, size in _RANKS:
             if rank in os.environ and size in os.environ:
-                return int(os.environ[rank]), int(os.environ[size])
+                return _read_rank(rank, size)
         raise UsageError("--shard auto: neither SLURM nor torchrun has started this process; say I/N.")
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise UsageError(f"--shard '{text}': I/N is expected, such as 1/8, counted from 1.")
     return int(match[1]) - 1, int(match[2])
+
+
+def _read_rank(rank: str, size: str) -> tuple[int, int]:
+    index, count = os.environ[rank], os.environ[size]
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise UsageError(
+            f"--shard auto: {rank}={index} of {size}={count} is no part of a whole; mend them, or say I/N."
+        )
+    return int(index), int(count)
 
 
 def read_jobs(source: Path, device: str | None = None) -> Iterator[Job]:
@@ -162,7 +174,8 @@ def read_manifests(folder: Path) -> dict[str, Mapping[str, Any]]:
 def _is_done(job: Job, entry: Mapping[str, Any] | None, folder: Path) -> bool:
     if entry is None or entry.get("digest") != job.digest:
         return False
-    return all((folder / name).exists() for name in entry.get("files", ()))
+    files = entry.get("files")
+    return isinstance(files, list) and all((folder / str(name)).exists() for name in files)
 
 
 # ---- drawing

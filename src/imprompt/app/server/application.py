@@ -37,14 +37,14 @@ _TYPES = {
 def create_app(settings: Settings) -> FastAPI:
     """The server as an ASGI application; its workers start and end with its lifespan.
 
-    Raises :class:`~imprompt.errors.UsageError` for settings that would serve strangers without a token.
+    Raises :class:`~imprompt.errors.UsageError` for settings that would serve strangers without a token, and
+    for a folder that cannot be used.
     """
     settings.check()
+    store = Store(settings.folder, stored_bytes=settings.limits.stored_bytes)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        settings.folder.mkdir(parents=True, exist_ok=True)
-        store = Store(settings.folder, stored_bytes=settings.limits.stored_bytes)
         metrics = Metrics()
         app.state.queue = queue = Queue(settings, store, metrics)
         metrics.watch(queue)
@@ -87,6 +87,7 @@ def error_body(path: str, problem: Problem) -> dict[str, Any]:
 
 
 def _add_plain_routes(app: FastAPI) -> None:
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", tags=["health"])
     async def healthz() -> dict[str, str]:
         """The server runs."""
@@ -110,13 +111,17 @@ def _add_page(app: FastAPI) -> None:
     """The page's files; only those that are there when the server starts."""
     files = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*") if path.is_file()}
 
-    @app.get("/", include_in_schema=False)
-    @app.get("/static/{name:path}", include_in_schema=False)
-    async def page(name: str = "index.html") -> Response:
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.api_route("/static/{name:path}", methods=["GET", "HEAD"], include_in_schema=False)
+    async def page(http: HTTPRequest, name: str = "index.html") -> Response:
         if name not in files:
             raise Problem(404, "not_found", "there is no such page.")
         path = files[name]
-        return FileResponse(path, media_type=_TYPES[path.suffix], headers={"Cache-Control": "no-cache"})
+        headers = {"Cache-Control": "no-cache"}
+        found = FileResponse(path, media_type=_TYPES[path.suffix], headers=headers, stat_result=path.stat())
+        headers["ETag"] = found.headers["etag"]
+        known = http.headers.get("if-none-match", "").replace("W/", "").split(",")
+        return Response(None, 304, headers) if headers["ETag"] in map(str.strip, known) else found
 
 
 def _add_errors(app: FastAPI) -> None:

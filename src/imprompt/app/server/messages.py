@@ -54,9 +54,11 @@ class Stop:
 
 @dataclass(frozen=True)
 class Ready:
-    """From a worker: it has loaded its base and waits for jobs."""
+    """From a worker: it waits for jobs."""
 
     device: str
+    loaded: bool
+    """Whether it could load its base."""
 
 
 @dataclass(frozen=True)

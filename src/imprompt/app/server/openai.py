@@ -142,7 +142,7 @@ def error_body(problem: Problem) -> dict[str, Any]:
 async def generations(http: HTTPRequest, queue: QueueHere) -> Response:
     """Draw pictures from a text."""
     body = _checked(Generation, await json_body(http, queue.settings))
-    request = await checked_request(queue, await _fields(body, queue))
+    request = await _request(queue, await _fields(body, queue))
     return await _answer(http, queue, body, request, "image_generation")
 
 
@@ -159,7 +159,7 @@ async def edits(http: HTTPRequest, queue: QueueHere) -> Response:
         await _add_pictures(form, fields, body, queue)
     finally:
         await form.close()
-    request = await checked_request(queue, fields)
+    request = await _request(queue, fields)
     return await _answer(http, queue, body, request, "image_edit")
 
 
@@ -270,6 +270,14 @@ async def _fields(body: Generation, queue: Queue) -> dict[str, Any]:
         own = (await served(base, queue.settings)).steps
         fields["steps"] = max(1, round(own * _EFFORT[body.quality]))
     return fields | body.imprompt
+
+
+async def _request(queue: Queue, fields: dict[str, Any]) -> Request:
+    """A request that draws pictures. Raises :class:`Problem`."""
+    request = await checked_request(queue, fields)
+    if request.task == "animate":
+        raise _wrong("imprompt.task", "clips are not part of this API; ask /api/v1/jobs for them")
+    return request
 
 
 def _base(name: str | None, queue: Queue) -> str:

@@ -11,9 +11,9 @@ import json
 import logging
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from imprompt.app.server import messages as say
 from imprompt.app.server.jobs import Job, State, work_of
@@ -56,6 +56,8 @@ class Queue:
         self._writes: set[asyncio.Task[None]] = set()
         self._accepting: Counter[str] = Counter()
         """Client → jobs of theirs that are being journaled; they count as waiting."""
+        self._unwanted: list[str] = []
+        """Pictures that were drawn for jobs that had been cancelled."""
         self._rate: float | None = None
         """Seconds for a million pixel-steps, as lately measured."""
 
@@ -63,6 +65,7 @@ class Queue:
 
     async def start(self) -> None:
         """Take up what an earlier server left, and start the workers."""
+        await self.blocking(self.store.sweep)
         for row in await self.blocking(self.store.unfinished):
             job = Job.restored(row)
             self._active[job.id] = job
@@ -121,7 +124,7 @@ class Queue:
     @property
     def ready(self) -> bool:
         """Whether a worker has loaded its base."""
-        return any(worker.ready for worker in self.workers) and not self.draining
+        return any(worker.ready and worker.loaded for worker in self.workers) and not self.draining
 
     @property
     def waiting(self) -> int:
@@ -282,6 +285,7 @@ class Queue:
     def _heard(self, worker: Worker, message: object) -> None:
         """A worker said something."""
         if isinstance(message, say.Ready | say.Free):
+            self._discard()
             self._assign()
         elif not isinstance(message, say.Answer):
             log.error("a worker said %r", message)
@@ -296,6 +300,14 @@ class Queue:
                     self._end(job, "failed", error=error)
                 case say.Cancelled():
                     self._end(job, "cancelled")
+        elif isinstance(message, say.Drawn):
+            self._unwanted += [picture["id"] for picture in message.pictures]
+
+    def _discard(self) -> None:
+        """Delete what nobody wanted, once no worker may be telling of the same pictures for another job."""
+        if self._unwanted and not any(worker.jobs for worker in self.workers):
+            pictures, self._unwanted = self._unwanted, []
+            self._write(self.blocking(self.store.discard, pictures))
 
     def _running(self, identity: str) -> Job | None:
         job = self._active.get(identity)
@@ -368,7 +380,10 @@ class Queue:
             if then is not None:
                 then()
 
-        task = asyncio.get_running_loop().create_task(write())
+        self._write(write())
+
+    def _write(self, writing: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(writing)
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
 

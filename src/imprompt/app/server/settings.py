@@ -7,6 +7,7 @@ from pathlib import Path
 
 from imprompt import catalog
 from imprompt.errors import UsageError
+from imprompt.schema.request import Request
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Settings:
         return frozenset(name.lower() for name in own)
 
     def check(self) -> None:
-        """Raises :class:`UsageError` for an open address without a token, for numbers out of range, and for a
+        """Raises :class:`UsageError` for an open address without a token, for values out of range, and for a
         base that is not offered."""
         if not self.loopback and self.token is None:
             raise UsageError(
@@ -102,6 +103,14 @@ class Settings:
             )
         if self.token is not None and len(self.token) < 8:
             raise UsageError("--token: give at least 8 characters.")
+        if self.token is not None and not (self.token.isascii() and self.token.isprintable()):
+            raise UsageError("--token: headers carry ASCII only; give letters, digits and signs of ASCII.")
+        for device in self.devices:
+            fields = {"prompt": "any", "device": device, "dtype": self.dtype, "offload": self.offload}
+            try:
+                Request.from_mapping(fields)
+            except UsageError as error:
+                raise UsageError(f"--{error}") from error
         if not 0 <= self.port <= 65535:
             raise UsageError(f"--port {self.port}: a number from 0 to 65535 is expected.")
         for name, least in (("queue", 0), ("batch", 1)):  # a queue of 0 refuses all jobs

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import sqlite3
 import tempfile
 import time
@@ -24,12 +25,14 @@ from PIL import Image
 from imprompt.app.server.problems import Problem
 from imprompt.encoders.images import MAX_FRAMES, as_bytes, frame_count, load_image
 from imprompt.encoders.video import container_of, read_video
-from imprompt.errors import ImpromptError, InputError
+from imprompt.errors import ImpromptError, InputError, UsageError
 from imprompt.io import write_atomic
 from imprompt.output import Record, read_record
 from imprompt.schema.request import Request
 
 ID = re.compile(r"[0-9a-f]{64}")
+SCRATCH = "imprompt-"
+"""Begins the names of folders for files that are being written."""
 THUMBNAIL = 320
 """Longest side of a thumbnail, in pixels."""
 VIDEO = "video/mp4"
@@ -81,7 +84,10 @@ class Picture:
 
 
 class Store:
-    """The folder of one server. Not for several servers at once: the journal is locked."""
+    """The folder of one server. Not for several servers at once: the journal is locked.
+
+    Raises :class:`UsageError` for a folder that cannot be used.
+    """
 
     def __init__(self, folder: Path, *, stored_bytes: int) -> None:
         self.pictures = folder / "pictures"
@@ -89,7 +95,12 @@ class Store:
         self._database = self._opened()
 
     def _opened(self) -> sqlite3.Connection:
-        self.pictures.mkdir(parents=True, exist_ok=True)
+        try:
+            self.pictures.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"'{self._folder}' cannot be used ({error.strerror}); give another --folder."
+            ) from error
         database = sqlite3.connect(self._journal, check_same_thread=False, timeout=1)
         database.row_factory = sqlite3.Row
         try:
@@ -99,9 +110,15 @@ class Store:
             database.executescript(_TABLES)
         except sqlite3.OperationalError as error:
             database.close()
-            raise ImpromptError(
+            raise UsageError(
                 f"'{self._folder}' is in use by another server, or cannot be written to ({error}); give "
                 "another --folder."
+            ) from error
+        except sqlite3.DatabaseError as error:
+            database.close()
+            raise UsageError(
+                f"'{self._journal}' is no journal of a server ({error}); move it away, or give another "
+                "--folder."
             ) from error
         return database
 
@@ -186,10 +203,13 @@ class Store:
         row = self.job(job)
         if row is None:
             return
+        drawn = [picture["id"] for picture in json.loads(row["body"]).get("pictures", ())]
+        gone = [picture for picture in drawn if not self._wanted(picture, ("queued", "running", "done"), job)]
+        for picture in gone:  # first, which makes room for the journal on a full disk
+            self.path(picture).unlink(missing_ok=True)
         with self._writing() as database:
             database.execute("DELETE FROM jobs WHERE id = ?", (job,))
-        for picture in json.loads(row["body"]).get("pictures", ()):
-            self._delete_unused(picture["id"])
+            database.executemany("DELETE FROM pictures WHERE id = ?", [(picture,) for picture in gone])
 
     # ---- pictures
 
@@ -202,13 +222,12 @@ class Store:
         return self.pictures / picture[:2] / picture
 
     def find(self, picture: str) -> Picture | None:
-        """What is known of a picture; marks it as used."""
-        with self._writing() as database:
-            row = database.execute(
-                "UPDATE pictures SET used = ? WHERE id = ? RETURNING *", (time.time(), picture)
-            ).fetchone()
+        """What is known of a picture; marks it as used, unless the disk is full."""
+        row = self._database.execute("SELECT * FROM pictures WHERE id = ?", (picture,)).fetchone()
         if row is None or not self.path(picture).is_file():
             return None
+        with contextlib.suppress(Problem), self._writing() as database:
+            database.execute("UPDATE pictures SET used = ? WHERE id = ?", (time.time(), picture))
         return Picture(*(row[name] for name in Picture.__dataclass_fields__))
 
     def keep(self, content: bytes) -> Picture:
@@ -261,23 +280,41 @@ class Store:
         if excess <= 0:
             return
         for row in self._database.execute("SELECT id, bytes FROM pictures ORDER BY used").fetchall():
-            if self._delete_unused(row["id"], also_drawn=True):
+            if not self._wanted(row["id"], ("queued", "running")):
+                with self._writing() as database:
+                    database.execute("DELETE FROM pictures WHERE id = ?", (row["id"],))
+                self.path(row["id"]).unlink(missing_ok=True)
                 excess -= row["bytes"]
             if excess <= 0:
                 return
 
-    def _delete_unused(self, picture: str, *, also_drawn: bool = False) -> bool:
-        states = "('queued', 'running')" if also_drawn else "('queued', 'running', 'done')"
-        wanted = self._database.execute(
-            f"SELECT 1 FROM jobs WHERE state IN {states} AND (instr(request, ?) OR instr(body, ?)) LIMIT 1",
-            (picture, picture),
+    def _wanted(self, picture: str, states: Sequence[str], but: str = "") -> bool:
+        """Whether a job in one of these states mentions a picture, not counting the job ``but``."""
+        marks = ",".join("?" * len(states))
+        found = self._database.execute(
+            f"SELECT 1 FROM jobs WHERE state IN ({marks}) AND id != ? AND (instr(request, ?) OR "
+            "instr(body, ?)) LIMIT 1",
+            (*states, but, picture, picture),
         ).fetchone()
-        if wanted:
-            return False
-        with self._writing() as database:
-            database.execute("DELETE FROM pictures WHERE id = ?", (picture,))
-        self.path(picture).unlink(missing_ok=True)
-        return True
+        return found is not None
+
+    def discard(self, pictures: Sequence[str]) -> None:
+        """Delete files that were drawn for nobody, unless they are known."""
+        for picture in pictures:
+            if not self._known(picture):
+                self.path(picture).unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Delete what a server that ended while it wrote has left: half-written files, and unknown ones."""
+        for folder in (self._folder / "scratch").glob(f"{SCRATCH}*"):
+            shutil.rmtree(folder, ignore_errors=True)
+        for path in self.pictures.glob("[0-9a-f][0-9a-f]/*"):
+            if _is_id(path.name) and path == self.path(path.name) and not self._known(path.name):
+                path.unlink(missing_ok=True)
+
+    def _known(self, picture: str) -> bool:
+        row = self._database.execute("SELECT 1 FROM pictures WHERE id = ?", (picture,)).fetchone()
+        return row is not None
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:

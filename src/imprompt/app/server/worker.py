@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import io
 import logging
+import re
 import signal
 import tempfile
 import time
@@ -23,7 +24,7 @@ from PIL import Image
 from imprompt.app.server import messages as say
 from imprompt.app.server.logs import log_to_stderr
 from imprompt.app.server.problems import problem_of
-from imprompt.app.server.store import ID, as_animation, describe, disk_problem
+from imprompt.app.server.store import ID, SCRATCH, as_animation, describe, disk_problem
 from imprompt.encoders.images import as_bytes
 from imprompt.encoders.video import container_of
 from imprompt.errors import Cancelled, ImpromptError, InputError
@@ -34,6 +35,8 @@ from imprompt.schema.request import Request
 
 _PREVIEW_SECONDS = 0.2  # between two previews of one job
 _PREVIEW_SIDE = 256
+_SCRATCH_FOLDER = re.compile(rf"[^\s'\"]*[/\\]{SCRATCH}[^/\\]+[/\\]")
+"""This machine's part of a name, which is no client's affair."""
 
 log = logging.getLogger("imprompt.worker")
 
@@ -60,8 +63,7 @@ class Worker:
 
     def run(self) -> None:
         """Load the base, then draw until told to stop."""
-        self._warm_up()
-        self._pipe.send(say.Ready(self._setup.device))
+        self._pipe.send(say.Ready(self._setup.device, self._warm_up()))
         while not self._stopping:
             while not self._waiting and not self._stopping:
                 self._take(self._pipe.recv())
@@ -79,13 +81,18 @@ class Worker:
         elif isinstance(message, say.Stop):
             self._stopping = True
 
-    def _warm_up(self) -> None:
-        """Load the base by drawing one small step; what is wrong with it is said when a job needs it."""
+    def _warm_up(self) -> bool:
+        """Load the base by drawing one small step; what is wrong with it is said when a job needs it.
+
+        Returns whether it could be loaded.
+        """
         request = {"prompt": "a cat", "base": self._setup.base, "steps": 1, "seed": 0}
         try:
             self._engine.run(self._prepared(request))
         except ImpromptError as error:
             log.warning("worker %s: cannot load base '%s': %s", self._setup.device, self._setup.base, error)
+            return False
+        return True
 
     # ---- one batch
 
@@ -188,7 +195,7 @@ class Worker:
         problem = problem_of(error)
         if isinstance(error, InputError) and isinstance(error.__cause__, OSError):
             problem = disk_problem(error)
-        text = _short(problem.message)
+        text = _short(_SCRATCH_FOLDER.sub("", problem.message))
         self._pipe.send(say.Failed(task.id, problem.status, problem.code, text, problem.field))
 
     def _store(self, result: Result, suffix: str) -> list[dict[str, Any]]:
@@ -196,7 +203,9 @@ class Worker:
         scratch = self._setup.scratch
         try:
             scratch.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=scratch, ignore_cleanup_errors=True) as folder:
+            with tempfile.TemporaryDirectory(
+                dir=scratch, prefix=SCRATCH, ignore_cleanup_errors=True
+            ) as folder:
                 return [self._place(path) for path in save(result, Path(folder) / f"picture{suffix}")]
         except OSError as error:
             raise InputError(f"cannot write to the server's folder ({error.strerror}).") from error

@@ -32,6 +32,9 @@ class Worker:
     ) -> None:
         self.setup = setup
         self.ready = False
+        """Whether it takes jobs."""
+        self.loaded = False
+        """Whether it could load its base, when it last started."""
         self.jobs: tuple[str, ...] = ()
         """What it is drawing."""
         self.memory = 0
@@ -55,7 +58,7 @@ class Worker:
         return self._process.pid if self._process else None
 
     def start(self) -> None:
-        """Start the process; :attr:`ready` follows when its base is loaded."""
+        """Start the process; :attr:`ready` follows when it has tried to load its base."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs, self.setup), daemon=True)
@@ -101,7 +104,7 @@ class Worker:
 
     def _received(self, message: object) -> None:
         if isinstance(message, say.Ready):
-            self.ready, self._pause = True, 0.5
+            self.ready, self.loaded, self._pause = True, message.loaded, 0.5
         elif isinstance(message, say.Free):
             self.jobs = ()
             self.memory = message.memory
