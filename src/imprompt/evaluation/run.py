@@ -217,14 +217,7 @@ def read_cases(config: EvaluateConfig, base: Base) -> tuple[list[Case], list[str
 
     Each is drawn with a line of ``config.prompts``, else with the caption of a picture of other groups.
     Raises :class:`InputError` when no picture can be read."""
-    source = config.source
-    if source is None:
-        place = base.path / "eval" if base.path is not None else None
-        if place is None or not place.is_dir():
-            raise InputError(
-                f"base '{config.base}' comes without pictures to measure on; give a folder of pictures."
-            )
-        source = str(place)
+    source = _own_source(config, base) if config.source is None else config.source
     data = read_dataset(source, only=config.only, captions="optional")
     notes = [*data.notes, *(str(item) for item in data.rejected[:5])]
     picked = _decoded(data.rows, config.n, notes)
@@ -243,6 +236,16 @@ def read_cases(config: EvaluateConfig, base: Base) -> tuple[list[Case], list[str
         Case(row.name, image, row.caption, text) for (row, image), text in zip(picked, texts, strict=True)
     ]
     return cases, notes
+
+
+def _own_source(config: EvaluateConfig, base: Base) -> str:
+    """The folder of pictures that comes with a base."""
+    place = base.path / "eval" if base.path is not None else None
+    if place is None or not place.is_dir():
+        raise InputError(
+            f"base '{config.base}' comes without pictures to measure on; give a folder of pictures."
+        )
+    return str(place)
 
 
 def _decoded(rows: Sequence[Row], most: int, notes: list[str]) -> list[tuple[Row, Image.Image]]:

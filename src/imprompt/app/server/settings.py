@@ -101,10 +101,8 @@ class Settings:
                 f"--host {self.host} can be reached from other machines: give a --token (or IMPROMPT_TOKEN) "
                 "that clients must send, or leave --host out."
             )
-        if self.token is not None and len(self.token) < 8:
-            raise UsageError("--token: give at least 8 characters.")
-        if self.token is not None and not (self.token.isascii() and self.token.isprintable()):
-            raise UsageError("--token: headers carry ASCII only; give letters, digits and signs of ASCII.")
+        if self.token is not None:
+            _check_token(self.token)
         for device in self.devices:
             fields = {"prompt": "any", "device": device, "dtype": self.dtype, "offload": self.offload}
             try:
@@ -121,6 +119,13 @@ class Settings:
                 f"--base '{self.base}' is no alias, and clients know bases by names: give it one with "
                 "--model NAME=PATH, and name that as --base."
             )
+
+
+def _check_token(token: str) -> None:
+    if len(token) < 8:
+        raise UsageError("--token: give at least 8 characters.")
+    if not (token.isascii() and token.isprintable()):
+        raise UsageError("--token: headers carry ASCII only; give letters, digits and signs of ASCII.")
 
 
 def is_loopback(host: str) -> bool:
