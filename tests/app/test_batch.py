@@ -127,3 +127,18 @@ def test_ranks_that_are_no_part_are_refused(rank: str, size: str, monkeypatch: p
     monkeypatch.setenv("WORLD_SIZE", size)
     with pytest.raises(UsageError, match="--shard auto: RANK"):
         read_shard("auto")
+
+
+def test_a_users_own_file_of_the_same_name_stays(tmp_path: Path, capsys) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "photo.png")
+    before = (tmp_path / "photo.png").read_bytes()
+    file = jobs(tmp_path, {"id": "photo", "prompt": "a cat", "images": ["photo.png"], "steps": 2})
+    assert main(["batch", str(file), "-o", str(tmp_path)]) == 1
+    assert (tmp_path / "photo.png").read_bytes() == before
+    assert "imprompt did not make the file that is there" in capsys.readouterr().err
+
+
+def test_jobs_that_would_write_one_file_are_refused(tmp_path: Path, capsys) -> None:
+    file = jobs(tmp_path, {"id": "owl", "prompt": "an owl", "count": 2}, {"id": "Owl-1", "prompt": "a cat"})
+    assert main(["batch", str(file), "-o", str(tmp_path / "drawn")]) == 2
+    assert "'Owl-1' and 'owl' would both write" in capsys.readouterr().err

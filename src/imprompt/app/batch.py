@@ -152,11 +152,18 @@ def _read_job(default: str, line: bytes, device: str | None) -> Job:
 
 
 def _check_ids(jobs: Sequence[Job]) -> None:
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     for job in jobs:
-        if job.id.lower() in seen:
-            raise UsageError(f"id: '{job.id}' is there twice, and files are named by it.")
-        seen.add(job.id.lower())
+        count = 1 if job.request is None else job.request.count
+        for name in {job.id, *(f"{job.id}-{number + 1}" for number in range(count) if count > 1)}:
+            if name.lower() in seen:
+                other = seen[name.lower()]
+                raise UsageError(
+                    f"id: '{job.id}' is there twice, and files are named by it."
+                    if other.lower() == job.id.lower()
+                    else f"id: '{job.id}' and '{other}' would both write '{name}'; name one otherwise."
+                )
+            seen[name.lower()] = job.id
 
 
 def read_manifests(folder: Path) -> dict[str, Mapping[str, Any]]:
@@ -201,7 +208,7 @@ class Drawer:
         if job.request is None:
             return job
         try:
-            check_target(self._target(job), job.request.task, job.request.count, overwrite=True)
+            check_target(self._target(job), job.request.task, job.request.count, overwrite=False)
         except ImpromptError as error:
             return replace(job, request=None, error=str(error))
         return job
@@ -241,7 +248,7 @@ class Drawer:
         try:
             if isinstance(outcome, ImpromptError):
                 raise outcome
-            paths = save(outcome, self._target(job), overwrite=True)
+            paths = save(outcome, self._target(job))
         except ImpromptError as error:
             return entry | {"state": "failed", "error": " ".join(str(error).split())}
         files = [path.relative_to(self.folder).as_posix() for path in paths]

@@ -86,7 +86,8 @@ def _exit_now(code: int) -> NoReturn:
     """Exit without the interpreter's tear-down of torch, which took 0.9 s of 8; all files are written."""
     for stream in (sys.stdout, sys.stderr):
         try:
-            stream.flush()
+            if stream is not None:  # closed before the start
+                stream.flush()
         except (OSError, ValueError):  # closed, or nobody reads it any more
             code = code or 1
     os._exit(code)
