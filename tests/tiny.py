@@ -368,3 +368,16 @@ def _scheduler() -> DDIMScheduler:
         set_alpha_to_one=False,
         steps_offset=1,
     )
+
+
+@torch.no_grad()
+def first_cross_attention(
+    unet: UNet2DConditionModel, sample: torch.Tensor, t: float, text: torch.Tensor
+) -> torch.Tensor:
+    """What the first cross-attention of a call gives, ``(B, L, C)``."""
+    seen: list[torch.Tensor] = []
+    layer = unet.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn2")
+    hook = layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    unet(sample, t, text)
+    hook.remove()
+    return seen[0]

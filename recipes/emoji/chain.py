@@ -34,7 +34,7 @@ STAGES = {
         ("vae.py --wider --minutes 80", "encoder.py --minutes 160"),
         ("unet.py --processes 2 --minutes 300",),
         ("adapters.py base --steps 2500", "vae.py --decoder --minutes 60"),
-        ("judge.py --minutes 60", "control.py --minutes 90"),
+        ("judge.py --minutes 60", "control.py --new --minutes 90"),
         ("words.py --processes 2 --minutes 5",),
         ("motion.py --processes 2 --minutes 25 --word-lr 0",),
     ),
@@ -47,7 +47,7 @@ STAGES = {
          "vae.py --decoder --batch 128 --lr 8e-4 --minutes 3.5"),
         ("words.py --batch 64 --minutes 0.4",),
         ("adapters.py base --batch 256 --steps 3000 --threads 4",
-         "control.py --batch 128 --most 100000 --processes 6 --minutes 3.6",
+         "control.py --new --batch 128 --most 100000 --processes 6 --minutes 3.6",
          "motion.py --clips 32 --count 9600 --word-lr 0 --minutes 6"),
     ),
 }  # fmt: skip

@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=20000, help="pictures to learn from")
     parser.add_argument("--processes", type=int, default=2, help="that find edges")
     parser.add_argument("--new", action="store_true", help="begin with the base's encoder")
+    parser.add_argument("--share", type=float, default=1.0, help="of these weights, the rest being START's")
     args = parsed(parser)
     with get_context("spawn").Pool(args.processes) as workers:
         numbers = range(len(Pool(1, args.most).chunks))
@@ -140,6 +141,9 @@ def main() -> None:
             progress_mean(loop.log, "plain", F.mse_loss(out[plain == 1].float(), target[plain == 1]))
     assert loop.ema
     loop.ema.copy_to(net)
+    before = ControlNetModel.from_pretrained(START / "controlnet-canny").float().to(DEVICE).state_dict()
+    for name, weight in net.state_dict().items():  # of the same tensors
+        weight.lerp_(before[name], 1 - args.share)
     save_half(net, OUT)
 
 

@@ -10,9 +10,12 @@ from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.adapter.gathered import GatheredKV, Places
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.adapter.joint import JointKeys, joint_mask
-from imprompt.encoders.clip import ImageEncoder
 from imprompt.schema.prompt import ImagePrompt
-from tiny import TEXT_WIDTH, picture, random_adapter_state, tiny_encoder, tiny_unet
+from tiny import (
+    TEXT_WIDTH,
+    first_cross_attention,
+    picture,
+)
 
 QUERIES = 300
 STRIPS = torch.eye(8).repeat_interleave(4, 1)[:, None].expand(-1, 32, -1)  # 8 masks of 32×32
@@ -86,31 +89,11 @@ def test_masks_that_leave_little_out_and_those_of_a_batch_are_read_whole() -> No
         assert Places.of(masks, 2) is None
 
 
-@pytest.fixture(scope="module")
-def unet() -> UNet2DConditionModel:
-    return tiny_unet("sd")
-
-
-@pytest.fixture(scope="module")
-def adapter(unet: UNet2DConditionModel) -> IPAdapter:
-    encoder = ImageEncoder(*tiny_encoder(), name="tiny")
-    return IPAdapter.from_state_dict(random_adapter_state(unet), image_encoder=encoder).attach(unet)
-
-
 def first_layer(unet: UNet2DConditionModel, t: float) -> Tensor:
     """What the first cross-attention gives at 32×32: its output projection is linear, so prompts add up."""
     random = torch.Generator().manual_seed(1)
-    seen: list[Tensor] = []
-    layer = unet.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn2")
-    hook = layer.register_forward_hook(lambda module, args, output: seen.append(output))
-    sample, text = (
-        torch.randn(1, 4, 32, 32, generator=random),
-        torch.randn(1, 5, TEXT_WIDTH, generator=random),
-    )
-    with torch.no_grad():
-        unet(sample, t, text)
-    hook.remove()
-    return seen[0]
+    sample = torch.randn(1, 4, 32, 32, generator=random)
+    return first_cross_attention(unet, sample, t, torch.randn(1, 5, TEXT_WIDTH, generator=random))
 
 
 def forms(unet: UNet2DConditionModel) -> set[type]:

@@ -15,26 +15,22 @@ from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.adapter.joint import JointKeys, joint_mask
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.schema.prompt import ImagePrompt
-from tiny import TEXT_WIDTH, picture, random_adapter_state, tiny_encoder, tiny_unet
+from tiny import (
+    TEXT_WIDTH,
+    first_cross_attention,
+    picture,
+    random_adapter_state,
+    tiny_encoder,
+)
 
 LEFT = torch.zeros(8, 8)
 LEFT[:, :4] = 1.0
 COLUMNS = torch.linspace(0, 1, 8).expand(8, 8)
 
 
-@pytest.fixture(scope="module")
-def unet() -> UNet2DConditionModel:
-    return tiny_unet("sd")
-
-
 def attached(unet: UNet2DConditionModel) -> IPAdapter:
     encoder = ImageEncoder(*tiny_encoder(), name="tiny")
     return IPAdapter.from_state_dict(random_adapter_state(unet), image_encoder=encoder).attach(unet)
-
-
-@pytest.fixture(scope="module")
-def adapter(unet: UNet2DConditionModel) -> IPAdapter:
-    return attached(unet)
 
 
 def states(rows: int) -> tuple[Tensor, Tensor]:
@@ -45,14 +41,8 @@ def states(rows: int) -> tuple[Tensor, Tensor]:
 
 def first_layer(unet: UNet2DConditionModel, t: float = 500.0, rows: int = 1) -> Tensor:
     """What the first cross-attention gives: its output projection is linear, so prompts add up there."""
-    seen = []
-    layer = unet.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn2")
-    hook = layer.register_forward_hook(lambda module, args, output: seen.append(output))
     sample, text = states(rows)
-    with torch.no_grad():
-        unet(sample, t, text)
-    hook.remove()
-    return seen[0]
+    return first_cross_attention(unet, sample, t, text)
 
 
 def draw(unet: UNet2DConditionModel, t: float = 500.0) -> Tensor:
@@ -222,7 +212,8 @@ def test_joint_prompts_are_measured_one_by_one(unet: UNet2DConditionModel, adapt
 
 COMPILING = """
 import torch
-from test_joint import MASKED, TIMED, attached, draw, tiny_unet
+from test_joint import MASKED, TIMED, attached, draw
+from tiny import tiny_unet
 
 torch._dynamo.reset()
 compiled, plain, graphs = tiny_unet("sd"), tiny_unet("sd"), []

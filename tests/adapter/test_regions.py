@@ -20,17 +20,6 @@ LEFT[:, :8] = 1
 RIGHT = 1 - LEFT
 
 
-@pytest.fixture(scope="module")
-def unet() -> UNet2DConditionModel:
-    return tiny_unet("sd")
-
-
-@pytest.fixture(scope="module")
-def adapter(unet: UNet2DConditionModel) -> IPAdapter:
-    encoder = ImageEncoder(*tiny_encoder(), name="tiny")
-    return IPAdapter.from_state_dict(random_adapter_state(unet), image_encoder=encoder).attach(unet)
-
-
 def words(seed: int, tokens: int = 5) -> Tensor:
     return torch.randn(tokens, TEXT_WIDTH, generator=torch.Generator().manual_seed(seed))
 

@@ -1,6 +1,6 @@
 """What strangers and broken programs send: the documented answer, nothing lost, and the next job is fine."""
 
-import hashlib
+import contextlib
 import io
 import json
 import shutil
@@ -20,7 +20,6 @@ import pytest
 from PIL import Image
 
 from imprompt.app.cli import main
-from imprompt.app.server import messages as say
 from imprompt.app.server.settings import Limits, Settings
 from imprompt.app.server.store import Store
 from imprompt.errors import UsageError
@@ -352,27 +351,29 @@ def test_the_whole_folder_may_vanish_and_the_journal_is_written_again(
     assert states == {before: "cancelled", after: "queued"}
 
 
-def test_a_full_disk_accepts_nothing_and_loses_nothing(
-    starting: Callable[..., Running], tmp_path: Path
-) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounting = ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)]
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 700 kB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(place)]
     if subprocess.run(mounting, check=False).returncode:
         pytest.skip("mounting a small disk needs more rights")
-    try:
-        running = starting(ready=False, devices=(), folder=disk)
-        stream = io.BytesIO()
-        Image.effect_noise((1000, 1000), 80).save(stream, "PNG")
-        with running.client() as client:
-            full = client.post("/api/v1/pictures", files={"file": ("a.png", stream.getvalue())})
-            assert code(full) == (507, "disk_full")
-            kept = upload(client, picture())
-            assert client.get(kept["url"]).content == picture()
-            assert client.get("/api/v1/history").status_code == 200
-        running.stop()
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk_accepts_nothing_and_loses_nothing(starting: Callable[..., Running], disk: Path) -> None:
+    running = starting(ready=False, devices=(), folder=disk)
+    stream = io.BytesIO()
+    Image.effect_noise((1000, 1000), 80).save(stream, "PNG")
+    with running.client() as client:
+        full = client.post("/api/v1/pictures", files={"file": ("a.png", stream.getvalue())})
+        assert code(full) == (507, "disk_full")
+        kept = upload(client, picture())
+        assert client.get(kept["url"]).content == picture()
+        assert client.get("/api/v1/history").status_code == 200
+    running.stop()
 
 
 def fill(path: Path) -> None:
@@ -382,29 +383,21 @@ def fill(path: Path) -> None:
             file.write(b"0" * 4096)
 
 
-def test_a_full_disk_is_read_and_freed(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounting = ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)]
-    if subprocess.run(mounting, check=False).returncode:
-        pytest.skip("mounting a small disk needs more rights")
-    try:
-        store = Store(disk, stored_bytes=2**30)
-        stream = io.BytesIO()
-        Image.effect_noise((250, 250), 80).save(stream, "PNG")
-        drawn, shown = store.keep(stream.getvalue()), store.keep(picture())
-        store.add("job", "me", None, "{}", {})
-        store.update("job", "done", 1, {"pictures": [{"id": drawn.id}]}, [drawn])
-        with pytest.raises(OSError, match="No space"):
-            fill(disk / "full")
-        for _ in range(50):
-            assert store.find(shown.id) == shown
-        store.forget("job")
-        assert store.job("job") is None
-        assert store.find(drawn.id) is None
-        store.close()
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+def test_a_full_disk_is_read_and_freed(disk: Path) -> None:
+    store = Store(disk, stored_bytes=2**30)
+    stream = io.BytesIO()
+    Image.effect_noise((250, 250), 80).save(stream, "PNG")
+    drawn, shown = store.keep(stream.getvalue()), store.keep(picture())
+    store.add("job", "me", None, "{}", {})
+    store.update("job", "done", 1, {"pictures": [{"id": drawn.id}]}, [drawn])
+    with pytest.raises(OSError, match="No space"):
+        fill(disk / "full")
+    for _ in range(50):
+        assert store.find(shown.id) == shown
+    store.forget("job")
+    assert store.job("job") is None
+    assert store.find(drawn.id) is None
+    store.close()
 
 
 def test_what_an_ended_server_left_half_done_is_swept_away(
@@ -421,18 +414,25 @@ def test_what_an_ended_server_left_half_done_is_swept_away(
 
 
 def test_a_picture_drawn_for_a_cancelled_job_is_not_kept(client: httpx.Client, running: Running) -> None:
-    """Cancelled in the moment in which its worker has told of its picture."""
-    job = submit(client, seed=4242, steps=1)["id"]
-    content = picture("pink")
-    place = running.queue.store.path(hashlib.sha256(content).hexdigest())
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_bytes(content)
-    wait(client, job)
-    late = say.Drawn(job, ({"id": place.name},), "{}", (), {}, 1)
-    for message in (late, say.Free(0, 0, 0)):
-        running.loop.call_soon_threadsafe(running.queue.workers[0]._received, message)
-    wait(client, submit(client, seed=4243, steps=1)["id"])
-    assert not place.exists()
+    """Cancelled when its picture is in its place, and the server has not heard of it yet."""
+
+    def placed() -> set[Path]:
+        return set((running.settings.folder / "pictures").glob("*/*"))
+
+    def cancel_in_the_moment() -> None:  # on the server's loop, which hears nothing meanwhile
+        end = time.monotonic() + 60
+        while placed() == before and time.monotonic() < end:
+            time.sleep(0.01)
+        with contextlib.suppress(StopIteration):
+            running.queue.cancel(job).send(None)
+
+    before = placed()
+    identity = submit(client, {"X-Client-Id": "late"}, seed=4242, steps=100)["id"]
+    [job] = running.queue.unfinished("127.0.0.1 late")
+    running.loop.call_soon_threadsafe(cancel_in_the_moment)
+    assert wait(client, identity)["state"] == "cancelled"
+    after = wait(client, submit(client, seed=4243, steps=1)["id"])
+    assert {path.name for path in placed() - before} == {picture["id"] for picture in after["pictures"]}
 
 
 @pytest.mark.parametrize("spoil", ["used", "file", "noise"])

@@ -146,6 +146,8 @@ class Batch:
         self._factors = _Factors()
         self._gains: dict[tuple[str, int], Tensor] = {}
         """Masks times factors, by site and (first) prompt."""
+        self._places: dict[tuple[int, ...], tuple[Tensor | None, Places | None]] = {}
+        """What sites of one size have in common during an update: masks side by side, and where they act."""
         self._joint: dict[tuple[str, int], JointKeys] = {}
         """Keys and values of several prompts, by site and first prompt."""
 
@@ -197,6 +199,7 @@ class Batch:
             site, kvs = group[0].at.site, [each.kv for each in group]
             for party in parties(kvs):
                 yield site, self._read_together(site, kvs[party], of_group[party], earlier)
+        self._places.clear()
 
     def _all_added(self, slots: list[tuple[PromptSource, Slot]]) -> list[_Added]:
         """The contributions of all slots, without their factors."""
@@ -225,8 +228,9 @@ class Batch:
             (kv,) = kvs
             mask, factor = self._gain(site, kv.prompt, kv.mask, factors[0, :, None, None, None])
             return replace(kv, mask=mask, factor=factor)
-        mask = joint_mask([kv.mask for kv in kvs])
-        places = None if self.call.steady or form is not JointKV else Places.of(mask, self.call.batch)
+        mask, places = self._masks_and_places([kv.mask for kv in kvs])
+        if form is not JointKV:
+            places = None
         if places is not None:
             form, mask = GatheredKV, places.mask
         place, made_of = (site.name, kvs[0].prompt), [self._keys[kv.prompt].parts for kv in kvs]
@@ -234,6 +238,15 @@ class Batch:
         gain = self._gain(site, kvs[0].prompt, mask, factors.t()[:, None, :, None, None])
         read = keys.key, keys.value, tuple(kvs), *gain
         return form(*read) if places is None else GatheredKV(*read, places)
+
+    def _masks_and_places(self, masks: list[Tensor | None]) -> tuple[Tensor | None, Places | None]:
+        """The masks side by side and their places, made once for all sites that have the same ones."""
+        same = tuple(map(id, masks))  # they live as long as the contributions of this update
+        if same not in self._places:
+            joint = joint_mask(masks)
+            places = None if self.call.steady else Places.of(joint, self.call.batch)
+            self._places[same] = joint, places
+        return self._places[same]
 
     def _gain(
         self, site: Site, prompt: int, mask: Tensor | None, factor: Tensor

@@ -59,6 +59,7 @@ from imprompt.schema.request import ControlRef, LoraRef, Request
 _THEIRS = re.compile(r"^(gpt-image|dall-e|chatgpt-image)")  # programs often have a name of theirs built in
 _FIDELITY = {"low": 0.6, "high": 0.9}
 _EFFORT = {"low": 0.5, "high": 1.5, "hd": 1.5}
+"""``quality`` → factor of the base's own number of steps."""
 _KEY = re.compile(r"\[(\w*)\]")
 _BRACKETED = re.compile(rf"imprompt(?:{_KEY.pattern})+")
 _TEXTS = {
@@ -68,7 +69,6 @@ _TEXTS = {
     if field.annotation in (str, str | None)
 }
 """Fields that are texts, which a form does not tell from numbers."""
-"""``quality`` → factor of the base's own number of steps."""
 
 
 class ErrorBody(BaseModel):
