@@ -119,6 +119,52 @@ def test_a_manifest_that_names_no_files_is_drawn_again(tmp_path: Path, files: ob
     assert manifest(out)[-1]["files"] == ["000001.png"]
 
 
+def test_another_format_is_drawn_and_each_stays_known(tmp_path: Path, capsys) -> None:
+    file, out = jobs(tmp_path, {"prompt": "a cat", "steps": 1, "size": [64, 64]}), tmp_path / "out"
+    for form, said in (("png", "1 drawn"), ("jpg", "1 drawn"), ("png", "0 drawn"), ("jpg", "0 drawn")):
+        assert main(["batch", str(file), "-o", str(out), "--format", form]) == 0
+        assert said in capsys.readouterr().err
+    assert {path.name for path in out.iterdir()} == {"000001.png", "000001.jpg", "manifest.jsonl"}
+
+
+def test_a_request_that_was_changed_and_changed_back_is_drawn_each_time(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for seed in (1, 2, 1):
+        cat = {"id": "cat", "prompt": "a cat", "steps": 1, "size": [64, 64], "seed": seed}
+        assert main(["batch", str(jobs(tmp_path, cat)), "-o", str(out)]) == 0
+        assert read_request(out / "cat.png").seed == seed
+
+
+def test_a_file_of_jobs_that_is_called_as_the_manifest_stays(tmp_path: Path, capsys) -> None:
+    before = json.dumps({"id": "cat", "prompt": "a cat", "base": "no/where"}) + "\n"
+    (tmp_path / "manifest.jsonl").write_text(before)
+    assert main(["batch", str(tmp_path / "manifest.jsonl"), "-o", str(tmp_path)]) == 4
+    assert "is no manifest of a batch" in capsys.readouterr().err
+    assert (tmp_path / "manifest.jsonl").read_text() == before
+
+
+def test_half_a_line_at_the_end_of_a_manifest_swallows_no_other(tmp_path: Path, capsys) -> None:
+    file, out = jobs(tmp_path, {"prompt": "a cat", "steps": 1, "size": [64, 64]}), tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.jsonl").write_text('{"id": "000001", "dig')
+    for said in ("1 drawn", "0 drawn"):
+        assert main(["batch", str(file), "-o", str(out)]) == 0
+        assert said in capsys.readouterr().err
+
+
+def test_no_job_replaces_what_another_reads_and_a_users_file_only_when_asked(tmp_path: Path, capsys) -> None:
+    for name in ("star.png", "moon.png", "sun.png"):
+        Image.new("RGB", (64, 64), "red").save(tmp_path / name)
+    before = (tmp_path / "moon.png").read_bytes()
+    star = {"id": "star", "prompt": "a star", "images": ["./moon.png"], "steps": 1, "size": [64, 64]}
+    file = jobs(tmp_path, star, {**star, "id": "moon", "images": ["star.png"]}, {**star, "id": "sun"})
+    assert main(["batch", str(file), "-o", str(tmp_path), "--overwrite"]) == 1
+    told = capsys.readouterr().err
+    assert told.count("is read in this run") == 2
+    assert (tmp_path / "moon.png").read_bytes() == (tmp_path / "star.png").read_bytes() == before
+    assert read_request(tmp_path / "sun.png").prompt == "a star"
+
+
 @pytest.mark.parametrize(("rank", "size"), [("5", "2"), ("2", "2"), ("one", "2"), ("0", "0"), ("-1", "2")])
 def test_ranks_that_are_no_part_are_refused(rank: str, size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLURM_PROCID", "SLURM_NTASKS"):

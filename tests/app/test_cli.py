@@ -232,6 +232,8 @@ REFUSED = [
     (4, "carries no request", "info ref.png"),
     (4, "is a folder", "info ."),
     (4, "is not a writable folder", "generate a --base BASE -o ref.png/x.png"),
+    (4, "'ref.png': what is there is read", "edit ref.png a --base BASE -o ./ref.png --overwrite"),
+    (4, "is read in this run", "generate a --image ref.png,mask=mask.png -o mask.png --overwrite"),
 ]
 
 
@@ -244,6 +246,38 @@ def test_what_is_wrong_is_one_line_and_an_exit_code(say, code, message, line):
     assert err.count("\n") == 1
     assert message in err
     assert set(Path().iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("users", "words"),
+    [
+        ("owl-when-1.png", "generate a --image ref.png --explain -o owl.png"),
+        ("owl-2-where-1.png", "generate a --image ref.png --count 2 --explain -o owl.png"),
+        ("owl-grid.png", "generate a --sweep steps=1,2 -o owl.png"),
+        ("owl-control-1-canny.png", "generate a --control canny:ref.png --save-control -o owl.png"),
+        ("owl/sheet.png", "tune a --image ref.png -o owl"),
+        ("owl/best.json", "tune a --image ref.png -o owl"),
+    ],
+)
+def test_a_users_file_in_the_way_of_any_page_is_said_before_a_model_is_looked_for(say, users, words):
+    Path(users).parent.mkdir(exist_ok=True)
+    Path(users).write_text("mine")
+    before = set(Path().rglob("*"))
+    line = [*words.split(), "--base", "./missing/folder"]
+    code, out, err = say(*line)
+    assert (code, out, err.count("\n")) == (4, "", 1)
+    assert f"cannot write '{users}': imprompt did not make" in err
+    assert say(*line, "--overwrite")[0] == 3  # only the base is missing
+    assert set(Path().rglob("*")) == before
+    assert Path(users).read_text() == "mine"
+
+
+def test_a_page_in_the_way_of_a_free_name_is_no_matter(say):
+    Path("generate-where-1.png").write_text("mine")
+    words = ["generate", "a", "--image", "ref.png", "--base", "BASE", "--explain"]
+    code, out, _ = say(*words)
+    assert code == 0
+    assert out.split() == ["generate-1.png", "generate-1-where-1.png", "generate-1-when-1.png"]
 
 
 def test_a_failed_drawing_leaves_the_older_picture_and_no_parts(say):

@@ -106,7 +106,12 @@ def test_tuning_writes_the_chosen_request_the_plot_and_the_sheet(tuned_base, pic
     def measure(text_alone, references):
         return ByDistance(text_alone)
 
-    tuned = tune(request, tmp_path / "t", axes=axes, measure=measure)
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "sheet.png").write_text("mine")
+    with pytest.raises(InputError, match=r"sheet\.png': imprompt did not make"):
+        tune(request, tmp_path / "t", axes=axes, measure=measure)
+    assert [path.name for path in (tmp_path / "t").iterdir()] == ["sheet.png"]
+    tuned = tune(request, tmp_path / "t", axes=axes, measure=measure, overwrite=True)
     assert {path.name for path in tuned.paths} == {
         "best.png", "best.json", "tune.json", "front.png", "sheet.png",
     }  # fmt: skip

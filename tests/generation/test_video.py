@@ -431,8 +431,8 @@ def test_a_folder_of_anything_else_is_never_replaced(followed, tmp_path, inside)
         for name in inside:
             (folder / name).touch() if name == "notes.txt" else tiny.picture(1).save(folder / name)
     for refused in (
-        lambda: output.check_target(folders[0], "animate"),
-        lambda: output.check_target(tmp_path / "clip.gif", "animate", controls=followed.request.controls),
+        lambda: output.check_target(folders[0], followed.request),
+        lambda: output.check_target(tmp_path / "clip.gif", followed.request, maps=True),
         lambda: output.save(followed, folders[0]),
         lambda: output.save(followed, tmp_path / "clip.gif", maps=True),
         lambda: output.save(followed, folders[0], overwrite=True),
@@ -446,7 +446,7 @@ def test_a_folder_of_anything_else_is_never_replaced(followed, tmp_path, inside)
 def test_frames_do_not_replace_a_file(tmp_path):
     (tmp_path / "clip").touch()
     with pytest.raises(InputError, match="it is a file"):
-        output.check_target(tmp_path / "clip", "animate")
+        output.check_target(tmp_path / "clip", Request(task="animate", prompt="a"))
 
 
 def test_a_motion_adapter_of_another_base_is_refused_and_nothing_changes(asked, tmp_path):

@@ -96,7 +96,7 @@ def test_our_own_file_is_replaced_and_anything_else_only_when_asked(
         return
     photo = tmp_path / f"photo{suffix}"
     photo.write_bytes(b"my only copy")
-    for call in (output.save, lambda *_: output.check_target(photo, "animate" if moving else "generate")):
+    for call in (output.save, lambda drawn, place: output.check_target(place, drawn.request)):
         with pytest.raises(InputError, match=r"did not make.*--overwrite"):
             call(drawn_for(suffix, moving=moving), photo)
     assert photo.read_bytes() == b"my only copy"
@@ -123,17 +123,72 @@ def test_pages_maps_and_json_of_ours_are_replaced_and_others_are_not(tmp_path: P
     for seed in (1, 2):
         drawn.request = drawn.request.replace(seed=seed)
         paths = output.save(drawn, tmp_path / "a.png", maps=True, pages={"where-1": noise(seed)})
-        output.save_json({"seed": seed}, tmp_path / "a.json")
-        output.save_page(noise(seed), tmp_path / "b.png")
+        output.save_together({tmp_path / "a.json": {"seed": seed}, tmp_path / "b.png": noise(seed)})
     assert [path.name for path in paths] == ["a.png", "a-control-1-none.png", "a-where-1.png"]
     assert json.loads((tmp_path / "a.json").read_text())["seed"] == 2
     (tmp_path / "c.json").write_text('{"mine": 1}')
     with pytest.raises(InputError, match="--overwrite"):
-        output.save_json({}, tmp_path / "c.json")
+        output.save_together({tmp_path / "new.png": still(), tmp_path / "c.json": {}})
+    assert not (tmp_path / "new.png").exists()
     (tmp_path / "d-where-1.png").write_bytes(b"mine")
     with pytest.raises(InputError, match="--overwrite"):
         output.save(drawn, tmp_path / "d.png", pages={"where-1": noise()})
     assert not (tmp_path / "d.png").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("target", "asked"),
+    {
+        "start.png": {"image": "./start.png"},
+        "../work/start.png": {"image": "start.png"},
+        "link.png": {"image": "start.png"},
+        "other.png": {"image": "link.png"},
+        "a.png": {"image": "a-2.png", "count": 2},
+        "mask.png": {"image": "start.png", "images": [{"image": "a.png", "mask": "mask.png"}]},
+        "moved.gif": {"task": "animate", "video": "moved.gif", "prompt": "a"},
+        "frames": {"task": "animate", "images": [{"image": "frames", "at": "each"}]},
+        "frames/": {"task": "animate", "images": ["frames/0002.png"]},
+        "frames/0001.png": {"images": ["start.png"], "image": "frames/0001.png"},
+    }.items(),
+)  # fmt: skip
+def test_what_a_request_reads_is_never_replaced_by_what_it_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, asked: dict[str, object], overwrite: bool
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    for name in ("start.png", "a.png", "a-2.png", "mask.png"):
+        output.save(still(), name)  # imprompt's own, which are replaced where nothing reads them
+    for name in ("frames", "moved.gif"):
+        output.save(clip(), name)
+    Path("link.png").symlink_to("start.png")
+    Path("other.png").hardlink_to("start.png")
+    before = {path: path.read_bytes() for path in Path().glob("**/*.*")}
+    request = Request.from_mapping({"task": "edit", "seed": 1, "strength": None, **asked})
+    if request.task == "animate":
+        request = request.replace(frames=3, fps=8)
+    drawn = Drawn([noise(9) for _ in range(request.count * (request.frames or 1))], request)
+    with pytest.raises(InputError, match="is read in this run"):
+        output.check_target(target, request, overwrite=overwrite)
+    with pytest.raises(InputError, match="is read in this run"):
+        output.save(drawn, target, overwrite=overwrite)
+    assert {path: path.read_bytes() for path in Path().glob("**/*.*")} == before
+
+
+def test_maps_and_pages_replace_no_picture_that_is_read(tmp_path: Path) -> None:
+    places = [tmp_path / "a-control-1-none.png", tmp_path / "a-grid.png"]
+    for place in places:
+        output.save(still(), place)
+        control = {"kind": "none", "path": str(place), "model": "m"}
+        drawn = still(controls=[control])
+        drawn.maps = (noise(3),)
+        with pytest.raises(InputError, match="is read in this run"):
+            output.check_target(tmp_path / "a.png", drawn.request, maps=True, pages=["grid"])
+        with pytest.raises(InputError, match="is read in this run"):
+            output.save(drawn, tmp_path / "a.png", maps=True, pages={"grid": noise()})
+    assert sorted(tmp_path.iterdir()) == places
+    # a free name is chosen anyway, so that nothing is in the way
+    output.check_target(tmp_path / "a.png", drawn.request, maps=True, pages=["grid"], numbered=True)
 
 
 @each_format
@@ -350,8 +405,8 @@ def test_a_target_is_checked_before_drawing(tmp_path: Path) -> None:
             if name.startswith("~") and path != name:
                 continue
             with pytest.raises(error):
-                output.check_target(path)
-    assert output.check_target(tmp_path / "new" / "a.png") == tmp_path / "new" / "a.png"
+                output.check_target(path, Request(prompt="a"))
+    assert output.check_target(tmp_path / "new" / "a.png", Request(prompt="a")) == tmp_path / "new" / "a.png"
     fast = clip()
     fast.request = fast.request.replace(fps=60)
     with pytest.raises(UsageError, match="at most 50 frames per second, not 60"):

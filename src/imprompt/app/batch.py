@@ -1,8 +1,8 @@
 """``imprompt batch``: draw a file of requests, one JSON object a line, and go on where it stopped.
 
-Every finished job is a line of the manifest in the output folder, written once its files are there. A job
-whose line says done, whose request is still the same and whose files exist is not drawn again. What fails is
-listed and does not stop the rest.
+Every finished job is a line of the manifest in the output folder, written once its files are there. A job is
+not drawn again while its files, in the format that is asked for, are there and were last drawn by the same
+request. What fails is listed and does not stop the rest.
 """
 
 import argparse
@@ -17,14 +17,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tqdm import tqdm
 
 from imprompt.app.batching import batch_key
 from imprompt.errors import ImpromptError, InputError, ModelError, UsageError
 from imprompt.io import check_file, read_json
-from imprompt.output import check_target, save
+from imprompt.output import check_target, names, save
+from imprompt.places import Identity, check_not_read, identities
 from imprompt.schema.request import Request
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="draw with Ray, on N workers of its cluster or of this machine; without N: one a GPU, else one",
     )
     add("--device", metavar="NAME", help="device of requests that name none")
+    add("--overwrite", action="store_true", help="replace files that imprompt did not make")
     add("-q", "--quiet", action="store_true", help="no progress bar")
 
 
@@ -77,20 +79,21 @@ def run(args: argparse.Namespace) -> int:
     index, count = read_shard(args.shard)
     jobs = list(read_jobs(source, args.device))
     _check_ids(jobs)
-    drawer = Drawer(source.parent, folder, args.format)
-    part = [drawer.checked(job) for job in jobs[index::count]]
+    drawer = Drawer(source.parent, folder, args.format, args.overwrite)
+    reads = drawer.reads(jobs)
+    part = jobs[index::count]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--output '{args.output}': this cannot be a folder ({error.strerror}).") from error
     name = "manifest.jsonl" if count == 1 else f"manifest-{index + 1}-of-{count}.jsonl"
-    done = read_manifests(folder)
-    left = [job for job in part if not _is_done(job, done.get(job.id), folder)]
-    if len(left) < len(part):
-        print(f"imprompt: {len(part) - len(left)} of {len(part)} are drawn already", file=sys.stderr)
+    drawn_by = read_manifests(folder)
+    left = [drawer.checked(job, reads) for job in part if not drawer.has(job, drawn_by)]
     batches = list(_batches(left, args.batch))
-    drawn = map(drawer, batches) if args.ray is None else _drawn_by_ray(drawer, batches, args.ray)
-    with (folder / name).open("a", encoding="utf-8") as manifest:
+    with _open_manifest(folder / name) as manifest:
+        if len(left) < len(part):
+            print(f"imprompt: {len(part) - len(left)} of {len(part)} are drawn already", file=sys.stderr)
+        drawn = map(drawer, batches) if args.ray is None else _drawn_by_ray(drawer, batches, args.ray)
         failed = _write(drawn, manifest, len(left), quiet=args.quiet)
     for entry in failed:
         print(f"imprompt: {entry['id']}: {entry['error']}", file=sys.stderr)
@@ -166,23 +169,45 @@ def _check_ids(jobs: Sequence[Job]) -> None:
             seen[name.lower()] = job.id
 
 
-def read_manifests(folder: Path) -> dict[str, Mapping[str, Any]]:
-    """What earlier runs have drawn, of all shards: id → its last line. Half a line at an end is ignored."""
-    found: dict[str, Mapping[str, Any]] = {}
-    for path in sorted(folder.glob("manifest*.jsonl")):
+def read_manifests(folder: Path) -> dict[str, str]:
+    """Each file that earlier runs, of all shards, have drawn → digest of the job that drew it last. Half a
+    line at an end is ignored."""
+    done: list[tuple[float, list[Any], str]] = []
+    for path in filter(Path.is_file, sorted(folder.glob("manifest*.jsonl"))):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                entry = json.loads(line)
-                if isinstance(entry, dict) and entry.get("state") == "done":
-                    found[str(entry.get("id"))] = entry
-    return found
+            entry = _read_entry(line)
+            if entry.get("state") == "done" and isinstance(files := entry.get("files"), list):
+                stamp = entry.get("time")
+                when = stamp if isinstance(stamp, int | float) else 0.0
+                done.append((when, files, str(entry["digest"])))
+    in_order = sorted(done, key=lambda each: each[0])
+    return {str(name): digest for _, files, digest in in_order for name in files}
 
 
-def _is_done(job: Job, entry: Mapping[str, Any] | None, folder: Path) -> bool:
-    if entry is None or entry.get("digest") != job.digest:
-        return False
-    files = entry.get("files")
-    return isinstance(files, list) and all((folder / str(name)).exists() for name in files)
+def _read_entry(line: str | bytes) -> Mapping[str, Any]:
+    """A line of a manifest; empty for half a line, or another file's."""
+    with contextlib.suppress(ValueError):
+        entry = json.loads(line)
+        if isinstance(entry, dict) and "digest" in entry:
+            return entry
+    return {}
+
+
+def _open_manifest(path: Path) -> BinaryIO:
+    """The manifest, to append lines to. Raises :class:`InputError` for what is no manifest of a batch."""
+    try:
+        manifest = path.open("a+b")
+        manifest.seek(0)
+        lines = manifest.readlines()
+    except OSError as error:
+        raise InputError(f"cannot write '{path}' ({error.strerror}).") from error
+    whole = [line for line in lines if line.endswith(b"\n")]
+    if whole and not any(map(_read_entry, whole)):
+        manifest.close()
+        raise InputError(f"'{path}' is no manifest of a batch; name another folder (--output), or rename it.")
+    if len(whole) < len(lines):  # half a line, where a machine stopped
+        manifest.write(b"\n")
+    return manifest
 
 
 # ---- drawing
@@ -197,18 +222,34 @@ class Drawer:
     folder: Path
     form: str | None
     """Format of the files; ``None``: PNG, and WebP for clips."""
+    overwrite: bool = False
+    """Whether files that imprompt did not make are replaced."""
 
     def __call__(self, batch: Sequence[Job]) -> list[dict[str, Any]]:
         """Draw jobs together, and save them; each job's line of the manifest."""
         with contextlib.chdir(self.home):
             return [self._finish(job, outcome) for job, outcome in self._draw(batch)]
 
-    def checked(self, job: Job) -> Job:
+    def reads(self, jobs: Iterable[Job]) -> frozenset[Identity]:
+        """The files that any of the jobs reads, which none of them replaces."""
+        with contextlib.chdir(self.home):
+            return identities({name for job in jobs if job.request is not None for name in job.request.files})
+
+    def has(self, job: Job, drawn_by: Mapping[str, str]) -> bool:
+        """Whether the job's files are there, and no other job drew them since."""
+        if job.request is None:
+            return False
+        places = names(self._target(job), job.request.count)
+        return all(drawn_by.get(place.name) == job.digest and place.exists() for place in places)
+
+    def checked(self, job: Job, reads: frozenset[Identity]) -> Job:
         """The job, with an ``error`` if its files cannot be written, which is known before it is drawn."""
         if job.request is None:
             return job
         try:
-            check_target(self._target(job), job.request.task, job.request.count, overwrite=False)
+            target = check_target(self._target(job), job.request, overwrite=self.overwrite)
+            for place in names(target, job.request.count):
+                check_not_read(place, reads)
         except ImpromptError as error:
             return replace(job, request=None, error=str(error))
         return job
@@ -248,7 +289,7 @@ class Drawer:
         try:
             if isinstance(outcome, ImpromptError):
                 raise outcome
-            paths = save(outcome, self._target(job))
+            paths = save(outcome, self._target(job), overwrite=self.overwrite)
         except ImpromptError as error:
             return entry | {"state": "failed", "error": " ".join(str(error).split())}
         files = [path.relative_to(self.folder).as_posix() for path in paths]
@@ -271,15 +312,18 @@ def _drawn_by_ray(
 
 
 def _write(
-    drawn: Iterable[list[dict[str, Any]]], manifest: TextIO, count: int, *, quiet: bool
+    drawn: Iterable[list[dict[str, Any]]], manifest: BinaryIO, count: int, *, quiet: bool
 ) -> list[dict[str, Any]]:
     """Write each batch to the manifest once its files are there; returns the lines of those that failed."""
     failed = []
     with tqdm(total=count, unit="job", disable=quiet or not sys.stderr.isatty()) as bar:
         for entries in drawn:
-            manifest.writelines(json.dumps(entry) + "\n" for entry in entries)
-            manifest.flush()
-            os.fsync(manifest.fileno())
+            try:
+                manifest.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())
+                manifest.flush()
+                os.fsync(manifest.fileno())
+            except OSError as error:
+                raise InputError(f"cannot write '{manifest.name}' ({error.strerror}).") from error
             failed += [entry for entry in entries if "error" in entry]
             bar.update(len(entries))
     return failed

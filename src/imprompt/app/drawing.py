@@ -93,10 +93,11 @@ def draw(task: str, args: argparse.Namespace) -> int:
     if args.sweep:
         return _sweep(task, args, request)
     target, numbered = target_path(args.output, task, request)
-    controls = request.controls if args.save_control else ()
-    output.check_target(target, request.task, request.count, overwrite=args.overwrite, controls=controls)
-    if target.suffix.lower() == ".gif":
-        _check_gif_pace(request)
+    output.check_target(
+        target, request, overwrite=args.overwrite, numbered=numbered, maps=args.save_control,
+        pages=_explained(request) if args.explain else (),
+    )  # fmt: skip
+    _check_gif_pace(target, request)
 
     with network(args):
         result = make_engine(args).run(request, explain=args.explain)
@@ -104,8 +105,9 @@ def draw(task: str, args: argparse.Namespace) -> int:
     if args.explain:
         from imprompt.app.explain import explain
 
-        for number, (found, image) in enumerate(zip(result.attributions, result.images, strict=True), 1):
-            which = f"{number}-" if len(result.images) > 1 else ""
+        for which, found, image in zip(
+            _which(result.request), result.attributions, result.images, strict=True
+        ):
             pages |= {which + name: page for name, page in explain(found, image).items()}
     paths = output.save(
         result, target, overwrite=args.overwrite, numbered=numbered, maps=args.save_control, pages=pages
@@ -117,6 +119,17 @@ def draw(task: str, args: argparse.Namespace) -> int:
         print("\n".join(map(str, paths)))
         _print_summary(result)
     return 0
+
+
+def _which(request: Request) -> list[str]:
+    """What the names of the pages about each picture begin with."""
+    return [f"{number}-" for number in range(1, request.count + 1)] if request.count > 1 else [""]
+
+
+def _explained(request: Request) -> list[str]:
+    """The names of the pages that ``--explain`` may add."""
+    prompts = range(1, len(request.images) + 1)
+    return [f"{which}{page}-{n}" for which in _which(request) for page in ("where", "when") for n in prompts]
 
 
 def read_request(task: str, args: argparse.Namespace) -> Request:
@@ -248,14 +261,14 @@ def _print_summary(result: "Result") -> None:
     )
 
 
-def _check_gif_pace(request: Request) -> None:
+def _check_gif_pace(target: Path, request: Request) -> None:
     """Refuse before drawing a frame rate that a GIF cannot hold; a video's own is looked up."""
-    fps = request.fps
+    fps = request.fps if target.suffix.lower() == ".gif" else 0
     if fps is None and request.video is not None:
         from imprompt.encoders.video import read_clip
 
         fps = read_clip(Path(request.video).expanduser(), request.video)[1]
-    if fps is not None:
+    if fps:
         check_fps(".gif", fps)
 
 
@@ -264,8 +277,10 @@ def _sweep(task: str, args: argparse.Namespace, request: Request) -> int:
     from imprompt.generation.sweep import expand, read_axis
 
     refuse_with(args, "goes with a single request; leave --sweep out")
-    count = len(expand(request, [read_axis(text) for text in args.sweep]).requests)
-    target, numbered = target_path(args.output, task, request.replace(count=min(count, 100)))
+    asked = expand(request, [read_axis(text) for text in args.sweep]).requests
+    target, numbered = target_path(args.output, task, request.replace(count=min(len(asked), 100)))
+    for each in asked:
+        _check_gif_pace(target, each)
     with network(args):
         results, paths = sweep(
             request, args.sweep, target, engine=make_engine(args), overwrite=args.overwrite, numbered=numbered

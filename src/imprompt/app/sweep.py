@@ -30,8 +30,7 @@ def sweep(
     """
     target, engine = Path(target), engine or Engine()
     asked = expand(request, [read_axis(text) for text in axes])
-    output.check_target(target, request.task, len(asked.requests), overwrite=overwrite)
-    output.check_target(target.with_name(f"{target.stem}-grid.png"), overwrite=overwrite)
+    output.check_target(target, asked.requests, overwrite=overwrite, numbered=numbered, pages=["grid"])
     results = engine.run_batch(asked.requests)
     # Of a clip the page shows the frame in the middle.
     middle = (request.frames or 1) // 2 if request.task == "animate" else 0

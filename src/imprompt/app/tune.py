@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
             args.output or "tune",
             axes=args.sweep or None,
             prefer=args.prefer,
+            overwrite=args.overwrite,
             engine=drawing.make_engine(args),
             say=lambda line: print(f"imprompt: {line}", file=sys.stderr),
         )

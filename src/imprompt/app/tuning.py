@@ -22,12 +22,14 @@ from imprompt.evaluation.front import EncoderMeasure, Fidelity, Measure, Normali
 from imprompt.generation.engine import Engine, Result
 from imprompt.generation.families import find_base
 from imprompt.generation.sweep import expand, read_axis
+from imprompt.io import check_path
 from imprompt.schema.prompt import ImagePrompt
 from imprompt.schema.request import Request
 from imprompt.schema.values import is_saved
 
 AXES = ("scale=0.3,0.6,0.9,1.2", "profile=linear,style,ease-out", "end=1,0.6")
 """The settings that are tried by default; on transformers without the profiles, which are UNets' layers'."""
+_FILES = "best.png", "best.json", "tune.json", "front.png", "sheet.png"
 _SHOWN = 7  # settings of the front on the sheet, beside the chosen one
 
 
@@ -61,6 +63,7 @@ def tune(
     *,
     axes: Sequence[str] | None = None,
     prefer: float = 0.5,
+    overwrite: bool = False,
     engine: Engine | None = None,
     measure: Callable[[Sequence[Image.Image], Sequence[Image.Image]], Measure] | None = None,
     say: Callable[[str], None] = print,
@@ -70,11 +73,14 @@ def tune(
 
     Each is drawn with ``request.count`` seeds. ``prefer`` weighs the picture (1) against the text (0).
     ``measure`` makes a measure from what the text alone draws and the pictures shown; the default compares by
-    the adapter's image encoder. Raises :class:`UsageError` for a request without text or picture, and
-    :class:`InputError` when the text alone and the picture alone look the same; nothing is written then.
+    the adapter's image encoder. With ``overwrite`` files that imprompt did not make are replaced. Raises
+    :class:`UsageError` for a request without text or picture, and :class:`InputError` when the text alone and
+    the picture alone look the same, and when a file cannot be written; nothing is written then.
     """
-    folder = Path(folder)
+    folder = check_path(folder)
+    places = [folder / name for name in _FILES]
     _check(request, folder, prefer)
+    output.check_together(places, [request], overwrite=overwrite)
     trials = _draw(request, axes or _usual_axes(request), engine or Engine(), say)
     references = [load_image(Path(name).expanduser()) for name in _shown(request)]
     made = (measure or _by_encoder(request))(trials.text_alone, references)
@@ -98,13 +104,14 @@ def tune(
             for i, (label, one) in enumerate(zip(trials.labels, found, strict=True))
         ],
     }
-    paths = (
-        *output.save(best, folder / "best.png"),
-        output.save_json({"request": json.loads(best.request.to_json())}, folder / "best.json"),
-        output.save_json(figures, folder / "tune.json"),
-        output.save_page(_plot(trials, found, front, chosen, made.name), folder / "front.png"),
-        output.save_page(_sheet(request, references, trials, found, front, chosen), folder / "sheet.png"),
+    contents = (
+        best,
+        {"request": json.loads(best.request.to_json())},
+        figures,
+        _plot(trials, found, front, chosen, made.name),
+        _sheet(request, references, trials, found, front, chosen),
     )
+    paths = tuple(output.save_together(dict(zip(places, contents, strict=True)), overwrite=overwrite))
     return Tuned(best.request, found[chosen], trials.labels[chosen], made.name, paths)
 
 

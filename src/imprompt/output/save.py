@@ -1,8 +1,7 @@
 """Write pictures and clips, and read their records back.
 
-All files of one run are encoded in memory and written together (:mod:`imprompt.io`). Files that imprompt
-wrote earlier are replaced; other files only with ``overwrite``; a folder with anything but imprompt's frames
-never.
+All files of one run are encoded in memory and written together (:mod:`imprompt.io`). What is replaced is said
+in :mod:`imprompt.places`; a folder with anything but imprompt's frames never is.
 """
 
 import json
@@ -21,7 +20,8 @@ from imprompt.io import check_file, check_path, read_json, write_all, write_fold
 from imprompt.output.clips import SUFFIXES, check_fps, encode_clip, encode_frames
 from imprompt.output.record import KEY, VERSION, Record, as_record, parameters
 from imprompt.output.stills import FORMATS, encode_png, encode_still, is_ours, still_text
-from imprompt.schema.request import ControlRef, Request, Task
+from imprompt.places import Identity, check_folder_above, check_not_read, check_place, identities
+from imprompt.schema.request import Request, Task
 
 if TYPE_CHECKING:
     from imprompt.generation.engine import Result
@@ -48,17 +48,19 @@ def save(
     becomes ``NAME-grid.png``. With ``numbered`` nothing is replaced: if the name is taken, a free one is
     used.
 
-    Raises :class:`UsageError` for an unknown format and :class:`InputError` when a file cannot be written.
+    Raises :class:`UsageError` for an unknown format and :class:`InputError` when a file cannot be written, or
+    would take the place of one that a request reads.
     """
     results = drawn if isinstance(drawn, Sequence) else [drawn]
     target = _checked(path, results[0].request.task)
     files = _files(results, target) | (_maps(results[0]) if maps else {})
     files |= {f"-{name}.png": encode_png(page, {_PAGE_KEY: name}) for name, page in (pages or {}).items()}
+    reads = _reads(result.request for result in results)
     while True:
         chosen = free_name(target.parent, target.stem, files, target.suffix) if numbered else target
         try:
             placed = {_beside(chosen, ending): content for ending, content in files.items()}
-            return _write(placed, overwrite=overwrite, exclusive=numbered)
+            return _write(placed, reads, overwrite=overwrite, exclusive=numbered)
         except FileExistsError as error:  # another process was faster
             if not numbered:
                 raise InputError(
@@ -66,42 +68,68 @@ def save(
                 ) from error
 
 
+def save_together(
+    files: "Mapping[Path, Result | Image.Image | Mapping[str, object]]", *, overwrite: bool = False
+) -> list[Path]:
+    """Write results of one picture, pages (PNG) and JSON objects under the names given, all or none, and
+    return their paths. JSON is marked as imprompt's by the key ``imprompt``. Raises as :func:`save`."""
+    placed: dict[Path, bytes | dict[str, bytes]] = {}
+    requests = []
+    for path, content in files.items():
+        if isinstance(content, Image.Image):
+            placed[_checked(path, "generate")] = encode_png(content, {_PAGE_KEY: path.stem})
+        elif isinstance(content, Mapping):
+            text = json.dumps({KEY: VERSION, **content}, indent=2, ensure_ascii=False) + "\n"
+            placed[check_path(path)] = text.encode()
+        else:
+            target = _checked(path, content.request.task)
+            (placed[target],) = _files([content], target).values()
+            requests.append(content.request)
+    return _write(placed, _reads(requests), overwrite=overwrite)
+
+
 def save_page(image: Image.Image, path: str | Path, *, overwrite: bool = False) -> Path:
     """Write a page of pictures (a grid, a chart) as PNG. Raises :class:`InputError`."""
-    target = _checked(path, "generate")
-    return _write({target: encode_png(image, {_PAGE_KEY: target.stem})}, overwrite=overwrite)[0]
-
-
-def save_json(values: Mapping[str, object], path: str | Path, *, overwrite: bool = False) -> Path:
-    """Write a JSON object, marked as imprompt's by the key ``imprompt``. Raises :class:`InputError`."""
-    text = json.dumps({KEY: VERSION, **values}, indent=2, ensure_ascii=False) + "\n"
-    return _write({check_path(path): text.encode()}, overwrite=overwrite)[0]
+    return save_together({Path(path): image}, overwrite=overwrite)[0]
 
 
 def check_target(
     path: str | Path,
-    task: Task = "generate",
-    count: int = 1,
+    asked: Request | Sequence[Request],
     *,
     overwrite: bool = False,
-    controls: Sequence[ControlRef] = (),
+    numbered: bool = False,
+    maps: bool = False,
+    pages: Iterable[str] = (),
 ) -> Path:
-    """``path``, if ``count`` pictures or clips, and the maps of ``controls``, can be written there.
+    """``path``, if what the requests draw can be written there; to be called before drawing.
 
-    To be called before drawing. Raises as :func:`save`.
+    The options are those of :func:`save`, ``pages`` the pages' names. Raises as :func:`save`.
     """
+    requests = asked if isinstance(asked, Sequence) else [asked]
+    task = requests[0].task
     target = _checked(path, task)
-    for place in names(target, count):
-        _check_place(place, folder=not target.suffix, overwrite=overwrite)
-    for number, control in enumerate(controls, 1):
+    check_folder_above(target)
+    if numbered:  # another name is chosen where one is taken
+        return target
+    reads = _reads(requests)
+    for place in names(target, sum(request.count for request in requests)):
+        _check_place(place, reads, folder=not target.suffix, overwrite=overwrite)
+    check_together([_beside(target, f"-{name}.png") for name in pages], requests, overwrite=overwrite)
+    for number, control in enumerate(requests[0].controls if maps else (), 1):
         ending = f"-control-{number}-{control.kind}"
-        _check_place(_beside(target, f"{ending}.png"), folder=False, overwrite=overwrite)
+        _check_place(_beside(target, f"{ending}.png"), reads, folder=False, overwrite=overwrite)
         if task == "animate":  # only its picture tells whether a control moves
-            _check_place(_beside(target, ending), folder=True, overwrite=overwrite)
-    above = next((folder for folder in target.absolute().parents if os.path.lexists(folder)), Path("/"))
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write '{target}': '{above}' is not a writable folder.")
+            _check_place(_beside(target, ending), reads, folder=True, overwrite=overwrite)
     return target
+
+
+def check_together(paths: Iterable[Path], requests: Iterable[Request], *, overwrite: bool = False) -> None:
+    """Raises :class:`InputError` when pages, pictures or JSON of the requests cannot be written to ``paths``;
+    to be called before drawing."""
+    reads = _reads(requests)
+    for path in paths:
+        _check_place(path, reads, folder=False, overwrite=overwrite)
 
 
 def names(target: Path, count: int) -> list[Path]:
@@ -215,12 +243,16 @@ def _maps(result: "Result") -> _Files:
 
 
 def _write(
-    files: Mapping[Path, bytes | dict[str, bytes]], *, overwrite: bool, exclusive: bool = False
+    files: Mapping[Path, bytes | dict[str, bytes]],
+    reads: frozenset[Identity],
+    *,
+    overwrite: bool,
+    exclusive: bool = False,
 ) -> list[Path]:
     """Write files, and folders of frames, and return their paths."""
     if not exclusive:
         for path, content in files.items():
-            _check_place(path, folder=isinstance(content, dict), overwrite=overwrite)
+            _check_place(path, reads, folder=isinstance(content, dict), overwrite=overwrite)
     placed: list[Path] = []
     try:
         for path, content in files.items():
@@ -238,25 +270,24 @@ def _write(
     return list(files)
 
 
-def _check_place(path: Path, *, folder: bool, overwrite: bool) -> None:
+def _reads(requests: Iterable[Request]) -> frozenset[Identity]:
+    """The files that the requests read."""
+    named = (name for request in requests for name in request.files)
+    return identities({name for name in named if isinstance(name, str)})  # others are in memory
+
+
+def _check_place(path: Path, reads: frozenset[Identity], *, folder: bool, overwrite: bool) -> None:
     """Raises :class:`InputError` when something is at ``path`` that must not be replaced."""
-    if not os.path.lexists(path):
+    if not folder:
+        check_place(path, overwrite=overwrite, is_ours=_is_our_file, reads=reads)
         return
-    if folder:
-        if not our_frames(path):
-            what = "is a folder of other things" if path.is_dir() else "is a file"
-            raise InputError(
-                f"cannot write frames to '{path}': it {what}; only a folder of frames that imprompt wrote is "
-                "replaced. Give another name, or remove it."
-            )
-        return
-    if path.is_dir() and not path.is_symlink():
-        raise InputError(f"cannot write '{path}': it is a folder.")
-    if not overwrite and not _is_our_file(path):
+    if os.path.lexists(path) and not our_frames(path):
+        what = "is a folder of other things" if path.is_dir() else "is a file"
         raise InputError(
-            f"cannot write '{path}': imprompt did not make the file that is there; give another name, or "
-            "--overwrite."
+            f"cannot write frames to '{path}': it {what}; only a folder of frames that imprompt wrote is "
+            "replaced. Give another name, or remove it."
         )
+    check_not_read(path, reads)
 
 
 def _is_our_file(path: Path) -> bool:
