@@ -49,7 +49,7 @@ def write_atomic(path: str | Path, content: Content, *, overwrite: bool) -> Path
     Raises :class:`FileExistsError` when there is something at ``path`` and not ``overwrite``, and
     :class:`InputError` when the file cannot be written.
     """
-    return write_all({Path(path): content}, overwrite=overwrite)[0]
+    return write_all({check_path(path): content}, overwrite=overwrite)[0]
 
 
 def write_all(files: Mapping[Path, Content], *, overwrite: bool) -> list[Path]:
@@ -89,8 +89,7 @@ def write_folder(
     are deleted, all others are moved to the new folder. Raises :class:`FileExistsError` when there is
     something at ``path`` and no ``is_ours``, :class:`InputError` when it cannot be written.
     """
-    path = Path(path)
-    check_path(path)
+    path = check_path(path)
     if os.path.lexists(path) and (is_ours is None or path.is_symlink() or not path.is_dir()):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     part, replaced = _beside(path, "part"), list[Path]()
@@ -216,10 +215,12 @@ def _is_above(name: object, path: Path) -> bool:
 
 
 def check_path(path: str | Path, what: str = "path") -> Path:
-    """``path`` with ``~`` expanded, if a file can have that name.
+    """``path`` with ``~`` expanded at its beginning, if a file can have that name.
 
-    Raises :class:`InputError` for NUL, text that is not valid Unicode, a component of more than 255 bytes,
-    more than 4096 bytes in all, and a home folder of nobody (``~nouser/x``). Nothing is read.
+    The file ``./~x`` gets an absolute path, since a :class:`Path` forgets the ``./``. Raises
+    :class:`InputError` for NUL, text that is not valid Unicode, a component of more than 255 bytes, more than
+    4096 bytes in all, and a home folder of nobody (``~nouser/x``, which in a :class:`Path` is a file of the
+    current folder). Nothing is read.
     """
     text = str(path)
     shown = printable(text if len(text) <= 80 else text[:40] + "…" + text[-20:])
@@ -233,11 +234,17 @@ def check_path(path: str | Path, what: str = "path") -> Path:
         raise InputError(f"{what} '{shown}' is not valid Unicode.") from error
     if len(coded) > _PATH_BYTES or any(len(part) > _NAME_BYTES for part in coded.split(b"/")):
         raise InputError(f"{what} '{shown}' is too long: a file's name has at most {_NAME_BYTES} bytes.")
+    expanded = os.path.expanduser(text)  # noqa: PTH111  # a Path forgets whether it began with ./
+    user = text.partition("/")[0]
+    if expanded.startswith("~") and (isinstance(path, str) or user == "~"):
+        raise InputError(f"{what} '{shown}': there is no home folder '{user}' (a file: ./{text}).")
+    place = Path(expanded)
+    if not str(place).startswith("~"):
+        return place
     try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        user = text.partition("/")[0]
-        raise InputError(f"{what} '{shown}': there is no home folder '{user}' (a file: ./{text}).") from error
+        return Path.cwd() / place
+    except OSError as error:
+        raise InputError(f"{what} '{shown}': the current folder is not there any more.") from error
 
 
 def check_file(path: str | Path, what: str = "", *, folder: bool = False) -> Path:

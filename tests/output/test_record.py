@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from imprompt import output
 from imprompt.errors import InputError, UsageError
+from imprompt.io import check_path
 from imprompt.output.record import Record
 from imprompt.schema.request import Request
 
@@ -138,3 +139,85 @@ def test_pictures_of_others_carry_no_request(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="carry no request"):
         output.read_record(tmp_path / "empty")
+
+
+def test_a_record_written_through_a_linked_folder_is_read_by_either_name(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "disk" / "deep" / "out").mkdir(parents=True)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "out").symlink_to(tmp_path / "disk" / "deep" / "out")
+    monkeypatch.chdir(tmp_path / "work")
+    Image.new("RGB", (8, 8)).save("ref.png")
+    text = Record(Request(images=["ref.png"], seed=1)).to_json(Path("out"))
+    for folder in (Path("out"), tmp_path / "work" / "out", tmp_path / "disk" / "deep" / "out"):
+        (name,) = Record.from_json(text, folder).request.files
+        assert Path(name).samefile("ref.png"), folder
+    picture = with_record(tmp_path / "disk" / "deep" / "out" / "a.png", text)
+    Path("a.png").symlink_to(picture)  # of the picture itself
+    assert Path(*output.read_request("a.png").files).samefile("ref.png")
+    by_links = text.replace("../../../work/ref.png", "../ref.png")  # as records once named it
+    assert by_links != text
+    assert Record.from_json(by_links, Path("out")).request.files == ("ref.png",)
+
+
+def test_a_linked_picture_keeps_its_own_name(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "blob", "PNG")
+    (tmp_path / "ref.png").symlink_to(tmp_path / "blob")
+    assert "./ref.png" in Record(Request(images=[str(tmp_path / "ref.png")], seed=1)).to_json(tmp_path)
+
+
+def models(folder: str = "") -> Request:
+    """A request whose models are files of a folder."""
+    return Request(
+        prompt="a", base=f"{folder}base", adapter=f"{folder}a.safetensors",
+        images=["ref.png", {"image": "ref.png", "adapter": f"{folder}b.safetensors"}], seed=1,
+        quantize=f"{folder}q.gguf", face_model=f"{folder}faces",
+        controls=[{"kind": "none", "path": "ref.png", "model": f"{folder}net:depth"}],
+        loras=[f"{folder}l.safetensors"], embeddings=[f"{folder}e.safetensors"],
+        fingerprints={
+            f"base {folder}base": "1", f"adapter {folder}b.safetensors": "2",
+            f"lora {folder}l.safetensors": "3",
+            f"image encoder of {folder}b.safetensors": "4", f"control {folder}net": "5", "adapter emoji": "6",
+        },
+    )  # fmt: skip
+
+
+def test_models_given_by_a_relative_path_are_found_from_any_folder(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "nets").mkdir()
+    (tmp_path / "out").mkdir()
+    for name in ("base", "net", "faces"):
+        (tmp_path / "nets" / name).mkdir()
+    for name in ("a.safetensors", "b.safetensors", "l.safetensors", "e.safetensors", "q.gguf"):
+        (tmp_path / "nets" / name).touch()
+    monkeypatch.chdir(tmp_path)
+    text = Record(models("nets/")).to_json(Path("out"))
+    assert str(tmp_path) not in text
+    assert Record.from_json(text, Path("out")).request == models("nets/")
+    monkeypatch.chdir("/")
+    assert Record.from_json(text, tmp_path / "out").request == models(f"{tmp_path}/nets/")
+
+
+def test_names_of_models_that_are_no_relative_path_are_recorded_as_given(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("emoji", "hf", "int8", "owner"):  # folders that are called like aliases
+        Path(name).mkdir()
+    Path("away.safetensors").touch()
+    for fields in (
+        {"base": "emoji"}, {"base": "hf:owner/name"}, {"base": "owner/name"},
+        {"quantize": "int8"}, {"base": str(tmp_path / "away.safetensors")}, {"base": "~/a.safetensors"},
+        {"loras": ["owner/name/file.safetensors"]},
+    ):  # fmt: skip
+        request = Request(prompt="a", seed=1, **fields)
+        text = Record(request).to_json(tmp_path / "out")
+        assert json.loads(text)["request"] == json.loads(request.to_json())
+        assert Record.from_json(text, tmp_path / "out").request == request
+
+
+def test_a_picture_whose_name_begins_with_a_tilde_is_found_again(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "~x.png")
+    for given in ("./~x.png", str(tmp_path / "~x.png"), "out/../~x.png"):
+        for folder in (Path(), tmp_path, Path("out")):
+            text = Record(Request(images=[given], seed=1)).to_json(folder)
+            (name,) = Record.from_json(text, folder).request.files
+            assert check_path(name).samefile(tmp_path / "~x.png"), (given, folder)

@@ -430,3 +430,17 @@ def test_odd_sizes_are_refused_by_mp4(tmp_path: Path) -> None:
     odd.images = [image.resize((63, 48)) for image in odd.images]
     with pytest.raises(InputError, match="even width"):
         output.save(odd, tmp_path / "a.mp4")
+
+
+def test_names_of_a_servers_models_are_kept_whatever_files_are_called_like_them(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("anime").mkdir()
+    drawn = still()
+    drawn.request = drawn.request.replace(base="anime")
+    output.save(drawn, Path("out/kept.png"), keep_names=True)
+    output.save(drawn, Path("out/local.png"))
+    with Image.open("out/kept.png") as kept, Image.open("out/local.png") as local:
+        assert json.loads(kept.text["imprompt"])["request"]["base"] == "anime"
+        assert json.loads(local.text["imprompt"])["request"]["base"] == "../anime"

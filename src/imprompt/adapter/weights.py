@@ -11,6 +11,7 @@ from imprompt.adapter.key_value import KeyValue, key_value_of
 from imprompt.adapter.lora import FaceLora
 from imprompt.adapter.source import PromptSource
 from imprompt.checkpoints.checkpoint import Checkpoint, StateDict, write
+from imprompt.io import check_path
 from imprompt.projections.build import build_projection
 from imprompt.projections.modules import ImageProjection
 from imprompt.projections.resamplers import TimedResamplerProjection
@@ -56,7 +57,7 @@ class AdapterWeights(PromptSource):
 
     def save_pretrained(self, folder: str | Path, weight_name: str = "ip-adapter.safetensors") -> Path:
         """Write the published layout into ``folder``; returns the file's path."""
-        path = Path(folder) / weight_name
+        path = check_path(folder) / weight_name
         path.parent.mkdir(parents=True, exist_ok=True)
         write(replace(self.checkpoint, state=self.state_dict()), path)
         return path

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from imprompt.app.batching import batch_key
 from imprompt.errors import ImpromptError, InputError, ModelError, UsageError
-from imprompt.io import check_file, read_json
+from imprompt.io import check_file, check_path, read_json
 from imprompt.output import check_target, names, save
 from imprompt.places import Identity, check_not_read, identities
 from imprompt.schema.request import Request
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw the file's jobs; 1 when some failed. Raises :class:`UsageError` and :class:`InputError`."""
-    source, folder = Path(args.jobs).expanduser().absolute(), Path(args.output).expanduser().absolute()
+    source, folder = check_path(args.jobs).absolute(), check_path(args.output, "--output").absolute()
     if args.batch < 1:
         raise UsageError(f"--batch {args.batch}: 1 or more is expected.")
     index, count = read_shard(args.shard)

@@ -19,6 +19,7 @@ from imprompt.data.rows import read_dataset
 from imprompt.encoders.images import load_image
 from imprompt.evaluation.charts import Band, Cell, bands
 from imprompt.generation.engine import Engine
+from imprompt.io import check_path
 from imprompt.schema.request import Request
 
 STEPS = 16
@@ -52,7 +53,7 @@ def contact_sheet(folder: str | Path, *, seed: int = 7, say: Callable[[str], Non
 
     Raises :class:`~imprompt.errors.ModelError` when the bundled model is missing.
     """
-    folder = Path(folder)
+    folder = check_path(folder)
     shown = _write_references(folder / "pictures")
     draw = _Artist(Engine(), seed, say)
     pages = [draw.band(*band) for band in _bands(shown, seed)]

@@ -1,9 +1,9 @@
 """``imprompt convert``: rewrite a pickled adapter, or saved features, as safetensors."""
 
 import argparse
-from pathlib import Path
 
 from imprompt.catalog import adapters
+from imprompt.io import check_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
 
         print(convert_ipadpt(source, args.target))
         return 0
-    if source in adapters() and not Path(source).exists():
+    if source in adapters() and not check_path(source, "adapter").exists():
         from imprompt.generation.families import adapter_file
 
         source = adapter_file(source)

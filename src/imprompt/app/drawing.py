@@ -15,6 +15,7 @@ from imprompt.errors import ModelError, UsageError
 from imprompt.hub import offline
 from imprompt.io import check_path, read_json
 from imprompt.output.clips import check_fps
+from imprompt.output.record import home_of
 from imprompt.schema.prompt import ImagePrompt, TextRegion
 from imprompt.schema.request import ControlRef, EmbeddingRef, LoraRef, Request
 
@@ -191,10 +192,11 @@ def _check_no_urls(stated: Mapping[str, Any]) -> None:
 def _earlier_request(source: str) -> Request:
     if not source.endswith(".json"):
         return output.read_request(source)
-    values = read_json(Path(source), "--from")
-    return (
-        output.Record.from_mapping(values).request if "imprompt" in values else Request.from_mapping(values)
-    )
+    place = check_path(source, "--from")
+    values = read_json(place, "--from")
+    if "imprompt" not in values:
+        return Request.from_mapping(values)
+    return output.Record.from_mapping(values, home_of(place)).request
 
 
 @contextmanager
@@ -267,7 +269,7 @@ def _check_gif_pace(target: Path, request: Request) -> None:
     if fps is None and request.video is not None:
         from imprompt.encoders.video import read_clip
 
-        fps = read_clip(Path(request.video).expanduser(), request.video)[1]
+        fps = read_clip(check_path(request.video, "video"), request.video)[1]
     if fps:
         check_fps(".gif", fps)
 

@@ -1,11 +1,10 @@
 """``imprompt evaluate``: measure adapters on your pictures, and compare them."""
 
 import argparse
-from pathlib import Path
 
 from imprompt.app.flags import add_field_flags, flag_help, stated_fields
 from imprompt.evaluation.config import Contender, EvaluateConfig
-from imprompt.io import write_atomic
+from imprompt.io import check_path, write_atomic
 
 _FLAGS = {
     "base": "NAME", "prompts": "FILE", "only": "TAG", "n": "", "samples": "", "scales": "X,X,…", "steps": "",
@@ -38,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from imprompt.evaluation import report as reports
     from imprompt.evaluation.run import evaluate
 
-    targets = [Path(args.json)] if args.json is not None else []
+    targets = [check_path(args.json, "--json")] if args.json is not None else []
     if config.output is not None:
         targets.append(config.output / "report.json")
         reports.check_html()

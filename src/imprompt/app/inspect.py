@@ -2,9 +2,9 @@
 
 import argparse
 import json
-from pathlib import Path
 
 from imprompt.catalog import adapters, bases_for
+from imprompt.io import check_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,9 +19,9 @@ def run(args: argparse.Namespace) -> int:
     from imprompt.checkpoints.inspect import inspect
     from imprompt.checkpoints.locate import locate
 
-    named = Path(args.file).is_dir() or (args.file in adapters() and not Path(args.file).exists())
-    file = locate(args.file)[0] if named else args.file
-    found = inspect(file, variant=args.variant)
+    place = check_path(args.file, "adapter")
+    named = place.is_dir() or (args.file in adapters() and not place.exists())
+    found = inspect(locate(args.file)[0] if named else place, variant=args.variant)
     fits = bases_for(found.base)
     if args.json:
         print(json.dumps(found.to_dict() | {"fits": fits}))

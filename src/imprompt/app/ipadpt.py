@@ -9,6 +9,7 @@ from imprompt.encoders import face
 from imprompt.encoders.clip import Features
 from imprompt.encoders.features import Saved, save
 from imprompt.errors import ModelError
+from imprompt.io import check_path
 from imprompt.weights import unpickle
 
 _FACE_WIDTH = 512
@@ -37,7 +38,7 @@ def convert_ipadpt(source: str | Path, target: str | Path) -> Path:
 
 def _read(source: str | Path) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The features in a file, and the negative half where diffusers saved one."""
-    content, negative = unpickle(Path(source)), None
+    content, negative = unpickle(check_path(source)), None
     if isinstance(content, list) and len(content) == 1 and isinstance(content[0], torch.Tensor):
         halves = content[0]
         if halves.ndim in (3, 4) and len(halves) in (1, 2):

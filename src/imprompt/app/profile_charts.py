@@ -5,7 +5,6 @@ The attention blocks follow from the configuration of the base's UNet; no weight
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -16,7 +15,7 @@ from imprompt.adapter.backbones.base import BlockKind, Site
 from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.catalog import ASSETS, bases
 from imprompt.errors import ModelError
-from imprompt.io import read_json
+from imprompt.io import check_path, read_json
 from imprompt.schema.profiles import PROFILES, Profile, layer_weights, read_profile
 
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -87,7 +86,7 @@ def layers_of(base: str) -> tuple[Site, ...]:
     family = bases()[base].family if base in bases() else base
     config = _PUBLISHED.get(family)
     if config is None:
-        folder = ASSETS if base == "emoji" else Path(base).expanduser()
+        folder = ASSETS if base == "emoji" else check_path(base, "--base")
         path = folder / "unet" / "config.json"
         if not path.is_file():
             raise ModelError(

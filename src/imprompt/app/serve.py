@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from imprompt.errors import ModelError, UsageError
+from imprompt.io import check_path
 
 _GPU_NODES = ("/dev/nvidiactl", "/dev/nvmap", "/dev/kfd", "/dev/dxg")  # CUDA, Jetson, ROCm, WSL
 
@@ -19,11 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--token", metavar="TEXT|@FILE", help="token that clients must send; default: IMPROMPT_TOKEN")
     add("--allow-host", action="append", default=[], metavar="NAME", help="another name of this server")
     add("--open", action="store_true", help="open the page in the browser")
-    add("--folder", type=Path, metavar="FOLDER", help="where pictures and journal are kept")
+    add("--folder", metavar="FOLDER", help="where pictures and journal are kept")
     add("--base", default="emoji", metavar="NAME", help="model of requests that name none; loaded at start")
     add("--model", action="append", default=[], metavar="NAME=PATH", help="offer this base too")
     add("--adapter", action="append", default=[], metavar="NAME=PATH", help="offer this adapter too")
-    add("--loras", type=Path, metavar="FOLDER", help="offer the LoRAs (.safetensors) in this folder")
+    add("--loras", metavar="FOLDER", help="offer the LoRAs (.safetensors) in this folder")
     add("--download", action="store_true", help="offer models that are not on this machine yet")
     add("--device", action="append", default=[], metavar="NAME", help="one worker each; default: all GPUs")
     add("--dtype", default="auto", help="number format of the weights, as for generate")
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         raise ModelError(f"serving needs more packages ({error}): pip install 'imprompt[serve]'") from error
     limits = Limits(queue=args.queue, batch=args.batch, drain_seconds=args.drain)
     settings = Settings(
-        folder=(args.folder or data_folder()).expanduser().absolute(),
+        folder=check_path(args.folder, "--folder").absolute() if args.folder else data_folder(),
         host=args.host,
         port=args.port,
         token=_token(args.token),
@@ -69,7 +70,7 @@ def _token(given: str | None) -> str | None:
     given = given or os.environ.get("IMPROMPT_TOKEN")
     if given and given.startswith("@"):
         try:
-            return Path(given[1:]).expanduser().read_text(encoding="utf-8").strip()
+            return check_path(given[1:], "--token").read_text(encoding="utf-8").strip()
         except OSError as error:
             raise UsageError(f"--token {given}: the file cannot be read ({error.strerror}).") from error
     return given or None
@@ -85,11 +86,12 @@ def _named(flag: str, pairs: list[str]) -> dict[str, str]:
     return found
 
 
-def _loras(folder: Path | None) -> dict[str, str]:
-    if folder is None:
+def _loras(given: str | None) -> dict[str, str]:
+    if given is None:
         return {}
+    folder = check_path(given, "--loras")
     if not folder.is_dir():
-        raise UsageError(f"--loras: there is no folder '{folder}'.")
+        raise UsageError(f"--loras: there is no folder '{given}'.")
     return {path.stem: str(path) for path in sorted(folder.glob("*.safetensors"))}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from imprompt.app.flags import add_field_flags, stated_fields
 from imprompt.errors import UsageError
+from imprompt.io import check_path
 from imprompt.training.config import TrainConfig
 
 _FLAGS = {
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         if not sign:
             raise UsageError(f"--set '{pair}': FIELD=VALUE is expected.")
         _set(stated, name, _json(value))
-    source = Path(args.source)
+    source = check_path(args.source, "source")
     if source.suffix in (".toml", ".json") and _is_configuration(source):
         config = TrainConfig.read(source, **stated)
     else:
@@ -72,7 +73,7 @@ def _is_configuration(path: Path) -> bool:
 
 def _run_folder(source: str, resume: bool) -> Path:
     """``runs/NAME``: with ``resume`` the newest, else one that is free."""
-    place = Path(source.rpartition(":")[2]).expanduser()
+    place = check_path(source.rpartition(":")[2], "source")
     stem = (place if place.name not in ("", "..") else place.resolve()).stem or "run"
     free = next(number for number in count(1) if not _taken(_numbered(stem, number)))
     return _numbered(stem, max(1, free - 1) if resume else free)

@@ -82,7 +82,7 @@ def tune(
     _check(request, folder, prefer)
     output.check_together(places, [request], overwrite=overwrite)
     trials = _draw(request, axes or _usual_axes(request), engine or Engine(), say)
-    references = [load_image(Path(name).expanduser()) for name in _shown(request)]
+    references = [load_image(name) for name in _shown(request)]
     made = (measure or _by_encoder(request))(trials.text_alone, references)
     score = NormalizedScore.between(made, trials.text_alone, trials.picture_alone)
     found = [score(images) for images in trials.images]
@@ -106,7 +106,7 @@ def tune(
     }
     contents = (
         best,
-        {"request": json.loads(best.request.to_json())},
+        json.loads(output.Record(best.request, best.provenance).to_json(folder)),
         figures,
         _plot(trials, found, front, chosen, made.name),
         _sheet(request, references, trials, found, front, chosen),

@@ -19,6 +19,7 @@ from imprompt.checkpoints.identify import NOTED_PUBLISHED, NOTED_VARIANT
 from imprompt.checkpoints.layouts import LAYOUTS, our_form, published_form
 from imprompt.checkpoints.structure import LORA, either, some
 from imprompt.errors import ModelError, UsageError
+from imprompt.io import check_path
 from imprompt.weights import dtype_name, flatten, load_tensors, not_finite, save_tensors
 
 StateDict: TypeAlias = dict[str, dict[str, Tensor]]
@@ -96,8 +97,8 @@ def read(
     if isinstance(source, Mapping):
         tensors = flatten(source, _STATE_DICT)
         return checkpoint_of(contents_of(tensors, name or "adapter"), tensors, variant)
-    contents = Contents.of_file(Path(source), name)
-    return checkpoint_of(contents, load_tensors(Path(source)), variant)
+    file = check_path(source, "adapter")
+    return checkpoint_of(Contents.of_file(file, name), load_tensors(file), variant)
 
 
 def contents_of(tensors: Mapping[str, Tensor], name: str, file: Path | None = None) -> Contents:
@@ -143,7 +144,7 @@ def write(checkpoint: Checkpoint, path: str | Path) -> None:
     It is written whole or not at all. Raises :class:`ModelError` for weights that are not finite, and if it
     cannot be written.
     """
-    path = Path(path)
+    path = check_path(path)
     if path.suffix != ".safetensors":
         raise UsageError(f"adapters are written as .safetensors, not '{path.name}'.")
     tensors = {f"image_proj.{key}": value for key, value in checkpoint.state["image_proj"].items()}

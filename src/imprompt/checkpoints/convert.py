@@ -10,7 +10,7 @@ from torch import Tensor
 from imprompt.checkpoints.checkpoint import checkpoint_of, contents_of, read, write
 from imprompt.checkpoints.inspect import Inspection, inspect
 from imprompt.errors import ModelError, UsageError
-from imprompt.io import sha256
+from imprompt.io import check_path, sha256
 from imprompt.weights import load_pickle, load_tensors
 
 _PROCESSOR = re.compile(
@@ -26,7 +26,7 @@ def convert(source: str | Path, target: str | Path, *, variant: str | None = Non
     Only tensors are unpickled, never code. The result is written whole or not at all, and read back to check
     it. Raises :class:`ModelError` as :func:`~imprompt.checkpoints.checkpoint.read` does.
     """
-    source, target = Path(source), Path(target)
+    source, target = check_path(source), check_path(target)
     if source.resolve() == target.resolve():
         raise UsageError(f"convert needs another target than the source '{source}'.")
     tensors = _trained(load_tensors(source) if source.suffix == ".safetensors" else load_pickle(source))

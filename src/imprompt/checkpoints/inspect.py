@@ -10,6 +10,7 @@ from imprompt.catalog import AdapterRow, encoder_with
 from imprompt.catalog.variants import Variant
 from imprompt.checkpoints.contents import Contents
 from imprompt.checkpoints.structure import LORA, Shapes, Structure, either, some
+from imprompt.io import check_path
 from imprompt.tensorfile import not_finite_tensors
 
 
@@ -81,7 +82,7 @@ def inspect(path: str | Path, *, variant: str | None = None, weights: bool = Tru
     Raises :class:`ModelError` for a file that is damaged or no adapter. Weights that are not finite, and
     several possible variants, are reported in the result.
     """
-    file = Path(path)
+    file = check_path(path)
     contents = Contents.of_file(file)
     structure, identity = contents.structure, contents.identify(variant, hashed=weights)
     bad = not_finite_tensors(file) if weights else ()

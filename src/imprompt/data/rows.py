@@ -36,7 +36,7 @@ from PIL import Image
 
 from imprompt.encoders.images import as_bytes
 from imprompt.errors import InputError, first_line
-from imprompt.io import printable
+from imprompt.io import check_path, printable
 
 PICTURES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jp2",
@@ -165,7 +165,7 @@ def usable(
 def _read(source: str | Path, required: bool) -> Dataset:
     if str(source).startswith(HUB):
         return _hugging_face(str(source).removeprefix(HUB), required)
-    path = Path(source).expanduser()
+    path = check_path(source, "data")
     if path.is_dir():
         return _folder(path, required)
     if not path.is_file():

@@ -19,6 +19,7 @@ from imprompt.catalog import licences
 from imprompt.catalog.resolve import resolve
 from imprompt.encoders.face_geometry import Array, Face, align, nms
 from imprompt.errors import ModelError, first_line
+from imprompt.io import check_path
 
 _SIDES = (640, 480, 320, 256)  # long side at which a face is looked for: close-ups are found when small
 _CANVAS = 640
@@ -37,9 +38,9 @@ class OnnxFaces:
     def __init__(self, detector: str | Path, recogniser: str | Path, space: str) -> None:
         self.space = space
         """Name of the face model whose embeddings these are."""
-        self.files = Path(detector), Path(recogniser)
+        self.files = check_path(detector), check_path(recogniser)
         self.name = f"{Path(detector).stem} with {Path(recogniser).stem}"
-        self._detector, self._recogniser = _session(detector), _session(recogniser)
+        self._detector, self._recogniser = map(_session, self.files)
         self._outputs = [each.name for each in self._detector.get_outputs()]
         self._is_yunet = {"cls_8", "obj_8", "bbox_8", "kps_8"} <= set(self._outputs)
         if not self._is_yunet and len(self._outputs) != 9:
@@ -213,12 +214,12 @@ def _space(folder: str, recogniser: str) -> str:
     return "unknown"
 
 
-def _session(path: str | Path) -> Any:
+def _session(path: Path) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
         raise ModelError("faces are found by onnxruntime: pip install 'imprompt[face]'.") from error
-    if not Path(path).is_file():
+    if not path.is_file():
         raise ModelError(f"there is no file '{path}'.")
     try:
         return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

@@ -109,8 +109,8 @@ def load_frames(source: Source, *, budget: Budget | None = None) -> tuple[list[I
     frames, and for frames of different sizes.
     """
     budget = budget or Budget()
-    if isinstance(source, str | Path) and check_file(source, folder=True).is_dir():
-        return _folder_frames(Path(source), budget), None
+    if isinstance(source, str | Path) and (place := check_file(source, folder=True)).is_dir():
+        return _folder_frames(place, budget), None
     frames, milliseconds = [], 0.0
     with _opened(source, MAX_PIXELS) as (image, name):
         count = int(getattr(image, "n_frames", 1))

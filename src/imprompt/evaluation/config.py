@@ -11,6 +11,7 @@ from imprompt.errors import UsageError
 from imprompt.schema.profiles import read_profile
 from imprompt.schema.record import Record
 from imprompt.schema.request import Speed
+from imprompt.schema.values import ExpandedPath
 
 
 class Contender(Record):
@@ -60,7 +61,7 @@ class EvaluateConfig(Record):
     source: str | None = None
     """Pictures to measure on, with or without captions: a folder, metadata file, .tar or hf:owner/name;
     ``None``: the bundled base's held-out pictures."""
-    prompts: Path | None = None
+    prompts: ExpandedPath | None = None
     """Text file with a prompt on each line, to draw with the pictures; ``None``: the captions of other
     pictures."""
     only: str | None = None
@@ -89,7 +90,7 @@ class EvaluateConfig(Record):
     """DINO model to score with: folder or hub id."""
     face_model: str | None = None
     """Folder with a face detector and a recogniser (.onnx), to score identity."""
-    output: Path | None = None
+    output: ExpandedPath | None = None
     """Folder for report.html, report.json and the drawings; run again, it continues there."""
     quiet: bool = False
     """No progress bar."""

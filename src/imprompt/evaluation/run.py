@@ -61,7 +61,7 @@ from imprompt.evaluation.scorers import (
 )
 from imprompt.generation.engine import Engine
 from imprompt.generation.families import Base, find_base
-from imprompt.io import write_atomic
+from imprompt.io import check_path, write_atomic
 from imprompt.schema.request import Request
 
 BARE = "bare base"
@@ -368,7 +368,7 @@ class _Artist:
 
 def _weights(adapter: str) -> str:
     """A local adapter file's size and time: another file under the old name is drawn anew."""
-    path = Path(adapter).expanduser()
+    path = check_path(adapter, "adapter")
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) if path.is_dir() else []
     return " ".join(f"{file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
 

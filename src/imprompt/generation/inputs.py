@@ -7,7 +7,6 @@ place of names, the pictures to start from at the drawn size, and notes for the 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
@@ -132,7 +131,7 @@ class _Files:
 
     def source(self, name: str) -> Any:
         """The picture that was handed over under this name, or the file's path."""
-        return self._given[name] if name in self._given else Path(name).expanduser()
+        return self._given[name] if name in self._given else check_path(name)
 
     def saved(self, name: str) -> bool:
         """Whether it is a file of features."""

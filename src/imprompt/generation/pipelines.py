@@ -8,7 +8,6 @@ from collections.abc import Collection
 from functools import cache
 from importlib.util import find_spec
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -18,6 +17,7 @@ from imprompt.catalog import licences
 from imprompt.catalog.resolve import Source
 from imprompt.errors import ModelError, UsageError, first_line
 from imprompt.generation.families import Base
+from imprompt.io import check_path
 from imprompt.schema.request import SCHEDULERS, Task
 from imprompt.tensorfile import read_header
 from imprompt.weights import silence_library_logging
@@ -180,7 +180,7 @@ def _quantised(base: Base, quantize: str, dtype: Any, variant: str | None) -> An
     """The base's denoiser with its linear layers in fewer bits."""
     gguf = quantize.endswith(".gguf")
     package = "gguf" if gguf else "torchao"
-    if gguf and not Path(quantize).expanduser().is_file():
+    if gguf and not check_path(quantize, "quantize").is_file():
         raise ModelError(f"quantize: there is no file '{quantize}'.")
     if find_spec(package) is None:
         raise ModelError(f"quantize: '{quantize}' needs {package}: pip install 'imprompt[quantize]'.")
@@ -207,7 +207,7 @@ def _from_gguf(base: Base, file: str, dtype: Any) -> Any:
     what = "UNet" if base.kind.denoiser == "unet" else "transformer"
     try:
         denoiser = getattr(diffusers, base.kind.model).from_single_file(
-            str(Path(file).expanduser()),
+            str(check_path(file, "quantize")),
             config=base.source,
             subfolder=base.kind.denoiser,
             torch_dtype=dtype,

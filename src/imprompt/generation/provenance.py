@@ -4,7 +4,6 @@ import platform
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
@@ -16,7 +15,7 @@ from imprompt.encoders.features import shown_name
 from imprompt.errors import ModelError
 from imprompt.generation.job import Job, shows_pictures
 from imprompt.generation.loading import Loaded
-from imprompt.io import fingerprint
+from imprompt.io import check_path, fingerprint
 
 
 def fingerprints(job: Job, adapters: Mapping[str, IPAdapter]) -> dict[str, str]:
@@ -36,7 +35,7 @@ def fingerprints(job: Job, adapters: Mapping[str, IPAdapter]) -> dict[str, str]:
     extras = [("lora", ref.path) for ref in request.loras]
     extras += [("embedding", ref.path) for ref in request.embeddings]
     for kind, path in extras:
-        if (place := Path(path).expanduser()).exists():
+        if (place := check_path(path)).exists():
             found[f"{kind} {path}"] = fingerprint(place)
     _check_same(found, request.fingerprints)
     return found

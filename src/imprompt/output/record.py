@@ -1,18 +1,20 @@
 """The record inside a picture or clip: the request that draws it again, and its provenance.
 
 A :class:`Record` is JSON. PNG has it in the text chunk ``imprompt``, JPEG and WebP in EXIF, GIF and MP4 in a
-comment. Version 2 names files relative to its own folder (``./``, ``../``); version 1 named them as they
-were given. A record may come from anybody: :meth:`Record.lines` shows printable text only, and
-:meth:`Record.local_files` lists the files that a repetition would read.
+comment. Version 2 names files relative to its own folder (``./``, ``../``), models only where they were
+given by a relative path; version 1 named them as they were given. A record may come from anybody:
+:meth:`Record.lines` shows printable text only, and :meth:`Record.local_files` lists the files that a
+repetition would read.
 """
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from imprompt.catalog import adapters, bases, controls, motions
 from imprompt.errors import InputError, UsageError
 from imprompt.io import check_path, printable, read_json
 from imprompt.schema.request import Request
@@ -21,13 +23,27 @@ KEY = "imprompt"
 """First key of every record, and the name of the text chunk of PNG that holds it."""
 VERSION = 2
 
-_PICTURES = {
-    "": ("image", "mask", "video"),
-    "images": ("image", "path", "negative", "mask"),
-    "regions": ("mask",),
-    "controls": ("path",),
-}
-"""Fields of a request's JSON that name pictures, by the list they are in."""
+_Rename: TypeAlias = Callable[[str], str]
+_Aliases: TypeAlias = Callable[[], Container[str]]
+
+_FIELDS: dict[str, dict[str, _Aliases | None]] = {
+    "": {
+        "image": None, "mask": None, "video": None, "base": bases, "adapter": adapters, "motion": motions,
+        "face_model": tuple, "quantize": lambda: ("none", "int8", "float8"),
+    },
+    "images": {"image": None, "path": None, "negative": None, "mask": None, "adapter": adapters},
+    "regions": {"mask": None},
+    "controls": {"path": None, "model": controls},
+    "loras": {"path": tuple},
+    "embeddings": {"path": tuple},
+}  # fmt: skip
+"""Fields of a request's JSON that name files, by the list they are in → ``None`` for pictures, for models the
+names that are no file's."""
+_FINGERPRINTS: dict[str, _Aliases] = {
+    "base": bases, "control": controls, "motion": motions, "adapter": adapters, "lora": tuple,
+    "embedding": tuple, "image encoder of": adapters, "face models of": adapters,
+}  # fmt: skip
+"""Kind of model in ``fingerprints`` → the names that are no file's."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +56,8 @@ class Record:
     """Versions, device, and fingerprints of the weights."""
 
     def to_json(self, folder: Path | None = None) -> str:
-        """The record as JSON in ASCII. Files that exist are named relative to ``folder``, if it is given."""
+        """The record as JSON in ASCII. Pictures that exist, and models given by a relative path, are named
+        relative to ``folder``, if it is given."""
         request = json.loads(self.request.to_json())
         if folder is not None:
             request = _renamed(request, lambda name: _relative(name, folder))
@@ -129,49 +146,94 @@ def as_record(path: Path, text: str | None) -> Record:
             f"'{path}' carries no request: imprompt did not make it, or another program saved it again."
         )
     try:
-        return Record.from_json(text, path.parent)
+        return Record.from_json(text, home_of(path))
     except UsageError as error:
         raise InputError(f"'{path}': {error}") from error
 
 
-def _renamed(request: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
-    """The JSON of a request with every picture's name, also in ``hashes``, replaced by ``rename`` of it."""
+def home_of(path: Path) -> Path:
+    """The folder that the names in the record of a file are relative to."""
+    return (path.resolve() if path.is_symlink() else path).parent
 
-    def replaced(record: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-        return {key: changed(value) if key in names else value for key, value in record.items()}
 
-    def changed(value: Any) -> Any:
-        if isinstance(value, list):
-            return [changed(each) for each in value]
-        return rename(value) if isinstance(value, str) else value
-
-    result = replaced(request, _PICTURES[""])
-    for key, names in _PICTURES.items():
-        if isinstance(result.get(key), list):
-            result[key] = [
-                replaced(each, names) if isinstance(each, dict) else changed(each) for each in result[key]
-            ]
-    if isinstance(result.get("hashes"), dict):
-        result["hashes"] = {rename(name): value for name, value in result["hashes"].items()}
+def _renamed(request: Mapping[str, Any], rename: _Rename) -> dict[str, Any]:
+    """The JSON of a request with every file's name, also in ``hashes`` and ``fingerprints``, replaced by
+    ``rename`` of it."""
+    result = _with_fields(request, _FIELDS[""], rename)
+    for key, fields in _FIELDS.items():
+        if isinstance(each := result.get(key), list):
+            result[key] = [_with_fields(one, fields, rename) for one in each]
+    if isinstance(hashes := result.get("hashes"), dict):
+        result["hashes"] = {rename(name): value for name, value in hashes.items()}
+    if isinstance(prints := result.get("fingerprints"), dict):
+        result["fingerprints"] = {_model_of(name, rename): value for name, value in prints.items()}
     return result
 
 
+def _with_fields(value: Any, fields: Mapping[str, _Aliases | None], rename: _Rename) -> Any:
+    """A record, or the text that is its short form, with its files renamed."""
+    if not isinstance(value, dict):
+        return _changed(value, next(iter(fields.values())), rename)
+    return {
+        key: _changed(each, fields[key], rename) if key in fields else each for key, each in value.items()
+    }
+
+
+def _changed(value: Any, aliases: _Aliases | None, rename: _Rename) -> Any:
+    if isinstance(value, list):
+        return [_changed(each, aliases, rename) for each in value]
+    if not isinstance(value, str):
+        return value
+    return rename(value) if aliases is None else _model(value, aliases, rename)
+
+
+def _model(name: str, aliases: _Aliases, rename: _Rename) -> str:
+    """``rename`` of a model's name, if that is a relative path, or ``path:inside``: absolute names still hold
+    where the picture is moved."""
+    if name in aliases() or name.startswith(("hf:", "~")) or Path(name).is_absolute():
+        return name
+    if (whole := rename(name)) != name:
+        return whole
+    path, colon, inside = name.partition(":")
+    return rename(path) + colon + inside if path and inside else name
+
+
+def _model_of(key: str, rename: _Rename) -> str:
+    """A key of ``fingerprints``, ``kind name``, with the name renamed."""
+    for kind, aliases in _FINGERPRINTS.items():
+        if key.startswith(f"{kind} "):
+            return f"{kind} {_model(key.removeprefix(f'{kind} '), aliases, rename)}"
+    return key
+
+
 def _relative(name: str, folder: Path) -> str:
+    """The name of what is there, relative to ``folder`` on the disk, whatever links lead to either."""
     try:
         place = check_path(name)
         if not os.path.lexists(place):
             return name  # of a picture that was handed over
-        relative = Path(os.path.relpath(place, folder)).as_posix()
+        real = Path(os.path.realpath(place.parent), place.name)
+        relative = Path(os.path.relpath(real, os.path.realpath(folder))).as_posix()
         return relative if relative.startswith("../") else f"./{relative}"
     except (InputError, ValueError):  # ValueError: another drive of Windows
         return name
 
 
 def _completed(name: str, folder: Path) -> str:
+    """The path from the folder of the record to what is there under ``name``, without detours through links;
+    but what was recorded with them is found, too."""
     try:
+        check_path(name)
         if not name.startswith(("./", "../")):
             return name
-        place = os.path.normpath(folder / check_path(name))
-        return place if os.path.lexists(place) else name
+        direct = os.path.normpath(Path(os.path.realpath(folder), name))
+        given = os.path.normpath(Path(folder, name))
+        if os.path.lexists(given) and not (os.path.lexists(direct) and _differ(given, direct)):
+            return f"./{given}" if given.startswith("~") else given
+        return direct if os.path.lexists(direct) else name
     except (InputError, ValueError):
         return name
+
+
+def _differ(one: str, other: str) -> bool:
+    return os.path.realpath(one) != os.path.realpath(other)

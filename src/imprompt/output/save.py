@@ -39,6 +39,7 @@ def save(
     numbered: bool = False,
     maps: bool = False,
     pages: Mapping[str, Image.Image] | None = None,
+    keep_names: bool = False,
 ) -> list[Path]:
     """Write the pictures or clips of one result or several and return their paths.
 
@@ -46,14 +47,14 @@ def save(
     first result's controls as ``NAME-control-1-canny.png``, or a folder of frames for a control that moves;
     each can be used again as ``none:PATH,model=NAME``. ``pages`` are further pictures: ``{"grid": page}``
     becomes ``NAME-grid.png``. With ``numbered`` nothing is replaced: if the name is taken, a free one is
-    used.
+    used. With ``keep_names`` the record names files as the request does, not relative to ``path``.
 
     Raises :class:`UsageError` for an unknown format and :class:`InputError` when a file cannot be written, or
     would take the place of one that a request reads.
     """
     results = drawn if isinstance(drawn, Sequence) else [drawn]
     target = _checked(path, results[0].request.task)
-    files = _files(results, target) | (_maps(results[0]) if maps else {})
+    files = _files(results, target, keep_names=keep_names) | (_maps(results[0]) if maps else {})
     files |= {f"-{name}.png": encode_png(page, {_PAGE_KEY: name}) for name, page in (pages or {}).items()}
     reads = _reads(result.request for result in results)
     while True:
@@ -204,17 +205,18 @@ def _checked(path: str | Path, task: Task) -> Path:
     return target
 
 
-def _files(results: "Sequence[Result]", target: Path) -> _Files:
+def _files(results: "Sequence[Result]", target: Path, *, keep_names: bool = False) -> _Files:
     """The pictures or clips as they will be on the disk."""
+    folder = None if keep_names else target.parent
     try:
-        made = [each for one in results for each in _encoded(one, target.suffix.lower(), target.parent)]
+        made = [each for one in results for each in _encoded(one, target.suffix.lower(), folder)]
     except (UsageError, InputError) as error:
         raise type(error)(f"cannot write '{target}': {error}") from error
     endings = [name.name.removeprefix(target.stem) for name in names(target, len(made))]
     return dict(zip(endings, made, strict=True))
 
 
-def _encoded(result: "Result", suffix: str, folder: Path) -> Iterator[bytes | dict[str, bytes]]:
+def _encoded(result: "Result", suffix: str, folder: Path | None) -> Iterator[bytes | dict[str, bytes]]:
     """Each picture or clip of a result as it will be in the file."""
     request = result.request
     size = 1 if request.task != "animate" else request.frames

@@ -7,12 +7,14 @@ and texts only. Kinds of values are recognised by their attributes, so that noth
 import numbers
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 
 from imprompt.errors import UsageError
+from imprompt.io import check_path
 from imprompt.schema import options
 from imprompt.schema.profiles import read_profile
 
@@ -42,6 +44,15 @@ def path_to_text(value: object) -> object:
 
 PathText = Annotated[str, BeforeValidator(path_to_text), Field(min_length=1, max_length=4096)]
 """A path as text; :class:`pathlib.Path` is accepted."""
+
+
+def _expanded(value: object) -> object:
+    """A path with ``~`` expanded; other values as they are."""
+    return check_path(value) if isinstance(value, str | Path) else value
+
+
+ExpandedPath = Annotated[Path, BeforeValidator(_expanded)]
+"""A path; ``~`` at its beginning is the user's home."""
 
 
 def _plain(value: Any) -> Any:

@@ -15,7 +15,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from imprompt.errors import UsageError
+from imprompt.io import check_path
 from imprompt.schema.record import Record
+from imprompt.schema.values import ExpandedPath
 
 ANY_CAPTION = "*"
 """In ``captions``: all captions of the picture, of every kind."""
@@ -66,7 +68,7 @@ class TrainConfig(Record):
     """Use only the pictures with this tag (a metadata field that is true)."""
     base: str = "emoji"
     """The base: alias, folder, .safetensors file or hub id."""
-    output: Path
+    output: ExpandedPath
     """Folder of the run; a new one, or that of the run to resume."""
     kind: Kind | None = None
     """Kind of adapter. linear: 4 tokens from the pooled embedding; plus: 16 tokens from the patches; full: a
@@ -167,7 +169,7 @@ class TrainConfig(Record):
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of all random choices."""
 
-    cache: Path | None = None
+    cache: ExpandedPath | None = None
     """Folder for encoded pictures, which runs may share: what none has used for 30 days is removed; ``None``:
     'cache' in the run's folder; none: no cache."""
     workers: int = Field(default=2, ge=1)
@@ -276,7 +278,7 @@ class TrainConfig(Record):
 
         Raises :class:`UsageError` when the file is missing, is no such file, or a value is out of range.
         """
-        path = Path(path)
+        path = check_path(path)
         try:
             text = path.read_text(encoding="utf-8")
             values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)

@@ -19,6 +19,7 @@ from imprompt.encoders.face import OnnxFaces
 from imprompt.errors import UsageError
 from imprompt.generation.families import Base, find_base
 from imprompt.generation.pipelines import check, load
+from imprompt.io import check_path
 from imprompt.projections.build import new_projection
 from imprompt.projections.shapes import HEAD_WIDTH
 from imprompt.training.cache import ClipFeatures, FeatureEncoder
@@ -237,7 +238,7 @@ def _new_lora(unet: Any, rank: int) -> dict[str, Tensor]:
 
 
 def _named(name: str) -> IPAdapter:
-    path = Path(name).expanduser()
+    path = check_path(name)
     if path.is_file() and path.name.startswith(_CHECKPOINT):
         return _from_checkpoint(path)
     if path.is_dir() and not (path / WEIGHT_NAME).exists():

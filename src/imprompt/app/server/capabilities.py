@@ -2,7 +2,6 @@
 
 import json
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from imprompt import __version__, catalog
@@ -11,6 +10,7 @@ from imprompt.catalog import AdapterRow, BaseRow, ControlRow, MotionRow
 from imprompt.catalog.resolve import is_here
 from imprompt.errors import ImpromptError
 from imprompt.generation.families import Base, Kind, find_base
+from imprompt.io import check_path
 from imprompt.schema import options
 from imprompt.schema.profiles import PROFILES
 from imprompt.schema.request import CONTROLS as CONTROL_KINDS
@@ -76,7 +76,7 @@ def _of_kind(kind: Kind) -> dict[str, Any]:
 def _read(source: str) -> dict[str, Any]:
     """The same of a base that the server was started with, as far as its files tell; downloads nothing."""
     unknown = {"family": None, "multiple": None, "profiles": True, "size": None}
-    if not Path(source).expanduser().exists():
+    if not check_path(source).exists():
         return unknown
     try:
         base = find_base(source)

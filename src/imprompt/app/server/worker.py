@@ -206,7 +206,9 @@ class Worker:
             with tempfile.TemporaryDirectory(
                 dir=scratch, prefix=SCRATCH, ignore_cleanup_errors=True
             ) as folder:
-                return [self._place(path) for path in save(result, Path(folder) / f"picture{suffix}")]
+                # Names are those that the server offers, whatever files here are called like them.
+                paths = save(result, Path(folder) / f"picture{suffix}", keep_names=True)
+                return [self._place(path) for path in paths]
         except OSError as error:
             raise InputError(f"cannot write to the server's folder ({error.strerror}).") from error
 

@@ -1,0 +1,92 @@
+"""Files of strange names and in strange places, as arguments and in what pictures remember."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from imprompt.output import read_request
+
+ODD = {
+    "tilde": "~x.png", "user": "~nobody/x.png", "space": "a b.png", "quotes": "'q\".png", "dash": "-x.png",
+    "apart": "e\u0301.png", "composed": "\u00e9.png", "line": "two\nlines.png", "percent": "50%.png",
+    "option": "a,scale=2.png", "bracket": "[0].png", "emoji": "\U0001f98a.png", "backslash": "a\\b.png",
+}  # fmt: skip
+DRAW = ("generate", "a cat", "--base", "BASE", "--seed", "1")
+
+
+def quoted(path: str) -> str:
+    return '"' + path.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def drawn(path: str | Path) -> bytes:
+    return Image.open(path).tobytes()
+
+
+@pytest.mark.parametrize("name", ODD.values(), ids=ODD.keys())
+def test_pictures_of_any_name_are_shown_written_and_repeated(say, tmp_path, monkeypatch, name):
+    Path(tmp_path, name).parent.mkdir(exist_ok=True)
+    shutil.copy("ref.png", tmp_path / name)
+    for number, given in enumerate((f"./{name}", str(tmp_path / name))):
+        code, _, err = say(*DRAW, "--image", quoted(given), "-o", f"{given}.{number}.png")
+        assert code == 0, err
+        code, _, err = say("generate", "--from", f"{given}.{number}.png", "-o", f"./again{number}.png")
+        assert code == 0, err
+        assert drawn(tmp_path / f"{name}.{number}.png") == drawn(f"again{number}.png")
+    assert {path.name for path in tmp_path.iterdir()} >= {"again0.png", Path(name).parts[0]}
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert say("generate", "--from", "../again0.png")[0] == 0
+
+
+def test_a_home_folder_of_nobody_is_one_line_that_names_the_file(say):
+    Path("~x.png").touch()
+    code, _, err = say(*DRAW, "--image", "~x.png")
+    assert (code, "there is no home folder '~x.png' (a file: ./~x.png)" in err) == (4, True)
+
+
+def test_a_file_of_requests_and_its_folder_may_begin_with_a_tilde(say, place):
+    Path("~jobs.jsonl").write_text(
+        json.dumps({"prompt": "a", "base": str(place / "base"), "images": ["./~x.png"], "seed": 1})
+    )
+    shutil.copy("ref.png", "./~x.png")
+    code, _, err = say("batch", "./~jobs.jsonl", "-o", "./~out")
+    assert code == 0, err
+    assert Path(read_request("./~out/000001.png").files[0]).samefile("./~x.png")
+
+
+def test_a_picture_drawn_with_models_here_is_repeated_from_elsewhere(say, place, tmp_path, monkeypatch):
+    shutil.copytree(place / "base", "mine")
+    Path("mine/adapter.safetensors").rename("own.safetensors")
+    Path("out").mkdir()
+    words = ("generate", "a cat", "--image", "ref.png", "--seed", "1")
+    code, _, err = say(*words, "--base", "mine", "--adapter", "own.safetensors", "-o", "out/a.png")
+    assert code == 0, err
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    code, _, err = say("generate", "--from", "../out/a.png", "-o", "b.png")
+    assert code == 0, err
+    assert drawn("../out/a.png") == drawn("b.png")
+    code, _, err = say("generate", "--from", "b.png", "--steps", "3", "-o", "c.png")  # and from that one
+    assert code == 0, err
+    weights = Path("../own.safetensors").read_bytes()
+    Path("../own.safetensors").write_bytes(weights[:-4] + b"\0\0\0\0")
+    code, _, err = say("generate", "--from", "b.png")
+    assert (code, "its weights are not those" in err) == (3, True)
+
+
+def test_the_settings_that_tune_chose_are_drawn_from_any_folder(say, tmp_path, monkeypatch):
+    Image.new("RGB", (64, 64), "red").save("red.png")
+    code, _, err = say(
+        "tune", "a cat", "--image", "red.png", "--seed", "1", "--count", "1", "--steps", "6", "--exact",
+        "--sweep", "scale=0.5,1", "-o", "deep/tuned",
+    )  # fmt: skip
+    assert code == 0, err
+    assert str(tmp_path) not in Path("deep/tuned/best.json").read_text()
+    monkeypatch.chdir("deep")
+    shutil.copy("../mask.png", "red.png")  # another picture of that name
+    code, _, err = say("generate", "--from", "tuned/best.json", "-o", "again.png")
+    assert code == 0, err
+    assert drawn("tuned/best.png") == drawn("again.png")
