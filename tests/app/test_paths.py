@@ -90,3 +90,27 @@ def test_the_settings_that_tune_chose_are_drawn_from_any_folder(say, tmp_path, m
     code, _, err = say("generate", "--from", "tuned/best.json", "-o", "again.png")
     assert code == 0, err
     assert drawn("tuned/best.png") == drawn("again.png")
+
+
+NAMED = (
+    "generate a --image NAME", "generate a --from NAME", "generate a --from NAME.json",
+    "generate a -o NAME.png", "generate a --quantize NAME.gguf --base BASE",
+    "generate a --adapter NAME --image ref.png", "generate a --lora NAME --base BASE",
+    "animate a --video NAME", "tune a --image ref.png -o NAME", "info NAME", "inspect NAME",
+    "convert NAME new.safetensors", "convert NAME.ipadpt new.safetensors", "embed NAME -o a.safetensors",
+    "embed ref.png -o NAME.safetensors", "profiles --base NAME", "demo -o NAME", "batch NAME -o out",
+    "batch ref.png -o NAME", "train NAME", "train NAME.toml", "train ref.png --out NAME", "evaluate NAME",
+    "evaluate -o NAME", "evaluate --json NAME", "evaluate --prompts NAME", "serve --folder NAME",
+    "serve --loras NAME",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("line", NAMED)
+def test_names_that_no_file_can_have_are_one_line_in_every_command(say, tmp_path, line):
+    before = set(tmp_path.iterdir())
+    for name, reason in {"x" * 300: "is too long", "~nouser/x": "there is no home folder '~nouser'"}.items():
+        code, out, err = say(*line.replace("NAME", name).split())
+        assert (code in (2, 3, 4), out) == (True, ""), err
+        assert err.startswith("imprompt: error: "), err
+        assert (err.count("\n"), reason in err) == (1, True), err
+    assert set(tmp_path.iterdir()) == before

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from imprompt import __version__
 from imprompt.app.hints import for_command, for_flag
+from imprompt.app.streams import prepare_output, tell
 from imprompt.app.threads import thread_settings
 from imprompt.errors import ImpromptError, UsageError
 
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is not None:
         return _run(list(arguments))
     given = sys.argv[1:]
+    prepare_output()
     signal.signal(signal.SIGTERM, _interrupt)
     os.environ.update(thread_settings(os.environ))
     short = bool(given) and given[0] in _DRAWING
@@ -97,25 +99,25 @@ def _run(given: list[str]) -> int:
     debug = "--debug" in given
     given = [word for word in given if word != "--debug"]
     try:
-        return _dispatch(given)
+        code = _dispatch(given)
+        if sys.stdout is not None:  # closed before the start
+            sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
-        print("imprompt: interrupted", file=sys.stderr)
+        tell("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close()
         return 1
     except ImpromptError as error:
         if debug:
             raise
-        print(f"imprompt: error: {' '.join(str(error).split())}", file=sys.stderr)
+        tell(f"error: {' '.join(str(error).split())}")
         return error.exit_code
     except Exception as error:  # the last boundary: whatever arrives here is a bug
         if debug:
             raise
         message = " ".join(f"{type(error).__name__}: {error}".split())
-        print(
-            f"imprompt: error: unexpected {message} (--debug shows where; please report it)", file=sys.stderr
-        )
+        tell(f"error: unexpected {message} (--debug shows where; please report it)")
         return 1
 
 

@@ -15,7 +15,7 @@ import diffusers
 from imprompt import catalog, hub
 from imprompt.catalog import licences
 from imprompt.catalog.resolve import Source
-from imprompt.errors import ModelError, UsageError, first_line
+from imprompt.errors import ImpromptError, ModelError, UsageError, first_line
 from imprompt.generation.families import Base
 from imprompt.io import check_path
 from imprompt.schema.request import SCHEDULERS, Task
@@ -51,7 +51,7 @@ def load(
                 pipe = _from_single_file(base, pipeline, options)
             else:
                 pipe = pipeline.from_pretrained(base.source, variant=variant, use_safetensors=True, **options)
-    except ModelError:
+    except ImpromptError:
         raise
     except Exception as error:  # loaders raise nearly anything on damaged or absent files
         place = Source(base.name, base.path, base.source, kind="base")
