@@ -13,6 +13,7 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 
+from compiled import run_unchecked
 from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.errors import (
@@ -184,6 +185,17 @@ def test_weights_are_raised_to_the_unets_precision_but_never_lowered(pipe: Stabl
     adapter.detach()
     adapter.to(dtype=torch.float64)
     assert adapter.attach(pipe).dtype == torch.float64
+
+
+def test_keys_and_values_are_made_where_the_tokens_are_and_their_weights_stay(
+    pipe: StableDiffusionPipeline, adapter: IPAdapter
+) -> None:
+    adapter.attach(pipe).to("cpu")
+    tokens = torch.zeros(1, 4, adapter.checkpoint.cross_dim, device="meta")  # meta refuses a CPU's tensors
+    site = next(site for site in cross_attentions(pipe.unet) if adapter.has_site(site.index))
+    made = adapter.key_value(site.index)(tokens, 2, torch.float32)
+    assert [part.device.type for part in made] == ["meta", "meta"]
+    assert {weight.device.type for weight in adapter.parameters()} == {"cpu"}
 
 
 def test_what_is_read_once_a_prompt_stays_as_stored_and_computes_as_if_it_were_not(
@@ -559,3 +571,88 @@ def test_the_state_dict_is_the_published_layout(adapter: IPAdapter, pipe: Stable
     assert {part: set(tensors) for part, tensors in mine.items()} == {
         part: set(tensors) for part, tensors in published.items()
     }
+
+
+# ---- what users of diffusers are used to
+
+
+def test_a_dtype_may_stand_first_as_in_torch(adapter: IPAdapter) -> None:
+    assert adapter.to(torch.float16).dtype == torch.float16
+    assert adapter.to("cpu", torch.float64).dtype == torch.float64
+
+
+WRONG_KINDS = """
+import pytest
+import torch
+
+from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.errors import UsageError
+from tiny import picture, random_adapter_state, tiny_encoder, tiny_unet
+
+unet = tiny_unet()
+state = random_adapter_state(unet)
+adapter = IPAdapter.from_state_dict(state).attach(unet)
+with pytest.raises(UsageError, match=r"image_encoder cannot be a CLIPVisionModel.*repo:subfolder"):
+    IPAdapter.from_state_dict(state, image_encoder=tiny_encoder()[0])
+with pytest.raises(UsageError, match=r"weight_name cannot be a list.*attach them one after the other"):
+    IPAdapter.from_pretrained("owner/name", weight_name=["a.safetensors", "b.safetensors"])
+for alone in (picture(1), "a.png", torch.zeros(1, 24)):
+    with pytest.raises(UsageError, match=r"set_batch: a list .* set_prompt\\(\\)"):
+        adapter.set_batch(alone)
+with pytest.raises(UsageError, match=r"guidance: image is '3'"):
+    adapter.set_guidance("3")
+"""
+
+
+def test_what_diffusers_takes_and_this_does_not_is_said(tmp_path: Path, adapter: IPAdapter) -> None:
+    run_unchecked(WRONG_KINDS, folder=tmp_path)
+    with pytest.raises(EncoderMismatch, match="give a picture as a path or PIL image"):
+        adapter.set_prompt(torch.zeros(1, 3, 64, 64))
+
+
+def test_pictures_and_masks_of_diffusers_own_adapter_are_not_passed_over(
+    pipe: StableDiffusionPipeline, adapter: IPAdapter
+) -> None:
+    adapter.attach(pipe).set_prompt(picture(1))
+    steps = {"num_inference_steps": 1, "height": PICTURE, "width": PICTURE}
+    with pytest.raises(UsageError, match=r"ip_adapter_image_embeds: .*set_prompt\(ImagePrompt\(features"):
+        pipe("a cat", ip_adapter_image_embeds=[torch.zeros(2, 1, POOLED)], **steps)
+    masks = {"ip_adapter_masks": [torch.ones(1, 1, PICTURE, PICTURE)]}
+    with pytest.raises(UsageError, match=r"ip_adapter_masks: .*mask="):
+        pipe("a cat", cross_attention_kwargs=masks, **steps)
+    assert draw(pipe).shape == (1, PICTURE, PICTURE, 3)
+
+
+def test_unloading_diffusers_adapter_leaves_an_attached_one_and_says_how_to_detach_it(
+    pipe: StableDiffusionPipeline, adapter: IPAdapter
+) -> None:
+    bare = draw(pipe)
+    adapter.attach(pipe).set_prompt(picture(1))
+    shown = draw(pipe)
+    with pytest.raises(UsageError, match=r"detach\(\) it first"):
+        pipe.unload_ip_adapter()
+    assert np.array_equal(draw(pipe), shown)
+    adapter.detach()
+    assert np.array_equal(draw(pipe), bare)
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "plus"])
+def test_embeddings_that_diffusers_prepared_are_features(
+    kind: str, guidance: bool, pipe: StableDiffusionPipeline
+) -> None:
+    state = random_adapter_state(pipe.unet, kind)
+    pictures = [picture(1), picture(2)]
+    pipe.load_ip_adapter(state, subfolder=None, weight_name=None, image_encoder_folder=None)
+    (embeds,) = pipe.prepare_ip_adapter_image_embeds([pictures], None, "cpu", 1, guidance)
+    pipe.unload_ip_adapter()
+    model, processor = tiny_encoder()
+    pipe.register_modules(image_encoder=model, feature_extractor=processor)  # diffusers has removed them
+    adapter = IPAdapter.from_state_dict(state).attach(pipe)
+    with pytest.raises(EncoderMismatch, match=r"give embeds\.chunk\(2\)\[-1\]\[0\]"):
+        adapter.set_prompt(embeds)
+    adapter.set_prompt(embeds.chunk(2)[-1][0])
+    (prepared,) = adapter.samples[0]
+    adapter.set_prompt(pictures)
+    (shown,) = adapter.samples[0]
+    torch.testing.assert_close(prepared.tokens, shown.tokens, atol=1e-5, rtol=1e-4)

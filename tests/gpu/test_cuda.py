@@ -141,6 +141,22 @@ def test_offloading_draws_the_same(shown: dict[str, Image.Image]) -> None:
     assert error(pixels(drawn), wanted) < 0.1
 
 
+def test_an_adapter_may_wait_in_main_memory(shown: dict[str, Image.Image]) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(ASSETS, safety_checker=None).to(DEVICE)
+    pipe.set_progress_bar_config(disable=True)
+    adapter = IPAdapter.from_pretrained("emoji-plus").attach(pipe)
+
+    def draw() -> np.ndarray:
+        adapter.set_prompt(shown["one"], scale=0.6)
+        random = torch.Generator(DEVICE).manual_seed(1)
+        return pipe("a cat", num_inference_steps=4, generator=random, output_type="np").images
+
+    there = draw()
+    adapter.to("cpu")
+    assert np.abs(draw() - there).mean() < 1e-3
+    assert {weight.device.type for weight in adapter.parameters()} == {"cpu"}
+
+
 def test_a_compiled_base_draws_the_same(tmp_path: Path, shown: dict[str, Image.Image]) -> None:
     for name, picture in shown.items():
         picture.save(tmp_path / f"{name}.png")

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from imprompt.adapter.backbones.base import Site
+from imprompt.errors import UsageError
 
 Projection: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -151,7 +152,12 @@ class SiteProcessor:
     Without image prompts it calls the previous processor, so that an empty prompt changes nothing.
     """
 
-    def __init__(self, previous: Any, injection: Any, site: Site) -> None:
+    def __init__(self, previous: Any = None, injection: Any = None, site: Site | None = None) -> None:
+        if injection is None or site is None:  # diffusers makes processors anew, of the class that it finds
+            raise UsageError(
+                "load_ip_adapter() and unload_ip_adapter() change diffusers' own adapters, and one of "
+                "imprompt is attached: detach() it first."
+            )
         self.previous = previous
         self.injection = injection
         self.site = site

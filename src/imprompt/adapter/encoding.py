@@ -136,7 +136,13 @@ class PromptEncoder:
     # ---- image encoders
 
     def use(self, encoder: ImageEncoder | None) -> None:
-        """Encode with ``encoder`` from now on. Raises :class:`EncoderMismatch` when its widths do not fit."""
+        """Encode with ``encoder`` from now on. Raises :class:`EncoderMismatch` when its widths do not fit,
+        :class:`UsageError` for anything else than an :class:`ImageEncoder`."""
+        if not (encoder is None or isinstance(encoder, ImageEncoder)):
+            raise UsageError(
+                f"image_encoder cannot be a {type(encoder).__name__}; give a folder, repo:subfolder, or "
+                "imprompt.encoders.clip.ImageEncoder(model, processor)."
+            )
         if encoder is not None:
             self._check_widths(encoder.pooled_width, encoder.hidden_width, encoder.name)
         self.encoder = encoder

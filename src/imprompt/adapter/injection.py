@@ -6,6 +6,7 @@ still installed, updates their tensors (:mod:`imprompt.adapter.batch`) and sets 
 """
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -25,6 +26,7 @@ from imprompt.adapter.backbones.base import (
     Site,
     by_name,
     find_caller,
+    refuse_diffusers_images,
 )
 from imprompt.adapter.backbones.table import BACKBONES
 from imprompt.adapter.batch import Batch
@@ -221,8 +223,8 @@ class Injection:
         if not self._enter(model if caller is None else caller.pipe):
             return None
         self._keep_processors()
-        self._begin_run(model, caller)
         given = by_name(model, args, kwargs)
+        self._begin_run(model, caller, given)
         inputs = self.backbone.inputs(given)
         call = self._read(model, inputs, given, caller)
         training = any(source.training is not None for source in self.sources)
@@ -256,12 +258,13 @@ class Injection:
                     source.prompter.drawn()
         return True
 
-    def _begin_run(self, model: nn.Module, caller: Caller | None) -> None:
+    def _begin_run(self, model: nn.Module, caller: Caller | None, given: Mapping[str, Any]) -> None:
         """At the first call of a run, let the sources encode their texts again, as the pipeline encodes its
         prompt now: its text encoder may have changed since they were set."""
         scheduler = self._scheduler(caller)
         run = scheduler, getattr(scheduler, "timesteps", None)
         if self._run is None or any(a is not b for a, b in zip(run, self._run, strict=True)):
+            refuse_diffusers_images(model, given)
             self._run, self._clock, self._compiled = run, None, self._is_compiled(model)
             self._kept_texts, self.kept_text, self._last = {}, None, None
             encode_text = cache(partial(self.encode_text, caller=caller))

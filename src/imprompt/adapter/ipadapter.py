@@ -4,7 +4,6 @@
 image prompt, ``detach`` restores the pipeline.
 """
 
-import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +36,7 @@ from imprompt.checkpoints.locate import locate, noted_encoder
 from imprompt.encoders.clip import Features, ImageEncoder
 from imprompt.encoders.face import FaceEmbedder, Faces
 from imprompt.errors import UsageError
+from imprompt.schema.options import is_finite
 from imprompt.schema.prompt import ImagePrompt
 from imprompt.schema.values import Picture
 
@@ -134,8 +134,18 @@ class IPAdapter(AdapterWeights):
         adapter.module.requires_grad_(True).train()
         return adapter
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "IPAdapter":
-        """Move or cast the weights. Its image encoder is moved too, in its own dtype."""
+    def to(
+        self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> "IPAdapter":
+        """Move or cast the weights; a dtype may stand first, as in torch.
+
+        Its image encoder is moved too, in its own dtype. After :meth:`attach` the weights may wait on the CPU
+        while the model draws on a GPU: a new prompt's keys and values are then made with copies of them, one
+        layer at a time. Weights that are read at each step (a FaceID file's LoRA, SD3.5's layers) are then
+        copied at each step.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
         with self._undisturbed():
             self.module.to(device=device, dtype=dtype)
             if self.prompt_encoder.encoder is not None and device is not None:
@@ -219,9 +229,9 @@ class IPAdapter(AdapterWeights):
         :class:`UsageError` for numbers that are not finite or below 0 (``text``: below 1).
         """
         for name, value in (("image", image), ("text", text)):
-            if value is not None and not (math.isfinite(value) and value >= (0 if name == "image" else 1)):
+            if value is not None and not (is_finite(value) and value >= (0 if name == "image" else 1)):
                 raise UsageError(
-                    f"guidance: {name} is {value}; a finite number from 0 (text: 1) is expected."
+                    f"guidance: {name} is {value!r}; a finite number from 0 (text: 1) is expected."
                 )
         with self._undisturbed():
             self.guidance = None if image is None else (float(image), text)
@@ -251,6 +261,11 @@ class IPAdapter(AdapterWeights):
         multiple of ``len(samples)``: with ``num_images_per_prompt=n`` the first sample's prompts are used for
         the first ``n`` pictures, and so on. Raises as :meth:`set_prompt`.
         """
+        if isinstance(samples, str | bytes) or not isinstance(samples, Sequence):
+            raise UsageError(
+                f"set_batch: a list with the prompt of each sample is expected, not a "
+                f"{type(samples).__name__}; set_prompt() shows one to all samples."
+            )
         if not samples:
             raise UsageError("set_batch needs at least one sample; clear_prompt() removes what was set.")
         self._set(tuple(() if sample is None else as_prompts(sample, fields) for sample in samples))

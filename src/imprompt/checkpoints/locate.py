@@ -71,8 +71,14 @@ def locate(
     ``name`` is an alias of the catalogue, a file, a folder, or ``owner/name[/folder]/file`` of the hub;
     ``subfolder`` and ``weight_name`` choose a file of a folder or repository. Raises :class:`ModelError` if
     there is no file or several, or only a pickle; :class:`UsageError` if ``weight_name`` is given for a file,
-    or missing for a repository.
+    missing for a repository, or a list.
     """
+    for what, value in (("subfolder", subfolder), ("weight_name", weight_name)):
+        if not (value is None or isinstance(value, str)):
+            raise UsageError(
+                f"{what} cannot be a {type(value).__name__}; an adapter is one file. Make an IPAdapter of "
+                "each file, and attach them one after the other."
+            )
     source = resolve(
         name, "adapter", adapters(), "a file, a folder or owner/name/file.safetensors of the hub"
     )

@@ -107,8 +107,20 @@ class ImageProjection(nn.Module):
         if features.ndim not in dims or features.shape[-1] != self.feature_width:
             raise EncoderMismatch(
                 f"this {self.variant.name} projection reads {self.feature} features shaped {layout} of width "
-                f"{self.feature_width}, got shape {tuple(features.shape)}."
+                f"{self.feature_width}, got shape {tuple(features.shape)}"
+                f"{_hint(features, max(dims), self.feature_width)}."
             )
+
+
+def _hint(features: Tensor, dims: int, width: int) -> str:
+    """What to give instead of features of a wrong shape, where it can be told what they are."""
+    if features.ndim == dims + 1 and features.shape[-1] == width:
+        return (
+            "; of what diffusers prepared for a call, give embeds.chunk(2)[-1][0], the part without negatives"
+        )
+    if features.ndim > 2 and 3 in (features.shape[-3], features.shape[-1]):
+        return "; give a picture as a path or PIL image"
+    return ""
 
 
 class LinearProjection(ImageProjection):

@@ -99,6 +99,29 @@ def _parameters(model: type[nn.Module]) -> tuple[str, ...]:
     return ()
 
 
+_NEED_IMAGES = ("text_image", "image", "image_hint", "text_image_proj", "image_proj", "ip_image_proj")
+"""Configurations of diffusers' UNets that read pictures' embeddings without an IP-Adapter (Kandinsky), or by
+diffusers' own."""
+
+
+def refuse_diffusers_images(model: nn.Module, given: Mapping[str, Any]) -> None:
+    """Raise :class:`UsageError` for embeddings and masks in a pipeline's call that only diffusers' own
+    IP-Adapter would read."""
+    config: Mapping[str, Any] = getattr(model, "config", {})
+    added, attention = ((given.get(name) or {}) for name in ("added_cond_kwargs", "cross_attention_kwargs"))
+    reads = {config.get("encoder_hid_dim_type"), config.get("addition_embed_type")} & {*_NEED_IMAGES}
+    if "image_embeds" in added and not reads:
+        said, instead = (
+            "ip_adapter_image_embeds",
+            "adapter.set_prompt(ImagePrompt(features=…)) before the call",
+        )
+    elif "ip_adapter_masks" in attention:
+        said, instead = "ip_adapter_masks", "adapter.set_prompt(ImagePrompt(picture, mask=…)) before the call"
+    else:
+        return
+    raise UsageError(f"{said}: only diffusers' own adapter reads it; write {instead}.")
+
+
 @dataclass(frozen=True)
 class Call:
     """The layout of one call of the denoiser. While it stays equal, the keys and values stay valid."""
