@@ -22,6 +22,7 @@ from PIL import Image
 from imprompt.app.cli import main
 from imprompt.app.server.settings import Limits, Settings
 from imprompt.app.server.store import Store
+from imprompt.catalog import ASSETS
 from imprompt.errors import UsageError
 from serving import Running, free_port, picture, start, submit, upload, wait
 
@@ -461,7 +462,14 @@ def test_a_worker_without_its_base_is_not_ready(starting: Callable[..., Running]
     with running.client() as client:
         job = wait(client, submit(client)["id"])  # is told what is wrong
         assert job["state"] == "failed"
-        assert client.get("/readyz").status_code == 503
+        answer = client.get("/readyz")
+        assert (answer.status_code, answer.json()["status"]) == (503, "failed")
+        for told in (answer.json()["reason"], job["error"]["message"]):
+            assert "'mine' is no base: a diffusers folder has a model_index.json" in told
+            assert str(tmp_path) not in told
+        shutil.copytree(ASSETS, empty, dirs_exist_ok=True)
+        assert wait(client, submit(client)["id"])["state"] == "done"
+        assert client.get("/readyz").json() == {"status": "ready"}
 
 
 def test_the_page_is_asked_for_its_head_and_known_files_are_not_sent_again(quick: Running) -> None:

@@ -27,6 +27,7 @@ from imprompt.app.server.store import Store
 from imprompt.errors import ImpromptError
 
 STATIC = Path(__file__).parent / "static"
+_NOT_READY = "loading, shutting down, or failed: the default base cannot be loaded"
 _TYPES = {
     ".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml", ".webp": "image/webp",
@@ -93,12 +94,15 @@ def _add_plain_routes(app: FastAPI) -> None:
         """The server runs."""
         return {"status": "ok"}
 
-    @app.get("/readyz", tags=["health"], responses={503: {"description": "loading, or shutting down"}})
+    @app.get("/readyz", tags=["health"], responses={503: {"description": _NOT_READY}})
     async def readyz() -> JSONResponse:
-        """A worker has loaded its model."""
+        """A worker has loaded its model; else what it waits for, and of ``failed`` the reason."""
         queue: Queue = app.state.queue
-        status = "draining" if queue.draining else "ready" if queue.ready else "loading"
-        return JSONResponse({"status": status}, 200 if queue.ready else 503)
+        if queue.ready:
+            return JSONResponse({"status": "ready"})
+        if queue.draining or queue.problem is None:
+            return JSONResponse({"status": "draining" if queue.draining else "loading"}, 503)
+        return JSONResponse({"status": "failed", "reason": queue.problem}, 503)
 
     @app.get("/metrics", tags=["health"], response_class=PlainTextResponse)
     async def metrics() -> Response:

@@ -25,7 +25,7 @@ from imprompt.app.server.problems import Problem
 from imprompt.app.server.settings import Settings
 
 COOKIE = "imprompt_token"
-_OPEN = ("/healthz", "/readyz")  # need no token: they say nothing but that the server runs
+_OPEN = ("/healthz", "/readyz")  # need no token: whether the server runs, and what keeps it from drawing
 _READS = ("GET", "HEAD", "OPTIONS")
 
 ErrorBody: TypeAlias = Callable[[str, Problem], dict[str, Any]]

@@ -57,8 +57,8 @@ class Ready:
     """From a worker: it waits for jobs."""
 
     device: str
-    loaded: bool
-    """Whether it could load its base."""
+    problem: str | None
+    """Why it could not load its base, for clients; ``None``: it could."""
 
 
 @dataclass(frozen=True)

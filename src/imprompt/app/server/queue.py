@@ -124,7 +124,14 @@ class Queue:
     @property
     def ready(self) -> bool:
         """Whether a worker has loaded its base."""
-        return any(worker.ready and worker.loaded for worker in self.workers) and not self.draining
+        loaded = (worker.ready and worker.problem is None for worker in self.workers)
+        return any(loaded) and not self.draining
+
+    @property
+    def problem(self) -> str | None:
+        """Why no worker could load its base; ``None`` while one may still."""
+        found = [worker.problem for worker in self.workers]
+        return found[0] if found and all(found) else None
 
     @property
     def waiting(self) -> int:

@@ -35,8 +35,11 @@ from imprompt.schema.request import Request
 
 _PREVIEW_SECONDS = 0.2  # between two previews of one job
 _PREVIEW_SIDE = 256
-_SCRATCH_FOLDER = re.compile(rf"[^\s'\"]*[/\\]{SCRATCH}[^/\\]+[/\\]")
-"""This machine's part of a name, which is no client's affair."""
+_FOLDERS = re.compile(
+    r"(?<=')(~|[A-Za-z]:)?[/\\][^'\n]*[/\\](?=[^'/\\]*')"  # in quotes
+    r"|(?<![^\s\"(])(~|[A-Za-z]:)?[/\\]([^\s'\"/\\]+[/\\])+"
+)
+"""This machine's part of a path, which is no client's affair."""
 
 log = logging.getLogger("imprompt.worker")
 
@@ -81,18 +84,19 @@ class Worker:
         elif isinstance(message, say.Stop):
             self._stopping = True
 
-    def _warm_up(self) -> bool:
-        """Load the base by drawing one small step; what is wrong with it is said when a job needs it.
-
-        Returns whether it could be loaded.
-        """
+    def _warm_up(self) -> str | None:
+        """Load the base by drawing one small step. Returns what is wrong with it, if anything is; it is tried
+        again when a job needs it."""
         request = {"prompt": "a cat", "base": self._setup.base, "steps": 1, "seed": 0}
         try:
             self._engine.run(self._prepared(request))
         except ImpromptError as error:
-            log.warning("worker %s: cannot load base '%s': %s", self._setup.device, self._setup.base, error)
-            return False
-        return True
+            log.error("worker %s: cannot load base '%s': %s", self._setup.device, self._setup.base, error)
+            return self._told(problem_of(error).message)
+        except Exception as error:  # a fault of ours; other bases may be fine
+            log.exception("worker %s: cannot load base '%s'", self._setup.device, self._setup.base)
+            return f"base '{self._setup.base}' failed unexpectedly ({type(error).__name__})."
+        return None
 
     # ---- one batch
 
@@ -195,8 +199,15 @@ class Worker:
         problem = problem_of(error)
         if isinstance(error, InputError) and isinstance(error.__cause__, OSError):
             problem = disk_problem(error)
-        text = _short(_SCRATCH_FOLDER.sub("", problem.message))
+        text = self._told(problem.message)
         self._pipe.send(say.Failed(task.id, problem.status, problem.code, text, problem.field))
+
+    def _told(self, text: str) -> str:
+        """A message as clients may read it: with the names that they know, and no folders of this machine."""
+        for offered in self._setup.names.values():
+            for name, place in offered.items():
+                text = text.replace(f"'{place}'", f"'{name}'")
+        return _short(_FOLDERS.sub("", text))
 
     def _store(self, result: Result, suffix: str) -> list[dict[str, Any]]:
         """Write a result's pictures or clips into the store's folder under the names of their contents."""

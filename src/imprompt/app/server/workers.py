@@ -6,6 +6,7 @@ garbage collector to look at while clients wait.
 
 import asyncio
 import contextlib
+import json
 import logging
 import multiprocessing
 import os
@@ -33,8 +34,8 @@ class Worker:
         self.setup = setup
         self.ready = False
         """Whether it takes jobs."""
-        self.loaded = False
-        """Whether it could load its base, when it last started."""
+        self.problem: str | None = None
+        """Why it could not load its base when it last tried; ``None``: it could, or is about to try."""
         self.jobs: tuple[str, ...] = ()
         """What it is drawing."""
         self.memory = 0
@@ -104,7 +105,9 @@ class Worker:
 
     def _received(self, message: object) -> None:
         if isinstance(message, say.Ready):
-            self.ready, self.loaded, self._pause = True, message.loaded, 0.5
+            self.ready, self.problem, self._pause = True, message.problem, 0.5
+        elif isinstance(message, say.Drawn) and json.loads(message.request)["base"] == self.setup.base:
+            self.problem = None  # what was missing is there by now
         elif isinstance(message, say.Free):
             self.jobs = ()
             self.memory = message.memory
@@ -115,6 +118,8 @@ class Worker:
         if self._process is not None:
             self._process.join(5)
         code = self._process.exitcode if self._process else None
+        if not self.ready:
+            self.problem = f"the worker died while it loaded base '{self.setup.base}' (exit code {code})."
         self.ready = False
         if self._stopping:
             return
