@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.app.cli import main
 from imprompt.app.profile_charts import charts, layers_of, tables
+from imprompt.catalog import bases
 from imprompt.errors import UsageError
 from imprompt.schema.profiles import PROFILES, layer_weights
 from tiny import tiny_unet
@@ -22,7 +23,10 @@ def test_layers_of_a_folder_are_its_unets(family: str, tmp_path: Path) -> None:
     assert layers_of(str(tmp_path)) == cross_attentions(unet)
 
 
-@pytest.mark.parametrize(("family", "layers", "blocks"), [("sd15", 16, 16), ("sdxl", 70, 11)])
+@pytest.mark.parametrize(
+    ("family", "layers", "blocks"),
+    [("sd15", 16, 16), ("sd21", 16, 16), ("sdxl", 70, 11), ("kolors", 70, 11)],
+)
 def test_published_families_have_their_layers(family: str, layers: int, blocks: int) -> None:
     found = layers_of(family)
     assert (len(found), len({layer.block_index for layer in found})) == (layers, blocks)
@@ -60,6 +64,21 @@ def test_weights_of_ones_own_are_drawn_as_they_are(capsys: pytest.CaptureFixture
     assert charts("sdxl", "style-and-composition:0.5").count("▄") == 2
     assert main(["profiles", "1,2,3", "--base", "sd15"]) == 2
     assert "profile has 3 weights; this base takes 16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("base", bases())
+def test_every_alias_has_charts_or_is_said_to_be_a_transformer(
+    base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["profiles", "linear", "--base", base])
+    said = capsys.readouterr()
+    if code:
+        listed = said.err.partition("UNets: ")[2].partition(".")[0].split(", ")
+        assert "is a transformer" in said.err
+        assert base not in listed
+        assert all(charts(name, "linear") for name in listed)
+    else:
+        assert f"blocks of {base}" in said.out
 
 
 def test_a_users_folder_is_read_and_nonsense_refused(

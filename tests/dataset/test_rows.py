@@ -351,3 +351,49 @@ def test_rows_can_be_chosen_by_a_tag(folder):
 def test_nothing_to_read_is_an_error_that_says_what_is_expected(folder, make):
     with pytest.raises(InputError, match=r"metadata\.jsonl"):
         read_dataset(make(folder))
+
+
+# ---- Hugging Face datasets
+
+
+@pytest.fixture
+def hugging_face(folder):
+    """Makes a dataset of the package ``datasets`` from columns; ``image`` are pictures."""
+    datasets = pytest.importorskip("datasets", reason="reads Hugging Face datasets")
+
+    def make(**columns):
+        made = datasets.Dataset.from_dict(columns)
+        return made.cast_column("image", datasets.Image()) if "image" in columns else made
+
+    return make
+
+
+def test_a_saved_dataset_is_read_and_a_record_without_a_picture_is_an_empty_one(folder, hugging_face):
+    pictures = [str(folder / "a.png"), None]
+    hugging_face(image=pictures, text=["a cat", "a dog"]).save_to_disk(folder / "saved")
+    data = read_dataset(folder / "saved")
+    assert [(row.caption, row.trainable) for row in data.rows] == [("a cat", True), ("a dog", True)]
+    assert load_image(data.rows[0].read()).size == (4, 4)
+    with pytest.raises(InputError, match="empty"):
+        load_image(data.rows[1].read())
+
+
+def test_of_a_dataset_with_splits_one_is_read_and_the_others_are_named(folder, hugging_face):
+    import datasets
+
+    splits = {split: hugging_face(image=[str(folder / "a.png")], text=[split]) for split in ("test", "train")}
+    datasets.DatasetDict(splits).save_to_disk(folder / "saved")
+    data = read_dataset(folder / "saved")
+    assert [row.caption for row in data.rows] == ["train"]
+    assert data.notes[0] == "the split 'train' is read, and no other of test, train"
+
+
+def test_columns_of_another_kind_are_told_with_their_kinds(folder, hugging_face):
+    hugging_face(picture=[b"1"], text=["a"]).save_to_disk(folder / "saved")
+    with pytest.raises(InputError, match=r"columns picture \(binary\), text \(string\); .*cast_column"):
+        read_dataset(folder / "saved")
+
+
+def test_a_dataset_of_the_hub_needs_a_name():
+    with pytest.raises(InputError, match="write hf:owner/name"):
+        read_dataset("hf:")

@@ -45,6 +45,9 @@ def test_the_image_copies_what_is_there_and_starts_the_server() -> None:
     project = (DEPLOY.parent / "pyproject.toml").read_text()
     (extras,) = re.findall(r"'\.\[([\w,]+)\]'", text)
     assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras.split(","))
+    caches = re.findall(r"(HF_HOME|XDG_CACHE_HOME)=(\S+)", text)
+    assert len(caches) == 2
+    assert all(place.startswith("/data/") for _, place in caches)  # the rest is read-only
     (command,) = re.findall(r"^CMD (\[.+\])$", text, re.MULTILINE)
     assert flags(yaml.safe_load(command)).host == "0.0.0.0"
 
@@ -54,13 +57,14 @@ def test_kubernetes_runs_one_server_that_can_drain_behind_one_service() -> None:
     server, service = parts
     assert [part["kind"] for part in parts] == ["StatefulSet", "Service"]
     pod = server["spec"]["template"]
+    assert "annotations" not in pod["metadata"]  # Prometheus sends no token for a pod found by those
     assert (
         pod["metadata"]["labels"] == server["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
     )
     assert server["spec"]["serviceName"] == service["metadata"]["name"]
     assert pod["spec"]["terminationGracePeriodSeconds"] > Limits().drain_seconds
     (container,) = pod["spec"]["containers"]
-    assert flags(container["args"]).folder == Path("/data/server")
+    assert flags(container["args"]).folder == "/data/server"
     paths = {name: probe["httpGet"]["path"] for name, probe in container.items() if name.endswith("Probe")}
     assert paths == {"livenessProbe": "/healthz", "readinessProbe": "/readyz", "startupProbe": "/readyz"}
     mounted = {mount["name"] for mount in container["volumeMounts"]}

@@ -14,9 +14,9 @@ from diffusers import UNet2DConditionModel
 from imprompt.adapter.backbones.base import BlockKind, Site
 from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.catalog import ASSETS, bases
-from imprompt.errors import ModelError
+from imprompt.errors import ModelError, UsageError
 from imprompt.io import check_path, read_json
-from imprompt.schema.profiles import PROFILES, Profile, layer_weights, read_profile
+from imprompt.schema.profiles import POSITIONAL, PROFILES, Profile, layer_weights, read_profile
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _PUBLISHED: dict[str, dict[str, Any]] = {
@@ -29,7 +29,9 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "attention_head_dim": (5, 10, 20),
         "cross_attention_dim": 2048,
     },
+    "sd21": {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20)},
 }
+_PUBLISHED["kolors"] = _PUBLISHED["sdxl"]  # blocks and width are SDXL's
 """Family → the published UNet configuration, where it differs from diffusers' defaults."""
 
 
@@ -81,7 +83,8 @@ def tables(base: str, profile: str | None = None) -> dict[str, dict[str, object]
 def layers_of(base: str) -> tuple[Site, ...]:
     """The cross-attention layers of a base in published order; ``base`` is an alias or a diffusers folder.
 
-    Raises :class:`ModelError` when there is no UNet configuration to read.
+    Raises :class:`ModelError` when there is no UNet configuration to read, :class:`UsageError` for a
+    transformer's alias.
     """
     family = bases()[base].family if base in bases() else base
     config = _PUBLISHED.get(family)
@@ -89,10 +92,16 @@ def layers_of(base: str) -> tuple[Site, ...]:
         folder = ASSETS if base == "emoji" else check_path(base, "--base")
         path = folder / "unet" / "config.json"
         if not path.is_file():
+            known = ", ".join(name for name, row in bases().items() if row.family in ("emoji", *_PUBLISHED))
+            if base in bases():
+                raise UsageError(
+                    f"base '{base}' is a transformer, and profiles are drawn of UNets: {known}. It takes "
+                    f"{', '.join(POSITIONAL)}, a list of weights, or patterns such as "
+                    "transformer_blocks.3:1,default:0."
+                )
             raise ModelError(
-                f"base '{base}': there is no '{path}' to read its layers from; give a diffusers folder or "
-                f"one of "
-                f"{', '.join(bases())}."
+                f"base '{base}': there is no '{path}' to read its layers from; give a diffusers folder "
+                f"with a UNet, or one of {known}."
             )
         config = read_json(path, f"'{path}'", error=ModelError)
     with torch.device("meta"):  # no weights

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from imprompt import hub
-from imprompt.catalog import AdapterRow, EncoderRow, adapters, encoders
+from imprompt.catalog import ASSETS, AdapterRow, EncoderRow, adapters, encoders
 from imprompt.catalog.resolve import Source, is_here, resolve
 from imprompt.errors import ImpromptError, ModelError, UsageError
 
@@ -29,9 +29,16 @@ def encoder_source(name: str | Path) -> Source:
 def noted_encoder(metadata: Mapping[str, str]) -> tuple[Source, ...]:
     """The image encoder that the metadata of an adapter file name, if it can be found."""
     try:
-        return (resolve(metadata.get(NOTED_ENCODER, ""), "image encoder", {}),)
+        return (resolve(metadata.get(NOTED_ENCODER, ""), "image encoder", encoders()),)
     except ImpromptError:
         return ()
+
+
+def encoder_note(name: str) -> str:
+    """What an adapter's file notes of an image encoder: the catalogue's name of a bundled one, whose folder
+    is elsewhere in another installation; other names as they are."""
+    bundled = {ASSETS / row.folder: alias for alias, row in encoders().items() if row.bundled}
+    return bundled.get(Path(name), name)
 
 
 def published_encoders(*, here: bool = False) -> tuple[Source, ...]:

@@ -25,6 +25,7 @@ _KEY_OR_VALUE = re.compile(r"(\d+)\.to_[kv]_ip\.weight")
 _ARCFACE = 512  # width of every published face embedding; no published encoder's hidden states are as narrow
 
 FOREIGN = (
+    (r"(pooled|negative_hidden|embedding)$", "saved features, which --image shows"),
     (r"id_adapter|pulid_|(image_proj\.)?id_embedding_mapping\.|image_proj\.mapping_", "a PuLID adapter"),
     (r"(module\.)?image_proj_model\.",
      "a training script's checkpoint: 'imprompt convert' takes the adapter out of it"),

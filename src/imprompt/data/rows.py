@@ -51,6 +51,8 @@ SIDECARS = (".txt", ".caption")
 PICTURE_FIELDS = ("file_name", "image_file", "image", "filename", "file", "path", "image_path")
 CAPTION_FIELDS = ("text", "caption", "prompt", "captions", "description", "txt")
 HUB = "hf:"
+_SAVED_TO_DISK = (("dataset_info.json", "state.json"), ("dataset_dict.json",))
+"""Files that tell a folder of ``save_to_disk``: of one split, of several."""
 _KOHYA = re.compile(r"(\d+)_(.+)")
 _TRAINED = ("train", "training")
 _DAMAGE = (ValueError, TypeError, AttributeError, OSError, RecursionError)
@@ -190,7 +192,7 @@ def _folder(path: Path, required: bool) -> Dataset:
         return _sheet(path)
     if (metadata := _metadata(path)) is not None:
         return _with_unnamed(_READERS[metadata.suffix](metadata), path)
-    if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
+    if any(all((path / name).is_file() for name in names) for names in _SAVED_TO_DISK):
         return _hugging_face(str(path), required)
     if shards := sorted(path.glob("*.tar")):
         return _shards(shards)
@@ -533,12 +535,14 @@ def _cell(path: Path, box: tuple[int, int, int, int]) -> bytes:
 
 def _hugging_face(name: str, required: bool) -> Dataset:
     """Read a dataset of the package ``datasets``; pictures are not decoded."""
-    stored, picture = _hf_table(name)
+    stored, picture, notes = _hf_table(name)
     caption = next((key for key in CAPTION_FIELDS if key in stored.column_names), None)
     if picture is None or (caption is None and required):
+        kinds = ((key, getattr(kind, "dtype", type(kind).__name__)) for key, kind in stored.features.items())
         raise InputError(
-            f"dataset '{name}' has the columns {', '.join(stored.column_names)}; one of pictures and one "
-            f"named {', '.join(CAPTION_FIELDS[:3])} are expected."
+            f"dataset '{name}' has the columns {', '.join(f'{key} ({kind})' for key, kind in kinds)}; one of "
+            f"pictures (datasets.Image) and one named {', '.join(CAPTION_FIELDS[:3])} are expected: "
+            "cast_column and rename_column make them."
         )
     read = partial(_hf_bytes, stored, picture)
     texts = [""] * len(stored) if caption is None else stored.select_columns([caption])[caption]
@@ -547,11 +551,14 @@ def _hugging_face(name: str, required: bool) -> Dataset:
         for n, text in enumerate(texts)
     ]
     captions = f", captions from '{caption}'" if caption is not None else ""
-    return Dataset(rows, notes=[f"pictures are read from '{picture}'{captions}"])
+    return Dataset(rows, notes=[*notes, f"pictures are read from '{picture}'{captions}"])
 
 
-def _hf_table(name: str) -> tuple[Any, str | None]:
-    """The training split of a saved or published dataset, and the name of its column of pictures, if any."""
+def _hf_table(name: str) -> tuple[Any, str | None, list[str]]:
+    """The training split of a saved or published dataset, the name of its column of pictures, if any, and
+    notes."""
+    if not name:
+        raise InputError(f"'{HUB}' names no dataset; write {HUB}owner/name.")
     if find_spec("datasets") is None:
         raise InputError(f"'{name}' is a Hugging Face dataset, read by datasets: pip install datasets.")
     import datasets
@@ -560,14 +567,22 @@ def _hf_table(name: str) -> tuple[Any, str | None]:
         stored: Any = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
     except Exception as error:  # the package raises nearly anything
         raise InputError(f"dataset '{name}' cannot be read: {first_line(error)}.") from error
+    notes: list[str] = []
     if isinstance(stored, dict):
-        stored = stored["train"] if "train" in stored else next(iter(stored.values()))
+        split = "train" if "train" in stored else next(iter(stored))
+        notes += (
+            [f"the split '{split}' is read, and no other of {', '.join(stored)}"] if len(stored) > 1 else []
+        )
+        stored = stored[split]
     picture = next((key for key, kind in stored.features.items() if isinstance(kind, datasets.Image)), None)
     if picture is not None:
         stored = stored.cast_column(picture, datasets.Image(decode=False))
-    return stored, picture
+    return stored, picture, notes
 
 
 def _hf_bytes(stored: Any, column: str, index: int) -> bytes:
+    """The encoded picture of a record; empty where the record has none."""
     value = stored[index][column]
+    if value is None:
+        return b""
     return value["bytes"] or Path(value["path"]).read_bytes()

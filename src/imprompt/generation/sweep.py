@@ -28,6 +28,8 @@ _LISTS: dict[str, type[ImagePrompt | TextRegion | ControlRef | LoraRef | Embeddi
     "embedding": EmbeddingRef,
 }
 """Name in a sweep → record of which a request may have several."""
+_OF_TASKS = ("image", "mask")
+"""Fields of a request that image prompts have as well, meaning something else."""
 _FIXED = ("task", "count", "hashes", *(f"{kind}s" for kind in _LISTS))
 
 
@@ -118,12 +120,21 @@ def _with(request: Request, field: str, value: str) -> Request:
 def _with_own(request: Request, name: str, value: str) -> Request:
     if name == "scale" and request.images and all(prompt.scale is not None for prompt in request.images):
         raise UsageError("--sweep scale: every image has its own; sweep image.scale.")
-    return request.replace(**{name: value})
+    try:
+        return request.replace(**{name: value})
+    except UsageError as error:
+        if name in _OF_TASKS and request.images:
+            raise UsageError(f"{error} To change that of the image prompts, sweep image.{name}.") from error
+        raise
 
 
 def _refs(request: Request, field: str, kind: str, name: str) -> tuple[Any, ...]:
     """The request's images, regions, …, whose field ``name`` is to be changed. Raises :class:`UsageError`."""
     if kind not in _LISTS or name not in _LISTS[kind].model_fields:
+        if field.removesuffix("s") in _LISTS:
+            one = field.removesuffix("s")
+            example = next(iter(_LISTS[one].model_fields))
+            raise UsageError(f"--sweep {field}: sweep a field of each {one}, such as {one}.{example}=A,B.")
         known = [name for name in Request.model_fields if name not in _FIXED]
         known += [f"{kind}.{name}" for kind, record in _LISTS.items() for name in record.model_fields]
         raise UsageError(f"--sweep: no field '{field}'; known are {', '.join(known)}.")

@@ -128,7 +128,7 @@ _SECOND = {"style-and-composition": True, "strong-style-and-composition": True, 
 """Profile → whether ``NAME:FACTOR`` multiplies the composition blocks (True) or the others: ComfyUI's
 weight_composition and boosts."""
 _STAGES = ("down", "mid", "up", "transformer_blocks", "single_transformer_blocks")
-_POSITIONAL = ("linear", "ease-in", "ease-out", "ease-in-out", "reverse-in-out")
+POSITIONAL = ("linear", "ease-in", "ease-out", "ease-in-out", "reverse-in-out")
 """Profiles that work without roles, so on transformers too."""
 
 
@@ -152,10 +152,10 @@ def layer_weights(profile: Profile, layers: Sequence[Site]) -> LayerWeights:
 def _by_name(profile: str, layers: Sequence[Site]) -> LayerWeights:
     name, _, factor = profile.partition(":")
     found = roles(layers)
-    if not found.known and name not in _POSITIONAL:
+    if not found.known and name not in POSITIONAL:
         raise UsageError(
             f"profile {name!r} needs the measured roles of UNet blocks; a transformer base has none. Use "
-            f"{', '.join(_POSITIONAL)}, a list of weights, or block patterns."
+            f"{', '.join(POSITIONAL)}, a list of weights, or block patterns."
         )
 
     def chosen(table: Mapping[str, bool]) -> tuple[bool, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.catalog.resolve import Source
+from imprompt.checkpoints.locate import encoder_note
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.face import OnnxFaces
 from imprompt.errors import UsageError
@@ -163,7 +164,7 @@ def feature_encoder(
         return FaceFeatures(_face_reader(config, kind)), ""
     reader = _face_reader(config, kind) if "face" in names else None
     encoder = _image_encoder(config, base, initial, dtype).to(device)
-    name = config.image_encoder or encoder.name
+    name = encoder_note(config.image_encoder or encoder.name)
     return ClipFeatures(encoder, names[0]) if reader is None else FaceFeatures(reader, encoder), name
 
 
@@ -182,7 +183,7 @@ def _image_encoder(
     if base.path is None or base.path.is_dir():  # a single file holds none, and is large to open for nothing
         pipe = load_parts(base, dtype, "image_encoder", "feature_extractor")
         if (own := getattr(pipe, "image_encoder", None)) is not None:
-            name = getattr(own.config, "_name_or_path", "")
+            name = getattr(own.config, "_name_or_path", "") if base.path else f"{base.source}:image_encoder"
             return ImageEncoder(own, pipe.feature_extractor, name=name or None)
     found = None if initial is None else initial.image_encoder
     if initial is None or not isinstance(found, ImageEncoder):
