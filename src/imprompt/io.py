@@ -32,6 +32,7 @@ MAX_DEPTH = 64
 
 _REMEMBERED = 16_000_000  # bytes from which a file's hash is kept on the disk
 _MAX_REMEMBERED = 1000  # hashes
+_HASHES = "sha256.json"
 _NAME_BYTES = 255  # of one component of a path, on every common file system
 _PATH_BYTES = 4096
 
@@ -412,8 +413,11 @@ def sha256(path: str | Path) -> str:
 
 
 def cache_folder() -> Path:
-    """Where things are kept that can be made anew: ``$XDG_CACHE_HOME/imprompt`` or ``~/.cache/imprompt``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "imprompt"
+    """Where things are kept that can be made anew: ``$XDG_CACHE_HOME/imprompt`` or ``~/.cache/imprompt``.
+
+    Raises :class:`InputError` for a user who has no home.
+    """
+    return check_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "imprompt"
 
 
 def fingerprint(*paths: str | Path) -> str:
@@ -430,20 +434,17 @@ def _hash_file(path: Path) -> str:
 def _hash_known(path: Path, size: int, *times_and_inode: int) -> str:
     if size < _REMEMBERED:
         return _hash(path)
-    cache = cache_folder() / "sha256.json"
     key = " ".join(map(str, (path.resolve(), size, *times_and_inode)))
+    known: dict[str, Any] = {}
     with contextlib.suppress(ImpromptError):  # none yet, or damaged: it is made anew
-        known = read_json(cache, "cache")
-        if isinstance(found := known.get(key), str) and len(found) == 64:
-            return found
-        return _remember(cache, known, key, _hash(path))
-    return _remember(cache, {}, key, _hash(path))
-
-
-def _remember(cache: Path, known: dict[str, Any], key: str, digest: str) -> str:
+        known = read_json(cache_folder() / _HASHES, "cache")
+    if isinstance(found := known.get(key), str) and len(found) == 64:
+        return found
+    digest = _hash(path)
     entries = [*list(known.items())[-_MAX_REMEMBERED:], (key, digest)]
-    with contextlib.suppress(ImpromptError):  # a home that cannot be written: hashed again next time
-        write_atomic(cache, json.dumps(dict(entries), indent=0).encode(), overwrite=True)
+    with contextlib.suppress(ImpromptError):  # no home, or one that cannot be written: hashed again next time
+        content = json.dumps(dict(entries), indent=0).encode()
+        write_atomic(cache_folder() / _HASHES, content, overwrite=True)
     return digest
 
 

@@ -1,5 +1,6 @@
 """Files of strange names and in strange places, as arguments and in what pictures remember."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from imprompt.io import sha256
 from imprompt.output import read_request
 
 ODD = {
@@ -114,3 +116,26 @@ def test_names_that_no_file_can_have_are_one_line_in_every_command(say, tmp_path
         assert err.startswith("imprompt: error: "), err
         assert (err.count("\n"), reason in err) == (1, True), err
     assert set(tmp_path.iterdir()) == before
+
+
+def test_a_user_without_a_home_draws_and_is_asked_where_to_keep_things(say, monkeypatch):
+    monkeypatch.setenv("HOME", "~nobody-of-that-name")
+    for name in ("XDG_CACHE_HOME", "XDG_DATA_HOME", "IMPROMPT_FEATURE_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    code, _, err = say(*DRAW, "--image", "ref.png")
+    assert code == 0, err
+    Path("large").write_bytes(bytes(16_000_000))
+    assert sha256("large") == hashlib.sha256(bytes(16_000_000)).hexdigest()
+    code, _, err = say("serve", "--port", "1")
+    assert (code, err.count("\n"), "--folder: say where" in err) == (2, 1, True)
+    assert say("doctor")[0] == 0
+
+
+def test_a_folder_that_was_deleted_is_one_line(say, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir("gone")
+    (tmp_path / "gone").rmdir()
+    for line in ("generate a", "batch jobs.jsonl -o out", "info a.png", "demo"):
+        code, _, err = say(*line.split())
+        assert (code, err.count("\n"), "the current folder is not there any more" in err) == (4, 1, True), err
+    assert say("generate", "--help")[0] == 0

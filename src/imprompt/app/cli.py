@@ -14,13 +14,14 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 from imprompt import __version__
 from imprompt.app.hints import for_command, for_flag
 from imprompt.app.streams import prepare_output, tell
 from imprompt.app.threads import thread_settings
-from imprompt.errors import ImpromptError, UsageError
+from imprompt.errors import ImpromptError, InputError, UsageError
 
 VERBS = {
     "generate": "draw from a text, image prompts, or both",
@@ -133,9 +134,19 @@ def _dispatch(given: list[str]) -> int:
         raise UsageError(for_command(name, rest, tuple(VERBS)))
     parser, run = parser_of(name)
     try:
-        return run(parser.parse_intermixed_args(rest))
+        args = parser.parse_intermixed_args(rest)
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
+    _check_folder()
+    return run(args)
+
+
+def _check_folder() -> None:
+    """Raises :class:`InputError` in a folder that was deleted, where torch itself cannot be loaded."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise InputError("the current folder is not there any more; change to another one (cd).") from error
 
 
 def parser_of(verb: str) -> tuple[Parser, Callable[[argparse.Namespace], int]]:

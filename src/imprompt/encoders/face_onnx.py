@@ -173,8 +173,8 @@ def installed(packs: Sequence[str]) -> OnnxFaces | None:
 
 
 def home() -> Path:
-    """InsightFace's folder of packs."""
-    return Path(os.environ.get("INSIGHTFACE_HOME", "~/.insightface")).expanduser() / "models"
+    """InsightFace's folder of packs, beginning with ``~`` for a user who has no home."""
+    return Path(os.path.expanduser(os.environ.get("INSIGHTFACE_HOME", "~/.insightface"))) / "models"  # noqa: PTH111
 
 
 def licence_note(space: str) -> str | None:

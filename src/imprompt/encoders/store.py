@@ -40,7 +40,7 @@ class FeatureStore:
             raise UsageError(f"{SWITCH} is '{size}'; a size in MB is expected, 0 for none.")
         try:
             return cls(cache_folder() / "features", int(size) * 1_000_000) if int(size) else None
-        except RuntimeError:
+        except InputError:
             return None
 
     def get(self, key: Mapping[str, object]) -> Features | None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from imprompt import catalog
-from imprompt.errors import UsageError
+from imprompt.errors import InputError, UsageError
+from imprompt.io import check_path
 from imprompt.schema.request import Request
 
 
@@ -139,6 +140,10 @@ def is_loopback(host: str) -> bool:
 
 
 def data_folder() -> Path:
-    """Where pictures and journal are kept unless ``--folder`` says otherwise."""
-    root = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
-    return Path(root) / "imprompt" / "server"
+    """Where pictures and journal are kept unless ``--folder`` says otherwise. Raises :class:`UsageError` for
+    a user who has no home."""
+    try:
+        root = check_path(os.environ.get("XDG_DATA_HOME") or "~/.local/share")
+    except InputError as error:
+        raise UsageError("--folder: say where to keep pictures and journal, for you have no home.") from error
+    return root.absolute() / "imprompt" / "server"
