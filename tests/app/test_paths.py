@@ -139,3 +139,40 @@ def test_a_folder_that_was_deleted_is_one_line(say, tmp_path, monkeypatch):
         code, _, err = say(*line.split())
         assert (code, err.count("\n"), "the current folder is not there any more" in err) == (4, 1, True), err
     assert say("generate", "--help")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "generate a --image NAME",
+        "edit NAME a",
+        "generate a --adapter NAME --image ref.png",
+        "generate a --lora NAME",
+        "generate a --control canny:NAME",
+    ],
+)
+def test_a_name_that_no_record_could_hold_is_refused_before_drawing(say, line):
+    code, _, err = say(*line.replace("NAME", "a\udcff.png").split())
+    assert (code, err.count("\n"), r"'a\udcff.png' is not valid Unicode" in err) == (2, 1, True), err
+
+
+def test_names_that_begin_with_a_dash_follow_two_dashes(say):
+    shutil.copy("ref.png", "-x.png")
+    assert "(A file: ./-x.png)" in say("info", "-x.png")[2]
+    assert "(A file: ./-x.png)" in say(*DRAW, "--image", "-x.png")[2]
+    code, _, err = say("info", "--", "-x.png")
+    assert (code, "'-x.png' carries no request" in err) == (4, True)
+    code, out, err = say("edit", "--base", "BASE", "-o", "a.png", "--", "-x.png", "--help")
+    assert (code, out) == (0, "a.png\n"), err
+    assert (read_request("a.png").image, read_request("a.png").prompt) == (str(Path("-x.png")), "--help")
+
+
+def test_an_edited_record_is_named_with_what_is_wrong_in_it(say):
+    for wrong, reason in {
+        '{"imprompt": 2}': "'r.json': its record is not one of imprompt's",
+        '{"imprompt": 2, "request": {"images": "ref.png"}}': "'r.json': images: input should be a list, got",
+        '{"imprompt": 2, "request": {"loras": [5]}}': "'r.json': loras.0: input should be an object",
+    }.items():
+        Path("r.json").write_text(wrong)
+        code, _, err = say("generate", "--from", "r.json")
+        assert (code, reason in err) == (2, True), err

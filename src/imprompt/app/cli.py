@@ -134,11 +134,30 @@ def _dispatch(given: list[str]) -> int:
         raise UsageError(for_command(name, rest, tuple(VERBS)))
     parser, run = parser_of(name)
     try:
-        args = parser.parse_intermixed_args(rest)
+        args = _parsed(parser, rest)
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     _check_folder()
     return run(args)
+
+
+def _parsed(parser: Parser, words: list[str]) -> argparse.Namespace:
+    """Flags and texts in any order; what follows ``--`` is no flag (argparse forgets it where they mix)."""
+    end = words.index("--") if "--" in words else len(words)
+    try:
+        args = parser.parse_intermixed_args([*words[:end], *(f"\0{word}" for word in words[end + 1 :])])
+    except UsageError as error:
+        for word in words[:end]:
+            if word.startswith("-") and os.path.lexists(word):
+                raise UsageError(f"{error} (A file: ./{word})") from error
+        raise
+    return argparse.Namespace(**{name: _unmarked(value) for name, value in vars(args).items()})
+
+
+def _unmarked(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_unmarked(each) for each in value]
+    return value.removeprefix("\0") if isinstance(value, str) else value
 
 
 def _check_folder() -> None:

@@ -196,7 +196,10 @@ def _earlier_request(source: str) -> Request:
     values = read_json(place, "--from")
     if "imprompt" not in values:
         return Request.from_mapping(values)
-    return output.Record.from_mapping(values, home_of(place)).request
+    try:
+        return output.Record.from_mapping(values, home_of(place)).request
+    except UsageError as error:
+        raise UsageError(f"'{source}': {error}") from error
 
 
 @contextmanager

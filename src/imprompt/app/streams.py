@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 
 from imprompt.errors import InputError
+from imprompt.io import printable
 
 _HANDLER = "imprompt-output"
 _SIMILAR = {"…": "...", "│": "|", "×": "x", "·": ".", "→": "->", "–": "-", "“": '"', "”": '"'}
@@ -57,7 +58,7 @@ def prepare_output() -> None:
 def tell(line: str) -> None:
     """Print a line to standard error, if anybody can read it."""
     with contextlib.suppress(OSError, ValueError):
-        print(f"imprompt: {line}", file=sys.stderr, flush=True)
+        print(f"imprompt: {printable(line)}", file=sys.stderr, flush=True)
 
 
 def _replaced(error: UnicodeError) -> tuple[str | bytes, int]:

@@ -11,10 +11,12 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from imprompt.errors import UsageError
-from imprompt.io import printable
+from imprompt.io import is_text, printable
 
 _LONGEST = 1500  # characters of an error message; a request may have hundreds of errors
 _QUOTED = r'"((?:[^"\\]|\\.)*)"'
+_PLAIN = {"a valid tuple": "a list", "a valid dictionary( or instance of \\w+)?": "an object of fields"}
+"""What pydantic calls types → what everybody does."""
 _OPTION = re.compile(rf",\s*([A-Za-z_]\w*)=(?:{_QUOTED}(?=,|$)|(.*?)(?=,\s*[A-Za-z_]\w*=|$))", re.DOTALL)
 
 
@@ -26,6 +28,12 @@ class Record(BaseModel):
     """The command line's flag for one such record."""
 
     def __init__(self, **values: Any) -> None:
+        for name, value in values.items():
+            for text in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(text, str) and not is_text(text):
+                    raise UsageError(
+                        f"{name}: '{printable(text)}' is not valid Unicode, in which records are written."
+                    )
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -100,6 +108,8 @@ def describe_errors(model: type[BaseModel], error: ValidationError) -> str:
             hint = f"did you mean '{near[0]}'? " if near else ""
             message = f"no such field; {hint}known are {', '.join(model.model_fields)}"
         elif item["type"] not in ("value_error", "missing"):
+            for theirs, plain in _PLAIN.items():
+                message = re.sub(theirs, plain, message)
             given = repr(item["input"])
             message += f", got {given if len(given) <= 60 else given[:57] + '...'}"
         named = message.startswith((f"{field} ", f"{field}:"))  # the message names its field
