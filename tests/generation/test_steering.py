@@ -91,7 +91,12 @@ def test_a_file_of_several_pictures_is_all_of_them(engine, common, base, picture
         assert np.array_equal(drawn(engine, common, file), drawn(engine, common, both))
     three = ImagePrompt([saved, two[0]], weights=[0.5, 2])
     each = ImagePrompt([*two, two[0]], weights=[0.5, 0.5, 2])
-    assert np.array_equal(drawn(engine, common, three), drawn(engine, common, each))
+    # Its pictures are projected apart from the other or with it, which rounds differently.
+    again, wanted = drawn(engine, common, three), drawn(engine, common, each)
+    assert np.abs(again - wanted).max() <= 1
+    assert np.mean(again != wanted) < 0.001
+    exchanged = drawn(engine, common, ImagePrompt([saved, two[0]], weights=[2, 0.5]))
+    assert np.mean(exchanged != wanted) > 0.1
     one = embed(two[:1], tmp_path / "one.safetensors", encoder=str(base / "image_encoder"))
     with pytest.raises(UsageError, match="two at least; got 1"):
         drawn(engine, common, ImagePrompt(str(one), combine="subtract"))

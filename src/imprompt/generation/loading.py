@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from imprompt.adapter.encoding import FeatureCache
 from imprompt.adapter.ipadapter import IPAdapter
@@ -23,6 +24,7 @@ from imprompt.generation.compiling import check_compiler, compile_denoiser
 from imprompt.generation.control import Control, check_fits, controlled, load_net
 from imprompt.generation.extras import add_embeddings, add_loras
 from imprompt.generation.families import Base
+from imprompt.generation.packed import pack
 from imprompt.generation.pipelines import for_task, load
 from imprompt.generation.text import TextStates
 from imprompt.generation.video import Motion
@@ -31,6 +33,8 @@ from imprompt.weights import give_back_memory
 
 LOADING = threading.RLock()
 """Held while weights are loaded: the libraries change torch's modules for all threads meanwhile."""
+_PACKED = ("unet", "transformer", "controlnet", "vae")
+"""Parts of a pipeline that take nearly all of its time."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ class Models:
                 add_loras(pipe, request.loras)
                 add_embeddings(pipe, request.embeddings)
                 compile_denoiser(getattr(pipe, base.kind.denoiser), request.compile)
-            self._pipes[request.task] = _placed(pipe, request.offload, device)
+            self._pipes[request.task] = _placed(pipe, request, device)
         return self._pipes[request.task]
 
     def _clip_pipe(
@@ -136,14 +140,10 @@ class Models:
                 still = load(base, "generate", dtype)
             made = video.motion_pipeline(still, motion, base, dtype)
             compile_denoiser(made.unet, request.compile)
-            pipe = _placed(made, request.offload, device)
+            pipe = _placed(made, request, device)
             self._moving = (motion.name, pipe)
         pipe = self._moving[1]
-        return (
-            pipe
-            if request.video is None
-            else _placed(video.video_pipeline(pipe, base), request.offload, device)
-        )
+        return pipe if request.video is None else _placed(video.video_pipeline(pipe, base), request, device)
 
     def _with_controls(
         self, pipe: Any, base: Base, controls: Sequence[Control], request: Request, device: torch.device,
@@ -160,7 +160,7 @@ class Models:
             for control in controls:
                 if control.source not in self._nets:
                     self._nets[control.source] = load_net(control, dtype)
-            made = _placed(controlled(pipe, request.task, controls, self._nets), request.offload, device)
+            made = _placed(controlled(pipe, request.task, controls, self._nets), request, device)
             if request.task == "animate":  # a shell around the moving UNet, which `_moving` keeps
                 return made
             self._pipes[key] = made
@@ -243,10 +243,16 @@ def format_notes(device: torch.device, dtype: torch.dtype) -> list[str]:
     return ["dtype: this processor has no bfloat16 arithmetic and imitates it; float32 is much faster here"]
 
 
-def _placed(pipe: Any, offload: str, device: torch.device) -> Any:
+def _placed(pipe: Any, request: Request, device: torch.device) -> Any:
     """The pipeline on its device, whole or part by part as it is needed."""
+    offload = request.offload
     if offload == "none":
-        return pipe.to(device)
+        pipe = pipe.to(device)
+        if device.type == "cpu" and request.compile == "off":  # torch.compile orders weights itself
+            for name in _PACKED:
+                if isinstance(part := getattr(pipe, name, None), nn.Module):
+                    pack(part)
+        return pipe
     if device.type == "cpu":
         raise UsageError(f"offload: '{offload}' moves parts to a GPU when needed, but the device is the CPU.")
     (pipe.enable_model_cpu_offload if offload == "model" else pipe.enable_sequential_cpu_offload)(

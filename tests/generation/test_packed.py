@@ -1,0 +1,176 @@
+"""Layers that remember their weights in oneDNN's order: the numbers of plain layers, and when not to."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from imprompt.generation import packed
+from imprompt.generation.packed import pack
+
+pytestmark = pytest.mark.skipif(
+    not packed.works(torch.float32), reason="this processor or PyTorch lacks the kernels"
+)
+
+
+class Names(TorchDispatchMode):
+    """The names of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class Small(nn.Module):
+    """Convolutions of several kinds, then a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(4, 24, 3, padding=1), nn.Conv2d(24, 40, 3, stride=2, padding=1), nn.Conv2d(40, 8, 1)
+        )
+        self.last = nn.Linear(8, 16, bias=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.last(self.layers(states).flatten(2).transpose(1, 2))
+
+
+def models(dtype: torch.dtype = torch.float32) -> tuple[Small, Small]:
+    """The same model plain and packed."""
+    torch.manual_seed(0)
+    plain = Small().to(dtype)
+    model = copy.deepcopy(plain)
+    pack(model)
+    return plain, model
+
+
+def states(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def ran(model: nn.Module, given: Tensor) -> tuple[Tensor, list[str]]:
+    """The output without gradients, and which kernels made it."""
+    with torch.no_grad(), Names() as names:
+        out = model(given)
+    return out, [
+        name for name in names.seen if name in ("convolution", "_convolution_pointwise", "_linear_pointwise")
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_layers_have_the_numbers_of_plain_ones(dtype: torch.dtype) -> None:
+    if not packed.works(dtype):
+        pytest.skip("this processor has no bfloat16 arithmetic")
+    plain, model = models(dtype)
+    near = 1e-5 if dtype == torch.float32 else 2e-2
+    for shape in ((1, 4, 8, 8), (2, 4, 16, 12), (1, 4, 8, 8), (3, 4, 7, 9)):  # other sides, and back
+        given = states(*shape, dtype=dtype)
+        out, kernels = ran(model, given)
+        assert kernels == ["_convolution_pointwise"] * 3 + ["_linear_pointwise"] * (dtype == torch.bfloat16)
+        torch.testing.assert_close(out, ran(plain, given)[0], rtol=near, atol=near)
+
+
+def test_a_changed_weight_is_ordered_anew() -> None:
+    plain, model = models()
+    given = states(1, 4, 8, 8)
+    before, _ = ran(model, given)
+    with torch.no_grad():
+        for each in (plain, model):
+            each.layers[0].weight.mul_(2)  # in place
+            each.layers[2].weight = nn.Parameter(each.layers[2].weight * 3)  # replaced
+    out, _ = ran(model, given)
+    torch.testing.assert_close(out, ran(plain, given)[0], rtol=1e-5, atol=1e-5)
+    assert (out - before).abs().max() > 0.1
+
+
+def test_gradients_autocast_and_double_precision_are_pytorchs() -> None:
+    plain, model = models()
+    given = states(1, 4, 8, 8)
+    for each in (plain, model):
+        each(given).square().sum().backward()
+    for (name, a), (_, b) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        assert torch.equal(a.grad, b.grad), name
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = ran(model, given)
+        torch.testing.assert_close(out, ran(plain, given)[0], rtol=2e-2, atol=2e-2)
+    out, kernels = ran(model.double(), given.double())
+    assert torch.equal(out, ran(plain.double(), given.double())[0])
+    assert kernels == ["convolution"] * 3
+
+
+def test_copies_and_saved_models_remember_nothing_and_draw_the_same() -> None:
+    _, model = models()
+    given = states(1, 4, 8, 8)
+    wanted, _ = ran(model, given)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            again.layers[0].weight.mul_(2)  # not the first model's
+        changed, _ = ran(again, given)
+        assert (changed - wanted).abs().max() > 0.1
+    assert torch.equal(ran(model, given)[0], wanted)
+    assert set(model.state_dict()) == set(Small().state_dict())
+
+
+def test_a_compiled_model_has_its_own_kernels() -> None:
+    plain, model = models()
+    given = states(1, 4, 8, 8)
+    with torch.no_grad():
+        out = torch.compile(model, backend="aot_eager", fullgraph=True)(given)
+    torch.testing.assert_close(out, ran(plain, given)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_unusual_convolutions_and_other_kinds_of_layers_stay_as_they_are() -> None:
+    class Own(nn.Conv2d):
+        pass
+
+    odd = nn.ModuleList(
+        [
+            nn.Conv2d(4, 4, 3, groups=2),
+            nn.Conv2d(4, 4, 3, dilation=2),
+            nn.Conv2d(4, 4, 3, padding="same"),
+            nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+            nn.Conv2d(4, 4, 3).double(),
+            Own(4, 4, 3),
+            nn.Conv1d(4, 4, 3),
+        ]
+    )
+    kinds = [type(layer) for layer in odd]
+    pack(odd)
+    assert [type(layer) for layer in odd] == kinds
+
+
+def test_a_model_too_large_for_a_copy_stays_as_it_is() -> None:
+    huge = nn.Conv2d(1, 1, 1)
+    # A weight that claims more memory than there is, without taking it.
+    row = torch.zeros(1).expand(packed.budget() // 4 + 1)
+    huge.weight = nn.Parameter(row.view(-1, 1, 1, 1), requires_grad=False)
+    pack(huge)
+    assert type(huge) is nn.Conv2d
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_a_normalization_of_few_channels_is_as_exact_as_pytorchs(last: bool) -> None:
+    if not packed.works(torch.bfloat16):
+        pytest.skip("this processor has no bfloat16 arithmetic")
+    torch.manual_seed(0)
+    plain = nn.GroupNorm(8, 32).to(torch.bfloat16)
+    nn.init.normal_(plain.weight)
+    nn.init.normal_(plain.bias)
+    norm = nn.Sequential(copy.deepcopy(plain))
+    pack(norm)
+    given = states(2, 32, 8, 8, dtype=torch.bfloat16)
+    given = given.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+    exact = ran(copy.deepcopy(plain).double(), given.double())[0]
+    out, wanted = (ran(each, given)[0] for each in (norm, plain))
+    off, usual = ((each.double() - exact).abs().max().item() for each in (out, wanted))
+    assert off <= 1.01 * usual
+    assert out.stride() == wanted.stride()
