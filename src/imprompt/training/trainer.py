@@ -34,6 +34,7 @@ from imprompt.io import write_atomic
 from imprompt.training import cache
 from imprompt.training.card import Card, html, markdown, noted
 from imprompt.training.config import TrainConfig
+from imprompt.training.cpu_kernels import CPUKernels
 from imprompt.training.folder import WEIGHT_NAME, RunFolder
 from imprompt.training.graphs import GraphedPass, Pass
 from imprompt.training.launch import make_accelerator, on_main
@@ -44,7 +45,6 @@ from imprompt.training.prepare import Prepared, prepare
 from imprompt.training.preview import Preview, unet_takes_pooled
 from imprompt.training.result import check_repository, push, validation_in, write_adapter
 from imprompt.training.samples import Forward, Sample, Samples, Shown
-from imprompt.training.short_attention import ShortAttention
 from imprompt.training.stopping import Stopper
 from imprompt.weights import silence_library_logging
 
@@ -154,8 +154,8 @@ class Trainer:
             self.unet.to(self.device, self.dtype)
         if self.device.type == "cpu":  # convolutions are faster so; on a GPU it was not measured
             self.unet.to(memory_format=torch.channels_last)
-        plain = self.device.type == "cpu" and self.dtype.itemsize == 2 and not config.compile
-        self.attention = ShortAttention() if plain else nullcontext()
+        half = self.device.type == "cpu" and self.dtype.itemsize == 2 and not config.compile
+        self.kernels = CPUKernels() if half else nullcontext()
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.adapter.to(self.device, torch.float32)
@@ -260,7 +260,7 @@ class Trainer:
     def _pass(self, sample: Sample) -> tuple[Tensor, Tensor]:
         """Forward and backward of a sample: each picture's error ``B``, and the loss."""
         try:
-            with self.attention:  # the backward pass as well: checkpointing runs layers again there
+            with self.kernels:  # the backward pass as well: checkpointing runs layers again there
                 error, alpha_bar = self.error(sample), self.alpha_bar[sample.steps]
                 loss = (error * loss_weights(self.prediction, alpha_bar, self.config.min_snr)).mean()
                 self.accelerator.backward(loss)
