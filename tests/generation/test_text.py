@@ -59,6 +59,15 @@ def test_a_regions_text_that_is_cut_is_said(bundled, pictures):
     assert note.endswith("neon style'")
 
 
+def test_tags_of_webui_are_said_to_be_words(bundled):
+    _, notes = drawn(bundled, "a <lora:toy:0.8> cat", negative="<hypernet:x:1>")
+    assert notes == (
+        "prompt: '<lora:toy:0.8>' is read as words; a LoRA is given by loras (--lora)",
+        "negative: '<hypernet:x:1>' is read as words; a LoRA is given by loras (--lora)",
+    )
+    assert not drawn(bundled, "a <cat> & lora:toy")[1]
+
+
 def test_long_and_short_texts_of_a_batch_are_drawn_as_alone(bundled):
     requests = [Request(prompt=text, steps=2, seed=1) for text in (LONG, "a bear")]
     for result, request in zip(bundled.run_batch(requests), requests, strict=True):

@@ -211,8 +211,12 @@ class IPAdapter(AdapterWeights):
         stated: Sequence[Branch] | None
         if isinstance(guidance, bool):
             stated = ("uncond", "cond") if guidance else ("cond",)
-        elif guidance is not None and (not guidance or not set(guidance) <= {"uncond", "cond"}):
-            raise UsageError(f"guidance: {guidance!r}; a sequence of 'uncond' and 'cond' is expected.")
+        elif guidance is not None and (
+            not isinstance(guidance, list | tuple) or not guidance or not {*guidance} <= {"uncond", "cond"}
+        ):
+            raise UsageError(
+                f"guidance: {guidance!r}; True, False or a sequence of 'uncond' and 'cond' is expected."
+            )
         else:
             stated = guidance
         with self._undisturbed():
@@ -348,8 +352,10 @@ class IPAdapter(AdapterWeights):
         """Encode pictures, or the face in each of them, as this adapter reads them.
 
         Raises :class:`EncoderMismatch` without the encoder or face model for it, :class:`InputError` for
-        pictures that cannot be read, or have no such face.
+        pictures that cannot be read, or have no such face, :class:`UsageError` for anything but a list.
         """
+        if not isinstance(pictures, list | tuple):
+            raise UsageError(f"encode: a list of pictures is expected, not a {type(pictures).__name__}.")
         prompt = ImagePrompt(tuple(pictures), framing=framing, sharpen=sharpen, face=face)
         return self.prompt_encoder.read(prompt.pictures, prompt)[0]
 

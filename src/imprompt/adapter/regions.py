@@ -51,6 +51,8 @@ class TextRegions(PromptSource):
     def set_batch(self, samples: Sequence[Sequence[TextRegion]]) -> None:
         """Set the regions of each sample; the pipeline's batch must be a multiple of their number. Raises as
         :meth:`set`."""
+        if not all(_is_list_of(part, TextRegion) for part in samples):
+            raise UsageError("regions: a list of TextRegion is expected (set_batch: one such list a sample).")
         injection = self.injection
         if injection is None:
             raise UsageError("attach() the regions to a pipeline first, which encodes their words.")
@@ -68,6 +70,10 @@ class TextRegions(PromptSource):
         with self._undisturbed():
             self._samples, self._target = (), None
             self._leave()
+
+
+def _is_list_of(value: object, kind: type) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(part, kind) for part in value)
 
 
 def _row(region: TextRegion, text: Tensor) -> CompiledPrompt:

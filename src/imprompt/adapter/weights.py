@@ -1,5 +1,6 @@
 """The weights of an adapter: a projection, keys and values of each attention site, perhaps a LoRA."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -56,9 +57,11 @@ class AdapterWeights(PromptSource):
         return nested
 
     def save_pretrained(self, folder: str | Path, weight_name: str = "ip-adapter.safetensors") -> Path:
-        """Write the published layout into ``folder``; returns the file's path."""
+        """Write the published layout into ``folder``; returns the file's path. Raises :class:`ModelError`
+        where it cannot be written, :class:`UsageError` for a name that does not end in ``.safetensors``."""
         path = check_path(folder) / weight_name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # write() says that there is no folder
+            path.parent.mkdir(parents=True, exist_ok=True)
         write(replace(self.checkpoint, state=self.state_dict()), path)
         return path
 

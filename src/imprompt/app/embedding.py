@@ -40,6 +40,8 @@ def embed(
         raise UsageError(f"--output '{output}': features are written as .safetensors.")
     if encoder is not None and adapter is not None:
         raise UsageError("--encoder and --adapter both name an encoder; give one.")
+    if isinstance(pictures, str | Path):
+        raise UsageError(f"embed: a list of pictures is expected; write ['{pictures}'].")
     decoded = [load_image(picture) for picture in pictures]
     if encoder is None:
         found = find_base(base)

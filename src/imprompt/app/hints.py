@@ -10,16 +10,20 @@ from imprompt.errors import UsageError
 
 _ELSEWHERE: Mapping[str, str] = {
     "--batch-size": "--count",
+    "--bf16": "--dtype bfloat16",
     "--cfg": "--guidance",
     "--cfg-scale": "--guidance",
     "--checkpoint": "--base",
     "--ckpt": "--base",
     "--controlnet": "--control",
+    "--cpu": "--device cpu",
     "--denoise": "--strength",
     "--denoising-strength": "--strength",
     "--guidance-scale": "--guidance",
     "--height": "--size WIDTHxHEIGHT",
     "--init-image": "the picture as the first argument of imprompt edit",
+    "--fp16": "--dtype float16",
+    "--ip-adapter": "--adapter",
     "--ip-adapter-image": "--image",
     "--ip-adapter-scale": "--scale",
     "--mask-image": "--mask",
@@ -40,6 +44,18 @@ _ELSEWHERE: Mapping[str, str] = {
     "--width": "--size WIDTHxHEIGHT",
 }
 """Flags of other programs → what imprompt calls them."""
+_VERBS: Mapping[str, str] = {
+    "draw": "generate",
+    "img2img": "edit",
+    "img2vid": "animate",
+    "inpainting": "inpaint",
+    "t2i": "generate",
+    "txt2img": "generate",
+    "txt2vid": "animate",
+    "webui": "serve",
+    "xyz": "generate --sweep",
+}
+"""Commands of other programs → what imprompt calls them."""
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 _TASK_OF_FLAG = {"--mask": "inpaint", "--video": "animate", "--frames": "animate", "--strength": "edit"}
 
@@ -51,9 +67,10 @@ def for_flag(flag: str, known: Iterable[str]) -> str:
         return f"; each picture has a flag of its own: --image {shlex.quote(flag)}"
     if not flag.startswith("-") and "--image" in known:
         return "; a text of several words stands in quotes"
-    flag = flag.partition("=")[0]
+    flag = flag.partition("=")[0].replace("_", "-")
     if flag in _ELSEWHERE and _ELSEWHERE[flag].split()[0] in (*known, "the", "a"):
         return f"; here it is {_ELSEWHERE[flag]}"
+    flag = _ELSEWHERE.get(flag, flag)
     if flag in _TASK_OF_FLAG:
         return f"; it belongs to imprompt {_TASK_OF_FLAG[flag]}"
     if "--image" in known and (option := _option_of_pictures(flag)):
@@ -64,6 +81,8 @@ def for_flag(flag: str, known: Iterable[str]) -> str:
 
 def for_command(name: str, rest: Sequence[str], verbs: Sequence[str]) -> str:
     """The message for a first argument that is not a command: closest match, or that a command is missing."""
+    if name in _VERBS:
+        return f"no command '{name}'; here it is imprompt {_VERBS[name]}"
     if near := difflib.get_close_matches(name, verbs, n=1):
         return f"no command '{name}'; did you mean '{near[0]}'?"
     if _is_picture(name):

@@ -6,6 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from imprompt import output
+from imprompt.errors import UsageError
 from imprompt.evaluation.charts import grid
 from imprompt.generation.engine import Engine, Result
 from imprompt.generation.sweep import Sweep, expand, read_axis
@@ -28,6 +29,8 @@ def sweep(
     one is. All requests are checked before the first is drawn, and nothing is written before the last is.
     Raises :class:`UsageError` for an axis that is unknown or has no effect.
     """
+    if isinstance(axes, str):
+        raise UsageError(f"sweep: a list of axes is expected; write ['{axes}'].")
     target, engine = Path(target), engine or Engine()
     asked = expand(request, [read_axis(text) for text in axes])
     output.check_target(target, asked.requests, overwrite=overwrite, numbered=numbered, pages=["grid"])

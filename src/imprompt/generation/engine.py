@@ -38,6 +38,7 @@ from imprompt.generation.job import (
     Shot,
     batches,
     changed,
+    check_are_requests,
     shots_of,
     shows_pictures,
     slices,
@@ -49,7 +50,7 @@ from imprompt.generation.pipelines import pipeline_class, takes
 from imprompt.generation.provenance import fingerprints, provenance
 from imprompt.generation.speed import check_speed, hurried
 from imprompt.generation.steps import OnStep, Step, reported
-from imprompt.generation.text import cut_words, has_marks, in_chunks
+from imprompt.generation.text import cut_words, has_marks, in_chunks, tag_notes
 from imprompt.schema.request import Request
 
 
@@ -105,6 +106,7 @@ class Engine:
         :class:`ModelError` for what does not fit together, and :class:`ModelError` when a picture comes out
         as NaN or empty, or memory does not suffice. Nothing stays attached to the base then.
         """
+        check_are_requests([request])
         if explain:
             _check_explainable(request)
         with self._exclusive(request.base):
@@ -125,6 +127,7 @@ class Engine:
         In ``on_step`` pictures are counted over all requests; :attr:`Step.picture` is the batch's first. With
         it only neighbours are one batch. Raises as :meth:`run`, and then returns none of the results.
         """
+        check_are_requests(requests)
         results: dict[int, Result] = {}
         total, before = sum(request.count for request in requests), 0
         with self._exclusive(requests[0].base if requests else ""):
@@ -442,8 +445,9 @@ def _reads_all(job: Job, name: str, adapter: IPAdapter) -> bool:
 def _text_notes(job: Job, pipe: Any) -> list[str]:
     """A note for each text of which the encoder does not read the end, or reads weights as words."""
     request = job.request
-    texts = [] if in_chunks(pipe) else [("prompt", request.prompt), ("negative", request.negative)]
-    marked = [
+    own = {"prompt": request.prompt, "negative": request.negative}
+    texts = [] if in_chunks(pipe) else [*own.items()]
+    marked = tag_notes(own) + [
         f"{name}: (word:1.3) and BREAK are read as they are written; this base's text has no weights"
         for name, text in texts
         if has_marks(text)

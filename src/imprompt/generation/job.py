@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from PIL import Image
 
+from imprompt.errors import UsageError
 from imprompt.generation import video
 from imprompt.generation.control import Control
 from imprompt.generation.families import Base
@@ -135,3 +136,13 @@ def slices(shots: Sequence[Shot], size: int, pipe: Any) -> list[list[Shot]]:
         found[-1].append((job, index))
         before = chunks
     return found
+
+
+def check_are_requests(values: Sequence[object]) -> None:
+    """Raise :class:`UsageError` for anything but requests."""
+    for value in values:
+        if not isinstance(value, Request):
+            raise UsageError(
+                f"a Request is expected, not a {type(value).__name__}: "
+                "Request(prompt='a cat', images=['a.png'])."
+            )

@@ -10,7 +10,7 @@ Dimensions: B prompts, K chunks, L tokens of a chunk, C token width.
 
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from itertools import repeat
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 
 _WEIGHTED = re.compile(r"\(([^()]+):([+-]?\d*\.?\d+)\)")
 _COUNTS = {"num_images_per_prompt", "num_videos_per_prompt"}  # one of them, by pipeline
+_TAG = re.compile(r"<(?:lora|lyco|hypernet):[^<>]+>", re.IGNORECASE)
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 
 Piece = tuple[int, float]
@@ -114,6 +115,12 @@ def cut_words(pipe: Any, text: str) -> str:
 def has_marks(text: str) -> bool:
     """Whether words of a text are weighted, or it is broken into chunks."""
     return bool(_WEIGHTED.search(text) or _BREAK.search(text))
+
+
+def tag_notes(texts: Mapping[str, str]) -> list[str]:
+    """A note for each text, by its name, with webui's ``<lora:NAME:0.8>``, which nothing here reads."""
+    found = ((name, tag) for name, text in texts.items() if (tag := _TAG.search(text)))
+    return [f"{name}: '{tag[0]}' is read as words; a LoRA is given by loras (--lora)" for name, tag in found]
 
 
 def in_chunks(pipe: Any) -> bool:
