@@ -176,3 +176,10 @@ def test_an_edited_record_is_named_with_what_is_wrong_in_it(say):
         Path("r.json").write_text(wrong)
         code, _, err = say("generate", "--from", "r.json")
         assert (code, reason in err) == (2, True), err
+
+
+def test_a_picture_of_proportions_that_cannot_be_drawn_asks_for_a_size(say):
+    Image.new("RGB", (20_000, 1)).save("wide.png")
+    code, _, err = say("edit", "wide.png", "a", "--base", "BASE")
+    assert (code, "a picture of 20000×1 would be drawn at" in err, "--size" in err) == (2, True, True), err
+    assert say("edit", "wide.png", "a", "--base", "BASE", "--size", "32")[0] == 0

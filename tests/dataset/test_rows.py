@@ -4,6 +4,7 @@ import io
 import json
 import re
 import tarfile
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -397,3 +398,11 @@ def test_columns_of_another_kind_are_told_with_their_kinds(folder, hugging_face)
 def test_a_dataset_of_the_hub_needs_a_name():
     with pytest.raises(InputError, match="write hf:owner/name"):
         read_dataset("hf:")
+
+
+def test_pictures_here_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("./~a.png")
+    Path("./~a.txt").write_text("a cat")
+    (row,) = read_dataset(".").rows
+    assert load_image(row.file).size == (8, 8)

@@ -19,7 +19,7 @@ from imprompt.generation.annotate import annotate_frames
 from imprompt.generation.control import Map
 from imprompt.io import check_path, sha256
 from imprompt.schema.prompt import ImagePrompt, TextRegion
-from imprompt.schema.request import Request
+from imprompt.schema.request import MAX_SIDE, Request
 from imprompt.schema.values import is_saved
 
 _LOST = 0.15  # share of a picture that may be cropped away without a note
@@ -214,6 +214,11 @@ def _size(request: Request, start: Image.Image | None, side: int, multiple: int)
         return side, side
     stretch = (side * side / (start.width * start.height)) ** 0.5
     width, height = (max(multiple, round(x * stretch / multiple) * multiple) for x in start.size)
+    if max(width, height) > MAX_SIDE:
+        raise UsageError(
+            f"size: a picture of {start.width}×{start.height} would be drawn at {width}×{height}, and sides "
+            f"have at most {MAX_SIDE} pixels; say a size, to which it is cropped (--size)."
+        )
     return width, height
 
 
