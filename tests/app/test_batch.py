@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from imprompt.app.batch import read_shard
+from imprompt.app.batch import read_jobs, read_shard
 from imprompt.app.cli import main
 from imprompt.errors import UsageError
 from imprompt.output import read_request
@@ -49,6 +49,18 @@ def test_draws_lists_failures_and_goes_on_where_it_stopped(tmp_path: Path, capsy
     jobs(tmp_path, {**owl, "seed": 7})
     assert main(["batch", str(file), "-o", str(out)]) == 0
     assert read_request(out / "owl.png").seed == 7
+
+
+def test_odd_lines_are_listed_and_the_others_are_read(tmp_path: Path) -> None:
+    odd = [
+        {"prompt": "a", "images": [{"path": "a.png"}, {"image": "b.png"}]},
+        {"images": [{"path": "a.png"}], "guidance": "strong"},
+        {"images": [{"image": "a.png", "curve": [[0, 10**400]]}]},
+        {"images": [{"image": "a.png", "profile": '{"a":' * 3000 + "1" + "}" * 3000}]},
+    ]
+    read = list(read_jobs(jobs(tmp_path, *odd, {"prompt": "a cat"})))
+    assert [job.request is None for job in read] == [True, True, True, True, False]
+    assert all(job.error for job in read[:-1])
 
 
 def test_a_format_that_cannot_be_written_is_said_before_a_model_is_looked_for(tmp_path: Path, capsys) -> None:

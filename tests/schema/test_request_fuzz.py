@@ -3,11 +3,15 @@
 import json
 import math
 import random
+import re
 from typing import Any
 
-from imprompt.errors import ImpromptError
+import pytest
+
+from imprompt.errors import ImpromptError, UsageError
 from imprompt.output.record import Record
-from imprompt.schema.request import Request
+from imprompt.schema.prompt import ImagePrompt, TextRegion
+from imprompt.schema.request import ControlRef, Request
 
 SOUND: list[dict[str, Any]] = [
     {"prompt": "an owl", "images": ["a.png"], "seed": 3},
@@ -80,6 +84,64 @@ def text_of(value: Any) -> str:
         while isinstance(value, list) and len(value) == 1:
             value, depth = value[0], depth + 1
         return "[" * depth + "0" + "]" * depth if depth else '{"prompt": ' + "[" * 3000 + "]" * 3000 + "}"
+
+
+def nested(depth: int) -> Any:
+    """An object in an object in an object …"""
+    value: Any = {}
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
+HUGE = 10**400
+ODD: list[Any] = [
+    *VALUES, HUGE, -HUGE, [[0, HUGE], [1, 1]], [[0, 1], [HUGE, 2]], {"a": HUGE}, {"up_blocks.1": [HUGE]},
+    math.nan, math.inf, b"a", {1, 2}, 1j, object(), "1", "9" * 5000, '{"a":' * 3000 + "1" + "}" * 3000,
+    '{"up_blocks.1":' + "9" * 5000 + "}", "0:" + "9" * 400, "strong:1e999", "{", nested(3000),
+    [{"path": "a"}, {"image": "b"}], [{"path": "a"}, 3], [{"path": "a"}, None], [{"path": ["a"]}],
+    [{"path": "a", "weight": "x"}], [{"path": "a", "at": HUGE}], [["a"]],
+]  # fmt: skip
+
+
+def test_any_value_in_any_field_is_read_or_refused() -> None:
+    refused = []
+    for value in ODD:
+        asked: list[dict[str, Any]] = [
+            *({"prompt": "x", "images": [{"path": "a"}], name: value} for name in Request.model_fields),
+            *({"images": [{"image": "a", name: value}]} for name in ImagePrompt.model_fields),
+            *({"images": [{"path": "a", name: value}, "b"]} for name in ("weight", "at", "noise", "curve")),
+            *({"regions": [{"text": "a", "mask": "b", name: value}]} for name in TextRegion.model_fields),
+            *(
+                {"controls": [{"kind": "canny", "path": "a", name: value}]}
+                for name in ControlRef.model_fields
+            ),
+        ]
+        for fields in asked:
+            try:
+                Request.from_mapping(fields)
+            except ImpromptError as error:
+                refused.append(str(error))
+    assert len(refused) > 1000
+    assert not [said for said in refused if "\n" in said]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"images": [{"path": "a"}, {"image": "b"}]}, "images.1: it has no `path`"),
+        ({"images": [{"path": "a"}], "guidance": "strong"}, "guidance: input should be a valid number"),
+        ({"images": [{"image": "a", "curve": [[0, HUGE]]}]}, "is not a finite number"),
+        ({"images": [{"image": "a", "profile": {"up_blocks.1": HUGE}}]}, "a finite number is expected"),
+        ({"images": [{"image": "a", "profile": '{"a":' * 3000 + "1" + "}" * 3000}]}, "nested too deeply"),
+        ({"images": [{"image": "a", "profile": nested(3000)}]}, "nested too deeply"),
+        ({"images": [{"image": "a", "noise": 0.5}]}, "KIND or KIND:STRENGTH is expected"),
+        ({"images": [{"image": "a", "select": 0.5}]}, "is no list of tokens"),
+    ],
+)
+def test_an_odd_value_is_named(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)):
+        Request.from_mapping(fields)
 
 
 def test_5000_requests_are_read_or_refused_in_one_line() -> None:

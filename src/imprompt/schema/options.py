@@ -79,8 +79,13 @@ def canonical(field: str, name: object, known: Iterable[str]) -> str:
 
 
 def is_finite(value: object) -> TypeGuard[float]:
-    """Whether ``value`` is a real number, not a bool, NaN or infinite."""
-    return not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
+    """Whether ``value`` is a real number, not a bool, NaN, infinite or beyond what a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -189,6 +194,8 @@ def read_noise(noise: str) -> tuple[str, float]:
 
     Raises :class:`UsageError`.
     """
+    if not isinstance(noise, str):
+        raise UsageError(f"noise {noise!r}: KIND or KIND:STRENGTH is expected; kinds: {', '.join(NOISES)}.")
     kind, _, given = noise.partition(":")
     try:
         strength = float(given) if given else 0.5
@@ -216,6 +223,8 @@ def read_selection(selection: str | int | Sequence[int], tokens: int | None = No
     Raises :class:`UsageError` for anything else, for a token selected twice, for none, and for indices from
     ``tokens`` on, the number of tokens of a picture.
     """
+    if not isinstance(selection, str | int | Sequence):
+        raise UsageError(f"select: {selection!r} is no list of tokens; write numbers from 0, or 0-3,8.")
     if isinstance(selection, str):
         chosen = [i for part in re.split(r"[,\s]+", selection.strip()) for i in _token_range(part)]
     else:

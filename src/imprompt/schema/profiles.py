@@ -10,13 +10,13 @@ The two call different layers of SD1.5 "style", so they have different names her
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from imprompt.errors import UsageError
+from imprompt.io import read_json
 from imprompt.schema.options import canonical, is_finite
 
 if TYPE_CHECKING:
@@ -188,10 +188,7 @@ def read_profile(profile: Profile) -> Profile:
 
 def _from_text(text: str) -> Profile:
     if text.lstrip().startswith("{"):
-        try:
-            return read_profile(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise UsageError(f"profile {text!r} is not valid JSON ({error}).") from error
+        return read_profile(read_json(text, "profile", error=UsageError))
     parts = [part.rpartition(":") for part in text.split(",")]
     names = [name.strip() for name, _, _ in parts]
     if len(parts) == 1 and not _is_pattern(names[0]):

@@ -38,6 +38,8 @@ class Record(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise UsageError(describe_errors(type(self), error)) from error
+        except RecursionError as error:
+            raise UsageError(f"{type(self).__name__}: a value in it is nested too deeply.") from error
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -97,6 +99,14 @@ def _unquoted(text: str) -> str:
     return re.sub(r"\\([\"\\])", r"\1", text)
 
 
+def _shown(value: object) -> str:
+    """The value as Python writes it; its type where Python cannot."""
+    try:
+        return repr(value)
+    except (RecursionError, ValueError):  # lists in lists without end, an integer of thousands of digits
+        return f"a {type(value).__name__} too large to show"
+
+
 def describe_errors(model: type[BaseModel], error: ValidationError) -> str:
     """All of pydantic's findings in one line that names the fields."""
     lines = []
@@ -110,7 +120,7 @@ def describe_errors(model: type[BaseModel], error: ValidationError) -> str:
         elif item["type"] not in ("value_error", "missing"):
             for theirs, plain in _PLAIN.items():
                 message = re.sub(theirs, plain, message)
-            given = repr(item["input"])
+            given = _shown(item["input"])
             message += f", got {given if len(given) <= 60 else given[:57] + '...'}"
         named = message.startswith((f"{field} ", f"{field}:"))  # the message names its field
         lines.append(f"{field}: {message[:1].lower()}{message[1:]}" if field and not named else message)

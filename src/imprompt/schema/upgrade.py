@@ -9,18 +9,31 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from imprompt.errors import UsageError
+from imprompt.schema.options import is_finite
+
 _OF_PICTURE = ("path", "weight", "at")
 """Fields of a single picture in version 1; the others steer the prompt."""
 
 
 def upgraded(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The fields of a request in today's form; those of today's requests unchanged."""
+    """The fields of a request in today's form; those of today's requests unchanged.
+
+    Raises :class:`UsageError` for a list that holds pictures of version 1 beside anything else.
+    """
     images = values.get("images")
     if not isinstance(images, list) or not any(map(_is_picture, images)):
         return values
-    refs = [{"path": ref} if isinstance(ref, str) else dict(ref) for ref in images]
+    refs = [{"path": ref} if isinstance(ref, str) else ref for ref in images]
+    for number, ref in enumerate(refs):
+        if not _is_picture(ref):
+            raise UsageError(
+                f"images.{number}: it has no `path`, and others have one, as version 1 wrote them; "
+                "write `image` in all."
+            )
     prompts = [_joined(steering, list(same)) for steering, same in groupby(refs, _steering)]
-    if (values.get("guidance") or 2) <= 1 and values.get("image_guidance") is None:
+    guidance = values.get("guidance")
+    if is_finite(guidance) and guidance <= 1 and values.get("image_guidance") is None:
         prompts = [{**prompt, "negative": None, "noise": None} for prompt in prompts]
     overridden = all(prompt.get("scale") is not None for prompt in prompts)
     return {**values, "images": prompts, **({"scale": None} if overridden else {})}
