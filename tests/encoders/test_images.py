@@ -16,6 +16,7 @@ from imprompt.encoders.masks import mask_tensor
 from imprompt.encoders.video import read_video
 from imprompt.errors import InputError
 from imprompt.output import read_record
+from imprompt.output.clips import encode_clip
 
 
 def _picture(width: int = 40, height: int = 30) -> Image.Image:
@@ -406,3 +407,33 @@ def test_500_damaged_pictures_are_one_line_or_a_picture(tmp_path: Path) -> None:
         assert frame_count(path) >= 1
     assert all(message.isprintable() for message in messages)
     assert 500 < len(messages) < 2000
+
+
+def coloured(*numbers: int) -> list[Image.Image]:
+    return [Image.new("RGB", (16, 16), (40 * number, 90, 200 - 40 * number)) for number in numbers]
+
+
+def numbers_of(frames: list[Image.Image]) -> list[int]:
+    return [round(np.asarray(frame)[0, 0, 0] / 40) for frame in frames]
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
+def test_frames_that_are_shown_longer_are_repeated(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    first, *others = coloured(0, 1, 2)
+    lossless = {"lossless": True} if suffix == ".webp" else {}
+    first.save(path, save_all=True, append_images=others, duration=[100, 300, 200], **lossless)
+    frames, fps = load_frames(path)
+    assert (numbers_of(frames), fps) == ([0, 1, 1, 1, 2, 2], 10)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+@pytest.mark.parametrize("fps", [7, 8, 12, 24, 30])
+def test_equal_frames_that_were_merged_are_read_back(tmp_path: Path, suffix: str, fps: float) -> None:
+    path, numbers = tmp_path / f"a{suffix}", [0, 0, 1, 2, 2, 2, 3, 1, 1]
+    encoded = encode_clip(coloured(*numbers), suffix, fps, "{}")
+    assert isinstance(encoded, bytes)
+    path.write_bytes(encoded)
+    frames, read = load_frames(path)
+    assert numbers_of(frames) == numbers
+    assert read == pytest.approx(fps, rel=0.03)

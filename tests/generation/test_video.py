@@ -195,6 +195,8 @@ def test_a_video_is_redrawn_at_its_pace_or_at_the_asked_one(engine, asked, film)
     assert (own.request.frames, own.request.fps, own.images[0].size) == (6, 12, (32, 32))
     slow = engine.run(asked(video=film, frames=None, fps=6, strength=0.5))
     assert slow.request.frames == 3
+    fast = engine.run(asked(video=film, frames=None, fps=24, strength=0.5))
+    assert fast.request.frames == 12  # to its end, each frame twice
     shared = engine.run(asked(video=film, frames=4, shared_noise=0.5, strength=0.5))
     assert len(shared.images) == 4
 

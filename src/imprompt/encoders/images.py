@@ -8,8 +8,10 @@ decoded completely, so that a broken one is found here. Whatever cannot be read 
 import hashlib
 import io
 import warnings
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -30,6 +32,7 @@ MAX_FRAMES = 512
 MAX_BYTES = 1024 * 1024 * 1024
 """Default limit of the decoded size of all pictures and clips of a request, in bytes."""
 
+_MOST_FPS = 60  # of a clip
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of pictures in a folder of frames
 # Formats of still pictures, without the ones that run an interpreter (EPS, WMF) or guess from nothing (TGA).
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "QOI")
@@ -105,13 +108,15 @@ def load_frames(source: Source, *, budget: Budget | None = None) -> tuple[list[I
     """Read all frames of an animated picture (GIF, WebP, PNG, AVIF), and the frames per second; of a folder,
     its pictures in the order of their names, and ``None``.
 
-    A still has one frame. Raises :class:`InputError` as :func:`load_image`, for more than :data:`MAX_FRAMES`
-    frames, and for frames of different sizes.
+    Where an animation shows some frames longer than others, they are repeated, so that all have one length;
+    equal frames that a writer merged come back as they were. A still has one frame. Raises
+    :class:`InputError` as :func:`load_image`, for more than :data:`MAX_FRAMES` frames, and for frames of
+    different sizes.
     """
     budget = budget or Budget()
     if isinstance(source, str | Path) and (place := check_file(source, folder=True)).is_dir():
         return _folder_frames(place, budget), None
-    frames, milliseconds = [], 0.0
+    frames, ends = [], [0.0]
     with _opened(source, MAX_PIXELS) as (image, name):
         count = int(getattr(image, "n_frames", 1))
         if count > MAX_FRAMES:
@@ -122,9 +127,34 @@ def load_frames(source: Source, *, budget: Budget | None = None) -> tuple[list[I
                 image.seek(number)
             image.load()  # WebP knows a frame's duration only then
             if count > 1:
-                milliseconds += float(image.info.get("duration") or 100)
+                ends.append(ends[-1] + float(image.info.get("duration") or 100))
             frames.append(_flattened(_srgb(_eight_bit(_upright(image), name)), (255, 255, 255)))
-    return frames, 1000 * count / milliseconds if milliseconds else None
+        unit = 10.0 if image.format == "GIF" else 1.0
+    if count == 1:
+        return frames, None
+    shown = _evenly(ends[1:], unit)
+    return [frames[place] for place in shown], 1000 * len(shown) / ends[-1]
+
+
+def _evenly(ends: Sequence[float], unit: float) -> list[int]:
+    """The frame that is shown in each of the fewest equal parts of an animation whose borders hold all
+    ``ends`` of frames, in ms, as exactly as multiples of ``unit`` can tell; at most 60 parts a second."""
+    count, last = len(ends), ends[-1]
+    durations = [after - before for before, after in pairwise((0.0, *ends))]
+    if max(durations) - min(durations) <= unit:
+        return list(range(count))
+    most = max(count, min(MAX_FRAMES, int(last * _MOST_FPS / 1000)))
+    parts = next((parts for parts in range(count, most + 1) if _fits(ends, last / parts, unit)), most)
+    return [min(bisect_right(ends, (number + 0.5) * last / parts), count - 1) for number in range(parts)]
+
+
+def _fits(ends: Sequence[float], part: float, unit: float) -> bool:
+    """Whether each end lies at a border of its own between equal parts."""
+    borders = [round(end / part) for end in ends]
+    near = min(unit, part / 3)
+    return len({0, *borders}) == len(ends) + 1 and all(
+        abs(end - border * part) <= near for end, border in zip(ends, borders, strict=True)
+    )
 
 
 def _folder_frames(folder: Path, budget: Budget) -> list[Image.Image]:

@@ -126,8 +126,8 @@ def at_rate(
     """
     rate = request.fps or fps or 8.0
     step = max(1e-6, fps / rate) if fps else 1.0
-    places = (int(number * step + 1e-6) for number in range(len(frames)))
-    taken = [frames[place] for place in places if place < len(frames)]
+    count = math.ceil(len(frames) / step - 1e-6)
+    taken = [frames[int(number * step + 1e-6)] for number in range(count)]
     wanted = request.frames or len(taken)
     if wanted > len(taken):
         raise InputError(
