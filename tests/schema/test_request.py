@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from imprompt.errors import UsageError
 from imprompt.schema.prompt import ImagePrompt, TextRegion
@@ -100,3 +101,29 @@ def test_quotes_are_for_all_flags() -> None:
 
 def test_a_prompt_says_only_what_is_unusual() -> None:
     assert repr(ImagePrompt("a.png", scale=0.5)) == "ImagePrompt(image='a.png', scale=0.5)"
+
+
+def test_one_of_what_may_be_several_needs_no_list() -> None:
+    short = Request(prompt="a", images="a.png", controls="canny:a.png,scale=0.5")
+    assert short == Request(
+        prompt="a",
+        images=[ImagePrompt("a.png")],
+        controls=[ControlRef(kind="canny", path="a.png", scale=0.5)],
+    )
+    assert Request(prompt="a", images=ImagePrompt("a.png", scale=0.3)).images[0].scale == 0.3
+    assert Request.from_json('{"prompt": "a", "images": {"image": "a.png"}}').images == short.images
+    with pytest.raises(UsageError, match="did you mean 'canny'"):
+        Request(prompt="a", controls="cany:a.png")
+
+
+@pytest.mark.parametrize("images", [Image.new("RGB", (8, 8)), [Image.new("RGB", (8, 8))]])
+def test_pictures_in_memory_are_told_where_to_go(images: object) -> None:
+    with pytest.raises(UsageError, match=r"^images\.0: a request names files, .* pictures="):
+        Request(prompt="a", images=images)
+
+
+@pytest.mark.parametrize(
+    ("said", "name"), [("DPM++ 2M Karras", "dpm++2m-karras"), ("Euler a", "euler-a"), ("UniPC", "unipc")]
+)
+def test_schedulers_go_by_other_programs_spelling(said: str, name: str) -> None:
+    assert Request(prompt="a", scheduler=said).scheduler == name

@@ -122,9 +122,29 @@ class ControlRef(Record):
 _CONTROL_OPTIONS = tuple(name for name in ControlRef.model_fields if name not in ("kind", "path"))
 
 
+def _letters(name: str) -> str:
+    """The name of a scheduler without case, spaces and dashes, in which programs differ: DPM++ 2M Karras."""
+    return re.sub(r"[\s_-]", "", name.lower())
+
+
+def _listed(value: object) -> object:
+    """A single value where several may stand."""
+    return value if value is None or isinstance(value, list | tuple) else [value]
+
+
+def _as_control(value: object) -> object:
+    """``KIND:PATH`` as the short form of a control, as the command line takes it."""
+    return ControlRef.parse(value) if isinstance(value, str) else value
+
+
 def _as_prompt(value: object) -> object:
     """A path, or a list of paths, as the short form of an :class:`ImagePrompt`."""
     value = path_to_text(value)
+    if type(value).__module__.partition(".")[0] in ("PIL", "numpy", "torch"):
+        raise ValueError(
+            f"a request names files, and a {type(value).__name__} is none; give pictures in memory to "
+            "Engine.run(request, pictures={'name': picture}), and 'name' to the request"
+        )
     return {"image": value} if isinstance(value, str | list | tuple) else value
 
 
@@ -170,11 +190,15 @@ class Request(Record):
     """What to draw; may be empty with images."""
     negative: str = Field(default="", max_length=20_000)
     """What to avoid; needs guidance above 1, on FLUX true_guidance."""
-    images: tuple[Annotated[ImagePrompt, BeforeValidator(_as_prompt)], ...] = Field(default=(), max_length=64)
+    images: Annotated[
+        tuple[Annotated[ImagePrompt, BeforeValidator(_as_prompt)], ...], BeforeValidator(_listed)
+    ] = Field(default=(), max_length=64)
     """Image prompts, at most 64; each has one or several pictures."""
     regions: tuple[TextRegion, ...] = Field(default=(), max_length=16)
     """Texts that are drawn in one place each, at most 16."""
-    controls: tuple[ControlRef, ...] = Field(default=(), max_length=8)
+    controls: Annotated[
+        tuple[Annotated[ControlRef, BeforeValidator(_as_control)], ...], BeforeValidator(_listed)
+    ] = Field(default=(), max_length=8)
     """Pictures whose structure the drawing follows, at most 8."""
     base: str = Field(default="emoji", min_length=1)
     """The model: alias, hub id, folder or .safetensors file."""
@@ -272,9 +296,10 @@ class Request(Record):
     @field_validator("scheduler")
     @classmethod
     def _scheduler_is_known(cls, value: str | None) -> str | None:
-        if value is not None and value not in SCHEDULERS:
+        spelled = {_letters(name): name for name in SCHEDULERS}
+        if value is not None and _letters(value) not in spelled:
             raise ValueError(f"{value!r} is unknown; known are {', '.join(SCHEDULERS)}")
-        return value
+        return None if value is None else spelled[_letters(value)]
 
     @field_validator("size", mode="before")
     @classmethod
