@@ -108,6 +108,19 @@ def test_self_attention_guidance_calls_with_one_branch_alone() -> None:
     assert set(_rows(pipe, lambda: pipe("a cat", guidance_scale=1.0, sag_scale=0.7, **size))) == {(True,)}
 
 
+def test_guidance_for_the_image_and_self_attention_guidance_exclude_each_other() -> None:
+    pipe = sibling_of_tiny(diffusers.StableDiffusionSAGPipeline)
+    adapter = on(pipe)
+    adapter.set_prompt(picture(1))
+    adapter.set_guidance(3.0)
+    size = {"height": 32, "width": 32, "num_inference_steps": 1, "output_type": "latent"}
+    with pytest.raises(UsageError, match="sag_scale=0"):
+        pipe("a cat", guidance_scale=4.0, sag_scale=0.7, **size)
+    assert pipe("a cat", guidance_scale=4.0, sag_scale=0.0, **size).images.isfinite().all()
+    adapter.set_guidance(None)
+    assert pipe("a cat", guidance_scale=4.0, sag_scale=0.7, **size).images.isfinite().all()
+
+
 def sibling_of_tiny(kind: type[Any]) -> Any:
     parts = dict(tiny_sd().components)
     parts.pop("image_encoder", None)

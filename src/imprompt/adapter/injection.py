@@ -392,6 +392,11 @@ class Injection:
                 "guidance for the image needs a batch of uncond and cond branches (or cond alone), not "
                 f"{', '.join(call.branches)}."
             )
+        if caller is not None and caller.variables.get("do_self_attention_guidance"):
+            raise UsageError(
+                "guidance for the image: self-attention guidance takes two branches, and this is a third; "
+                "call with sag_scale=0, or set_guidance(None)."
+            )
         ((image, text),) = stated
         if text is None:
             text = self._text_guidance(call, caller)
