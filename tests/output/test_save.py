@@ -125,6 +125,9 @@ def test_pages_maps_and_json_of_ours_are_replaced_and_others_are_not(tmp_path: P
         paths = output.save(drawn, tmp_path / "a.png", maps=True, pages={"where-1": noise(seed)})
         output.save_together({tmp_path / "a.json": {"seed": seed}, tmp_path / "b.png": noise(seed)})
     assert [path.name for path in paths] == ["a.png", "a-control-1-none.png", "a-where-1.png"]
+    for path in paths[1:]:
+        with pytest.raises(InputError, match=r"page of pictures, or .* carries no request; the pictures"):
+            output.read_record(path)
     assert json.loads((tmp_path / "a.json").read_text())["seed"] == 2
     (tmp_path / "c.json").write_text('{"mine": 1}')
     with pytest.raises(InputError, match="--overwrite"):
