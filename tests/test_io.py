@@ -291,3 +291,11 @@ def test_seeds_are_stable_and_apart() -> None:
     assert seed_for(7, 3, "dropout") == seed_for(7, 3, "dropout")
     drawn = {seed_for(seed, index, use) for seed in range(20) for index in range(20) for use in ("a", "b")}
     assert len(drawn) == 800
+
+
+@pytest.mark.parametrize(
+    "address", ["https://example.org/cat.png", "s3://bucket/cat.png", Path("http://a/b.png")]
+)
+def test_an_address_is_no_file(address: str | Path) -> None:
+    with pytest.raises(InputError, match=r"picture: .* is an address; save the file"):
+        check_file(address, "picture")

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -258,6 +259,8 @@ def check_file(path: str | Path, what: str = "", *, folder: bool = False) -> Pat
     try:
         mode = place.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
+        if re.match(r"(https?|ftp|s3|file):/", str(path)):
+            raise InputError(f"{prefix}{name} is an address; save the file and give its name.") from error
         raise InputError(f"{prefix}there is no file {name}.") from error
     except OSError as error:
         raise InputError(f"{prefix}{name} cannot be read ({error.strerror}).") from error

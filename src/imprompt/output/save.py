@@ -179,8 +179,8 @@ def read_record(path: str | Path) -> Record:
             )
         if text is None and _is_our_file(place):
             raise InputError(
-                f"'{path}' is a page of pictures, or a control's map, and carries no request; the pictures that "
-                "were drawn do."
+                f"'{path}' is a page of pictures, or a control's map, and carries no request; the pictures "
+                "that were drawn do."
             )
         return as_record(place, text)
     except InputError:
