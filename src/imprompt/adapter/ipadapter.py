@@ -182,7 +182,7 @@ class IPAdapter(AdapterWeights):
         injection = Injection.into(model, None if isinstance(target, nn.Module) else target)
         self._enter(injection)
         if self.lora is not None:
-            self.lora.into(model, injection.sites)
+            self.lora.into(model, injection.sites, self.checkpoint.name)
         self._target = weakref.ref(target)
         self.prompt_encoder.borrowed = borrowed
         self.prompt_encoder.share_with(

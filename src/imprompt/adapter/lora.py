@@ -50,6 +50,7 @@ class FaceLora:
         """Strength, read at every call; published adapters were trained with 1."""
         self._factor: float | Tensor = 0.0
         self._handles: list[Any] = []
+        self._name = ""
 
     @classmethod
     def among(cls, numbered: nn.ModuleDict, weights: Mapping[str, Tensor]) -> "FaceLora":
@@ -69,7 +70,7 @@ class FaceLora:
 
     def check(self, unet: Any, layers: Sequence[Site], name: str) -> None:
         """Raise :class:`AdapterMismatch` unless the UNet has a layer of the same widths for each LoRA."""
-        _refuse_fused(unet, layers)
+        _refuse_fused(unet, layers, name)
         found = {}
         for number, attention in _attentions(unet, layers):
             found[number] = {part: _widths(_linear(attention, part)) for part in PARTS}
@@ -85,10 +86,12 @@ class FaceLora:
                 "out). Use an adapter trained for this base."
             )
 
-    def into(self, unet: Any, layers: Sequence[Site]) -> None:
-        """Add hooks to the UNet's layers, inactive until :meth:`show`; a second call does nothing."""
+    def into(self, unet: Any, layers: Sequence[Site], name: str) -> None:
+        """Add hooks to the UNet's layers, inactive until :meth:`show`; a second call does nothing. ``name``
+        is the adapter's, for messages."""
         if self._handles:
             return
+        self._name = name
         for number, attention in _attentions(unet, layers):
             for part in PARTS:
                 hook = self._hook(self.layers[number][part])
@@ -119,7 +122,7 @@ class FaceLora:
         """Raise :class:`AdapterMismatch` if it is active on attentions that were fused after :meth:`into`:
         they do not call the layers with the hooks."""
         if isinstance(self._factor, Tensor) or self._factor:
-            _refuse_fused(unet, layers)
+            _refuse_fused(unet, layers, self._name)
 
     def _hook(self, low: LowRank) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         def add(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -140,13 +143,13 @@ class FaceLora:
         return add
 
 
-def _refuse_fused(unet: Any, layers: Sequence[Site]) -> None:
+def _refuse_fused(unet: Any, layers: Sequence[Site], name: str) -> None:
     # The flag `fused_projections` stays on after unfusing; the processor tells.
     processors = (attention.processor for _, attention in _attentions(unet, layers))
     if any(isinstance(getattr(p, "previous", p), FusedAttnProcessor2_0) for p in processors):
         raise AdapterMismatch(
-            "the adapter has a LoRA for q, k and v of each attention, which are fused in this UNet; call "
-            "pipe.unfuse_qkv_projections() first."
+            f"adapter '{name}' has a LoRA for q, k and v of each attention, which are fused in this UNet; "
+            "call pipe.unfuse_qkv_projections() first."
         )
 
 
