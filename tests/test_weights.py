@@ -84,6 +84,7 @@ REFUSED = {
     "a hole": (packed({"a": entry(0, 8), "b": entry(12, 20)}, b"x" * 20), "invalid offset for tensor `b`"),
     "a pickle": (b"\x80\x02}q\x00.", "is a pickle under the name of a .safetensors.*imprompt convert"),
     "a git lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS pointer"),
+    "a picture": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "is a picture"),
     "a web page": (b"  <!DOCTYPE html>\n<html><body>404</body></html>", "is a web page"),
     "gguf": (b"GGUF\x03\x00\x00\x00", "is a GGUF file"),
 }

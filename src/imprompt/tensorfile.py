@@ -25,6 +25,7 @@ _NO_WEIGHTS = {
     b"<!doctype": "is a web page; the download gave an error page or a login form",
     b"<html": "is a web page; the download gave an error page or a login form",
     b"gguf": "is a GGUF file",
+    **dict.fromkeys((b"\x89png", b"\xff\xd8\xff", b"gif8", b"riff"), "is a picture, not weights"),
 }
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """torch's name of a floating-point dtype → that of safetensors."""

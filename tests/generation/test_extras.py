@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import tiny
 from imprompt.app.cli import main
-from imprompt.errors import ImpromptError, ModelError
+from imprompt.errors import ImpromptError, ModelError, UsageError
 from imprompt.generation.engine import Engine
 from imprompt.schema.request import EmbeddingRef, LoraRef, Request
 
@@ -86,6 +86,8 @@ def test_a_word_of_textual_inversion_is_known_to_prompts(place: Path) -> None:
     [
         ({"loras": ("nothing.safetensors",)}, ModelError, "LoRA .*nothing"),
         ({"loras": ("wide",)}, ModelError, "there is no LoRA"),
+        ({"loras": ("a.safetensors:0.8",)}, UsageError, r"write a\.safetensors,weight=0\.8"),
+        ({"loras": ("owner/name",)}, ModelError, r"the hub cannot be asked .* owner/name/file"),
         ({"loras": ("base/model_index.json",)}, ModelError, "opens no pickles"),
         ({"embeddings": ("wide.safetensors",)}, ModelError, "width 48, this base's text encoder 32"),
         ({"embeddings": ("none.safetensors",)}, ModelError, "there is no embedding"),

@@ -6,16 +6,19 @@ adapter's own LoRA is another thing: it comes and goes with the adapter.
 """
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from imprompt.catalog.resolve import Source, resolve
 from imprompt.errors import ModelError, UsageError, first_line
+from imprompt.io import check_path
 from imprompt.schema.request import EmbeddingRef, LoraRef
 from imprompt.weights import load_tensors
 
@@ -31,12 +34,20 @@ def add_loras(pipe: Any, refs: Sequence[LoraRef]) -> None:
         raise ModelError("LoRAs are loaded by peft: pip install 'imprompt[lora]'.")
     names = [f"lora_{i}" for i in range(len(refs))]
     for name, ref in zip(names, refs, strict=True):
-        source, options = _loader_arguments(find(ref.path, "LoRA"))
+        found = find(ref.path, "LoRA")
+        source, options = _loader_arguments(found)
         usual = diffusers_logging.get_verbosity()
         diffusers_logging.set_verbosity(logging.CRITICAL)  # its list of all weights that do not fit
         try:
             pipe.load_lora_weights(source, adapter_name=name, use_safetensors=True, **options)
         except Exception as error:  # diffusers and peft raise nearly anything on what does not fit
+            if found.path is None and (isinstance(error, OSError) or _of_the_net(error)):
+                raise found.not_loaded(error) from error
+            if found.path is None and not found.is_file and huggingface_hub.constants.HF_HUB_OFFLINE:
+                raise ModelError(
+                    f"LoRA '{ref.path}': the hub cannot be asked (HF_HUB_OFFLINE is set); say which file, "
+                    f"{found.repo}/file.safetensors."
+                ) from error
             raise ModelError(
                 f"LoRA '{ref.path}' cannot be used with this base: {first_line(error)}"
             ) from error
@@ -91,12 +102,21 @@ def _by_encoder(found: Mapping[str, Tensor], encoders: Sequence[str], ref: Embed
 def find(name: str, what: str) -> Source:
     """Resolve the name of a LoRA or embedding; ``what`` says which in messages.
 
-    Raises :class:`ModelError` for files other than ``.safetensors``, and when nothing has that name.
+    Raises :class:`ModelError` for files other than ``.safetensors``, and when nothing has that name,
+    :class:`UsageError` for a name with a weight as A1111 writes it.
     """
+    weight = re.fullmatch(r"(.+):(\d*\.?\d+)", name)
+    if weight is not None and what == "LoRA" and not check_path(name).exists():
+        raise UsageError(f"LoRA '{name}': a weight is an option; write {weight[1]},weight={weight[2]}.")
     source = resolve(name, what, {}, "a .safetensors file, a folder or a hub id (owner/name[/file])")
     if source.is_file and not name.endswith(".safetensors"):
         raise ModelError(f"{what} '{name}' is no .safetensors file, and imprompt opens no pickles.")
     return source
+
+
+def _of_the_net(error: Exception) -> bool:
+    """Whether the hub's library, or the one below it, raised it."""
+    return type(error).__module__.partition(".")[0] in ("huggingface_hub", "httpx", "httpcore", "requests")
 
 
 def _loader_arguments(source: Source) -> tuple[str, dict[str, str]]:
