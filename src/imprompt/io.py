@@ -225,17 +225,10 @@ def check_path(path: str | Path, what: str = "path") -> Path:
     current folder). Nothing is read.
     """
     text = str(path)
-    shown = printable(text if len(text) <= 80 else text[:40] + "…" + text[-20:])
     if not text:
         raise InputError(f"{what}: it is empty; give the path of a file.")
-    if "\0" in text:
-        raise InputError(f"{what} '{shown}' holds a NUL character, which no file's name can.")
-    try:
-        coded = os.fsencode(text)
-    except UnicodeEncodeError as error:
-        raise InputError(f"{what} '{shown}' is not valid Unicode.") from error
-    if len(coded) > _PATH_BYTES or any(len(part) > _NAME_BYTES for part in coded.split(b"/")):
-        raise InputError(f"{what} '{shown}' is too long: a file's name has at most {_NAME_BYTES} bytes.")
+    shown = printable(text if len(text) <= 80 else text[:40] + "…" + text[-20:])
+    _check_name(text, f"{what} '{shown}'")
     expanded = os.path.expanduser(text)  # noqa: PTH111  # a Path forgets whether it began with ./
     user = text.partition("/")[0]
     if expanded.startswith("~") and (isinstance(path, str) or user == "~"):
@@ -247,6 +240,18 @@ def check_path(path: str | Path, what: str = "path") -> Path:
         return Path.cwd() / place
     except OSError as error:
         raise InputError(f"{what} '{shown}': the current folder is not there any more.") from error
+
+
+def _check_name(text: str, named: str) -> None:
+    """Raise :class:`InputError`, which begins with ``named``, for text that no file can have as its name."""
+    if "\0" in text:
+        raise InputError(f"{named} holds a NUL character, which no file's name can.")
+    try:
+        coded = os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise InputError(f"{named} is not valid Unicode.") from error
+    if len(coded) > _PATH_BYTES or any(len(part) > _NAME_BYTES for part in coded.split(b"/")):
+        raise InputError(f"{named} is too long: a file's name has at most {_NAME_BYTES} bytes.")
 
 
 def check_file(path: str | Path, what: str = "", *, folder: bool = False) -> Path:

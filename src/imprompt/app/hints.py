@@ -85,13 +85,12 @@ def for_command(name: str, rest: Sequence[str], verbs: Sequence[str]) -> str:
         return f"no command '{name}'; here it is imprompt {_VERBS[name]}"
     if near := difflib.get_close_matches(name, verbs, n=1):
         return f"no command '{name}'; did you mean '{near[0]}'?"
+    words = shlex.join((name, *rest))
     if _is_picture(name):
-        words = " ".join(shlex.quote(word) for word in (name, *rest))
         return f"a command is missing; write: imprompt edit {words} (or generate --image {shlex.quote(name)})"
     flags = [word for word in (name, *rest) if word.startswith("-") and word not in ("-h", "--help")]
     if " " in name or flags:
-        verb = next((_TASK_OF_FLAG[flag] for flag in flags if flag in _TASK_OF_FLAG), "generate")
-        words = " ".join(shlex.quote(word) for word in (name, *rest))
+        verb = next(filter(None, map(_TASK_OF_FLAG.get, flags)), "generate")
         return f"a command is missing; write: imprompt {verb} {words}"
     return f"no command '{name}'; commands are {', '.join(verbs)}."
 

@@ -192,7 +192,7 @@ def _folder(path: Path, required: bool) -> Dataset:
         return _sheet(path)
     if (metadata := _metadata(path)) is not None:
         return _with_unnamed(_READERS[metadata.suffix](metadata), path)
-    if any(all((path / name).is_file() for name in names) for names in _SAVED_TO_DISK):
+    if _is_saved_to_disk(path):
         return _hugging_face(str(path), required)
     if shards := sorted(path.glob("*.tar")):
         return _shards(shards)
@@ -200,6 +200,11 @@ def _folder(path: Path, required: bool) -> Dataset:
     if not inside or any(file.parent == path for file in _files(path, PICTURES + UNREAD)):
         return _pictures(path, required)
     return _with_unnamed(_splits(inside), path)
+
+
+def _is_saved_to_disk(folder: Path) -> bool:
+    """Whether ``datasets`` saved it."""
+    return any(all((folder / name).is_file() for name in names) for names in _SAVED_TO_DISK)
 
 
 def _metadata(folder: Path) -> Path | None:

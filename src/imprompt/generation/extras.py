@@ -41,21 +41,24 @@ def add_loras(pipe: Any, refs: Sequence[LoraRef]) -> None:
         try:
             pipe.load_lora_weights(source, adapter_name=name, use_safetensors=True, **options)
         except Exception as error:  # diffusers and peft raise nearly anything on what does not fit
-            if found.path is None and (isinstance(error, OSError) or _of_the_net(error)):
-                raise found.not_loaded(error) from error
-            if found.path is None and not found.is_file and huggingface_hub.constants.HF_HUB_OFFLINE:
-                raise ModelError(
-                    f"LoRA '{ref.path}': the hub cannot be asked (HF_HUB_OFFLINE is set); say which file, "
-                    f"{found.repo}/file.safetensors."
-                ) from error
-            raise ModelError(
-                f"LoRA '{ref.path}' cannot be used with this base: {first_line(error)}"
-            ) from error
+            raise _not_loaded(found, error) from error
         finally:
             diffusers_logging.set_verbosity(usual)
         if name not in {each for part in pipe.get_list_adapters().values() for each in part}:
             raise ModelError(f"LoRA '{ref.path}' has no weights for this base; it is of another kind.")
     pipe.set_adapters(names, [ref.weight for ref in refs])
+
+
+def _not_loaded(source: Source, error: Exception) -> ModelError:
+    """The error for a LoRA that diffusers could not load."""
+    if source.path is None and (isinstance(error, OSError) or _of_the_net(error)):
+        return source.not_loaded(error)
+    if source.path is None and not source.is_file and huggingface_hub.constants.HF_HUB_OFFLINE:
+        return ModelError(
+            f"LoRA '{source.name}': the hub cannot be asked (HF_HUB_OFFLINE is set); say which file, "
+            f"{source.repo}/file.safetensors."
+        )
+    return ModelError(f"LoRA '{source.name}' cannot be used with this base: {first_line(error)}")
 
 
 def add_embeddings(pipe: Any, refs: Sequence[EmbeddingRef]) -> None:

@@ -223,12 +223,7 @@ def read_selection(selection: str | int | Sequence[int], tokens: int | None = No
     Raises :class:`UsageError` for anything else, for a token selected twice, for none, and for indices from
     ``tokens`` on, the number of tokens of a picture.
     """
-    if not isinstance(selection, str | int | Sequence):
-        raise UsageError(f"select: {selection!r} is no list of tokens; write numbers from 0, or 0-3,8.")
-    if isinstance(selection, str):
-        chosen = [i for part in re.split(r"[,\s]+", selection.strip()) for i in _token_range(part)]
-    else:
-        chosen = [selection] if isinstance(selection, int) else list(selection)
+    chosen = _listed(selection)
     if not chosen:
         raise UsageError(f"select {selection!r} names no token; leave it out to keep all.")
     for index in chosen:
@@ -241,6 +236,14 @@ def read_selection(selection: str | int | Sequence[int], tokens: int | None = No
     if len(set(chosen)) != len(chosen):
         raise UsageError(f"select {selection!r} names a token twice.")
     return tuple(chosen)
+
+
+def _listed(selection: str | int | Sequence[int]) -> list[int]:
+    if not isinstance(selection, str | int | Sequence):
+        raise UsageError(f"select: {selection!r} is no list of tokens; write numbers from 0, or 0-3,8.")
+    if isinstance(selection, str):
+        return [i for part in re.split(r"[,\s]+", selection.strip()) for i in _token_range(part)]
+    return [selection] if isinstance(selection, int) else list(selection)
 
 
 def _token_range(text: str) -> range:

@@ -24,19 +24,25 @@ def upgraded(values: Mapping[str, Any]) -> Mapping[str, Any]:
     images = values.get("images")
     if not isinstance(images, list) or not any(map(_is_picture, images)):
         return values
-    refs = [{"path": ref} if isinstance(ref, str) else ref for ref in images]
-    for number, ref in enumerate(refs):
-        if not _is_picture(ref):
-            raise UsageError(
-                f"images.{number}: it has no `path`, and others have one, as version 1 wrote them; "
-                "write `image` in all."
-            )
+    refs = [_checked(number, ref) for number, ref in enumerate(images)]
     prompts = [_joined(steering, list(same)) for steering, same in groupby(refs, _steering)]
     guidance = values.get("guidance")
     if is_finite(guidance) and guidance <= 1 and values.get("image_guidance") is None:
         prompts = [{**prompt, "negative": None, "noise": None} for prompt in prompts]
     overridden = all(prompt.get("scale") is not None for prompt in prompts)
     return {**values, "images": prompts, **({"scale": None} if overridden else {})}
+
+
+def _checked(number: int, ref: Any) -> Mapping[str, Any]:
+    """An entry of a list of pictures of version 1."""
+    if isinstance(ref, str):
+        return {"path": ref}
+    if not _is_picture(ref):
+        raise UsageError(
+            f"images.{number}: it has no `path`, and others have one, as version 1 wrote them; "
+            "write `image` in all."
+        )
+    return ref
 
 
 def _is_picture(ref: object) -> bool:

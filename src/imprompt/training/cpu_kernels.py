@@ -102,12 +102,14 @@ def _is_frozen(args: Sequence[Any]) -> bool:
     if len(args) != 7 or isinstance(args[4], str):
         return False
     states, weight, bias, stride, padding, dilation, groups = args
-    side = weight.shape[-1]
-    plain = tuple(stride) == tuple(dilation) == (1, 1) and groups == 1 and weight.shape[-2] == side
-    kept = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    sides = {*weight.shape[-2:]}
+    plain = (
+        {*stride, *dilation, groups} == {1} and len({*padding}) == len(sides) == 1 and padding[0] < max(sides)
+    )
+    frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
     autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     half = weight.dtype == torch.bfloat16 and weight.dtype in (states.dtype, autocast)
-    return bool(plain and kept and half and padding[0] == padding[1] < side and works(weight.dtype))
+    return bool(plain and frozen and half and works(weight.dtype))
 
 
 class _Kept:
