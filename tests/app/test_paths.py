@@ -170,7 +170,7 @@ def test_names_that_begin_with_a_dash_follow_two_dashes(say):
 def test_an_edited_record_is_named_with_what_is_wrong_in_it(say):
     for wrong, reason in {
         '{"imprompt": 2}': "'r.json': its record is not one of imprompt's",
-        '{"imprompt": 2, "request": {"loras": "a.safetensors"}}': "'r.json': loras: input should be a list, got",
+        '{"imprompt": 2, "request": {"size": {"a": 1}}}': "'r.json': size: input should be a list, got",
         '{"imprompt": 2, "request": {"loras": [5]}}': "'r.json': loras.0: input should be an object",
     }.items():
         Path("r.json").write_text(wrong)

@@ -104,11 +104,12 @@ def test_a_prompt_says_only_what_is_unusual() -> None:
 
 
 def test_one_of_what_may_be_several_needs_no_list() -> None:
-    short = Request(prompt="a", images="a.png", controls="canny:a.png,scale=0.5")
+    short = Request(prompt="a", images="a.png", controls="canny:a.png,scale=0.5", loras="l.safetensors")
     assert short == Request(
         prompt="a",
         images=[ImagePrompt("a.png")],
         controls=[ControlRef(kind="canny", path="a.png", scale=0.5)],
+        loras=["l.safetensors"],
     )
     assert Request(prompt="a", images=ImagePrompt("a.png", scale=0.3)).images[0].scale == 0.3
     assert Request.from_json('{"prompt": "a", "images": {"image": "a.png"}}').images == short.images

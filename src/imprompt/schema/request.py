@@ -127,11 +127,6 @@ def _letters(name: str) -> str:
     return re.sub(r"[\s_-]", "", name.lower())
 
 
-def _listed(value: object) -> object:
-    """A single value where several may stand."""
-    return value if value is None or isinstance(value, list | tuple) else [value]
-
-
 def _as_control(value: object) -> object:
     """``KIND:PATH`` as the short form of a control, as the command line takes it."""
     return ControlRef.parse(value) if isinstance(value, str) else value
@@ -190,15 +185,13 @@ class Request(Record):
     """What to draw; may be empty with images."""
     negative: str = Field(default="", max_length=20_000)
     """What to avoid; needs guidance above 1, on FLUX true_guidance."""
-    images: Annotated[
-        tuple[Annotated[ImagePrompt, BeforeValidator(_as_prompt)], ...], BeforeValidator(_listed)
-    ] = Field(default=(), max_length=64)
+    images: tuple[Annotated[ImagePrompt, BeforeValidator(_as_prompt)], ...] = Field(default=(), max_length=64)
     """Image prompts, at most 64; each has one or several pictures."""
     regions: tuple[TextRegion, ...] = Field(default=(), max_length=16)
     """Texts that are drawn in one place each, at most 16."""
-    controls: Annotated[
-        tuple[Annotated[ControlRef, BeforeValidator(_as_control)], ...], BeforeValidator(_listed)
-    ] = Field(default=(), max_length=8)
+    controls: tuple[Annotated[ControlRef, BeforeValidator(_as_control)], ...] = Field(
+        default=(), max_length=8
+    )
     """Pictures whose structure the drawing follows, at most 8."""
     base: str = Field(default="emoji", min_length=1)
     """The model: alias, hub id, folder or .safetensors file."""
@@ -287,6 +280,11 @@ class Request(Record):
     """SHA-256 of each file that the request names, recorded when drawn; a file that differs is an error."""
     fingerprints: dict[str, str] = Field(default_factory=dict)
     """Fingerprint of each model's weights, recorded when drawn; weights that differ are an error."""
+
+    @field_validator("images", "regions", "controls", "loras", "embeddings", mode="before")
+    @classmethod
+    def _one_needs_no_list(cls, value: object) -> object:
+        return value if value is None or isinstance(value, list | tuple) else [value]
 
     @field_validator("dtype", mode="before")
     @classmethod
