@@ -6,6 +6,7 @@ written never. Nothing is written here: see :mod:`imprompt.io`.
 
 import contextlib
 import os
+import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeAlias
@@ -17,9 +18,10 @@ Identity: TypeAlias = tuple[int, int]
 """Device and inode: equal for all names of one file or folder."""
 
 
-def identities(names: Iterable[str | Path]) -> frozenset[Identity]:
-    """What the local files and folders among ``names`` are; a name of nothing (an alias) is passed over."""
-    found = (_identity(name) for name in names)
+def identities(names: Iterable[str | Path | None], *, folders: bool = True) -> frozenset[Identity]:
+    """What the local files among ``names`` are, and the folders, whose files all count as read, with
+    ``folders``; a name of nothing (an alias) is passed over."""
+    found = (_identity(name, folders=folders) for name in names if name is not None)
     return frozenset(each for each in found if each is not None)
 
 
@@ -66,8 +68,9 @@ def check_folder_above(path: Path) -> None:
         raise InputError(f"cannot write '{path}': '{above}' is not a writable folder.")
 
 
-def _identity(name: str | Path) -> Identity | None:
+def _identity(name: str | Path, *, folders: bool = True) -> Identity | None:
     with contextlib.suppress(OSError, ValueError, InputError):
         about = check_path(name).stat()
-        return about.st_dev, about.st_ino
+        if folders or not stat.S_ISDIR(about.st_mode):
+            return about.st_dev, about.st_ino
     return None

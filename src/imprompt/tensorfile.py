@@ -54,6 +54,16 @@ def read_header(path: Path) -> tuple[Header, dict[str, str]]:
         return header, file.metadata() or {}
 
 
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a ``.safetensors`` file's header says of it; nothing for a link, and for what is no such file."""
+    if path.is_symlink():
+        return {}
+    try:
+        return read_header(path)[1]
+    except ModelError:
+        return {}
+
+
 def not_finite_tensors(path: Path) -> tuple[str, ...]:
     """Keys of the floating-point tensors (of 16 bits and more) that hold NaN or infinity.
 

@@ -97,7 +97,8 @@ def save_tensors(
     *,
     error: type[ImpromptError] = ModelError,
 ) -> None:
-    """Write a ``.safetensors`` file whole or not at all. Raises ``error`` when it cannot be written."""
+    """Write a ``.safetensors`` file whole or not at all, in place of what is there (:mod:`imprompt.places`
+    tells what may be replaced). Raises ``error`` when it cannot be written."""
     if not path.parent.is_dir():
         raise error(f"'{path}' cannot be written: there is no folder '{path.parent}'.")
     seen: set[int] = set()

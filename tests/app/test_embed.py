@@ -39,6 +39,16 @@ def test_embedded_pictures_are_their_features(
     assert torch.equal(saved.features.hidden, expected.hidden)
     assert len(saved.pictures) == 2
     assert saved.encoder == f"{tmp_path.name}/tower"  # the way to it is nobody else's business
+    assert main([*words, "-o", str(target)]) == 0
+    for users in (tmp_path / "users.safetensors", tower / "model.safetensors", tmp_path / "1.png"):
+        if not users.exists():
+            users.write_text("mine")
+        before = users.read_bytes()
+        assert main([*words, "-o", str(users)]) == (2 if users.suffix == ".png" else 4)
+        assert users.read_bytes() == before
+    assert "holds no saved features; give another name, or --overwrite" in capsys.readouterr().err
+    assert main([*words, "-o", str(tmp_path / "users.safetensors"), "--overwrite"]) == 0
+    assert torch.equal(load(tmp_path / "users.safetensors").features.pooled, saved.features.pooled)
     assert main([*words, "-o", str(tmp_path / "x.png")]) == 2
     assert main([*words, "-o", str(target), "--framing", "no"]) == 2
 
@@ -97,6 +107,14 @@ def test_a_face_saved_by_comfyui_becomes_saved_faces(
 
     torch.save(torch.ones(1, 1, 512), tmp_path / "me.ipadpt")
     target = tmp_path / "me.safetensors"
+    target.write_text("mine")
+    assert main(["convert", str(tmp_path / "me.ipadpt"), str(target)]) == 4
+    assert main(["convert", str(tmp_path / "me.ipadpt"), str(target), "--variant", "faceid"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert "holds no saved features; give another name, or --overwrite" in said[0]
+    assert "--variant: has no effect on an .ipadpt file" in said[1]
+    assert target.read_text() == "mine"
+    assert main(["convert", str(tmp_path / "me.ipadpt"), str(target), "--overwrite"]) == 0
     assert main(["convert", str(tmp_path / "me.ipadpt"), str(target)]) == 0
     assert torch.equal(load_faces(target).embedding, torch.ones(1, 512))
 

@@ -17,7 +17,7 @@ from imprompt.checkpoints import identify
 from imprompt.checkpoints.checkpoint import Checkpoint, read, write
 from imprompt.checkpoints.convert import convert
 from imprompt.checkpoints.inspect import inspect
-from imprompt.errors import AdapterMismatch, ImpromptError, ModelError, UsageError
+from imprompt.errors import AdapterMismatch, ImpromptError, InputError, ModelError, UsageError
 from imprompt.io import sha256
 from layouts import (
     PUBLISHED,
@@ -527,6 +527,28 @@ def test_a_published_pickles_name_goes_into_the_converted_file(tmp_path: Path) -
     assert (found.published, found.evidence) == (("ip-adapter_sd15_light",), "metadata")
 
 
+def test_what_a_file_says_of_itself_is_kept_and_only_converted_files_are_replaced(tmp_path: Path) -> None:
+    state = small("faceid-plus")
+    flat = {f"{part}.{key}": w for part, keys in state.items() for key, w in keys.items()}
+    noted = {"imprompt.image_encoder": "lab/tower", "imprompt.variant": "faceid-plusv2", "imprompt.step": "7"}
+    source, target = tmp_path / "run.safetensors", tmp_path / "new" / "adapter.safetensors"
+    save_file(flat, source, noted)
+    for _ in range(2):
+        convert(source, target)
+        found = read(target)
+        assert {name: found.metadata[name] for name in noted} == noted
+        assert found.metadata["imprompt.source_sha256"] == sha256(source)
+    trained = source.read_bytes()
+    with pytest.raises(InputError, match="was not converted"):
+        convert(target, source)
+    (tmp_path / "same.safetensors").hardlink_to(source)
+    with pytest.raises(InputError, match="is read in this run"):
+        convert(source, tmp_path / "same.safetensors", overwrite=True)
+    assert source.read_bytes() == trained
+    convert(target, source, overwrite=True)
+    assert same(read(source).state, state)
+
+
 def test_old_and_wrapped_pickles_are_read_too(tmp_path: Path) -> None:
     state = small("linear")
     old = pickled(state, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
@@ -629,7 +651,7 @@ def test_converting_what_is_no_adapter_leaves_nothing(tmp_path: Path) -> None:
     for name, (content, message) in files.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ModelError, match=message) as error:
-            convert(tmp_path / name, target)
+            convert(tmp_path / name, target, overwrite=True)
         assert one_line(error)
     contents = {
         "list.bin": ([torch.ones(2)], "a list; a table of tensors was expected"),
@@ -640,9 +662,11 @@ def test_converting_what_is_no_adapter_leaves_nothing(tmp_path: Path) -> None:
     }
     for name, (content, message) in contents.items():
         with pytest.raises(ModelError, match=message):
-            convert(pickled(content, tmp_path / name), target)
+            convert(pickled(content, tmp_path / name), target, overwrite=True)
     with pytest.raises(ModelError, match="no file"):
-        convert(tmp_path / "missing.bin", target)
+        convert(tmp_path / "missing.bin", target, overwrite=True)
+    with pytest.raises(InputError, match="was not converted; give another name, or --overwrite"):
+        convert(tmp_path / "good.bin", target)
     with pytest.raises(UsageError, match="another target"):
         convert(target, target)
     with pytest.raises(UsageError, match=r"written as \.safetensors"):

@@ -7,6 +7,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("pictures", nargs="+", metavar="PICTURE", help="the pictures to encode, in this order")
     add("-o", "--output", required=True, metavar="FILE", help=".safetensors file to write")
+    add("--overwrite", action="store_true", help="replace a file that holds no saved features")
     add("--encoder", metavar="NAME", help="image encoder: folder, or repository:folder of the hub")
     add(
         "--base",

@@ -8,7 +8,7 @@ from PIL import Image
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.encoders import face as faces
 from imprompt.encoders.clip import ImageEncoder
-from imprompt.encoders.features import Saved, fingerprint, save
+from imprompt.encoders.features import Saved, check_target, fingerprint, save
 from imprompt.encoders.framing import encode
 from imprompt.encoders.images import content_hash, load_image
 from imprompt.errors import ModelError, UsageError
@@ -27,12 +27,14 @@ def embed(
     sharpen: float = 0.0,
     face_model: str | None = None,
     face: str = "largest",
+    overwrite: bool = False,
 ) -> Path:
     """Encode ``pictures``, write their features, or their faces for a face adapter, and return the path.
 
     The image encoder is ``encoder`` (a folder, or ``repository:folder``), else that of ``adapter``, else
-    that of the default adapter of ``base``. The file is written whole or not at all. Raises
-    :class:`UsageError` for options that exclude each other, :class:`InputError` for pictures and
+    that of the default adapter of ``base``. The file is written whole or not at all; one that holds no saved
+    features is replaced only with ``overwrite``. Raises :class:`UsageError` for options that exclude each
+    other, :class:`InputError` for pictures and files that cannot be read or written, and
     :class:`ModelError` for models that cannot be read.
     """
     framing = options.canonical("framing", framing, options.FRAMINGS)
@@ -42,12 +44,15 @@ def embed(
         raise UsageError("--encoder and --adapter both name an encoder; give one.")
     if isinstance(pictures, str | Path):
         raise UsageError(f"embed: a list of pictures is expected; write ['{pictures}'].")
+    check_target(output, overwrite=overwrite, reads=[*pictures, encoder, adapter, base])
     decoded = [load_image(picture) for picture in pictures]
+    hashes = tuple(content_hash(picture) for picture in decoded)
     if encoder is None:
         found = find_base(base)
         loaded = IPAdapter.from_pretrained(find_adapter(adapter, found))
         if loaded.projection.variant.embedding is not None:
-            return _embed_faces(loaded, found, decoded, output, framing, face_model, face)
+            encoded = _read_faces(loaded, found, decoded, framing, face_model, face)
+            return faces.save(encoded, output, hashes, overwrite=overwrite)
         model = _encoder_for(loaded, found)
     else:
         model = ImageEncoder.from_pretrained(encoder)
@@ -56,8 +61,8 @@ def embed(
             "--face-model and --face have no effect without a face adapter; name one (--adapter)."
         )
     features = encode(model, decoded, framing, sharpen=sharpen)
-    hashes = tuple(content_hash(picture) for picture in decoded)
-    return save(Saved(features, model.name, fingerprint(model.model), hashes, framing), output)
+    saved = Saved(features, model.name, fingerprint(model.model), hashes, framing)
+    return save(saved, output, overwrite=overwrite)
 
 
 def encoder_of(base: str, adapter: str | None) -> ImageEncoder:
@@ -66,22 +71,21 @@ def encoder_of(base: str, adapter: str | None) -> ImageEncoder:
     return _encoder_for(IPAdapter.from_pretrained(find_adapter(adapter, found)), found)
 
 
-def _embed_faces(
+def _read_faces(
     loaded: IPAdapter,
     base: Base,
     pictures: Sequence[Image.Image],
-    output: str | Path,
     framing: str,
     face_model: str | None,
     face: str,
-) -> Path:
+) -> faces.Faces:
     if face_model is not None:
         loaded.face_embedder = face_model
     if loaded.projection.patch_width is not None:  # a Plus adapter also reads the picture
         _encoder_for(loaded, base)
     encoded = loaded.encode(pictures, framing, face=face)
     assert isinstance(encoded, faces.Faces)
-    return faces.save(encoded, output, [content_hash(picture) for picture in pictures])
+    return encoded
 
 
 def _encoder_for(loaded: IPAdapter, base: Base) -> ImageEncoder:

@@ -8,6 +8,7 @@ the catalogue, how it is named in :mod:`imprompt.checkpoints.layouts`.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeAlias
 
 from torch import Tensor
@@ -101,11 +102,16 @@ def read(
     return checkpoint_of(Contents.of_file(file, name), load_tensors(file), variant)
 
 
-def contents_of(tensors: Mapping[str, Tensor], name: str, file: Path | None = None) -> Contents:
-    """Examine tensors with their published names; ``file`` is their file, if any. Raises
-    :class:`ModelError`."""
+def contents_of(
+    tensors: Mapping[str, Tensor],
+    name: str,
+    file: Path | None = None,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> Contents:
+    """Examine tensors with their published names; ``file`` is their file, if any, and ``metadata`` what it
+    says. Raises :class:`ModelError`."""
     header = {key: (dtype_name(tensor.dtype), tuple(tensor.shape)) for key, tensor in tensors.items()}
-    return Contents.of_header(header, {}, name, file)
+    return Contents.of_header(header, dict(metadata), name, file)
 
 
 def checkpoint_of(contents: Contents, published: Mapping[str, Tensor], variant: str | None) -> Checkpoint:

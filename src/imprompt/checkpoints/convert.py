@@ -11,6 +11,8 @@ from imprompt.checkpoints.checkpoint import checkpoint_of, contents_of, read, wr
 from imprompt.checkpoints.inspect import Inspection, inspect
 from imprompt.errors import ModelError, UsageError
 from imprompt.io import check_path, sha256
+from imprompt.places import check_place, identities
+from imprompt.tensorfile import metadata_of, read_header
 from imprompt.weights import load_pickle, load_tensors
 
 _PROCESSOR = re.compile(
@@ -20,18 +22,24 @@ _PROCESSOR = re.compile(
 _SOURCE = "imprompt.source_sha256"
 
 
-def convert(source: str | Path, target: str | Path, *, variant: str | None = None) -> Inspection:
+def convert(
+    source: str | Path, target: str | Path, *, variant: str | None = None, overwrite: bool = False
+) -> Inspection:
     """Convert a ``.bin``, ``.ckpt`` or ``.pt``, or a training script's whole-model checkpoint.
 
-    Only tensors are unpickled, never code. The result is written whole or not at all, and read back to check
-    it. Raises :class:`ModelError` as :func:`~imprompt.checkpoints.checkpoint.read` does.
+    Only tensors are unpickled, never code. The metadata of a ``.safetensors`` file are kept. The result is
+    written whole or not at all, and read back to check it. Raises :class:`ModelError` as
+    :func:`~imprompt.checkpoints.checkpoint.read` does, and as :func:`check_target` does.
     """
-    source, target = check_path(source), check_path(target)
-    if source.resolve() == target.resolve():
-        raise UsageError(f"convert needs another target than the source '{source}'.")
-    tensors = _trained(load_tensors(source) if source.suffix == ".safetensors" else load_pickle(source))
-    checkpoint = checkpoint_of(contents_of(tensors, source.stem, source), tensors, variant)
-    checkpoint.metadata = {_SOURCE: sha256(source)}
+    source, target = check_path(source), check_target(source, target, overwrite=overwrite)
+    if source.suffix == ".safetensors":
+        found, metadata = load_tensors(source), read_header(source)[1]
+    else:
+        found, metadata = load_pickle(source), {}
+    tensors = _trained(found)
+    checkpoint = checkpoint_of(contents_of(tensors, source.stem, source, metadata), tensors, variant)
+    checkpoint.metadata[_SOURCE] = sha256(source)
+    target.parent.mkdir(parents=True, exist_ok=True)
     write(checkpoint, target)
     again = read(target)
     for section, expected in checkpoint.state.items():
@@ -39,6 +47,22 @@ def convert(source: str | Path, target: str | Path, *, variant: str | None = Non
             if not torch.equal(again.state[section][key], value):
                 raise ModelError(f"'{target}' does not read back as written: '{section}.{key}' differs.")
     return inspect(target)
+
+
+def check_target(source: str | Path, target: str | Path, *, overwrite: bool = False) -> Path:
+    """``target``, if an adapter can be written there: converted ones are replaced, other files only with
+    ``overwrite``, and ``source`` never. Raises :class:`UsageError` and :class:`InputError`."""
+    target = check_path(target)
+    if check_path(source).resolve() == target.resolve():
+        raise UsageError(f"convert needs another target than the source '{source}'.")
+    check_place(
+        target,
+        overwrite=overwrite,
+        is_ours=lambda path: _SOURCE in metadata_of(path),
+        reads=identities([source]),
+        said="the file that is there was not converted",
+    )
+    return target
 
 
 def _trained(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -116,14 +116,14 @@ def joined(parts: Sequence[Faces]) -> Faces:
     )
 
 
-def save(faces: Faces, path: str | Path, pictures: Sequence[str] = ()) -> Path:
+def save(faces: Faces, path: str | Path, pictures: Sequence[str] = (), *, overwrite: bool = False) -> Path:
     """Write faces as ``.safetensors``, whole or not at all; ``pictures`` are hashes of their pictures. Raises
-    :class:`InputError`."""
+    as :func:`~imprompt.encoders.features.check_target`."""
     tensors = {"embedding": faces.embedding}
     if faces.patches is not None and faces.negative_patches is not None:
         tensors |= {"patches": faces.patches, "negative_patches": faces.negative_patches}
     metadata = {"format": _FORMAT, "space": faces.space, "pictures": json.dumps(tuple(pictures))}
-    return write_file(path, tensors, metadata)
+    return write_file(path, tensors, metadata, overwrite=overwrite)
 
 
 def load(path: str | Path) -> Faces:

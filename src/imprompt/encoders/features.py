@@ -7,7 +7,7 @@ with a clear message.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from torch import Tensor
 from imprompt.encoders.clip import Features
 from imprompt.errors import InputError
 from imprompt.io import check_path, read_json
+from imprompt.places import check_place, identities
 from imprompt.schema.values import is_saved
-from imprompt.tensorfile import open_tensors
+from imprompt.tensorfile import metadata_of, open_tensors
 from imprompt.weights import not_finite, save_tensors
 
 _FORMAT = "imprompt-features-1"
@@ -46,8 +47,26 @@ def shown_name(encoder: str) -> str:
     return "/".join(Path(encoder).parts[-2:]) if Path(encoder).is_absolute() else encoder
 
 
-def save(saved: Saved, path: str | Path) -> Path:
-    """Write features; the file appears whole or not at all. Raises :class:`InputError`."""
+def check_target(
+    path: str | Path, *, overwrite: bool = False, reads: Iterable[str | Path | None] = ()
+) -> Path:
+    """``path``, if features can be written there: saved features are replaced, other files only with
+    ``overwrite``, and the files ``reads`` never. Raises :class:`InputError`."""
+    path = check_path(path)
+    if not is_saved(str(path)):
+        raise InputError(f"'{path}': features are written as .safetensors.")
+    check_place(
+        path,
+        overwrite=overwrite,
+        is_ours=lambda there: metadata_of(there).get("format", "").startswith("imprompt-"),
+        reads=identities(reads, folders=False),
+        said="the file that is there holds no saved features",
+    )
+    return path
+
+
+def save(saved: Saved, path: str | Path, *, overwrite: bool = False) -> Path:
+    """Write features; the file appears whole or not at all. Raises as :func:`check_target`."""
     metadata = {
         "format": _FORMAT,
         "encoder": shown_name(saved.encoder),
@@ -58,7 +77,7 @@ def save(saved: Saved, path: str | Path) -> Path:
     tensors = {name: getattr(saved.features, name) for name in _PARTS}
     if saved.features.last is not None:
         tensors["last"] = saved.features.last
-    return write_file(path, tensors, metadata)
+    return write_file(path, tensors, metadata, overwrite=overwrite)
 
 
 def load(path: str | Path) -> Saved:
@@ -82,11 +101,11 @@ def load(path: str | Path) -> Saved:
     )
 
 
-def write_file(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Path:
-    """Write a ``.safetensors`` file whole or not at all. Raises :class:`InputError`."""
-    path = check_path(path)
-    if not is_saved(str(path)):
-        raise InputError(f"'{path}': features are written as .safetensors.")
+def write_file(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], *, overwrite: bool
+) -> Path:
+    """Write a ``.safetensors`` file whole or not at all. Raises as :func:`check_target`."""
+    path = check_target(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, metadata, path, error=InputError)
     return path

@@ -60,7 +60,8 @@ class FeatureStore:
         """Keep features, and delete what is too much. A folder that cannot be written keeps nothing."""
         encoder = str(key.get("weights", ""))
         with contextlib.suppress(InputError, OSError):
-            save(Saved(features, encoder, encoder, (), str(key.get("framing", "crop"))), self._path(key))
+            saved = Saved(features, encoder, encoder, (), str(key.get("framing", "crop")))
+            save(saved, self._path(key), overwrite=True)
             self._shrink()
 
     def _shrink(self) -> None:
