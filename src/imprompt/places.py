@@ -7,6 +7,7 @@ written never. Nothing is written here: see :mod:`imprompt.io`.
 import contextlib
 import os
 import stat
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeAlias
@@ -64,8 +65,15 @@ def check_folder_above(path: Path) -> None:
     """Raises :class:`InputError` when no file can be made at ``path``: its folder, or the nearest one above
     that is there, cannot be written."""
     above = next((folder for folder in path.absolute().parents if os.path.lexists(folder)), Path("/"))
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write '{path}': '{above}' is not a writable folder.")
+    try:
+        with tempfile.TemporaryFile(
+            dir=above
+        ):  # a file without a name; permissions alone may promise too much
+            pass
+    except OSError as error:
+        raise InputError(
+            f"cannot write '{path}': '{above}' is not a writable folder ({error.strerror or error})."
+        ) from error
 
 
 def _identity(name: str | Path, *, folders: bool = True) -> Identity | None:

@@ -179,6 +179,7 @@ REFUSED = [
     (2, "base 'sd51' is unknown; did you mean sd", "generate a --base sd51"),
     (2, "must end in .png", "generate a --base BASE -o cat.gif"),
     (2, "only the bundled model", "models sd15 --vocabulary"),
+    (2, "--commercial: has no effect on --vocabulary", "models --vocabulary --commercial"),
     (3, "no base", "generate a --base ./missing/folder"),
     (3, "opens no pickles", "generate a --base ref.png"),
     (
@@ -239,6 +240,14 @@ def test_a_users_file_in_the_way_of_any_page_is_said_before_a_model_is_looked_fo
     assert say(*line, "--overwrite")[0] == 3  # only the base is missing
     assert set(Path().rglob("*")) == before
     assert Path(users).read_text() == "mine"
+
+
+def test_a_demo_that_would_replace_a_users_clip_writes_nothing(say):
+    Path("sheet").mkdir()
+    Path("sheet/a-star-bouncing.gif").write_text("mine")
+    code, out, err = say("demo", "-o", "sheet")
+    assert (code, out, "a-star-bouncing.gif': imprompt did not make" in err) == (4, "", True)
+    assert [path.name for path in Path("sheet").iterdir()] == ["a-star-bouncing.gif"]
 
 
 def test_a_page_in_the_way_of_a_free_name_is_no_matter(say):

@@ -76,6 +76,8 @@ def test_every_field_of_an_image_can_be_said_on_the_command_line_and_comes_back(
 def test_a_picture_more_belongs_to_the_prompt_before_it() -> None:
     prompt = ImagePrompt.parse("0.png,combine=subtract", also=["1.png,weight=2", "2.png,weight=3"])
     assert prompt == ImagePrompt(["0.png", "1.png", "2.png"], combine="subtract", weights=[1, 2, 3])
+    with pytest.raises(UsageError, match=r"--also '1\.png,weight=': 'weight' is empty"):
+        ImagePrompt.parse("0.png", also=["1.png,weight="])
     with pytest.raises(UsageError, match=r"--also '1\.png,scale=2': unknown option 'scale'"):
         ImagePrompt.parse("0.png", also=["1.png,scale=2"])
 
@@ -93,6 +95,10 @@ def test_a_picture_more_belongs_to_the_prompt_before_it() -> None:
         ("a.png,curve=1:0,0:1", "ascending"),
         ("a.png,combine=sum", "combine 'sum' is unknown"),
         ("a.png,select=x", "not a token or range"),
+        ("a.png,weight=", "'weight' is empty; weight=VALUE is expected"),
+        ("a.png,at=,scale=1", "'at' is empty"),
+        ('a.png,profile=""', "'profile' is empty"),
+        ("a.png,noise=fade:", "strength '' is not a number"),
     ],
 )
 def test_steering_without_sense_is_refused_before_anything_is_loaded(image: str, said: str) -> None:

@@ -190,7 +190,14 @@ def test_texts_may_come_from_a_file(settings, tmp_path):
 def test_the_command_writes_table_json_and_one_page(settings, tuned_base, tmp_path, capsys):
     words = ["evaluate", settings["source"], "--base", tuned_base["base"], "--adapter", tuned_base["adapter"]]
     words += ["-n", "2", "--samples", "1", "--steps", "1", "--scales", "0.5,1", "-q"]
-    assert main([*words, "-o", str(tmp_path / "out"), "--json", str(tmp_path / "f.json")]) == 0
+    (tmp_path / "out").mkdir()
+    for name in ("out/report.html", "out/report.json", "f.json"):
+        (tmp_path / name).write_text("mine")
+        assert main([*words, "-o", str(tmp_path / "out"), "--json", str(tmp_path / "f.json")]) == 4
+        assert f"{name}': imprompt did not make the file" in capsys.readouterr().err
+        (tmp_path / name).unlink()
+    for _ in range(2):  # its own report is replaced
+        assert main([*words, "-o", str(tmp_path / "out"), "--json", str(tmp_path / "f.json")]) == 0
     assert "CLIP-I" in capsys.readouterr().out
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/png") == 1 + 2 * 3  # the plot; of each picture itself, alone and with text
@@ -210,6 +217,8 @@ def test_the_command_writes_table_json_and_one_page(settings, tuned_base, tmp_pa
         (["--adapter", "emoji,scale"], "field=value"), (["--adapter", "emoji,scal=1"], "scal"),
         (["--device", "cpux"], "cpux"), (["--base", "emojy"], "did you mean"),
         (["--json", "/proc/none/x.json"], "cannot write"), (["--json", "/"], "folder"),
+        (["--prompts", __file__, "--json", __file__, "--overwrite"], "is read in this run"),
+        (["-o", "no", "--json", "no/report.html"], "where the page goes"),
     ],
 )  # fmt: skip
 def test_a_bad_argument_is_one_line_before_anything_is_drawn(words, says, capsys):

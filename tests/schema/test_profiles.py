@@ -178,6 +178,10 @@ def test_patterns_and_diffusers_nested_form_agree(sdxl: tuple[Site, ...]) -> Non
         ({"default": 1.0, "up_blocks.7": 1.0}, "up_blocks.7"),
         ({"default": 1.0, "up": {"block_1": [1.0]}}, "has 3 attentions"),
         ({"default": "much"}, "finite"),
+        ("up_blocks.1:1, up_blocks.1:0,default:0", r"'up_blocks\.1' is given twice"),
+        ('{"up_blocks.1": 1, "up_blocks.1": 0, "default": 0}', "a key occurs twice"),
+        ('{"up": {"block_1": 1}, "up_blocks.1": 0, "default": 0}', r"'up_blocks\.1' twice"),
+        ('{"up": ', "not valid JSON"),
     ],
 )
 def test_a_profile_that_does_not_fit_is_refused(

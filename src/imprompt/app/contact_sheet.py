@@ -5,7 +5,7 @@ the command line. The references are written beside the sheet.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,7 +33,9 @@ ALONE = ("penguin-flat", "airplane-watercolour")
 EDITED = "koala-flat"
 SCALES = (0, 0.25, 0.5, 0.75, 1)
 STRENGTHS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+MOVING = {"a heart growing": "cactus-neon", "a star bouncing": "sunset"}
 _SIDE = 128
+_SHEET = "contact-sheet.png"
 
 
 @dataclass(frozen=True)
@@ -48,21 +50,28 @@ _Row = list[Path | _Asked]
 """Pictures that are shown to the model, and cells to be drawn."""
 
 
-def contact_sheet(folder: str | Path, *, seed: int = 7, say: Callable[[str], None] = print) -> Path:
+def contact_sheet(
+    folder: str | Path, *, seed: int = 7, overwrite: bool = False, say: Callable[[str], None] = print
+) -> Path:
     """Draw the sheet and return its path, ``folder/contact-sheet.png``.
 
-    Raises :class:`~imprompt.errors.ModelError` when the bundled model is missing.
+    Raises :class:`~imprompt.errors.ModelError` when the bundled model is missing, and
+    :class:`~imprompt.errors.InputError` before anything is written when a file that imprompt did not make is
+    in the way, without ``overwrite``.
     """
     folder = check_path(folder)
-    shown = _write_references(folder / "pictures")
+    references = _references()
+    shown = {name: folder / "pictures" / f"{name}.png" for name in references}
+    moving = {_clip(folder, prompt): (prompt, shown[name]) for prompt, name in MOVING.items()}
+    output.check_together([folder / _SHEET, *shown.values(), *moving], [], overwrite=overwrite)
+    output.save_together({shown[name]: image for name, image in references.items()}, overwrite=overwrite)
     draw = _Artist(Engine(), seed, say)
     pages = [draw.band(*band) for band in _bands(shown, seed)]
     if (ASSETS / "motion").is_dir():
-        moving = [("a heart growing", shown["cactus-neon"]), ("a star bouncing", shown["sunset"])]
-        pages.append(draw.clips(moving, folder))
+        pages.append(draw.clips(moving, overwrite=overwrite))
     title = "imprompt: show a diffusion model a picture and it draws with it"
     note = "Framed: shown to the model, never in its training. The rest: drawn by the bundled model on a CPU."
-    return output.save_page(bands(pages, title, note), folder / "contact-sheet.png")
+    return output.save_page(bands(pages, title, note), folder / _SHEET, overwrite=overwrite)
 
 
 def _bands(shown: dict[str, Path], seed: int) -> list[tuple[str, str, list[_Row]]]:
@@ -162,17 +171,18 @@ class _Artist:
         ]
         return Band(title, about, cells)
 
-    def clips(self, rows: Sequence[tuple[str, Path]], folder: Path) -> Band:
-        """A row for each clip: every second frame. The clips are written to ``folder``."""
+    def clips(self, moving: Mapping[Path, tuple[str, Path]], *, overwrite: bool) -> Band:
+        """A row for each clip, of a prompt and a reference: every second frame. ``moving`` says where the
+        clips are written."""
         cells = []
-        for prompt, reference in rows:
+        for place, (prompt, reference) in moving.items():
             fields = {"task": "animate", "prompt": prompt, "seed": self.seed, "steps": STEPS}
             result = self.engine.run(Request.from_mapping(fields | _shown(reference)))
-            output.save(result, folder / f"{prompt.replace(' ', '-')}.gif")
+            output.save(result, place, overwrite=overwrite)
             frames = [Cell(f"frame {n + 1}", result.images[n]) for n in range(0, len(result.images), 2)]
             cells.append([_given(reference), *frames])
-        self.say(f"{len(rows)} clips, {time.monotonic() - self.started:.0f} s")
-        said = " and ".join(f"“{prompt}”" for prompt, _ in rows)
+        self.say(f"{len(cells)} clips, {time.monotonic() - self.started:.0f} s")
+        said = " and ".join(f"“{prompt}”" for prompt, _ in moving.values())
         return Band("In motion", f"{said}: the clips lie beside this sheet as GIFs.", cells)
 
 
@@ -180,17 +190,20 @@ def _given(path: Path) -> Cell:
     return Cell(path.stem.replace("-", " "), load_image(path), framed=True)
 
 
-def _write_references(folder: Path) -> dict[str, Path]:
+def _clip(folder: Path, prompt: str) -> Path:
+    return folder / f"{prompt.replace(' ', '-')}.gif"
+
+
+def _references() -> dict[str, Image.Image]:
     """The held-out pictures of the sheet by name (``thing-look``, or that of one from outside), and two
     masks, ``left-half`` and ``right-half``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = {}
+    found = {}
     for row in read_dataset(ASSETS / "eval").rows:
         name = "-".join(row.groups.values()).replace(" ", "-").replace("'", "").removesuffix("-outside")
         if name in (*LOOKS, *ALONE, EDITED, *OUTSIDE):
-            written[name] = output.save_page(load_image(row.read()), folder / f"{name}.png")
+            found[name] = load_image(row.read())
     for side, x in (("left", 0), ("right", _SIDE // 2)):
         mask = Image.new("L", (_SIDE, _SIDE), 0)
         mask.paste(255, (x, 0, x + _SIDE // 2, _SIDE))
-        written[f"{side}-half"] = output.save_page(mask, folder / f"{side}-half.png")
-    return written
+        found[f"{side}-half"] = mask
+    return found

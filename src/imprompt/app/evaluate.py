@@ -1,10 +1,19 @@
 """``imprompt evaluate``: measure adapters on your pictures, and compare them."""
 
+from __future__ import annotations
+
 import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from imprompt.app.flags import add_field_flags, flag_help, stated_fields
+from imprompt.errors import UsageError
 from imprompt.evaluation.config import Contender, EvaluateConfig
-from imprompt.io import check_path, write_atomic
+from imprompt.io import check_path, write_all
+
+if TYPE_CHECKING:
+    from imprompt.evaluation.run import Report
 
 _FLAGS = {
     "base": "NAME", "prompts": "FILE", "only": "TAG", "n": "", "samples": "", "scales": "X,X,…", "steps": "",
@@ -25,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_field_flags(parser, EvaluateConfig, _FLAGS)
     parser.add_argument("--json", metavar="FILE", help="also write all figures and settings to this file")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that imprompt did not make")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,16 +47,21 @@ def run(args: argparse.Namespace) -> int:
     from imprompt.evaluation import report as reports
     from imprompt.evaluation.run import evaluate
 
-    targets = [check_path(args.json, "--json")] if args.json is not None else []
+    writers: dict[Path, Callable[[Report], str]] = {}
+    if args.json is not None:
+        writers[check_path(args.json, "--json")] = reports.to_json
     if config.output is not None:
-        targets.append(config.output / "report.json")
         reports.check_html()
-    for target in targets:
-        reports.check_target(target)
+        folder = check_path(config.output)
+        if (page := folder / "report.html") in writers:
+            raise UsageError(f"--json '{args.json}': that is where the page goes; give another name.")
+        writers |= {folder / "report.json": reports.to_json, page: reports.html}
+    reads = [config.source, config.prompts, *(each.adapter for each in config.contenders)]
+    for path in writers:
+        reports.check_target(path, overwrite=args.overwrite, reads=reads)
     found = evaluate(config)
     print(reports.table(found), end="")
-    for target in targets:
-        write_atomic(target, reports.to_json(found).encode(), overwrite=True)
+    write_all({path: write(found).encode() for path, write in writers.items()}, overwrite=True)
     if config.output is not None:
-        print(write_atomic(config.output / "report.html", reports.html(found).encode(), overwrite=True))
+        print(page)
     return 0

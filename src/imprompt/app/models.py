@@ -21,6 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.vocabulary:
+        if args.commercial:
+            raise UsageError(
+                "--commercial: has no effect on --vocabulary, which lists words; give one of them."
+            )
         if args.name not in (None, "emoji"):
             raise UsageError(
                 f"--vocabulary: only the bundled model 'emoji' has a list of words, not '{args.name}'."

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,12 +15,15 @@ from typing import Any
 from PIL import Image
 
 from imprompt.encoders.images import as_bytes
-from imprompt.errors import InputError, UsageError
+from imprompt.errors import ImpromptError, UsageError
 from imprompt.evaluation.charts import scatter
 from imprompt.evaluation.metrics import Interval
 from imprompt.evaluation.run import BARE, Figure, Report
-from imprompt.io import finite
+from imprompt.io import finite, read_json
+from imprompt.output.record import KEY, VERSION
+from imprompt.places import check_place, identities
 
+_MARK = b"<title>imprompt evaluate</title>"  # near the start of report.html.j2
 SHOWN = 4  # best and worst pictures of each contender
 
 
@@ -39,8 +43,10 @@ def table(report: Report) -> str:
 
 
 def to_json(report: Report) -> str:
-    """Figures, differences, front and settings. Numbers that are not finite are null."""
+    """Figures, differences, front and settings, marked as imprompt's by the key ``imprompt``. Numbers that
+    are not finite are null."""
     content = {
+        KEY: VERSION,
         "figures": [asdict(each) for each in report.figures],
         "differences": [asdict(each) | {"real": each.real} for each in report.differences],
         "front": list(report.front),
@@ -54,17 +60,22 @@ def to_json(report: Report) -> str:
     return json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def check_target(path: Path) -> None:
-    """Raise :class:`InputError` when a file cannot be written there; nothing is left behind."""
-    if path.is_dir():
-        raise InputError(f"cannot write '{path}': it is a folder.")
-    probe = path.with_name(f".{path.name}.probe")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"cannot write '{path}' ({error.strerror or error}).") from error
+def check_target(path: Path, *, overwrite: bool = False, reads: Iterable[str | Path | None] = ()) -> None:
+    """Raises :class:`InputError` when a report cannot be written to ``path``: earlier reports are replaced,
+    other files only with ``overwrite``, and the files ``reads`` never."""
+    files = identities(reads, folders=False)
+    check_place(path, overwrite=overwrite, is_ours=_is_report, reads=files)
+
+
+def _is_report(path: Path) -> bool:
+    if path.is_symlink() or not path.is_file():
+        return False
+    with suppress(ImpromptError, OSError):
+        if path.suffix == ".html":
+            with path.open("rb") as page:
+                return _MARK in page.read(1000)
+        return KEY in read_json(path, "report", max_bytes=1 << 30)
+    return False
 
 
 def check_html() -> None:

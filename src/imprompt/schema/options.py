@@ -196,9 +196,9 @@ def read_noise(noise: str) -> tuple[str, float]:
     """
     if not isinstance(noise, str):
         raise UsageError(f"noise {noise!r}: KIND or KIND:STRENGTH is expected; kinds: {', '.join(NOISES)}.")
-    kind, _, given = noise.partition(":")
+    kind, sign, given = noise.partition(":")
     try:
-        strength = float(given) if given else 0.5
+        strength = float(given) if sign else 0.5
     except ValueError:
         strength = math.nan
     if not 0 <= strength <= 1:

@@ -196,13 +196,20 @@ def _from_text(text: str) -> Profile:
     weights = [_number_from_text(weight, text) for _, _, weight in parts]
     if not any(names):
         return read_profile(weights)
+    _check_patterns(names, text)
+    return read_profile(dict(zip(names, weights, strict=True)))
+
+
+def _check_patterns(names: Sequence[str], text: str) -> None:
     for name in names:
         if not _is_pattern(name):
             raise UsageError(
                 f"profile {text!r}: {name!r} names no blocks; patterns start with down, mid, up or "
                 "transformer_blocks, contain a '*', or are 'default'."
             )
-    return read_profile(dict(zip(names, weights, strict=True)))
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UsageError(f"profile {text!r}: {twice!r} is given twice; give one weight for it.")
 
 
 def _name_from_text(text: str) -> str:
@@ -318,12 +325,16 @@ def _flat(table: Mapping[str, object], layers: Sequence[Site]) -> dict[str, obje
     for key, value in table.items():
         stage = {"down": "down_blocks", "up": "up_blocks", "mid": "mid_block"}.get(key)
         if stage is None:
-            flat[key] = value
+            found = {key: value}
         elif isinstance(value, Mapping):
+            found = {}
             for block, inner in value.items():
-                flat |= _per_block(f"{stage}.{str(block).removeprefix('block_')}", inner, layers)
+                found |= _per_block(f"{stage}.{str(block).removeprefix('block_')}", inner, layers)
         else:
-            flat |= _per_block(stage, value, layers)
+            found = _per_block(stage, value, layers)
+        if twice := flat.keys() & found.keys():
+            raise UsageError(f"profile gives {min(twice)!r} twice, also as {key!r}; give one weight for it.")
+        flat |= found
     return flat
 
 

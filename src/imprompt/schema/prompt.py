@@ -200,12 +200,12 @@ class ImagePrompt(Record):
         )
         weights, frames = ([each.pop(name, None) for each in stated] for name in _OF_PICTURE)
         fields: dict[str, Any] = {"image": list(pictures), **stated[0]}
-        if any(weights):
-            fields["weights"] = [weight or "1" for weight in weights]
-        if any(frames):
+        if set(weights) != {None}:
+            fields["weights"] = ["1" if weight is None else weight for weight in weights]
+        if set(frames) != {None}:
             fields["at"] = frames if also else frames[0]
         said = " ".join([f"--image '{text}'", *(f"--also '{each}'" for each in also)])
-        if any(frames) and not all(frames):
+        if also and None in fields.get("at", ()):
             raise UsageError(f"{said}: at: give a frame for each picture of a prompt, or for none.")
         return cls.from_flag(said, fields)
 

@@ -68,7 +68,7 @@ def read_flag(flag: str, text: str, known: tuple[str, ...]) -> tuple[str, dict[s
     """Split ``FIRST[,OPTION=VALUE]…`` into the first part and its options.
 
     Parts may contain commas. A part that contains ``,name=`` goes into double quotes, in which ``\\"`` is a
-    quote. Raises :class:`UsageError` naming an option that is unknown or given twice.
+    quote. Raises :class:`UsageError` naming an option that is unknown, empty or given twice.
     """
     quoted = re.match(_QUOTED + r"\s*(?=,|$)", text)
     if quoted is not None:
@@ -91,6 +91,8 @@ def read_flag(flag: str, text: str, known: tuple[str, ...]) -> tuple[str, dict[s
         if name in options:
             raise UsageError(f"{flag} '{text}': '{name}' is given twice.")
         options[name] = plain if inside is None else _unquoted(inside)
+        if not options[name].strip():
+            raise UsageError(f"{flag} '{text}': '{name}' is empty; {name}=VALUE is expected.")
         position = option.end()
     return first, options
 
