@@ -1079,3 +1079,18 @@ def test_weights_are_averaged_over_the_run(make_config, tmp_path):
     last = load_file(train(make_config(output=tmp_path / "a", ema=0, lr=1e-2)))
     mean = load_file(train(make_config(output=tmp_path / "b", ema=0.9, lr=1e-2)))
     assert any(not torch.equal(last[name], mean[name]) for name in last)
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "card.html", "checkpoint-00000001.safetensors", "samples/a.png"]
+)
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_of_other_things_is_left_as_it_is(make_config, name: str, resume: bool) -> None:
+    config = make_config(steps=1, resume=resume)
+    mine = config.output / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(UsageError, match=rf"holds no run, but '{name.partition('/')[0]}'"):
+        train(config)
+    assert [path for path in config.output.rglob("*") if path.is_file()] == [mine]
+    assert mine.read_text() == "mine"

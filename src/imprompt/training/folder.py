@@ -30,6 +30,8 @@ from imprompt.io import finite, write_atomic
 
 WEIGHT_NAME = "ip-adapter.safetensors"
 RECORD, LOG, LOCK = "run.json", "log.jsonl", ".lock"
+_WRITTEN = (LOG, "README.md", "card.html", "rejected.txt", "samples", "checkpoint-*")
+"""What a run writes or deletes besides, by name."""
 _HALF = re.compile(
     r"\.(checkpoint-\d+\.part\.[0-9a-f]{12}|(checkpoint-\d+\.json|run\.json|rejected\.txt|log\.jsonl|README\.md"
     r"|card\.html|ip-adapter\.safetensors|\d+\.png)\.[0-9a-f]{16}\.part)"
@@ -98,12 +100,21 @@ class RunFolder:
 
     def open(self) -> None:
         """Lock the folder, and remove what a killed run left half-written. Raises :class:`UsageError` when
-        another process is training into it, or when it holds a run and ``resume`` is not set."""
+        another process is training into it, when it holds a run and ``resume`` is not set, or when it holds
+        none, but what a run would replace."""
         while not self._take_lock():
             pass  # the run that held it did not begin, and took the file away: make a new one
-        if not self.resume and ((self.path / RECORD).exists() or (self.path / WEIGHT_NAME).exists()):
+        is_run = (self.path / RECORD).exists()
+        if not self.resume and (is_run or (self.path / WEIGHT_NAME).exists()):
             self.close()
             raise UsageError(f"'{self.path}' already holds a run; resume it (--resume) or name a new folder.")
+        foreign = [] if is_run else sorted(p.name for name in _WRITTEN for p in self.path.glob(name))
+        if foreign:
+            self.close()
+            raise UsageError(
+                f"'{self.path}' holds no run, but '{foreign[0]}', which a run would replace; name a new "
+                "folder."
+            )
         for path in (*self.path.glob(".*"), *self.path.glob("samples/.*")):
             if _HALF.fullmatch(path.name):
                 path.unlink()
