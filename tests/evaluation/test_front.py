@@ -15,6 +15,7 @@ from imprompt.app.cli import main
 from imprompt.errors import InputError, UsageError
 from imprompt.evaluation.front import Fidelity, NormalizedScore, choose, pareto_front
 from imprompt.output import read_request
+from imprompt.output.record import Record
 from imprompt.schema.prompt import ImagePrompt
 from imprompt.schema.request import Request
 
@@ -119,7 +120,7 @@ def test_tuning_writes_the_chosen_request_the_plot_and_the_sheet(tuned_base, pic
     assert (figures["seeds"], len(figures["settings"])) == (2, 6)
     assert (figures["chosen"], figures["measure"]) == (tuned.label, "distance")
     best = read_request(tmp_path / "t" / "best.png")
-    assert best == Request(**json.loads((tmp_path / "t" / "best.json").read_text())["request"])
+    assert best == Record.from_json((tmp_path / "t" / "best.json").read_text(), tmp_path / "t").request
     assert f"scale {best.scale:g}" in tuned.label
     assert Image.open(tmp_path / "t" / "front.png").size == (950, 560)
     again = tune(

@@ -15,6 +15,7 @@ from facemodels import pack, photo
 from faces import face_state
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.errors import ImpromptError, UsageError
+from imprompt.generation import packed
 from imprompt.generation.engine import Engine
 from imprompt.generation.families import find_base
 from imprompt.generation.pipelines import load, scheduler_for
@@ -51,6 +52,8 @@ class Doors:
         self.engine, self.pictures = Engine(), pictures
         self.fields = {"base": str(base), "adapter": str(adapter), "steps": 3, "seed": 5, "guidance": 4}
         self.pipe = load(find_base(str(base)), "generate", torch.float32)
+        for part in (self.pipe.unet, self.pipe.vae):
+            packed.pack(part)  # as the engine does, which rounds differently
         self.adapter = IPAdapter.from_pretrained(str(adapter))
 
     def prompt(self, **fields: object) -> ImagePrompt:
