@@ -8,7 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from imprompt.generation.packed import works
 from imprompt.training.cpu_kernels import CPUKernels
+
+half = pytest.mark.skipif(
+    not works(torch.bfloat16), reason="this processor, or PyTorch, has no kernels for bfloat16"
+)
 
 
 class Names(TorchDispatchMode):
@@ -116,6 +121,7 @@ def layer_of(channels: int = 24, out: int = 40, side: int = 3, **options: object
     return torch.nn.Conv2d(channels, out, side, **options).to(torch.bfloat16).requires_grad_(False)  # type: ignore[arg-type]
 
 
+@half
 @pytest.mark.parametrize("mode", [CPUKernels()])
 @pytest.mark.parametrize(
     ("side", "padding", "bias"), [(3, 1, True), (3, 0, True), (1, 0, False), (5, 2, True), (3, 2, False)]
@@ -134,6 +140,7 @@ def test_a_frozen_convolution_has_the_numbers_and_gradients_of_pytorchs(
         torch.testing.assert_close(gradient.double(), wanted_gradient, rtol=1e-2, atol=1e-2)
 
 
+@half
 def test_under_autocast_states_of_float32_are_convolved_in_bfloat16() -> None:
     layer, states = layer_of(padding=1), torch.randn(1, 24, 8, 8)
     wanted, wanted_gradient, _ = convolved(layer, states, None, autocast=True)
