@@ -66,10 +66,8 @@ def check_folder_above(path: Path) -> None:
     that is there, cannot be written."""
     above = next((folder for folder in path.absolute().parents if os.path.lexists(folder)), Path("/"))
     try:
-        with tempfile.TemporaryFile(
-            dir=above
-        ):  # a file without a name; permissions alone may promise too much
-            pass
+        # A file without a name: permissions alone may promise too much.
+        tempfile.TemporaryFile(dir=above).close()
     except OSError as error:
         raise InputError(
             f"cannot write '{path}': '{above}' is not a writable folder ({error.strerror or error})."

@@ -91,7 +91,15 @@ def test_a_file_of_several_pictures_is_all_of_them(engine, common, base, picture
         assert np.array_equal(drawn(engine, common, file), drawn(engine, common, both))
     three = ImagePrompt([saved, two[0]], weights=[0.5, 2])
     each = ImagePrompt([*two, two[0]], weights=[0.5, 0.5, 2])
-    # Its pictures are projected apart from the other or with it, which rounds differently.
+    # Its pictures are projected apart from the other or with it, which rounds differently: the tokens are
+    # equal to six digits, and the drawn values but for a few, by 1 of 255.
+    adapter = IPAdapter.from_pretrained(base / "adapters", image_encoder=base / "image_encoder")
+    shown = []
+    for prompt in (three, each):
+        adapter.set_prompt(prompt)
+        shown.append(adapter.samples[0][0])
+    torch.testing.assert_close(shown[0].tokens, shown[1].tokens, rtol=1e-6, atol=1e-6)
+    assert torch.equal(shown[0].log_weight_bias, shown[1].log_weight_bias)
     again, wanted = drawn(engine, common, three), drawn(engine, common, each)
     assert np.abs(again - wanted).max() <= 1
     assert np.mean(again != wanted) < 0.001

@@ -55,7 +55,8 @@ def convolution(
     weight: Float[Tensor, "E C K K"], stride: tuple[int, ...], padding: tuple[int, ...], shape: Sequence[int]
 ) -> Layer:
     """A convolution ``B C h w -> B E h w``, in one group, with its weight in oneDNN's order for states of
-    this ``shape``. For others it may be a hundred times slower."""
+    this ``shape``. For others it may be a hundred times slower. Raises :class:`RuntimeError` where the dtype
+    does not :func:`work <works>`."""
     how = list(padding), list(stride), [1, 1], 1
     weight = weight.detach().contiguous()
     ordered = torch.ops.mkldnn._reorder_convolution_weight(weight, *how, list(shape))
@@ -67,7 +68,8 @@ def convolution(
 
 
 def linear(weight: Float[Tensor, "E C"], shape: Sequence[int]) -> Layer:
-    """A linear layer ``... C -> ... E`` with its weight in oneDNN's order for states of this ``shape``."""
+    """A linear layer ``... C -> ... E`` with its weight in oneDNN's order for states of this ``shape``. Raises
+    as :func:`convolution`."""
     ordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), math.prod(shape[:-1]))
 
     def run(states: Tensor, bias: Tensor | None) -> Tensor:
