@@ -68,8 +68,8 @@ def convolution(
 
 
 def linear(weight: Float[Tensor, "E C"], shape: Sequence[int]) -> Layer:
-    """A linear layer ``... C -> ... E`` with its weight in oneDNN's order for states of this ``shape``. Raises
-    as :func:`convolution`."""
+    """A linear layer ``... C -> ... E`` with its weight in oneDNN's order for states of this ``shape``.
+    Raises as :func:`convolution`."""
     ordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), math.prod(shape[:-1]))
 
     def run(states: Tensor, bias: Tensor | None) -> Tensor:
