@@ -1,10 +1,9 @@
 """Tiny real models with random weights: whole diffusers pipelines that run in a fraction of a second.
 
-Everything is built from configurations, seeded, and cached per process; a caller gets its own deep copy, so
+Everything is built from configurations, seeded, and built once per process; a caller gets its own copy, so
 that a test may change what it got. Not mocks: the same classes as the published models, only narrow.
 """
 
-import copy
 import io
 import string
 import tempfile
@@ -33,6 +32,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from copies import copies
+
 TEXT_WIDTH = 32  # of one text encoder: the cross-attention width of tiny_sd; tiny_sdxl has two side by side
 POOLED = 24  # the tiny image encoder's projected embedding
 HIDDEN = 32  # and its hidden states
@@ -46,7 +47,7 @@ StateDict = dict[str, dict[str, torch.Tensor]]
 
 def tiny_sd(unet_in_channels: int = 4, *, seed: int = 0) -> StableDiffusionPipeline:
     """A StableDiffusion pipeline of the SD1.5 kind; 9 input channels make it an inpainting model's."""
-    parts = copy.deepcopy(_sd_parts(unet_in_channels, seed))
+    parts = _sd_parts(unet_in_channels, seed)
     pipe = StableDiffusionPipeline(**parts, safety_checker=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -54,7 +55,7 @@ def tiny_sd(unet_in_channels: int = 4, *, seed: int = 0) -> StableDiffusionPipel
 
 def tiny_sdxl(unet_in_channels: int = 4, *, seed: int = 0) -> StableDiffusionXLPipeline:
     """A StableDiffusionXL pipeline: two text encoders, pooled text and time ids, several layers per block."""
-    parts = copy.deepcopy(_sdxl_parts(unet_in_channels, seed))
+    parts = _sdxl_parts(unet_in_channels, seed)
     pipe = StableDiffusionXLPipeline(**parts, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -67,7 +68,7 @@ def tiny_kolors(*, seed: int = 0) -> "KolorsPipeline":
     """
     from diffusers import KolorsPipeline
 
-    pipe = KolorsPipeline(**copy.deepcopy(_kolors_parts(seed)), force_zeros_for_empty_prompt=False)
+    pipe = KolorsPipeline(**_kolors_parts(seed), force_zeros_for_empty_prompt=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -75,7 +76,7 @@ def tiny_kolors(*, seed: int = 0) -> "KolorsPipeline":
 def tiny_unet(family: str = "sd", in_channels: int = 4, seed: int = 0) -> UNet2DConditionModel:
     """The bare UNet of :func:`tiny_sd` (``"sd"``), :func:`tiny_sdxl` (``"sdxl"``) or Kolors' kind
     (``"kolors"``)."""
-    return copy.deepcopy(_unet(family, in_channels, seed))
+    return _unet(family, in_channels, seed)
 
 
 def tiny_motion(*, frames: int = 8, seed: int = 11, width: int = 32) -> MotionAdapter:
@@ -95,7 +96,7 @@ def tiny_encoder(
     pooled_width: int = POOLED, hidden: int = HIDDEN, *, seed: int = 7
 ) -> tuple[CLIPVisionModelWithProjection, CLIPImageProcessorPil]:
     """A CLIP vision tower with projection (17 hidden states of ``hidden``) and its picture processor."""
-    return copy.deepcopy(_encoder(pooled_width, hidden, seed))
+    return _encoder(pooled_width, hidden, seed)
 
 
 def random_adapter_state(
@@ -178,7 +179,7 @@ def picture(seed: int = 0, size: tuple[int, int] = (PICTURE, PICTURE)) -> Image.
     return Image.fromarray(rough).resize(size, Image.Resampling.BICUBIC)
 
 
-@cache
+@copies
 def _sd_parts(in_channels: int, seed: int) -> dict[str, Any]:
     text = _text_config()
     torch.manual_seed(seed)
@@ -193,7 +194,7 @@ def _sd_parts(in_channels: int, seed: int) -> dict[str, Any]:
     }
 
 
-@cache
+@copies
 def _sdxl_parts(in_channels: int, seed: int) -> dict[str, Any]:
     text = _text_config(projection_dim=TEXT_WIDTH)
     torch.manual_seed(seed)
@@ -213,7 +214,7 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="tiny")  # gone with the process
 
 
-@cache
+@copies
 def _kolors_parts(seed: int) -> dict[str, Any]:
     import sentencepiece
     from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
@@ -256,7 +257,7 @@ def _kolors_parts(seed: int) -> dict[str, Any]:
     }
 
 
-@cache
+@copies
 def _unet(family: str, in_channels: int, seed: int) -> UNet2DConditionModel:
     common = {
         "sample_size": PICTURE // 2,
@@ -298,7 +299,7 @@ def _unet(family: str, in_channels: int, seed: int) -> UNet2DConditionModel:
     return unet.eval().requires_grad_(False)
 
 
-@cache
+@copies
 def _vae(seed: int) -> AutoencoderKL:
     torch.manual_seed(seed)
     return AutoencoderKL(
@@ -312,7 +313,7 @@ def _vae(seed: int) -> AutoencoderKL:
     ).eval()
 
 
-@cache
+@copies
 def _encoder(
     pooled_width: int, hidden: int, seed: int
 ) -> tuple[CLIPVisionModelWithProjection, CLIPImageProcessorPil]:

@@ -1,6 +1,5 @@
 """Tiny transformer bases with random weights: FLUX, Chroma and SD3 pipelines, and adapters for them."""
 
-import copy
 import string
 from functools import cache
 from pathlib import Path
@@ -29,6 +28,7 @@ from transformers import (
 
 import controls
 import tiny
+from copies import copies
 
 JOINT = 32  # width of the text, and of XLabs' and InstantX's FLUX tokens
 POOLED = 24  # the tiny CLIP's projected embedding
@@ -44,7 +44,7 @@ def _seeded(model: Any, seed: int) -> Any:
     return model.eval().requires_grad_(False)
 
 
-@cache
+@copies
 def _vae(channels: int = 4) -> AutoencoderKL:
     torch.manual_seed(1)
     return AutoencoderKL(
@@ -62,7 +62,7 @@ def _vae(channels: int = 4) -> AutoencoderKL:
     ).eval()
 
 
-@cache
+@copies
 def flux_transformer(in_channels: int = 16, joint: int = JOINT) -> diffusers.FluxTransformer2DModel:
     torch.manual_seed(2)
     return _seeded(
@@ -83,7 +83,7 @@ def flux_transformer(in_channels: int = 16, joint: int = JOINT) -> diffusers.Flu
     )
 
 
-@cache
+@copies
 def chroma_transformer() -> diffusers.ChromaTransformer2DModel:
     torch.manual_seed(2)
     return _seeded(
@@ -104,7 +104,7 @@ def chroma_transformer() -> diffusers.ChromaTransformer2DModel:
     )
 
 
-@cache
+@copies
 def sd3_transformer(
     dual: bool = False, qk_norm: str | None = None, channels: int = 4
 ) -> diffusers.SD3Transformer2DModel:
@@ -129,7 +129,7 @@ def sd3_transformer(
     )
 
 
-@cache
+@copies
 def clip() -> CLIPVisionModelWithProjection:
     torch.manual_seed(4)
     return CLIPVisionModelWithProjection(
@@ -145,7 +145,7 @@ def clip() -> CLIPVisionModelWithProjection:
     ).eval()
 
 
-@cache
+@copies
 def siglip(side: int = 32) -> SiglipVisionModel:
     torch.manual_seed(4)
     config = SiglipVisionConfig(
@@ -216,7 +216,7 @@ def sd3(
     channels: int = 4,
 ) -> Any:
     texts = dict.fromkeys(f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3"))
-    parts = {"vae": copy.deepcopy(_vae(channels))}
+    parts = {"vae": _vae(channels)}
     transformer = sd3_transformer(dual, qk_norm, channels)
     return _pipe(kind, transformer, texts, siglip(), siglip_processor(), parts, shift=3.0)
 
@@ -227,11 +227,11 @@ def _pipe(
 ) -> Any:  # fmt: skip
     pipe = kind(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
-        transformer=copy.deepcopy(transformer),
-        **{"vae": copy.deepcopy(_vae()), **texts, **parts},
+        transformer=transformer,
+        **{"vae": _vae(), **texts, **parts},
     )
     if "image_encoder" in pipe.components:
-        pipe.register_modules(image_encoder=copy.deepcopy(encoder), feature_extractor=processor)
+        pipe.register_modules(image_encoder=encoder, feature_extractor=processor)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
