@@ -1,16 +1,18 @@
-"""Scripts in processes without the tests' run-time type check, which torch.compile cannot trace.
+"""Scripts in processes of their own, without the run-time type check, which torch.compile cannot trace.
 
 One process imports torch, diffusers and imprompt; each script runs in a fork of it.
 """
 
 import multiprocessing
+import signal
 import sys
 import traceback
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch._dynamo", "imprompt.generation.engine"])
+_CONTEXT.set_forkserver_preload(["torch._dynamo", "imprompt.generation.engine", "imprompt.training.trainer"])
 PARITY = Path(__file__).parent / "parity"
 ONE_GRAPH = """
 import torch
@@ -33,15 +35,29 @@ assert count and len(graphs) == count, (count, len(graphs))
 """
 
 
-def run_unchecked(script: str, *words: object, folder: Path) -> None:
-    """Run a script with ``words`` as its arguments; it can import what is in ``folder``. Fail as it does."""
+def start(script: str, *words: object, folder: Path) -> tuple[BaseProcess, Connection]:
+    """Start a script with ``words`` as its arguments, which can import what is in ``folder``. The connection
+    says how it ended: None, or what was raised; it is closed before where the process is killed or exits."""
     ours, theirs = _CONTEXT.Pipe()
     child = _CONTEXT.Process(target=_run, args=(script, list(map(str, words)), str(folder), theirs))
     child.start()
     theirs.close()
-    fault = ours.recv()
+    return child, ours
+
+
+def run_unchecked(script: str, *words: object, folder: Path) -> None:
+    """Run a script with ``words`` as its arguments; it can import what is in ``folder``. Fail as it does."""
+    child, ended = start(script, *words, folder=folder)
+    fault = ended.recv()
     child.join()
     assert fault is None, fault
+
+
+def run_killed(script: str, *words: object) -> None:
+    """Run a script with ``words`` as its arguments, and fail unless it ends by SIGKILL."""
+    child, ended = start(script, *words, folder=PARITY)
+    child.join()
+    assert child.exitcode == -signal.SIGKILL, ended.recv()
 
 
 def check_one_graph(module: str, draw: str, prompts: str) -> None:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from compiled import run_unchecked
 
 CALLS = """
@@ -43,5 +45,6 @@ for call, kind, said in WRONG:
 """
 
 
+@pytest.mark.xdist_group("compiled")
 def test_a_value_of_a_wrong_kind_is_refused_in_one_line(tmp_path: Path) -> None:
     run_unchecked(CALLS, tmp_path, folder=tmp_path)

@@ -604,6 +604,7 @@ with pytest.raises(UsageError, match=r"guidance: image is '3'"):
 """
 
 
+@pytest.mark.xdist_group("compiled")
 def test_what_diffusers_takes_and_this_does_not_is_said(tmp_path: Path, adapter: IPAdapter) -> None:
     run_unchecked(WRONG_KINDS, folder=tmp_path)
     with pytest.raises(EncoderMismatch, match="give a picture as a path or PIL image"):

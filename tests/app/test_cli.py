@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import tiny
+from compiled import start
 from controls import saved, tiny_controlnet
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.output import read_request
@@ -268,22 +269,36 @@ def test_a_failed_drawing_leaves_the_older_picture_and_no_parts(say):
     assert not list(Path().glob(".*.part"))
 
 
+AT_A_TERMINAL = """
+import os, sys
+from imprompt.app.cli import main
+
+place, terminal = sys.argv[1:3]
+del sys.argv[1:3]
+os.chdir(place)
+os.dup2(os.open("out.txt", os.O_WRONLY | os.O_CREAT), 1)
+os.dup2(os.open(terminal, os.O_RDWR | os.O_NOCTTY), 2)
+main()
+"""
+
+
+@pytest.mark.xdist_group("compiled")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_drawing_ends_with_130_and_no_file(say, place, sent):
+def test_a_signal_while_drawing_ends_with_130_and_no_file(say, place, tmp_path, sent):
     here, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 80))
-    command = [sys.executable, "-m", "imprompt", "generate", "a", "--steps", "1000", "--base", place / "base"]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal)
-    os.close(terminal)
+    words = ["generate", "a", "--steps", "1000", "--base", place / "base"]
+    running, _ = start(AT_A_TERMINAL, tmp_path, os.ttyname(terminal), *words, folder=tmp_path)
     printed = b""
     while b"/1000" not in printed:  # the progress bar: it draws
         printed += os.read(here, 1000)
-    running.send_signal(sent)
+    os.close(terminal)
+    os.kill(running.pid, sent)
     while chunk := read_terminal(here):
         printed += chunk
-    out, _ = running.communicate()
+    running.join()
     os.close(here)
-    assert (running.returncode, out) == (130, b"")
+    assert (running.exitcode, Path("out.txt").read_text()) == (130, "")
     assert printed.endswith(b"imprompt: interrupted\r\n")
     assert not list(Path().glob("*generate*"))
 

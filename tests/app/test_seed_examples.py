@@ -1,23 +1,20 @@
 """The README's commands from cache lookup to saved picture, in the published repositories' layout.
 
-Everything lies in a hub cache as downloads leave it, and HF_HUB_OFFLINE is set: what runs here is what runs
-with the published weights.
+Everything lies in a hub cache as downloads leave it, and the hub is offline: what runs here is what runs with
+the published weights.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import imprompt
 import tiny
 from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.app.cli import main
 
 SMALL = ["--size", "32", "--steps", "2", "--seed", "1", "-q"]
 COMMANDS = {
@@ -44,11 +41,6 @@ COMMANDS = {
     ],
     "not-cached": ["generate", "a bear", "--image", "diner.png", "--base", "sd15", "--adapter", "sd15-plus"],
 }  # fmt: skip
-SCRIPT = """
-import json, sys
-from imprompt.app.cli import main
-print(json.dumps({name: main(words) for name, words in json.loads(sys.argv[1]).items()}), file=sys.stderr)
-"""
 
 
 def repository(cache: Path, name: str) -> Path:
@@ -87,29 +79,20 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache
 
 
-@pytest.mark.slow
-def test_the_seed_examples_run_offline_from_the_hubs_cache(hub: Path, tmp_path: Path) -> None:
+def test_the_seed_examples_run_offline_from_the_hubs_cache(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for i, name in enumerate(("diner", "bear", "style", "gummy")):
         tiny.picture(i).save(tmp_path / f"{name}.png")
     mask = Image.new("L", (32, 32))
     mask.paste(255, (16, 0, 32, 32))
     mask.save(tmp_path / "mask.png")
-    commands = {name: [*words, *SMALL, "-o", f"{name}.png"] for name, words in COMMANDS.items()}
-    environment = os.environ | {
-        "HF_HUB_CACHE": str(hub),
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(Path(imprompt.__file__).parents[1]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(commands)],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    said = [line for line in done.stderr.splitlines() if line]
-    codes = json.loads(said[-1])
-    assert codes == dict.fromkeys(commands, 0) | {"faceid-pickle": 3, "not-cached": 3}, done.stderr
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    codes = {name: main([*words, *SMALL, "-o", f"{name}.png"]) for name, words in COMMANDS.items()}
+    said = capsys.readouterr().err.splitlines()
+    assert codes == dict.fromkeys(COMMANDS, 0) | {"faceid-pickle": 3, "not-cached": 3}, said
     errors = [line for line in said if line.startswith("imprompt: error")]
     assert len(errors) == 2
     assert "is a pickle" in errors[0]

@@ -257,13 +257,13 @@ def test_an_adapters_draws_follow_the_recipe(recipe, monkeypatch: pytest.MonkeyP
 
 
 def test_the_products_trainer_makes_the_adapter_and_goes_on(recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_pool(recipe, monkeypatch, 8)
+    write_pool(recipe, monkeypatch, 4)
     adapters, common = recipe("adapters"), recipe("common")
     made = common.MODEL / "adapters" / adapters.NAMES["base"]
     before = load_file(made)
     steps = []
     for count in ("1", "2"):
-        words = ["adapters.py", "base", "--steps", count, "--batch", "2", "--most", "8"]
+        words = ["adapters.py", "base", "--steps", count, "--batch", "2", "--most", "4"]
         monkeypatch.setattr(sys, "argv", words)
         adapters.main()
         lines = (common.CHECKPOINTS / "adapter-base" / "log.jsonl").read_text().splitlines()
@@ -402,7 +402,7 @@ def test_the_words_stage_moves_the_embeddings_of_motion_words_alone(recipe, tmp_
     before = embeddings.weight.detach().clone()
     learners = torch.nn.ModuleDict({"readers": readers, "words": embeddings})
     optimizer = torch.optim.AdamW(learners.parameters(), lr=1e-2, weight_decay=0.0)
-    loop = common.Loop(tmp_path / "words.pt", 0.1, learners, optimizer, warmup=1)
+    loop = common.Loop(tmp_path / "words.pt", 0.01, learners, optimizer, warmup=1)
     facts = [motion.clip(Icons(), 1, index)[1] for index in range(2)]
     words.learn(unet, texts, readers, torch.randn(2, 16, 4, 16, 16), facts, loop, 4)
     moved = set(torch.nonzero((embeddings.weight != before).any(1)).flatten().tolist())

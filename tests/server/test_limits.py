@@ -428,7 +428,7 @@ def test_a_picture_drawn_for_a_cancelled_job_is_not_kept(client: httpx.Client, r
             running.queue.cancel(job).send(None)
 
     before = placed()
-    identity = submit(client, {"X-Client-Id": "late"}, seed=4242, steps=100)["id"]
+    identity = submit(client, {"X-Client-Id": "late"}, seed=4242, steps=40)["id"]
     [job] = running.queue.unfinished("127.0.0.1 late")
     running.loop.call_soon_threadsafe(cancel_in_the_moment)
     assert wait(client, identity)["state"] == "cancelled"

@@ -1,6 +1,7 @@
 """A tiny base with an image encoder, on disk, and folders of captioned pictures."""
 
 import json
+import shutil
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ from diffusers import StableDiffusionPipeline
 
 import tiny
 from facemodels import photo
+from imprompt.training import preview
 from imprompt.training.config import TrainConfig
 from imprompt.training.trainer import train
 
@@ -46,6 +48,11 @@ def config_in(folder, **values):
     return TrainConfig(**defaults | values)
 
 
+@pytest.fixture(autouse=True)
+def _sheets_of_few_steps(monkeypatch):
+    monkeypatch.setattr(preview, "STEPS", 3)
+
+
 @pytest.fixture
 def pictures(tmp_path):
     return write_pictures(tmp_path / "pictures")
@@ -64,6 +71,31 @@ def face_pictures(pictures):
 @pytest.fixture
 def make_config(base, pictures, tmp_path):
     return partial(config_in, tmp_path, base=str(base))
+
+
+@pytest.fixture(scope="session")
+def plain(base, tmp_path_factory):
+    """The file of a run with the settings of ``make_config()``."""
+    folder = tmp_path_factory.mktemp("plain")
+    write_pictures(folder / "pictures")
+    return train(config_in(folder, base=str(base)))
+
+
+@pytest.fixture
+def begun(plain, make_config):
+    """``make_config()``, whose run has taken its four steps: a copy of ``plain`` with its cache."""
+    config = make_config()
+    shutil.copytree(plain.parent, config.output)
+    shutil.copytree(plain.parents[1] / "cache", config.cache)
+    return config
+
+
+@pytest.fixture(scope="session")
+def exact(base, tmp_path_factory):
+    """The file of a run whose weights are saved as they were trained, in float32."""
+    folder = tmp_path_factory.mktemp("exact")
+    write_pictures(folder / "pictures")
+    return train(config_in(folder, base=str(base), steps=2, save_dtype="float32"))
 
 
 @pytest.fixture(scope="session")

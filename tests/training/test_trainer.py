@@ -31,6 +31,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
 import tiny
+from compiled import run_killed, run_unchecked
 from facemodels import pack
 from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.adapter.ipadapter import IPAdapter
@@ -127,15 +128,13 @@ train(TrainConfig.read(sys.argv[1]), on_step=lambda step: step < 3 or os.kill(os
 """
 
 
+@pytest.mark.xdist_group("compiled")
 def test_a_killed_run_goes_on_bit_for_bit_even_from_a_torn_log_and_a_damaged_checkpoint(
     make_config, tmp_path, mixed, whole
 ):
     config = make_config(output=tmp_path / "killed", checkpoint_every=1, **mixed)
     (tmp_path / "run.json").write_text(config.model_dump_json())
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, tmp_path / "run.json"], capture_output=True, check=False
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    run_killed(KILLED, tmp_path / "run.json")
     with (config.output / "log.jsonl").open("a") as log:
         log.write('{"step": 3, "lo')
     newest = max(config.output.glob("checkpoint-*.safetensors"))
@@ -167,6 +166,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so(make_config):
         train(make_config(steps=2, checkpoint_every=1, resume=True))
 
 
+@pytest.mark.slow
 def test_two_processes_of_4_learn_what_one_of_8_learns(make_config, tmp_path):
     """The same samples; only sums run in another order. accelerate's launcher alone would start one."""
     one = make_config(output=tmp_path / "one", batch=4, steps=5, save_dtype="float32", log_every=5)
@@ -220,12 +220,11 @@ def test_a_resumed_run_that_is_refused_keeps_the_cache_of_the_run_it_is_not(make
     assert before == set(config.cache_folder.rglob("*.safetensors"))
 
 
-def test_held_out_pictures_do_not_touch_the_weights(make_config, pictures, tmp_path):
-    first = train(make_config(output=tmp_path / "first"))
+def test_held_out_pictures_do_not_touch_the_weights(make_config, pictures, plain, tmp_path):
     tiny.picture(99, (40, 32)).save(pictures / "6.png")
-    assert same(train(make_config(output=tmp_path / "second")), first)
+    assert same(train(make_config(output=tmp_path / "second")), plain)
     tiny.picture(98, (40, 32)).save(pictures / "5.png")  # a training picture does
-    assert not same(train(make_config(output=tmp_path / "third")), first)
+    assert not same(train(make_config(output=tmp_path / "third")), plain)
 
 
 def test_the_base_is_left_as_it_was(make_config, base):
@@ -368,11 +367,10 @@ def test_a_face_adapter_trains_on_the_largest_face_with_its_lora(make_config, tm
         train(make_config(kind=kind, output=tmp_path / "b"))
 
 
-def test_a_run_may_start_from_anothers_checkpoint(make_config, tmp_path):
-    config = make_config(steps=2, save_dtype="float32", output=tmp_path / "first")
-    first = load_file(train(config))
-    (checkpoint,) = config.output.glob("checkpoint-*.safetensors")
-    second = make_config(init=str(checkpoint), steps=1, lr=1e-12, save_dtype="float32", output=tmp_path / "b")
+def test_a_run_may_start_from_anothers_checkpoint(make_config, exact):
+    first = load_file(exact)
+    (checkpoint,) = exact.parent.glob("checkpoint-*.safetensors")
+    second = make_config(init=str(checkpoint), steps=1, lr=1e-12, save_dtype="float32")
     after = load_file(train(second))
     assert all(torch.allclose(after[name], first[name], atol=1e-6) for name in first)
 
@@ -473,11 +471,11 @@ train(TrainConfig.read(sys.argv[1]), on_step=arm)
 """
 
 
+@pytest.mark.xdist_group("compiled")
 def test_a_step_whose_validation_was_cut_off_is_validated_when_the_run_goes_on(make_config, tmp_path):
     config = make_config(steps=3, lr=0.03, warmup=0, keep="best", ema=0, checkpoint_every=1, validate_every=1)
     (tmp_path / "run.json").write_text(config.model_dump_json())
-    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_VALIDATING, tmp_path / "run.json"], check=False)
-    assert done.returncode == -signal.SIGKILL
+    run_killed(KILLED_WHILE_VALIDATING, tmp_path / "run.json")
     train(config.replace(resume=True))
     assert list(losses_of(config)) == [0, 1, 2, 3]
     best = min(losses_of(config).items(), key=lambda item: item[1])
@@ -579,21 +577,20 @@ def test_sdxl_trains_too(make_config, tmp_path):
     assert load_file(path)["image_proj.norm.weight"].shape == (2 * tiny.TEXT_WIDTH,)
 
 
-def test_gradient_checkpointing_gives_the_same_weights(make_config, tmp_path):
-    plain = load_file(train(make_config(steps=2, output=tmp_path / "a")))
-    saving = load_file(train(make_config(steps=2, output=tmp_path / "b", gradient_checkpointing=True)))
-    assert all(torch.allclose(plain[name].float(), saving[name].float(), atol=1e-3) for name in plain)
+def test_gradient_checkpointing_gives_the_same_weights(make_config, plain):
+    wanted = load_file(plain)
+    saving = load_file(train(make_config(gradient_checkpointing=True)))
+    assert all(torch.allclose(wanted[name].float(), saving[name].float(), atol=1e-3) for name in wanted)
 
 
-def test_training_continues_from_an_adapter_file(make_config, tmp_path):
-    first = train(make_config(output=tmp_path / "a", save_dtype="float32"))
+def test_training_continues_from_an_adapter_file(make_config, exact, tmp_path):
     second = train(
-        make_config(output=tmp_path / "b", init=first, lr=1e-12, weight_decay=0, save_dtype="float32")
+        make_config(output=tmp_path / "b", init=exact, lr=1e-12, weight_decay=0, save_dtype="float32")
     )
-    before, after = load_file(first), load_file(second)
+    before, after = load_file(exact), load_file(second)
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
     with pytest.raises(UsageError, match="reads pooled features; kind 'plus' trains on hidden"):
-        train(make_config(output=tmp_path / "c", init=first, kind="resampler"))
+        train(make_config(output=tmp_path / "c", init=exact, kind="resampler"))
 
 
 def test_a_launcher_that_started_one_process_for_several_is_told(make_config, monkeypatch):
@@ -603,13 +600,12 @@ def test_a_launcher_that_started_one_process_for_several_is_told(make_config, mo
         train(make_config())
 
 
-def test_a_run_out_of_time_leaves_its_adapter_and_goes_on_when_resumed(make_config, tmp_path):
-    whole = train(make_config(steps=5, output=tmp_path / "whole"))
-    config = make_config(steps=5, minutes=1e-6, output=tmp_path / "parts")
+def test_a_run_out_of_time_leaves_its_adapter_and_goes_on_when_resumed(make_config, plain):
+    config = make_config(minutes=1e-6)
     early = load_file(train(config))
     assert [record["step"] for record in log_of(config) if "loss" in record] == [1]
-    again = train(make_config(steps=5, resume=True, output=tmp_path / "parts"))
-    assert same(again, whole)
+    again = train(make_config(resume=True))
+    assert same(again, plain)
     assert any(not torch.equal(tensor, early[name]) for name, tensor in load_file(again).items())
 
 
@@ -658,9 +654,8 @@ def test_nothing_is_recorded_before_the_first_image_tokens_nor_for_frozen_weight
     assert all(parameter.grad is not None for parameter in trainer.adapter.parameters())
 
 
-def test_samples_do_not_change_what_is_learned(make_config, tmp_path):
-    plain = train(make_config(output=tmp_path / "a"))
-    assert same(train(make_config(output=tmp_path / "b", sample_every=2)), plain)
+def test_samples_do_not_change_what_is_learned(make_config, plain):
+    assert same(train(make_config(sample_every=2)), plain)
 
 
 def test_timesteps_come_from_every_part_of_the_schedule():
@@ -670,8 +665,8 @@ def test_timesteps_come_from_every_part_of_the_schedule():
     assert stratified_timesteps(torch.tensor([0]), torch.tensor([0.9999999]), 1, 1000).max() < 1000
 
 
-def test_another_run_is_never_overwritten(make_config):
-    path = train(make_config())
+def test_another_run_is_never_overwritten(make_config, begun):
+    path = begun.output / WEIGHT_NAME
     before = path.read_bytes()
     with pytest.raises(UsageError, match="already holds a run"):
         train(make_config())
@@ -695,20 +690,19 @@ def remove_one(folder):
     [(recaption, "captions or groups have changed"), (remove_one, "there were 7 pictures, now 6"),
      (lambda folder: tiny.picture(77, (40, 32)).save(folder / "2.png"), "pictures, captions")],
 )  # fmt: skip
-def test_other_data_is_another_run(make_config, pictures, change, says):
-    train(make_config(steps=1))
+def test_other_data_is_another_run(begun, pictures, change, says):
     change(pictures)
     with pytest.raises(UsageError, match=says):
-        train(make_config(steps=1, resume=True))
+        train(begun.replace(resume=True))
 
 
+@pytest.mark.usefixtures("begun")
 def test_another_base_is_another_run_and_the_same_elsewhere_is_the_same(
     make_config, base, pictures, tmp_path
 ):
-    train(make_config(steps=1))
     shutil.copytree(base, tmp_path / "moved base")
     shutil.copytree(pictures, tmp_path / "moved pictures")
-    moved = {"base": str(tmp_path / "moved base"), "data": str(tmp_path / "moved pictures"), "steps": 2}
+    moved = {"base": str(tmp_path / "moved base"), "data": str(tmp_path / "moved pictures"), "steps": 5}
     train(make_config(resume=True, lr=1e-3, **moved))
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "moved base")
     with torch.no_grad():
@@ -738,7 +732,7 @@ from imprompt.errors import InputError
 try:
     train(TrainConfig.read(sys.argv[1]), on_step=limit)
 except InputError as error:
-    print(error)
+    print(error, file=open(sys.argv[2], "w"))
 """
 
 
@@ -754,11 +748,11 @@ train(TrainConfig.read(sys.argv[1]), on_step=arm)
 """
 
 
+@pytest.mark.xdist_group("compiled")
 def test_what_a_killed_save_left_is_removed_when_the_run_goes_on(make_config, tmp_path):
     config = make_config(checkpoint_every=1, steps=4)
     (tmp_path / "run.json").write_text(config.model_dump_json())
-    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, tmp_path / "run.json"], check=False)
-    assert done.returncode == -signal.SIGKILL
+    run_killed(KILLED_WHILE_SAVING, tmp_path / "run.json")
     (left,) = config.output.glob(".*.part.*")
     assert left.name.startswith(".checkpoint-00000003.")
     (config.output / ".notes.part").write_text("mine")
@@ -770,21 +764,21 @@ def test_what_a_killed_save_left_is_removed_when_the_run_goes_on(make_config, tm
     assert [record["step"] for record in log_of(config) if "loss" in record] == [1, 2, 3, 4]
 
 
+@pytest.mark.xdist_group("compiled")
 def test_a_full_disk_is_one_plain_sentence_and_the_last_checkpoint_stays(make_config, tmp_path):
     config = make_config(checkpoint_every=1, steps=4)
     (tmp_path / "run.json").write_text(config.model_dump_json())
-    done = subprocess.run([sys.executable, "-c", FULL, tmp_path / "run.json"], capture_output=True, text=True)
-    assert "the disk is full; make room and resume" in done.stdout, done.stderr[-2000:]
-    assert "The last one is 'checkpoint-00000001.safetensors'" in done.stdout
-    assert len(done.stdout.splitlines()) == 1
+    run_unchecked(FULL, tmp_path / "run.json", tmp_path / "said.txt", folder=tmp_path)
+    said = (tmp_path / "said.txt").read_text()
+    assert "the disk is full; make room and resume" in said
+    assert "The last one is 'checkpoint-00000001.safetensors'" in said
+    assert len(said.splitlines()) == 1
     assert not [path for path in config.output.iterdir() if "part" in path.name]
     train(config.model_copy(update={"resume": True}))
 
 
-def test_a_finished_run_that_is_resumed_changes_nothing(make_config):
-    before = load_file(train(make_config()))
-    after = load_file(train(make_config(resume=True)))
-    assert all(torch.equal(before[name], after[name]) for name in before)
+def test_a_finished_run_that_is_resumed_changes_nothing(begun, plain):
+    assert same(train(begun.replace(resume=True)), plain)
 
 
 def test_only_the_newest_checkpoints_are_kept_and_none_is_half_written(make_config):
