@@ -4,8 +4,9 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test test-browser lint format docs bench evaluate clean
+.PHONY: demo test test-slow test-browser lint format docs bench evaluate clean
 .DEFAULT_GOAL := help
 
 help:  ## say what there is
@@ -14,8 +15,11 @@ help:  ## say what there is
 demo: $(VENV)/.ready  ## draw the contact sheet with the bundled model (outputs/demo)
 	@$(BIN)/imprompt demo -o outputs/demo
 
-test: $(VENV)/.ready-dev  ## run all tests but the browser's, JOBS of them at a time
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder --ignore=tests/browser
+test: $(VENV)/.ready-dev  ## run all tests but the slow and the browser's, JOBS of them at a time
+	@OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" --ignore=tests/browser
+
+test-slow: $(VENV)/.ready-dev  ## run the tests that start clusters, several processes or a compiler
+	@OMP_NUM_THREADS=1 $(PYTEST) -m slow --ignore=tests/browser
 
 test-browser: $(VENV)/.ready-dev  ## test the page in Chromium; screenshots go to outputs/browser
 	@command -v chromium chromium-browser google-chrome >/dev/null || \

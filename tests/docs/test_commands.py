@@ -51,7 +51,6 @@ def test_the_pages_are_found() -> None:
     assert sum(len(blocks(page)) for page in PAGES) > 40
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_of_a_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -77,7 +77,6 @@ def test_a_published_file_attaches_to_the_full_size_base_it_was_made_for(layout:
 UNLIKE = {layout.variant + str(layout.tokens): layout for layout in PUBLISHED if layout.family == "sd15"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", UNLIKE.values(), ids=lambda layout: layout.name)
 def test_full_size_projections_make_diffusers_tokens(layout: Layout) -> None:
     random = torch.Generator().manual_seed(0)

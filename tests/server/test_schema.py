@@ -13,7 +13,6 @@ from schemathesis.specs.openapi.checks import (
 from imprompt.app.server.settings import Limits, Settings
 from serving import start
 
-pytestmark = pytest.mark.slow
 CHECKS = [
     not_a_server_error,
     status_code_conformance,
