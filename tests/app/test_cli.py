@@ -398,8 +398,9 @@ def test_frames_asked_for_again_replace_the_earlier_ones_and_a_users_folder_gets
     tiny.tiny_motion().save_pretrained(tmp_path / "motion")
     words = ("animate", "a", "--base", "BASE", "--motion", "motion", "--frames", "2", "-q", "-o")
     for seed in ("1", "2"):
-        code, out, _ = say(*words, "walk", "--seed", seed)
+        code, out, err = say(*words, "walk", "--seed", seed)
         assert (code, out) == (0, "walk\n")
+        assert f"imprompt: 1 × 2 frames of 32×32, seed {seed}, " in err
         assert read_request("walk").seed == int(seed)
     Path("mine").mkdir()
     shutil.copy("ref.png", "mine/0001.png")

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
@@ -16,8 +17,9 @@ from controls import saved, tiny_controlnet, tiny_sparse, tiny_union
 from imprompt import output
 from imprompt.errors import AdapterMismatch, InputError, ModelError, UsageError
 from imprompt.generation.engine import Engine, generate
+from imprompt.output.clips import encode_clip
 from imprompt.schema.prompt import ImagePrompt, TextRegion
-from imprompt.schema.request import ControlRef, Request
+from imprompt.schema.request import FPS, ControlRef, Request
 
 FRAMES = 4
 
@@ -199,6 +201,27 @@ def test_a_video_is_redrawn_at_its_pace_or_at_the_asked_one(engine, asked, film)
     assert fast.request.frames == 12  # to its end, each frame twice
     shared = engine.run(asked(video=film, frames=4, shared_noise=0.5, strength=0.5))
     assert len(shared.images) == 4
+
+
+@pytest.mark.parametrize(
+    ("count", "rate", "fields", "said"),
+    [
+        (6, 120, {}, "has 120 frames per second, a clip has 0.01 to 60; .*--fps"),
+        (2, Fraction(1, 200), {}, "has 0.005 frames per second"),
+        (1, 8, {}, "at 8 frames per second a clip of all of it has 1, and 2 to 512 can be drawn"),
+        (6, 0.5, {"fps": 60}, "at 60 frames per second a clip of all of it has 720"),
+    ],
+)
+def test_a_video_that_no_clip_can_be_as_a_whole_is_said_with_what_to_do(
+    engine, asked, tmp_path, count, rate, fields, said
+):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(encode_clip([tiny.picture(i, (40, 40)) for i in range(count)], ".mp4", rate, "{}"))
+    request = asked(video=path, frames=None, strength=0.5, **fields)
+    with pytest.raises(InputError, match=said):
+        engine.run(request)
+    if count > 1:
+        assert len(engine.run(request.replace(frames=2, fps=30)).images) == 2, "and that helps"
 
 
 @pytest.fixture(scope="module")
@@ -403,6 +426,22 @@ def test_every_format_keeps_frames_pace_and_request(clip, tmp_path, suffix):
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".mp4"])
+@pytest.mark.parametrize("fps", FPS)
+def test_every_format_holds_the_slowest_and_the_fastest_clip(clip, tmp_path, suffix, fps):
+    from imprompt.encoders.video import read_clip
+
+    paced = replace(clip, request=clip.request.replace(fps=fps))
+    if suffix == ".gif" and fps > 50:
+        with pytest.raises(UsageError, match="a GIF shows at most 50"):
+            output.save(paced, tmp_path / "clip.gif")
+        return
+    (path,) = output.save(paced, tmp_path / f"clip{suffix}")
+    assert read_clip(path, "clip")[1] == pytest.approx(fps, rel=0.01)
+    with pytest.raises(UsageError, match="fps"):
+        clip.request.replace(fps=fps / 2 if fps < 1 else 2 * fps)
+
+
 def test_a_gif_lasts_as_long_as_it_should(engine, asked, tmp_path):
     result = engine.run(asked(fps=7, frames=7))
     (path,) = output.save(result, tmp_path / "clip.gif")
@@ -473,6 +512,14 @@ REFUSED = [
     (AdapterMismatch, "'animatediff' is for sd15.*'emoji'", {"base": "emoji", "motion": "animatediff"}),
     (InputError, "is a folder; a picture is expected", {"images": ["<folder>"]}),
 ]
+
+
+def test_a_video_shown_as_a_still_is_said_to_be_one(engine, asked, tmp_path):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(encode_clip([tiny.picture(i, (40, 40)) for i in range(FRAMES)], ".mp4", 8, "{}"))
+    with pytest.raises(InputError, match=r"a\.mp4' is a video, and a picture is expected; .*at=each"):
+        engine.run(asked(images=[path]))
+    engine.run(asked(images=[ImagePrompt(path, at="each")]))
 
 
 @pytest.mark.parametrize(("kind", "message", "fields"), REFUSED)

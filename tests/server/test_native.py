@@ -193,12 +193,15 @@ def moving(frames: int = 4) -> list[Image.Image]:
     return [Image.new("RGB", (64, 48), (60 * number, 80, 200)) for number in range(frames)]
 
 
-def test_a_video_becomes_an_animated_picture_that_can_be_redrawn(client: httpx.Client) -> None:
-    shown = upload(client, encode_clip(moving(), ".mp4", 8, ""))
-    assert (shown["type"], shown["width"], shown["height"], shown["frames"]) == ("image/webp", 64, 48, 4)
+@pytest.mark.parametrize(("count", "fps"), [(4, 8), (6, 24)])
+def test_a_video_becomes_an_animated_picture_that_can_be_redrawn_at_its_pace(
+    client: httpx.Client, count: int, fps: int
+) -> None:
+    shown = upload(client, encode_clip((2 * moving())[:count], ".mp4", fps, ""))
+    assert (shown["type"], shown["width"], shown["height"], shown["frames"]) == ("image/webp", 64, 48, count)
     job = wait(client, submit(client, task="animate", video=shown["id"], size=[64, 48], steps=2)["id"])
     assert job["state"] == "done", job["error"]
-    assert (job["request"]["frames"], job["request"]["fps"]) == (4, 8)
+    assert (job["request"]["frames"], job["request"]["fps"]) == (count, fps)
 
 
 def test_a_video_longer_than_a_clip_may_be_is_refused(client: httpx.Client) -> None:

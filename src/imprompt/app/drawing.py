@@ -259,8 +259,9 @@ def _print_summary(result: "Result") -> None:
     request, took = result.request, result.timings
     assert request.size is not None  # filled in when drawn
     seconds = took["load"] + took["encode"] + took["draw"]
+    what = f"{request.count} ×" if request.frames is None else f"{request.count} × {request.frames} frames of"
     print(
-        f"imprompt: {len(result.images)} × {request.size[0]}×{request.size[1]}, seed {request.seed}, "
+        f"imprompt: {what} {request.size[0]}×{request.size[1]}, seed {request.seed}, "
         f"{request.steps} steps, {seconds:.1f} s (loading {took['load']:.1f})",
         file=sys.stderr,
     )

@@ -37,6 +37,9 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of pictures in a folder of fra
 # Formats of still pictures, without the ones that run an interpreter (EPS, WMF) or guess from nothing (TGA).
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "QOI")
 _MOVING = ("GIF", "WEBP", "PNG", "AVIF")  # of those, the ones that can be animated
+_MOV_ATOMS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
+_STILL_BRANDS = (b"avi", b"hei", b"hev", b"mif", b"msf")  # AVIF and HEIF, in the container of MP4
+_MATROSKA = b"\x1a\x45\xdf\xa3"
 _ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
@@ -182,6 +185,13 @@ def frame_count(source: Source) -> int:
         return 1
 
 
+def container_of(start: bytes) -> str | None:
+    """FFmpeg's name of the video container that begins with these bytes (12 suffice); ``None`` for others."""
+    if start[4:8] in _MOV_ATOMS and start[8:11] not in _STILL_BRANDS:
+        return "mov"
+    return "matroska" if start.startswith(_MATROSKA) else None
+
+
 def content_hash(image: Image.Image) -> str:
     """SHA-256 of a picture's mode, size and pixels."""
     digest = hashlib.sha256(f"{image.mode} {image.width}x{image.height}\n".encode())
@@ -209,9 +219,7 @@ def _opened(source: Source, max_pixels: int) -> Iterator[tuple[Image.Image, str]
     except InputError:
         raise
     except UnidentifiedImageError as error:
-        raise InputError(
-            f"{name} is not a picture that can be read here (known: {', '.join(_FORMATS)})."
-        ) from error
+        raise InputError(f"{name} {_no_picture(stream)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(_too_large(name, "far more pixels", max_pixels)) from error
     except MemoryError as error:
@@ -245,6 +253,18 @@ def _sniffed(stream: IO[bytes] | None, name: str) -> Image.Image:
         raise InputError(f"{name}: empty, no picture.")
     stream.seek(0)
     return Image.open(stream, formats=_FORMATS)
+
+
+def _no_picture(stream: IO[bytes] | None) -> str:
+    """What is wrong with a file that Pillow does not know."""
+    if stream is not None:
+        stream.seek(0)
+        if container_of(stream.read(12)):
+            return (
+                "is a video, and a picture is expected; save one of its frames as a picture, or show all of "
+                "them in a clip: imprompt animate --image PATH,at=each."
+            )
+    return f"is not a picture that can be read here (known: {', '.join(_FORMATS)})."
 
 
 def _load(image: Image.Image, name: str, budget: Budget | None) -> None:

@@ -10,7 +10,14 @@ from typing import TypeAlias
 import av
 from PIL import Image
 
-from imprompt.encoders.images import MAX_FRAMES, MAX_PIXELS, Budget, frame_count, load_frames
+from imprompt.encoders.images import (
+    MAX_FRAMES,
+    MAX_PIXELS,
+    Budget,
+    container_of,
+    frame_count,
+    load_frames,
+)
 from imprompt.errors import InputError, first_line
 from imprompt.io import check_file, printable
 
@@ -19,10 +26,6 @@ Clip: TypeAlias = Path | bytes | Image.Image | list[Image.Image] | tuple[Image.I
 
 SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm")
 """Endings of video files."""
-
-_MOV_ATOMS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
-_STILL_BRANDS = (b"avi", b"hei", b"hev", b"mif", b"msf")  # AVIF and HEIF, in the container of MP4
-_MATROSKA = b"\x1a\x45\xdf\xa3"
 
 
 def read_video(
@@ -77,13 +80,6 @@ def is_clip(source: Clip) -> bool:
     if isinstance(source, Path) and (source.is_dir() or source.suffix.lower() in SUFFIXES):
         return True
     return isinstance(source, list | tuple) or frame_count(source) > 1
-
-
-def container_of(start: bytes) -> str | None:
-    """FFmpeg's name of the video container that begins with these bytes (12 suffice); ``None`` for others."""
-    if start[4:8] in _MOV_ATOMS and start[8:11] not in _STILL_BRANDS:
-        return "mov"
-    return "matroska" if start.startswith(_MATROSKA) else None
 
 
 def _frames(

@@ -27,7 +27,7 @@ from imprompt.catalog.resolve import Source, fingerprint_of, resolve
 from imprompt.errors import AdapterMismatch, InputError, ModelError, UsageError, first_line
 from imprompt.generation.families import Base, check_family
 from imprompt.generation.pipelines import load_part
-from imprompt.schema.request import Request
+from imprompt.schema.request import FPS, FRAMES, Request
 from imprompt.weights import in_float32, silence_library_logging
 
 # Dimensions: C channels, F frames, h and w of latents.
@@ -122,9 +122,15 @@ def at_rate(
     """The frames of a video that the request redraws, and their rate in frames per second.
 
     ``fps`` is the video's own rate; if the request has another, frames are left out or repeated. Raises
-    :class:`InputError` when the video is too short.
+    :class:`InputError` when the video has too few frames, or more of them, or of them per second, than a clip
+    can have.
     """
     rate = request.fps or fps or 8.0
+    if not FPS[0] <= rate <= FPS[1]:
+        raise InputError(
+            f"video '{request.video}' has {rate:g} frames per second, a clip has {FPS[0]:g} to {FPS[1]:g}; "
+            "say how many are drawn with --fps, such as --fps 24."
+        )
     step = max(1e-6, fps / rate) if fps else 1.0
     count = math.ceil(len(frames) / step - 1e-6)
     taken = [frames[int(number * step + 1e-6)] for number in range(count)]
@@ -133,6 +139,11 @@ def at_rate(
         raise InputError(
             f"video '{request.video}' has {len(taken)} frames at {rate:g} per second, not {wanted}; ask for "
             "fewer --frames, or another --fps."
+        )
+    if not FRAMES[0] <= wanted <= FRAMES[1]:
+        raise InputError(
+            f"video '{request.video}': at {rate:g} frames per second a clip of all of it has {wanted}, and "
+            f"{FRAMES[0]} to {FRAMES[1]} can be drawn; say --frames or another --fps, or take another video."
         )
     return taken[:wanted], rate
 

@@ -50,6 +50,13 @@ def encode_clip(
     return {".gif": _gif, ".webp": _webp, ".mp4": _mp4}[suffix](frames, fps, record)
 
 
+def durations(count: int, fps: float, unit: int) -> list[int]:
+    """Duration of each frame in milliseconds, a multiple of ``unit``; no frame starts more than half a unit
+    early or late."""
+    ends = [round(1000 * number / fps / unit) * unit for number in range(count + 1)]
+    return [after - before for before, after in pairwise(ends)]
+
+
 def encode_frames(frames: Sequence[Image.Image], texts: dict[str, str]) -> dict[str, bytes]:
     """Frames as files ``0001.png``, ``0002.png``, …, with ``texts`` in each."""
     return {f"{number:04}.png": encode_png(frame, texts) for number, frame in enumerate(frames, 1)}
@@ -60,7 +67,7 @@ def _gif(frames: Sequence[Image.Image], fps: float, record: str) -> bytes:
     indexed = quantized(frames)
     return as_bytes(
         indexed[0], "GIF", save_all=True, append_images=indexed[1:], loop=0, optimize=False,
-        duration=_durations(len(frames), fps, 10), comment=record.encode("ascii"),
+        duration=durations(len(frames), fps, 10), comment=record.encode("ascii"),
     )  # fmt: skip
 
 
@@ -69,7 +76,7 @@ def _webp(frames: Sequence[Image.Image], fps: float, record: str) -> bytes:
     exif[0x010E] = record
     return as_bytes(
         frames[0], "WEBP", save_all=True, append_images=frames[1:], loop=0, lossless=True,
-        duration=_durations(len(frames), fps, 1), exif=exif,
+        duration=durations(len(frames), fps, 1), exif=exif,
     )  # fmt: skip
 
 
@@ -96,13 +103,6 @@ def _mp4(frames: Sequence[Image.Image], fps: float, record: str) -> bytes:
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return memory.getvalue()
-
-
-def _durations(count: int, fps: float, unit: int) -> list[int]:
-    """Duration of each frame in milliseconds, a multiple of ``unit``; no frame starts more than half a unit
-    early or late."""
-    ends = [round(1000 * number / fps / unit) * unit for number in range(count + 1)]
-    return [after - before for before, after in pairwise(ends)]
 
 
 def quantized(frames: Sequence[Image.Image]) -> list[Image.Image]:

@@ -63,7 +63,7 @@ class ImagePrompt(Record):
     features; ``None``: all 1."""
     at: At = None
     """animate: the frame at which each picture stands, from 0, ascending; tokens are interpolated between
-    them. each: an animated picture or a folder, with one picture for each frame."""
+    them. each: an animated picture, a folder or a video, with one picture for each frame."""
     adapter: str | None = Field(default=None, min_length=1)
     """The adapter that reads it; ``None``: the request's."""
     scale: float | None = Field(default=None, ge=-10, le=10)
@@ -87,8 +87,9 @@ class ImagePrompt(Record):
         "(fraction:factor)",
     )
     mask: Mask = None
-    """Picture that is white where the prompt acts; in Python also a tensor (H, W) of 0 to 1, or a list with a
-    mask for each frame."""
+    """Picture that is white where the prompt acts; animate: also an animated picture, folder or video, with
+    one mask for each frame; in Python also a tensor (H, W) of 0 to 1, or a list with a mask for each
+    frame."""
     feather: float = _FEATHER
     text: Text = None
     """Text to draw inside the mask instead of the request's prompt; in Python also its embeddings (T, C)."""
@@ -227,8 +228,8 @@ class TextRegion(Record):
     text: Text
     """Text to draw there instead of the request's prompt; in Python also its embeddings (T, C)."""
     mask: Mask
-    """Picture that is white there; in Python also a tensor (H, W) of 0 to 1, or a list with a mask for each
-    frame."""
+    """Picture that is white there; animate: also an animated picture, folder or video, with one mask for each
+    frame; in Python also a tensor (H, W) of 0 to 1, or a list with a mask for each frame."""
     feather: float = _FEATHER
 
     def __init__(self, text: Any = None, mask: Any = None, feather: Any = 0.0, **unknown: Any) -> None:
@@ -268,7 +269,7 @@ def _check_mask(prompt: ImagePrompt) -> None:
 def _check_pictures(prompt: ImagePrompt) -> None:
     """One weight and one frame for each picture; files of saved features may hold several pictures."""
     if prompt.at == "each" and len(prompt.pictures) != 1:
-        raise UsageError("at: each needs one picture that is animated, or a folder.")
+        raise UsageError("at: each needs one animated picture, folder or video.")
     if prompt.image is None or prompt.reads_saved or prompt.at == "each":
         return
     count = len(prompt.pictures)

@@ -60,6 +60,10 @@ CONTROLS: dict[str, str] = {
 
 MAX_SIDE = 4096
 """Largest width or height of a drawn picture, in pixels."""
+FRAMES = (2, 512)
+"""Fewest and most frames of a clip."""
+FPS = (0.01, 60)
+"""Fewest and most frames per second of a clip; GIF and WebP cannot hold frames of many minutes."""
 
 Task = Literal["generate", "edit", "inpaint", "animate"]
 Speed = Literal["exact", "balanced", "fast"]
@@ -242,10 +246,10 @@ class Request(Record):
     after the first 40 %; fast also the inner blocks, from the start. The picture changes a little."""
     seed: int | None = Field(default=None, ge=0, le=2**53 - 1)
     """Seed of the first picture; ``None``: a random one, which the picture records."""
-    frames: int | None = Field(default=None, ge=2, le=512)
+    frames: int | None = Field(default=None, ge=FRAMES[0], le=FRAMES[1])
     """animate: number of frames; ``None``: the video's, or as many as the motion adapter was trained on, 16.
     More are drawn in sliding windows (FreeNoise)."""
-    fps: float | None = Field(default=None, gt=0, le=60)
+    fps: float | None = Field(default=None, ge=FPS[0], le=FPS[1])
     """animate: frames per second; ``None``: the video's, or 8."""
     motion: str | None = Field(default=None, min_length=1)
     """animate: the motion adapter: alias, folder or hub id; ``None``: the base's default."""

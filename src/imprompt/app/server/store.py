@@ -23,11 +23,12 @@ from typing import Any
 from PIL import Image
 
 from imprompt.app.server.problems import Problem
-from imprompt.encoders.images import MAX_FRAMES, as_bytes, frame_count, load_image
-from imprompt.encoders.video import container_of, read_video
+from imprompt.encoders.images import MAX_FRAMES, as_bytes, container_of, frame_count, load_image
+from imprompt.encoders.video import read_video
 from imprompt.errors import ImpromptError, InputError, UsageError
 from imprompt.io import write_atomic
 from imprompt.output import Record, read_record
+from imprompt.output.clips import durations
 from imprompt.schema.request import Request
 
 ID = re.compile(r"[0-9a-f]{64}")
@@ -347,10 +348,10 @@ def as_animation(video: bytes, max_frames: int = MAX_FRAMES) -> bytes:
     frames, fps = _frames(video, max_frames)
     for frame in frames:
         frame.thumbnail((VIDEO_SIDE, VIDEO_SIDE))
-    duration = round(1000 / fps)
     return as_bytes(
-        frames[0], "WEBP", save_all=True, append_images=frames[1:], duration=duration, quality=90, method=0
-    )
+        frames[0], "WEBP", save_all=True, append_images=frames[1:], duration=durations(len(frames), fps, 1),
+        quality=90, method=0,
+    )  # fmt: skip
 
 
 def _frames(video: bytes, max_frames: int) -> tuple[list[Image.Image], float]:

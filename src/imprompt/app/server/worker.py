@@ -25,8 +25,7 @@ from imprompt.app.server import messages as say
 from imprompt.app.server.logs import log_to_stderr
 from imprompt.app.server.problems import problem_of
 from imprompt.app.server.store import ID, SCRATCH, as_animation, describe, disk_problem
-from imprompt.encoders.images import as_bytes
-from imprompt.encoders.video import container_of
+from imprompt.encoders.images import as_bytes, container_of
 from imprompt.errors import Cancelled, ImpromptError, InputError
 from imprompt.generation.engine import Engine, Result
 from imprompt.generation.steps import Step
