@@ -4,47 +4,17 @@ import base64
 import io
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from browsing import Open, add_reference, draw, file, last_request, set_up
 from imprompt.output.clips import encode_clip
 from serving import Running, picture, submit, wait
 
 pytestmark = [pytest.mark.slow]
-Open = Callable[..., object]
 AXE = Path(os.environ.get("IMPROMPT_AXE", ".venv/axe/node_modules/axe-core/axe.min.js"))
-
-
-def set_up(page, prompt: str = "a cat", steps: int = 3) -> None:
-    """Say what to draw, in few steps, with a seed."""
-    page.fill("#prompt", prompt)
-    page.get_by_text("Fine tuning").click()
-    page.get_by_label("Steps").fill(str(steps))
-    page.get_by_label("Seed", exact=True).fill("5")
-    page.get_by_label("Seed", exact=True).press("Tab")
-
-
-def draw(page) -> None:
-    page.get_by_role("button", name="Draw", exact=True).click()
-    page.wait_for_selector("img.result, .cell .tile")
-
-
-def file(content: bytes, name: str = "picture.png") -> dict[str, object]:
-    return {"name": name, "mimeType": "image/png", "buffer": content}
-
-
-def add_reference(page, content: bytes) -> None:
-    count = page.locator("#references > li").count()
-    page.locator("#reference-drop input[type=file]").set_input_files([file(content)])
-    page.locator("#references > li").nth(count).wait_for()
-
-
-def last_request(running: Running) -> dict:
-    with running.client() as client:
-        return client.get("/api/v1/history?limit=1").json()["jobs"][0]["request"]
 
 
 def dropped(page, content: bytes):
@@ -328,6 +298,43 @@ def test_deleting_says_how_many_pictures_go_and_takes_them_out_of_the_form(
     assert asked == ["Delete this picture?", "Delete all 3 pictures of this drawing?"]
     with running.client() as client:
         assert [client.get(f"/api/v1/jobs/{job}").status_code for job in ids] == [404, 404]
+
+
+def test_several_pictures_are_shown_together_and_stay_in_another_language(opening: Open) -> None:
+    page = opening()
+    set_up(page, "an owl", steps=1)
+    page.get_by_label("How many").fill("2")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.locator("#stage .tile").nth(1).click()
+    page.get_by_text("Seed 6").wait_for()
+    page.get_by_role("button", name="中文").click()
+    page.get_by_text("种子 6").wait_for()
+    page.get_by_role("button", name="返回").click()
+    assert page.locator("#stage .tile").count() == 2
+    page.locator("#stage .tile").first.click()
+    page.get_by_role("button", name="English").click()
+    page.get_by_role("button", name="Compare with").click()
+    page.locator("#gallery .tile").nth(1).click()
+    assert page.locator("#stage .side").all_inner_texts() == ["an owl · Seed 5", "an owl · Seed 6"]
+
+
+def test_a_server_that_does_not_answer_is_waited_for(opening: Open) -> None:
+    page = opening()
+    page.route("**/events", lambda route: route.abort())
+    set_up(page, "an owl", steps=2)
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.locator("#stage").get_by_text("The server does not answer; waiting for it").wait_for()
+    page.unroute("**/events")
+    page.wait_for_selector("img.result")
+
+
+def test_a_picture_that_another_page_deleted_is_told(opening: Open, running: Running) -> None:
+    with running.client() as client:
+        job = wait(client, submit(client, seed=77, steps=1)["id"])
+        page = opening()
+        client.delete(f"/api/v1/history/{job['id']}")
+    page.locator("#gallery .tile").first.click()
+    page.get_by_text("This picture is not on the server any more.").wait_for()
 
 
 def test_compares_strengths_as_a_grid(opening: Open, shot) -> None:

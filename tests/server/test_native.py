@@ -270,3 +270,23 @@ def test_pictures_come_in_the_format_asked_for(client: httpx.Client) -> None:
     body["format"] = "gif"
     refused = client.post("/api/v1/jobs", json=body)
     assert (refused.status_code, refused.json()["error"]["field"]) == (422, "format")
+
+
+def test_files_are_sent_in_parts_and_only_when_they_are_not_known(client: httpx.Client) -> None:
+    content = picture("red")
+    url = f"/api/v1/pictures/{upload(client, content)['id']}"
+    whole = client.get(url)
+    etag = whole.headers["ETag"]
+    assert whole.content == content
+    assert client.get(url, headers={"If-None-Match": f'"other", {etag}'}).status_code == 304
+    part = client.get(url, headers={"Range": "bytes=10-19", "If-Range": etag})
+    assert (part.status_code, part.content) == (206, content[10:20])
+    assert part.headers["Content-Range"] == f"bytes 10-19/{len(content)}"
+    assert client.get(url, headers={"Range": "bytes=10-19", "If-Range": '"other"'}).content == content
+    assert client.get(url, headers={"Range": f"bytes={len(content)}-"}).status_code == 416
+    head = client.head(url)
+    assert (head.content, head.headers["Content-Length"]) == (b"", str(len(content)))
+    small = client.get(f"{url}?thumbnail=true")
+    assert small.headers["ETag"] != etag
+    known = {"If-None-Match": small.headers["ETag"]}
+    assert client.get(f"{url}?thumbnail=true", headers=known).status_code == 304

@@ -181,3 +181,24 @@ def test_brackets_that_do_not_close_are_refused(client: httpx.Client) -> None:
             "/v1/images/edits", data={"prompt": "a", name: "2"}, files={"image": named(picture())}
         )
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_value")
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        ({"seed": 1}, "seed: send it inside 'imprompt', as {'imprompt': {'seed': …}}."),
+        ({"negative_prompt": "red"}, "negative_prompt: there is no such parameter."),
+        ({"image": "aGk="}, "image: pictures are sent as files, to images/edits."),
+    ],
+)
+def test_a_parameter_in_the_wrong_place_is_refused(theirs: openai.OpenAI, sent: dict, said: str) -> None:
+    with pytest.raises(openai.BadRequestError) as wrong:
+        theirs.images.generate(prompt="a cat", extra_body={**sent, "imprompt": SMALL})
+    assert wrong.value.body["message"] == said  # type: ignore[index]
+
+
+def test_their_parameters_without_effect_are_taken(theirs: openai.OpenAI) -> None:
+    drawn = theirs.images.generate(
+        prompt="a cat", user="me", style="vivid", moderation="low", extra_body={"imprompt": SMALL}
+    )
+    assert opened(drawn.data[0].b64_json).size == (128, 128)

@@ -264,7 +264,7 @@ def _no_picture(stream: IO[bytes] | None) -> str:
                 "is a video, and a picture is expected; save one of its frames as a picture, or show all of "
                 "them in a clip: imprompt animate --image PATH,at=each."
             )
-    return f"is not a picture that can be read here (known: {', '.join(_FORMATS)})."
+    return f"is not a picture that can be read here (known: {', '.join(_FORMATS)}); save it as PNG or JPEG."
 
 
 def _load(image: Image.Image, name: str, budget: Budget | None) -> None:

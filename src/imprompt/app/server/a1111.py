@@ -195,7 +195,7 @@ def _check_supported(values: Mapping[str, Any], body: TextToImage) -> None:
     """Raises :class:`Problem` for what would change the picture and has no counterpart."""
     for name, what in _REFUSED.items():
         if values.get(name):
-            raise refused(name, f"{what} are not part of this server.", "not_supported")
+            raise refused(name, f"this server does not offer {what}.", "not_supported")
     if body.override_settings.get("CLIP_stop_at_last_layers") not in (None, 0, 1):
         raise refused(
             "CLIP_stop_at_last_layers", "skipping layers is not part of this server.", "not_supported"

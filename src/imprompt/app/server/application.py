@@ -21,6 +21,7 @@ from imprompt.app.server.capabilities import capabilities
 from imprompt.app.server.guard import Guard, answer
 from imprompt.app.server.metrics import Metrics
 from imprompt.app.server.problems import Problem, problem_of
+from imprompt.app.server.protocols import unchanged
 from imprompt.app.server.queue import Queue
 from imprompt.app.server.settings import Settings
 from imprompt.app.server.store import Store
@@ -124,8 +125,7 @@ def _add_page(app: FastAPI) -> None:
         headers = {"Cache-Control": "no-cache"}
         found = FileResponse(path, media_type=_TYPES[path.suffix], headers=headers, stat_result=path.stat())
         headers["ETag"] = found.headers["etag"]
-        known = http.headers.get("if-none-match", "").replace("W/", "").split(",")
-        return Response(None, 304, headers) if headers["ETag"] in map(str.strip, known) else found
+        return Response(None, 304, headers) if unchanged(http, headers["ETag"]) else found
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query
 from fastapi import Request as HTTPRequest
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, StrictBool
 
 from imprompt.app.server.bodies import Body, checked, described, form_body, json_body, uploads
@@ -27,6 +27,7 @@ from imprompt.app.server.protocols import (
     keep,
     server_sent,
     streamed,
+    unchanged,
 )
 from imprompt.app.server.queue import Queue
 from imprompt.app.server.store import Picture
@@ -38,7 +39,12 @@ from imprompt.schema.request import Request
 JobId = Annotated[str, Path(pattern="^[0-9a-f]{24}$", description="a job's id")]
 PictureId = Annotated[str, Path(pattern="^[0-9a-f]{64}$", description="a picture's id")]
 STILLS, CLIPS = (".png", ".jpg", ".webp"), (".webp", ".gif", ".mp4")  # the first is the default
-_FILES: dict[str, Any] = {"image/*": {}, "video/mp4": {}}
+_MEDIA: dict[str, Any] = {"image/*": {}, "video/mp4": {}}
+_FILES: dict[int | str, dict[str, Any]] = {
+    200: {"content": _MEDIA},
+    206: {"content": _MEDIA, "description": "the part that Range asks for; players of videos do"},
+    304: {"description": "the client has it already, as If-None-Match says"},
+}
 _EVENTS: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
 
 
@@ -167,29 +173,34 @@ async def _missing(queue: Queue, name: str) -> bool:
     return len(name) != 64 or await queue.blocking(queue.store.find, name) is None
 
 
-@router.get("/pictures/{picture}", response_class=Response, responses={200: {"content": _FILES}})
+@router.head("/pictures/{picture}", include_in_schema=False)
+@router.get("/pictures/{picture}", response_class=Response, responses=_FILES)
 async def picture_file(
-    picture: PictureId, queue: QueueHere, thumbnail: Annotated[bool, Query()] = False
+    http: HTTPRequest, picture: PictureId, queue: QueueHere, thumbnail: Annotated[bool, Query()] = False
 ) -> Response:
     """A stored picture, or a small WebP of it."""
     found = await queue.blocking(queue.store.find, picture)
     if found is None:
         raise Problem(404, "unknown_picture", "there is no such picture.")
-    return await _file(queue, found, thumbnail=thumbnail)
+    return await _file(http, queue, found, thumbnail=thumbnail)
 
 
-async def _file(queue: Queue, picture: Picture, *, thumbnail: bool = False) -> Response:
-    headers = {"Cache-Control": "private, max-age=31536000, immutable"}
+async def _file(http: HTTPRequest, queue: Queue, picture: Picture, *, thumbnail: bool = False) -> Response:
+    etag = f'"{picture.id[:32]}{"-small" if thumbnail else ""}"'
+    headers = {"Cache-Control": "private, max-age=31536000, immutable", "ETag": etag}
+    if unchanged(http, etag):
+        return Response(None, 304, headers)
+    path = queue.store.path(picture.id)
     try:
         if thumbnail:
             async with queue.decoding:
                 content = await asyncio.to_thread(queue.store.thumbnail, picture.id)
             return Response(content, media_type="image/webp", headers=headers)
-        content = await asyncio.to_thread(queue.store.path(picture.id).read_bytes)
+        stat = await asyncio.to_thread(path.stat)
     except (OSError, ImpromptError) as error:
         raise Problem(404, "unknown_picture", "the picture's file is gone.") from error
     headers["Content-Disposition"] = f'inline; filename="imprompt-{picture.id[:8]}{picture.suffix}"'
-    return Response(content, media_type=picture.type, headers=headers)
+    return FileResponse(path, media_type=picture.type, headers=headers, stat_result=stat)
 
 
 @router.post("/maps", status_code=201, response_model=PictureView, openapi_extra=described(MapBody))
@@ -283,14 +294,17 @@ async def _events(job: Job, queue: Queue) -> AsyncIterator[str]:
         yield server_sent("step", body)
 
 
-@router.get("/jobs/{job}/pictures/{number}", response_class=Response, responses={200: {"content": _FILES}})
-async def job_picture(job: JobHere, number: Annotated[int, Path(ge=0, le=999)], queue: QueueHere) -> Response:
+@router.head("/jobs/{job}/pictures/{number}", include_in_schema=False)
+@router.get("/jobs/{job}/pictures/{number}", response_class=Response, responses=_FILES)
+async def job_picture(
+    http: HTTPRequest, job: JobHere, number: Annotated[int, Path(ge=0, le=999)], queue: QueueHere
+) -> Response:
     """Picture ``number`` of a job, from 0."""
     if job.state != "done":
         raise Problem(409, "not_finished", f"the job is {job.state}; it has no pictures.")
     if number >= len(job.pictures):
         raise Problem(404, "unknown_picture", f"the job has {len(job.pictures)} pictures, counted from 0.")
-    return await _file(queue, Picture(**job.pictures[number]))
+    return await _file(http, queue, Picture(**job.pictures[number]))
 
 
 # ---- history and capabilities

@@ -17,7 +17,7 @@ from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response
 from PIL import Image, ImageOps
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import FormData
 
 from imprompt import catalog
@@ -58,6 +58,7 @@ from imprompt.schema.request import ControlRef, LoraRef, Request
 
 _THEIRS = re.compile(r"^(gpt-image|dall-e|chatgpt-image)")  # programs often have a name of theirs built in
 _FIDELITY = {"low": 0.6, "high": 0.9}
+_NO_EFFECT = "one of theirs without a counterpart; it has no effect"
 _EFFORT = {"low": 0.5, "high": 1.5, "hd": 1.5}
 """``quality`` → factor of the base's own number of steps."""
 _KEY = re.compile(r"\[(\w*)\]")
@@ -107,7 +108,9 @@ class ImagesBody(BaseModel):
 
 
 class Generation(Body):
-    """What ``images/generations`` takes; further fields of theirs have no counterpart and are ignored."""
+    """What ``images/generations`` takes."""
+
+    model_config = ConfigDict(extra="forbid")
 
     prompt: str
     model: str | None = None
@@ -120,6 +123,10 @@ class Generation(Body):
     stream: bool = False
     partial_images: int = Field(default=0, ge=0, le=3)
     imprompt: dict[str, Any] = Field(default_factory=dict, description="fields of imprompt's own request")
+    user: Any = Field(default=None, description=_NO_EFFECT)
+    style: Any = Field(default=None, description=_NO_EFFECT)
+    moderation: Any = Field(default=None, description=_NO_EFFECT)
+    output_compression: Any = Field(default=None, description=_NO_EFFECT)
 
 
 class Edit(Generation):
@@ -182,8 +189,20 @@ def _model(name: str) -> dict[str, Any]:
 # ---- in
 
 
-def _checked(model: type[Fields], values: object) -> Fields:
+def _checked(model: type[Fields], values: dict[str, Any]) -> Fields:
+    for name, value in values.items():
+        if name not in model.model_fields and value is not None:
+            raise _wrong(name[:80], _unknown(name))
     return checked(model, values, status=400, code="invalid_value")
+
+
+def _unknown(name: str) -> str:
+    """What to do with a parameter that is not theirs."""
+    if name in ("image", "image[]", "mask"):
+        return "pictures are sent as files, to images/edits"
+    if name in Request.model_fields:
+        return f"send it inside 'imprompt', as {{'imprompt': {{'{name}': …}}}}"
+    return "there is no such parameter"
 
 
 def _form_values(form: FormData, queue: Queue) -> dict[str, Any]:

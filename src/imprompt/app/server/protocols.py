@@ -124,6 +124,12 @@ async def encoded(files: list[bytes]) -> list[str]:
     return await asyncio.to_thread(lambda: [as_base64(content) for content in files])
 
 
+def unchanged(http: HTTPRequest, etag: str) -> bool:
+    """Whether the client has what this entity tag names, so that 304 is the answer."""
+    known = http.headers.get("if-none-match", "").replace("W/", "").split(",")
+    return etag in map(str.strip, known)
+
+
 def server_sent(event: str, data: object) -> str:
     """One server-sent event, with its data as JSON."""
     return f"event: {event}\ndata: {json.dumps(data)}\n\n"

@@ -84,7 +84,10 @@ export function follow(id, on) {
       if (lost === 30) {
         source.close();
         reject(new Problem(0, { code: "offline", message: "offline" }));
-      } else if (source.readyState === EventSource.CLOSED) {
+        return;
+      }
+      on("lost");
+      if (source.readyState === EventSource.CLOSED) {
         try {
           const now = await job(id);
           heard(now.state === "running" ? "step" : now.state, now);

@@ -73,14 +73,18 @@ export function toast(text, kind = "info") {
   setTimeout(() => note.remove(), kind === "error" ? 12000 : 5000);
 }
 
-/** A modal dialog with a title; `close()` removes it. Focus goes back where it was. */
-export function dialog(title, body, { wide = false, onclose } = {}) {
+/**
+ * A modal dialog with a title; `close()` removes it. Focus goes back where it was. `leave` says whether it may be
+ * closed without a choice.
+ */
+export function dialog(title, body, { wide = false, onclose, leave = () => true } = {}) {
   const id = `dialog-${Math.random().toString(36).slice(2)}`;
   const box = h("dialog", { class: wide ? "wide" : "", "aria-labelledby": id },
     h("div", { class: "row head" }, h("h2", { id }, title), h("span", { class: "grow" }),
-      iconButton("x", t("close"), () => box.close())), body);
+      iconButton("x", t("close"), () => leave() && box.close())), body);
   box.addEventListener("close", () => { box.remove(); onclose?.(); });
-  box.addEventListener("click", (event) => { if (event.target === box) box.close(); });
+  box.addEventListener("cancel", (event) => { if (!leave()) event.preventDefault(); });
+  box.addEventListener("click", (event) => { if (event.target === box && leave()) box.close(); });
   document.body.append(box);
   box.showModal();
   return box;

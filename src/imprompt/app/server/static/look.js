@@ -2,10 +2,11 @@
 
 import { $, choice, dialog, h, icon, iconButton, slider } from "./dom.js";
 import { t } from "./i18n.js";
-import { render as renderPictures } from "./references.js";
-import { adaptersHere, baseRow, change, changed, offered, settings } from "./settings.js";
+import { kept, render as renderPictures } from "./references.js";
+import { adaptersHere, autoScale, baseRow, change, changed, offered, settings } from "./settings.js";
 
 const TASKS = { generate: "picture", edit: "edit", inpaint: "brush", animate: "film" };
+const SEEDS = 2 ** 53 - 1; // the largest whole number that JSON keeps
 const SHAPES = [["square", 1, 1], ["tall", 3, 4], ["wide", 4, 3]];
 
 function renderTabs() {
@@ -37,13 +38,13 @@ function renderWords() {
   for (const name of ["prompt", "negative"]) {
     const field = $(name);
     field.value = settings[name];
-    field.oninput = () => { settings[name] = field.value; grow(field); changed(); };
+    field.oninput = () => { say(name, field.value); grow(field); };
     grow(field);
   }
   $("prompt").placeholder = t("promptPlaceholder");
   if (settings.negative) $("negative-box").open = true;
   $("words-hint").hidden = baseRow().family !== "emoji";
-  const write = (text) => { settings.prompt = text; changed(); renderWords(); };
+  const write = (text) => { say("prompt", text); renderWords(); };
   const chip = (text, onclick) => h("button", { type: "button", class: "chip", onclick }, text);
   const things = words.concepts.map((word) => word.replaceAll("-", " "));
   $("words-hint").replaceChildren(h("details", { open: Boolean($("words-hint").querySelector("details")?.open) },
@@ -51,6 +52,13 @@ function renderWords() {
     h("div", { class: "chips" }, things.map((thing) => chip(thing, () => write(`${"aeiou".includes(thing[0]) ? "an" : "a"} ${thing}`)))),
     h("div", { class: "chips" }, words.styles.map((style) => chip(t("inStyle", { name: style }), () => write(`${settings.prompt.replace(/, \S+ style$/, "")}, ${style} style`)))),
     h("p", { class: "hint" }, t("wordsMore"))));
+}
+
+/** Keep a text; pictures beside words act less than pictures alone. */
+function say(name, text) {
+  const before = autoScale();
+  change({ [name]: text });
+  if (autoScale() !== before) renderPictures();
 }
 
 function grow(field) {
@@ -63,7 +71,8 @@ function number(label, name, { min, max, step = 1, placeholder }) {
     h("input", { type: "number", min: String(min), max: String(max), step: String(step), value: settings[name] ?? "", placeholder,
       onchange: (event) => {
         const { value } = event.target;
-        change({ [name]: value === "" ? null : Math.min(max, Math.max(min, Number(value))) });
+        const whole = Number.isInteger(step) ? Math.round : Number;
+        change({ [name]: value === "" ? null : Math.min(max, Math.max(min, whole(value))) });
         event.target.value = settings[name] ?? "";
       } }));
 }
@@ -92,8 +101,11 @@ function shapes() {
 
 function seed() {
   const input = h("input", {
-    type: "number", min: "0", max: String(2 ** 53 - 1), step: "1", value: settings.seed ?? "", placeholder: t("seedRandom"), "aria-label": t("seed"),
-    onchange: () => { change({ seed: input.value === "" ? null : Math.max(0, Math.floor(Number(input.value))) }); },
+    type: "number", min: "0", max: String(SEEDS), step: "1", value: settings.seed ?? "", placeholder: t("seedRandom"), "aria-label": t("seed"),
+    onchange: () => {
+      change({ seed: input.value === "" ? null : Math.min(SEEDS, Math.max(0, Math.floor(Number(input.value)))) });
+      input.value = settings.seed ?? "";
+    },
   });
   return h("div", { class: "number wide" }, h("span", { class: "name" }, t("seed")), h("div", { class: "row" }, input,
     iconButton("dice", t("seedRoll"), () => { change({ seed: null }); input.value = ""; })));
@@ -103,7 +115,6 @@ function renderLook() {
   const { limits } = offered.capabilities;
   const clip = settings.task === "animate";
   const opened = $("look").querySelector("details")?.open;
-  const extras = Object.keys(settings.extra);
   $("look").replaceChildren(
     shapes(),
     clip ? "" : slider(t("count"), { value: settings.count, min: 1, max: Math.min(8, limits.count), step: 1, oninput: (count) => change({ count }) }),
@@ -113,8 +124,7 @@ function renderLook() {
       number(t("guidance"), "guidance", { min: 0, max: 30, step: 0.5, placeholder: t("auto") }),
       clip && number(t("frames"), "frames", { min: 2, max: limits.frames, placeholder: "16" }),
       clip && number(t("fps"), "fps", { min: 1, max: 60, placeholder: "8" }))),
-    extras.length ? h("p", { class: "row hint" }, h("span", { title: extras.join(", ") }, t("kept", { count: extras.length })),
-      h("button", { type: "button", class: "quiet", onclick: () => { change({ extra: {} }); renderLook(); } }, t("forget"))) : "",
+    kept(settings.extra, () => { change({ extra: {} }); renderLook(); }) ?? "",
   );
 }
 

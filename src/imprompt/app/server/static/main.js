@@ -116,7 +116,7 @@ const actions = {
     toast(t("compareHint"));
     comparing = (job, place) => {
       comparing = null;
-      stage.compare({ url: picture.url, name }, { url: job.pictures[place].url, name: job.request.prompt || t("withoutWords") }, back);
+      stage.compare({ url: picture.url, name }, { url: job.pictures[place].url, name: stage.numbered(job, place) }, back);
     };
   },
   forgotten: async (job) => {
@@ -206,7 +206,7 @@ async function begin() {
     return;
   }
   loadDraft();
-  stage.setUp({ actions, onstate: (running, drawn) => { showButtons(); if (!running && drawn) gallery.load(); } });
+  stage.setUp({ actions, onstate: (running, drawn) => { comparing = null; showButtons(); if (!running && drawn) gallery.load(); } });
   gallery.setUp((job, place) => {
     if (comparing) comparing(job, place);
     else stage.show(job, place);
@@ -220,7 +220,7 @@ async function begin() {
   $("sweep").addEventListener("click", sweep);
   $("model").addEventListener("click", openModels);
   $("theme").addEventListener("click", nextTheme);
-  $("language").addEventListener("click", () => { switchLanguage(); renderAll(); if (!stage.isRunning()) showWelcome(); });
+  $("language").addEventListener("click", () => { switchLanguage(); renderAll(); if (!stage.isRunning()) stage.refresh(); });
   document.addEventListener("keydown", (event) => {
     if (document.querySelector("dialog[open]")) return;
     if ((event.ctrlKey || event.metaKey) && event.key === "Enter") { event.preventDefault(); generate(); }

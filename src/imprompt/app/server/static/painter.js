@@ -110,6 +110,7 @@ function show(title, under, surface, resolve) {
   });
   const context = view.getContext("2d");
 
+  const fingers = new Map(); // where each pointer is that touches the sheet
   const tint = h("canvas", { width, height }).getContext("2d");
   const note = h("p", { class: "hint" });
 
@@ -146,12 +147,24 @@ function show(title, under, surface, resolve) {
     event.preventDefault();
     view.focus();
     view.setPointerCapture(event.pointerId);
+    fingers.set(event.pointerId, [event.clientX, event.clientY]);
+    if (fingers.size > 1) { // two fingers move the sheet; what the first one painted meanwhile is taken back
+      if (state.painting) undo();
+      state.painting = null;
+      return;
+    }
     surface.keep();
     state.painting = point(event);
     surface.stroke([state.painting], state.radius, state.erase);
     draw();
   });
   view.addEventListener("pointermove", (event) => {
+    if (fingers.size > 1) {
+      const [x, y] = fingers.get(event.pointerId) ?? [event.clientX, event.clientY];
+      fingers.set(event.pointerId, [event.clientX, event.clientY]);
+      view.parentElement.scrollBy((x - event.clientX) / fingers.size, (y - event.clientY) / fingers.size);
+      return;
+    }
     state.at = point(event);
     if (state.painting) {
       surface.stroke([state.painting, state.at], state.radius, state.erase);
@@ -159,7 +172,12 @@ function show(title, under, surface, resolve) {
     }
     draw();
   });
-  for (const name of ["pointerup", "pointercancel"]) view.addEventListener(name, () => { state.painting = null; });
+  for (const name of ["pointerup", "pointercancel"]) {
+    view.addEventListener(name, (event) => {
+      fingers.delete(event.pointerId);
+      state.painting = null;
+    });
+  }
 
   const size = slider(t("brushSize"), {
     value: state.radius, min: 2, max: Math.round(Math.max(width, height) / 4), step: 1,
@@ -171,9 +189,13 @@ function show(title, under, surface, resolve) {
     input.dispatchEvent(new Event("input"));
   };
   const zoomed = (factor) => {
+    const easel = view.parentElement;
+    const middle = [(easel.scrollLeft + easel.clientWidth / 2) / easel.scrollWidth, (easel.scrollTop + easel.clientHeight / 2) / easel.scrollHeight];
+    if (state.zoom === 1) state.fitted = view.clientWidth;
     state.zoom = Math.min(8, Math.max(1, state.zoom * factor));
-    view.style.width = `${state.zoom * 100}%`;
-    view.style.maxHeight = state.zoom === 1 ? "" : "none";
+    view.classList.toggle("zoomed", state.zoom > 1);
+    view.style.width = state.zoom > 1 ? `${Math.round(state.fitted * state.zoom)}px` : "";
+    easel.scrollTo(middle[0] * easel.scrollWidth - easel.clientWidth / 2, middle[1] * easel.scrollHeight - easel.clientHeight / 2);
   };
   const tool = (erase) => {
     state.erase = erase;
@@ -218,7 +240,7 @@ function show(title, under, surface, resolve) {
       iconButton("trash", t("clear"), change(() => surface.clear())),
       iconButton("zoomout", t("zoomOut"), () => zoomed(1 / 1.5)), iconButton("zoomin", t("zoomIn"), () => zoomed(1.5))),
     h("div", { class: "easel", tabindex: "-1" }, view),
-    h("div", { class: "row" }, note, h("span", { class: "grow" }), done)), { wide: true, onclose: () => resolve(saved) });
+    h("div", { class: "row" }, note, h("span", { class: "grow" }), done)), { wide: true, onclose: () => resolve(saved), leave: () => !surface.past.length || confirm(t("discardSure")) });
   draw();
   view.focus();
 }

@@ -1,6 +1,6 @@
 // Choosing pictures: the field to drop on, the reference cards, the source picture and the control card.
 
-import { controlMap, upload } from "./api.js";
+import { controlMap, Problem, upload } from "./api.js";
 import { $, choice, dialog, h, icon, iconButton, slider, toast } from "./dom.js";
 import { t } from "./i18n.js";
 import { paint } from "./painter.js";
@@ -15,13 +15,30 @@ export function tell(problem) {
 
 /** Upload files, one after the other, and hand each picture to `use`. */
 export async function take(files, use) {
-  for (const file of files) {
-    if (!/^(image|video)\//.test(file.type)) { toast(t("notPicture"), "error"); continue; }
+  for (const file of [...files]) {
     try {
+      const wrong = await unfit(file);
+      if (wrong) throw new Problem(0, { code: "unfit", message: wrong });
       use(await upload(file, file.name || "picture.png"));
-    } catch (problem) { tell(problem); }
+    } catch (problem) {
+      if (problem.code === "offline") tell(problem);
+      else toast(`${shortened(file.name)}: ${problem.message.replace(/^file: /, "")}`, "error");
+    }
   }
 }
+
+/** Why a file is not even sent, or null. What a file without a known type is, the server says. */
+async function unfit(file) {
+  if (file.type && !/^(image|video)\//.test(file.type)) return t("notPicture");
+  const most = offered.capabilities.limits.picture_bytes;
+  if (file.size > most) return t("tooLarge", { size: Math.ceil(file.size / 2 ** 20), most: most / 2 ** 20 });
+  try {
+    await file.slice(0, 1).arrayBuffer();
+  } catch { return t("unreadable"); } // a folder, or gone since it was chosen
+  return null;
+}
+
+const shortened = (name) => (name.length > 48 ? `${name.slice(0, 30)}…${name.slice(-14)}` : name);
 
 /** The picture that is dragged from the gallery, if one is. */
 export const draggedPicture = (event) => {
@@ -107,6 +124,7 @@ function card(reference, number) {
         iconButton("x", `${t("remove")}: ${name}`, () => { settings.references.splice(number, 1); changed(); render(); })),
       !reference.avoid && strength,
       !reference.avoid && choice(`${t("take")}: ${name}`, takes, taken(reference), (take) => update({ take })),
+      kept(reference.extra, () => update({ extra: {} }, true)),
       h("details", { open: Boolean(reference.opened), ontoggle: (event) => { reference.opened = event.target.open; } },
         h("summary", { "aria-label": `${t("details")}: ${name}` }, t("details")),
         h("div", { class: "stack" },
@@ -125,6 +143,13 @@ function avoidOnly(avoided) {
   for (const reference of settings.references) reference.avoid = reference === avoided;
   changed();
   render();
+}
+
+/** What a restored picture says beyond what the page shows, by name, and a button to leave it out; or null. */
+export function kept(extra, forget) {
+  const names = Object.keys(extra);
+  return names.length ? h("p", { class: "row hint" }, h("span", {}, t("kept", { names: names.join(", ") })),
+    h("button", { type: "button", class: "quiet", onclick: forget }, t("forget"))) : null;
 }
 
 function span(reference, name, update) {

@@ -51,9 +51,11 @@ export function dropPictures(ids) {
   changed();
 }
 
+/** The chosen base; one that a restored picture names and this server has not keeps its name, and is refused by it. */
 export const baseRow = () => {
   const { bases, base } = offered.capabilities;
-  return bases.find((row) => row.name === (settings.base ?? base)) ?? bases[0];
+  const name = settings.base ?? base;
+  return bases.find((row) => row.name === name) ?? { name, family: null, size: null, multiple: null, profiles: true, offered: false };
 };
 
 export const adaptersHere = () => offered.capabilities.adapters.filter((row) => row.family === baseRow().family || row.family === null);
@@ -99,7 +101,7 @@ export function toRequest() {
   if (settings.strength !== null && settings.source && task !== "generate") request.strength = settings.strength;
   if (settings.control) {
     const { picture, kind, scale, start, end, extra } = settings.control;
-    request.controls = [{ ...extra, path: picture.id, kind, scale, start, end }];
+    request.controls = [{ ...extra, path: picture.id, kind, scale, start, end }, ...(settings.extra.controls ?? [])];
   }
   if (!request.prompt && !followed.length && !request.controls && !(request.regions ?? []).length && (task === "generate" || (task === "animate" && !request.video))) {
     throw new Error("nothing");
@@ -109,11 +111,17 @@ export function toRequest() {
 
 const stub = (id) => ({ id, url: `/api/v1/pictures/${id}`, thumbnail: `/api/v1/pictures/${id}?thumbnail=true`, frames: 1 });
 
+/** The fields of a record that say something else than their default. */
+function told(values, { properties }) {
+  return Object.fromEntries(Object.entries(values).filter(([name, value]) =>
+    value !== null && !(Array.isArray(value) && !value.length) && value !== properties[name]?.default));
+}
+
 function fromImage(image) {
   const { image: named, scale, start, end, mask, profile, negative, adapter, ...extra } = image;
   const take = Object.keys(TAKES).find((key) => TAKES[key] === profile) ?? "everything";
   if (profile && TAKES[take] !== profile) extra.profile = profile;
-  const kept = Object.fromEntries(Object.entries(extra).filter(([, value]) => value !== null));
+  const kept = told(extra, offered.capabilities.request.$defs.ImagePrompt);
   const face = adapter && offered.capabilities.adapters.find((row) => row.name === adapter)?.face;
   if (adapter && !face) kept.adapter = adapter;
   const reference = {
@@ -128,12 +136,12 @@ export function fromRequest(request, missing = []) {
   const here = (id) => id && !missing.includes(id);
   const { task, prompt, negative, images, base, adapter, size, steps, guidance, seed, frames, fps, image, mask, video,
     strength, scale, controls, count: _count, ...rest } = request;
-  const plain = Object.fromEntries(Object.entries(rest).filter(([name, value]) =>
-    !OWN.has(name) && value !== null && !(Array.isArray(value) && !value.length)));
+  rest.regions = (rest.regions ?? []).filter((region) => here(region.mask));
+  const plain = Object.fromEntries(Object.entries(told(rest, offered.capabilities.request)).filter(([name]) => !OWN.has(name)));
   const references = (images ?? []).map((entry) => ({ ...entry, scale: entry.scale ?? scale ?? null }))
     .map((entry) => ({ ...entry, image: [entry.image].flat().filter(here), mask: here(entry.mask) ? entry.mask : null, negative: here(entry.negative) ? entry.negative : null }))
     .filter((entry) => entry.image.length).flatMap(fromImage);
-  const [control, ...moreControls] = controls ?? [];
+  const [control, ...moreControls] = (controls ?? []).filter((one) => here(one.path));
   if (moreControls.length) plain.controls = moreControls;
   const defaultAdapter = offered.capabilities.adapters.find((row) => row.default && row.name === adapter);
   Object.assign(settings, structuredClone(EMPTY), {
@@ -141,7 +149,7 @@ export function fromRequest(request, missing = []) {
     size: size ?? null, steps: steps ?? null, guidance: guidance ?? null, seed: seed ?? null, frames: frames ?? null,
     fps: fps ?? null, strength: strength ?? null,
     source: here(image) ? stub(image) : here(video) ? stub(video) : null, mask: here(mask) ? stub(mask) : null,
-    control: control && here(control.path) ? { picture: stub(control.path), kind: control.kind, scale: control.scale, start: control.start, end: control.end, extra: control.model ? { model: control.model } : {} } : null,
+    control: control ? { picture: stub(control.path), kind: control.kind, scale: control.scale, start: control.start, end: control.end, extra: control.model ? { model: control.model } : {} } : null,
     extra: plain,
   });
   changed();

@@ -1,7 +1,7 @@
 // The big picture: welcome and examples, a drawing in progress, what came of it, and the A/B comparison.
 
 import { cancel, follow, forget, job as jobState, submit } from "./api.js";
-import { $, announce, h, icon, iconButton } from "./dom.js";
+import { $, announce, h, icon, toast } from "./dom.js";
 import { t } from "./i18n.js";
 import { tell } from "./references.js";
 
@@ -13,8 +13,10 @@ let running = false;
 let stopper = null;
 let actions = null; // what can be done with a finished picture, set by main.js
 let onstate = () => {};
+let again = () => {}; // shows once more what is shown, in another language
 
 export const isRunning = () => running;
+export const refresh = () => again();
 export function setUp(handlers) {
   ({ actions, onstate } = handlers);
 }
@@ -23,6 +25,7 @@ export function setUp(handlers) {
 
 /** What the page is for, shown by examples: a picture and words, and what becomes of them. */
 export function welcome(examples, use) {
+  again = () => welcome(examples, use);
   $("stage").replaceChildren(h("div", { class: "welcome" },
     h("h2", {}, t("motto")), h("p", {}, t("welcomeText")),
     h("ul", { class: "examples" }, examples.map((example) => h("li", {},
@@ -80,7 +83,7 @@ async function listen(jobs) {
   const finished = cells.filter((cell) => cell.pictures.length);
   if (finished.length) {
     announce(t("done"));
-    if (cells.length === 1) show(finished[0].job, 0);
+    if (cells.length === 1 && cells[0].pictures.length === 1) show(cells[0].job, 0);
   } else if (cells.every((cell) => cell.stopped)) announce(t("cancelled"));
 }
 
@@ -93,6 +96,7 @@ async function watch(cell, job) {
         if (data.preview) cell.image.src = data.preview;
         cell.image.hidden = !cell.image.src;
       } else if (name === "step") progress(cell, t("loading"));
+      else if (name === "lost") progress(cell, t("lost"));
     });
     if (cell.job.state === "done") finished(cell);
     else if (cell.job.state === "failed") failed(cell, cell.job.error);
@@ -104,6 +108,7 @@ async function watch(cell, job) {
 
 function begin() {
   running = true;
+  again = () => {};
   stopper = new AbortController();
   onstate(true, false);
   for (const cell of cells) {
@@ -165,10 +170,13 @@ async function cancelled(job) {
 
 // ---- one picture
 
+/** What tells a picture from another of the same words. */
+export const numbered = (job, place) => `${title(job)} · ${t("seed")} ${job.request.seed + place}`;
 const title = (job) => job.request.prompt || t("withoutWords");
 
 /** Show picture `place` of a finished job with what can be done with it. */
 export function show(job, place = 0) {
+  again = () => show(job, place);
   const picture = job.pictures[place];
   const other = job.request.image ? `/api/v1/pictures/${job.request.image}` : null;
   const grid = cells.length > 1 && cells.some((cell) => cell.job?.id === job.id && cell.pictures.length);
@@ -176,10 +184,10 @@ export function show(job, place = 0) {
   const name = t("drawnPicture", { prompt: title(job) });
   const media = picture.type === "video/mp4"
     ? h("video", { src: picture.url, autoplay: true, loop: true, muted: true, controls: true, "aria-label": name })
-    : h("img", { src: picture.url, alt: name, class: "result" });
+    : h("img", { src: picture.url, alt: name, class: "result", onerror: () => toast(t("gone"), "error") });
   $("stage").replaceChildren(h("figure", { class: "shown" },
     h("div", { class: "frame big" }, media),
-    h("figcaption", {}, h("span", { class: "caption" }, title(job)),
+    h("figcaption", {}, h("span", { class: "caption", dir: "auto" }, title(job)),
       h("span", { class: "hint" }, [`${picture.width}×${picture.height}`, job.request.seed !== null && `${t("seed")} ${job.request.seed + place}`, job.request.steps && `${job.request.steps} ${t("steps")}`].filter(Boolean).join(" · ")),
       job.notes.map((note) => h("span", { class: "hint" }, note))),
     h("div", { class: "actions", role: "toolbar", "aria-label": t("stage") },
@@ -190,7 +198,7 @@ export function show(job, place = 0) {
       action("sliders", "asControl", () => actions.control(picture)),
       action("restore", "restore", () => actions.restore(job, place)),
       other && action("compare", "compare", () => compare({ url: other, name: t("before") }, { url: picture.url, name: title(job) }, () => show(job, place))),
-      action("compare", "compareWith", () => actions.compareWith(picture, title(job), () => show(job, place))),
+      action("compare", "compareWith", () => actions.compareWith(picture, numbered(job, place), () => show(job, place))),
       h("a", { class: "button quiet", href: picture.url, download: `imprompt-${job.id.slice(0, 8)}-${place + 1}` }, icon("download"), t("download")),
       action("trash", "delete", async () => {
         const count = job.pictures.length;
@@ -208,6 +216,7 @@ function action(glyph, name, onclick) {
 
 /** All pictures of the run, or of the job, as a grid. */
 function showAll(job) {
+  again = () => showAll(job);
   const own = cells.length > 1 && cells.some((cell) => cell.job?.id === job.id);
   const shown = own ? cells.filter((cell) => cell.pictures.length).flatMap((cell) => cell.pictures.map((picture, place) => ({ job: cell.job, picture, place, label: cell.label })))
     : job.pictures.map((picture, place) => ({ job, picture, place, label: null }));
@@ -218,6 +227,7 @@ function showAll(job) {
 
 /** Two pictures over each other with a slider between them. */
 export function compare(first, second, back) {
+  again = () => compare(first, second, back);
   const top = h("img", { src: first.url, alt: first.name, class: "result top" });
   const line = h("span", { class: "divide" });
   const input = h("input", { type: "range", min: "0", max: "100", value: "50", class: "wipe", "aria-label": t("compareSlider"),
