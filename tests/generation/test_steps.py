@@ -1,11 +1,17 @@
 """Progress: each step is told, previews look like what is drawn, and an exception ends a drawing cleanly."""
 
+from types import SimpleNamespace
+
+import diffusers
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from imprompt.generation.drawing import keep_float32
 from imprompt.generation.engine import Engine
-from imprompt.schema.request import Request
+from imprompt.generation.pipelines import scheduler_for
+from imprompt.schema.request import SCHEDULERS, Request
 
 
 def pixels(image):
@@ -80,3 +86,38 @@ def test_a_clip_previews_a_frame():
     Engine().run(request, on_step=steps.append)
     assert isinstance(steps[-1].preview(), Image.Image)
     assert steps[-1].preview().size == (128, 128)
+
+
+@pytest.mark.parametrize("as_tuple", [True, False])
+@pytest.mark.parametrize("name", [*SCHEDULERS, "flow"])
+def test_half_precision_latents_end_as_the_rounded_float32_ones(name, as_tuple):
+    own = diffusers.FlowMatchEulerDiscreteScheduler() if name == "flow" else diffusers.DDIMScheduler()
+    pipe = SimpleNamespace(scheduler=own)
+
+    def drawn(dtype):
+        scheduler = scheduler_for(pipe, None if name == "flow" else name)
+        keep_float32(scheduler)
+        scheduler.set_timesteps(8)
+        luck, taken = torch.Generator().manual_seed(1), {}
+        if "generator" in scheduler.step.__wrapped__.__code__.co_varnames:
+            taken = {"generator": torch.Generator().manual_seed(2)}
+        latents = torch.randn(1, 4, 8, 8, generator=luck).bfloat16().to(dtype)
+        for timestep in scheduler.timesteps:
+            predicted = torch.randn(latents.shape, generator=luck).bfloat16().to(dtype)
+            output = scheduler.step(predicted, timestep, latents, return_dict=not as_tuple, **taken)
+            latents = output[0] if as_tuple else output.prev_sample
+            assert latents.dtype == dtype
+        return latents
+
+    assert torch.equal(drawn(torch.bfloat16), drawn(torch.float32).bfloat16())
+
+
+def test_latents_that_the_pipeline_changes_are_taken_as_they_are():
+    scheduler = diffusers.DDIMScheduler()
+    keep_float32(scheduler)
+    scheduler.set_timesteps(4)
+    zeros, ones = torch.zeros(1, 4, 2, 2).bfloat16(), torch.ones(1, 4, 2, 2).bfloat16()
+    first, second = scheduler.timesteps[:2]
+    scheduler.step(zeros, first, ones)
+    masked = scheduler.step(zeros, second, zeros).prev_sample
+    assert torch.equal(masked, zeros)

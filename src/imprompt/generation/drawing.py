@@ -3,11 +3,13 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from imprompt.errors import ModelError, UsageError
 from imprompt.generation import video
@@ -23,12 +25,38 @@ from imprompt.io import seed_for
 
 @contextmanager
 def fresh_scheduler(pipe: Any, name: str | None) -> Iterator[None]:
-    """While this is open, the pipeline has a new scheduler."""
+    """While this is open, the pipeline has a new scheduler, which :func:`keeps float32 <keep_float32>`."""
     own, pipe.scheduler = pipe.scheduler, scheduler_for(pipe, name)
+    keep_float32(pipe.scheduler)
     try:
         yield
     finally:
         pipe.scheduler = own
+
+
+def keep_float32(scheduler: Any) -> None:
+    """Let a scheduler compute in float32, and keep the latents of a pipeline in half precision in float32
+    from one step to the next: the model reads them rounded, but the rounding does not add up.
+
+    Latents that the pipeline has changed between two steps are taken as they come.
+    """
+    step = scheduler.step
+    given = exact = torch.empty(0)
+
+    @wraps(step)  # pipelines ask for its parameters
+    def stepped(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal given, exact
+        if sample.dtype not in (torch.bfloat16, torch.float16):
+            return step(model_output, timestep, sample, *args, **kwargs)
+        sample, dtype = exact if sample is given else sample.float(), sample.dtype
+        output = step(model_output.float(), timestep, sample, *args, **kwargs)
+        exact, given = output[0], output[0].to(dtype)
+        if isinstance(output, tuple):
+            return (given, *output[1:])
+        output.prev_sample = given
+        return output
+
+    scheduler.step = stepped
 
 
 def draw(loaded: Loaded, shots: Sequence[Shot]) -> list[list[Image.Image]]:
