@@ -8,9 +8,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.packed import pack, works
 from imprompt.schema.prompt import ImagePrompt
 from tiny import POOLED, TEXT_WIDTH, random_adapter_state, tiny_kolors, tiny_sd, tiny_sdxl
 
@@ -62,6 +64,20 @@ def test_text_is_projected_once_a_generation() -> None:
 
     assert projections() == len(layers)
     assert projections(callback_on_step_end=anew) == len(layers) * STEPS
+
+
+@pytest.mark.skipif(not works(torch.bfloat16), reason="this processor or PyTorch lacks the kernels")
+def test_packed_layers_project_the_text_once_too() -> None:
+    pipe = prompted()
+    pipe.to(torch.bfloat16)
+    pack(pipe.unet)
+    layers = [each for name, each in pipe.unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
+    ran: list[Any] = []
+    hook = register_module_forward_hook(lambda layer, *_: ran.append(layer))
+    with torch.inference_mode():
+        draw(pipe)
+    hook.remove()
+    assert sorted(map(id, layers)) == sorted(id(each) for each in ran if each in layers)
 
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl, tiny_kolors])

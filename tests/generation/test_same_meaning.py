@@ -13,9 +13,9 @@ from PIL import Image
 import tiny
 from facemodels import pack, photo
 from faces import face_state
+from imprompt import packed
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.errors import ImpromptError, UsageError
-from imprompt.generation import packed
 from imprompt.generation.engine import Engine
 from imprompt.generation.families import find_base
 from imprompt.generation.pipelines import load, scheduler_for

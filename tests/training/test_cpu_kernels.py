@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from imprompt.generation.packed import works
+from imprompt.packed import works
 from imprompt.training.cpu_kernels import CPUKernels
 
 half = pytest.mark.skipif(

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from imprompt.adapter.backbones.base import Call, Caller
+from imprompt.packed import PackedLinear
 from imprompt.weights import times_written
 
 _MOST_BYTES = 128 * 2**20  # SDXL in float32, one guided picture, has 102 MB; layers beyond are not kept
@@ -96,6 +97,7 @@ def stays_the_same(caller: Caller | None) -> bool:
 
 
 def _plain(layer: Any) -> bool:
-    """Whether a layer is torch's own linear one, and nothing but its weights decides what it computes."""
+    """Whether a layer is torch's own linear one, packed or not, and nothing but its weights decides what it
+    computes."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
-    return type(layer) is nn.Linear and not hooked and not layer.weight.is_meta
+    return type(layer) in (nn.Linear, PackedLinear) and not hooked and not layer.weight.is_meta

@@ -24,10 +24,10 @@ from imprompt.generation.compiling import check_compiler, compile_denoiser
 from imprompt.generation.control import Control, check_fits, controlled, load_net
 from imprompt.generation.extras import add_embeddings, add_loras
 from imprompt.generation.families import Base
-from imprompt.generation.packed import pack
 from imprompt.generation.pipelines import for_task, load
 from imprompt.generation.text import TextStates
 from imprompt.generation.video import Motion
+from imprompt.packed import pack
 from imprompt.schema.request import Request
 from imprompt.weights import give_back_memory
 

@@ -149,7 +149,7 @@ def _levels(unet: Any) -> dict[str, int]:
 
 
 def _recognises(model: object) -> bool:
-    parts = ("attn_processors", "down_blocks", "up_blocks", "mid_block")
+    parts = ("set_attn_processor", "down_blocks", "up_blocks", "mid_block")
     return isinstance(model, nn.Module) and all(hasattr(model, part) for part in parts)
 
 

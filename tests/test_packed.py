@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from imprompt.generation import packed
-from imprompt.generation.packed import pack
+from imprompt import packed
+from imprompt.packed import pack
 
 pytestmark = pytest.mark.skipif(
     not packed.works(torch.float32), reason="this processor or PyTorch lacks the kernels"
