@@ -3,8 +3,9 @@
 Draws badges, a look that the bundled model does not know: twenty to train on with captions beside them, and
 others of the same things in other colours, held out. Trains on the twenty with all defaults and
 compares the result with its start on those held out, on the same seeds. What counts is the interval of each
-difference: the picture's figures (CLIP-I, alone and with another text) should lie above 0, the text's not
-below.
+difference. Of a picture shown alone, its likeness to the drawing (CLIP-I, copy) should rise; beside another
+text it should not fall, and neither should the share of drawings that show what the text says (text found).
+"text kept" falls wherever a look is taken over.
 
     python benchmarks/twenty_pictures.py [--samples N] [--out FOLDER] [imprompt train's flags …]
 """

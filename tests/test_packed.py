@@ -148,13 +148,18 @@ def test_unusual_convolutions_and_other_kinds_of_layers_stay_as_they_are() -> No
     assert [type(layer) for layer in odd] == kinds
 
 
-def test_a_model_too_large_for_a_copy_stays_as_it_is() -> None:
-    huge = nn.Conv2d(1, 1, 1)
-    # A weight that claims more memory than there is, without taking it.
-    row = torch.zeros(1).expand(packed.budget() // 4 + 1)
-    huge.weight = nn.Parameter(row.view(-1, 1, 1, 1), requires_grad=False)
-    pack(huge)
-    assert type(huge) is nn.Conv2d
+def test_layers_whose_copies_would_take_too_much_stay_as_they_are() -> None:
+    def of(share: float) -> nn.Conv2d:
+        """With a weight that claims a share of the budget, without taking any memory."""
+        layer = nn.Conv2d(1, 1, 1)
+        row = torch.zeros(1).expand(int(packed.budget() * share / 4))
+        layer.weight = nn.Parameter(row.view(-1, 1, 1, 1), requires_grad=False)
+        return layer
+
+    model = nn.Sequential(of(1.1), of(0.6), of(0.6), of(0.3))
+    pack(model)
+    is_packed = [type(layer) is packed.PackedConv2d for layer in model]
+    assert is_packed == [False, True, False, True]
 
 
 @pytest.mark.parametrize("last", [True, False])

@@ -39,16 +39,19 @@ def pack(model: nn.Module) -> None:
     """Let the convolutions and linear layers of ``model`` remember their weights in oneDNN's order.
 
     A weight is ordered at the first call of its layer, and again for states of another shape or after it has
-    changed (but a write through ``.data`` is not seen). A model on a GPU stays as it is, and so does one
-    whose copy would take more than :func:`budget`, or on a processor on which this does not work or was not
-    measured.
+    changed (but a write through ``.data`` is not seen). Convolutions come first, and layers whose copies
+    would exceed :func:`budget` stay as they are; so does a model on a GPU, or on a processor on which this
+    does not work or was not measured.
     """
     layers: list[Any] = [layer for layer in model.modules() if type(layer) in _KINDS and _packable(layer)]
-    if sum(layer.weight.nbytes for layer in layers) <= budget():
-        for layer in layers:
-            if not isinstance(layer, nn.GroupNorm):
-                layer.packed = Packed()
-            layer.__class__ = _KINDS[type(layer)]
+    left = budget()
+    for layer in sorted(layers, key=lambda layer: list(_KINDS).index(type(layer))):
+        if not isinstance(layer, nn.GroupNorm):
+            if layer.weight.nbytes > left:
+                continue
+            left -= layer.weight.nbytes
+            layer.packed = Packed()
+        layer.__class__ = _KINDS[type(layer)]
 
 
 def convolution(
@@ -177,10 +180,11 @@ def norm_in_float32(
 
 
 _KINDS: dict[type[Any], type[Any]] = {
+    nn.GroupNorm: PackedGroupNorm,
     nn.Conv2d: PackedConv2d,
     nn.Linear: PackedLinear,
-    nn.GroupNorm: PackedGroupNorm,
 }
+"""In the order in which they are packed."""
 
 
 def _packable(layer: Any) -> bool:

@@ -51,8 +51,9 @@ def test_every_task_is_measured_and_contenders_are_compared_on_the_same_seeds(se
     first, second, nothing = (name for name in report.by_case if name != BARE)
     assert second == f"{first} (2)"
     assert nothing.endswith("scale 0")
-    for figure in ("CLIP-I", "copy", "diversity", "both CLIP-I", "both text kept"):
+    for figure in ("CLIP-I", "copy", "diversity", "both CLIP-I", "both text kept", "both text found"):
         assert found[first, figure] == found[second, figure]
+    assert (BARE, "both text found") not in found  # its own drawings are what others are held against
     assert found[nothing, "both text kept"] == pytest.approx(1, abs=1e-6)  # the bare base's own drawings
     assert found[nothing, "both CLIP-I"] == pytest.approx(found[BARE, "both CLIP-I"])
     same = [each for each in report.differences if (each.second, each.first) == (first, second)]

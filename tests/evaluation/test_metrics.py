@@ -5,12 +5,23 @@ import math
 import pytest
 import torch
 
-from imprompt.evaluation.metrics import bootstrap, cosine, paired
+from imprompt.evaluation.metrics import bootstrap, cosine, found_share, paired
 
 
 def test_cosine_ignores_length():
     assert cosine(torch.tensor([[1.0, 0.0]]), torch.tensor([[5.0, 0.0]])).item() == pytest.approx(1)
     assert cosine(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])).item() == pytest.approx(0)
+
+
+def test_a_drawing_is_found_where_its_own_label_is_nearest():
+    right, up, left = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    between = torch.tensor([0.8, 0.6])
+    anchors = torch.stack([torch.stack([right, right]), torch.stack([up, up]), torch.stack([left, right])])
+    drawn = torch.stack([torch.stack([right, between]), torch.stack([between, up]), torch.stack([left, up])])
+    assert found_share(drawn, anchors, ["a", "b", "c"]).tolist() == [1, 0.5, 0]  # c's anchors cancel out
+    assert found_share(drawn, anchors, ["a", "b", "b"])[2] == 1  # with b's they mean up
+    with pytest.raises(ValueError, match="two labels"):
+        found_share(drawn, anchors, ["a", "a", "a"])
 
 
 def test_bootstrap_interval_covers_the_mean_and_narrows_with_more_values():

@@ -82,11 +82,37 @@ def test_a_resampler_is_called_plus():
 
 
 def test_what_is_left_open_is_chosen_by_the_pictures_and_the_start():
-    few, many = checked().resolved("linear", 20, True), checked().resolved("linear", 20_000, False)
-    assert (few.steps, few.lr, few.warmup, few.validate_every) == (60, 1e-4, 6, 6)
-    assert (many.steps, many.warmup) == (20_000, 500)
-    stated = checked(steps=7, lr=1.0, warmup=0, validate_every=5).resolved("plus", 20, True)
-    assert (stated.steps, stated.lr, stated.warmup, stated.validate_every) == (7, 1.0, 0, 5)
+    few = checked().resolved("linear", 20, started=True, captioned=True)
+    assert (few.steps, few.lr, few.warmup, few.validate_every) == (60, 5e-5, 6, 6)
+    assert (few.references, few.drop_text) == ((("any", 1.0),), 0.5)
+    assert checked().resolved("linear", 100, started=True, captioned=True).steps == 60
+    assert checked().resolved("linear", 100, started=True).steps == 300
+    many = checked().resolved("linear", 20_000)
+    assert (many.steps, many.lr, many.warmup) == (20_000, 1e-4, 500)
+    assert (many.references, many.drop_text) == ((("self", 1.0),), 0.05)
+    stated = {
+        "steps": 7, "lr": 1.0, "warmup": 0, "validate_every": 5, "drop_text": 0.2,
+        "references": (("style", 1.0),),
+    }  # fmt: skip
+    config = checked(**stated).resolved("plus", 20, started=True, captioned=True)
+    assert {name: getattr(config, name) for name in stated} == stated
+
+
+@pytest.mark.parametrize(
+    ("kind", "pictures", "given"),
+    [
+        ("plus", 3, {}), ("plus", 101, {}), ("faceid", 20, {}), ("plus", 20, {"captioned": False}),
+        ("plus", 20, {"started": False}),
+    ],
+)  # fmt: skip
+def test_only_a_few_captioned_pictures_and_a_trained_start_are_told_apart(kind, pictures, given):
+    config = checked().resolved(kind, pictures, **{"started": True, "captioned": True} | given)
+    assert (config.references, config.drop_text, config.lr) == ((("self", 1.0),), 0.05, 1e-4)
+
+
+def test_dropped_text_leaves_room_for_what_else_is_dropped():
+    config = checked(drop_image=0.6, drop_both=0.1).resolved("plus", 20, started=True, captioned=True)
+    assert config.drop_text == pytest.approx(0.3)
 
 
 def test_identity_leaves_out_what_a_resumed_run_may_change():

@@ -1,6 +1,6 @@
 """What a step shows: drops, references and captions in their shares, nothing held out, always the same."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -126,6 +126,17 @@ def test_without_words_a_picture_is_its_own_reference():
     ]
     assert all(own for own, wordless in pairs if wordless)
     assert not all(own for own, wordless in pairs if not wordless)
+
+
+def test_any_other_picture_may_be_the_reference():
+    rows = [row(f"thing{number}", f"set{number}") for number in range(8)]
+    plan = Plan(rows, config(references=[("any", 1.0)], drop_text=0.5, drop_image=0, drop_both=0))
+    seen = defaultdict(set)
+    for batch in draws(plan, 300):
+        for target, reference, caption in zip(batch.targets, batch.references, batch.captions, strict=True):
+            assert (target == reference) == (caption == "")
+            seen[target].add(reference)
+    assert all(references == set(plan.training) for references in seen.values())
 
 
 def test_an_epoch_shows_every_training_picture_once():

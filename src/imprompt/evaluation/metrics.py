@@ -47,6 +47,21 @@ def cosine(first: Tensor, second: Tensor) -> Tensor:
     return functional.cosine_similarity(first.double(), second.double(), dim=-1)
 
 
+def found_share(drawn: Tensor, anchors: Tensor, labels: Sequence[str]) -> Tensor:
+    """Share of each row's samples that are nearer to the anchors of their own label than to those of any
+    other, ``N``; one in the number of labels by chance.
+
+    Unit embeddings: ``drawn`` ``N K E``, ``anchors`` ``N J E``; ``labels`` are the rows' ``N``. The anchors
+    of a label are averaged. Raises ``ValueError`` for a single label."""
+    names = list(dict.fromkeys(labels))
+    if len(names) < 2:
+        raise ValueError("two labels are needed at least")
+    rows = torch.tensor([names.index(label) for label in labels])
+    centres = torch.stack([anchors[rows == n].double().mean((0, 1)) for n in range(len(names))])
+    near = drawn.double() @ functional.normalize(centres, dim=-1).T
+    return (near.argmax(-1) == rows[:, None]).double().mean(1)
+
+
 def copy_score(drawn: Image.Image, reference: Image.Image) -> float:
     """The largest correlation of a drawing with any crop of its reference: 1 is a copy of the pixels.
 

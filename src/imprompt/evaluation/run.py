@@ -47,6 +47,7 @@ from imprompt.evaluation.metrics import (
     copy_score,
     cosine,
     diversity,
+    found_share,
     paired,
 )
 from imprompt.evaluation.scorers import (
@@ -182,7 +183,7 @@ def evaluate(
     if with_text:
         drawn[f"{BARE} text"] = bare = artist.draw(BARE, None, "text")
         look.text_alone = look.seen(bare)[0]
-        by_case[BARE] = look.both(bare)
+        by_case[BARE] = look.both(bare, of_the_base=True)
     else:
         notes.append("no captions: only drawings from the picture alone are measured; --prompts gives texts")
     for name, contender in contenders:
@@ -428,13 +429,18 @@ class _Look:
             values["diversity"] = torch.tensor([diversity(samples) for samples in seen[0]])
         return values | self._identity(drawn)
 
-    def both(self, drawn: Drawn) -> Values:
-        """Figures of drawings from picture and text, compared with the text alone from the same noise."""
+    def both(self, drawn: Drawn, *, of_the_base: bool = False) -> Values:
+        """Figures of drawings from picture and text, compared with the text alone from the same noise.
+        ``of_the_base``: they are those from the text alone."""
         seen = self.seen(drawn)
         values = self._near("both ", seen)
         if self.other is not None:
             values["both CLIP-T"] = _mean(seen[0], self.other)
-        return values | {"both text kept": cosine(seen[0], self.text_alone).mean(1)}
+        values["both text kept"] = cosine(seen[0], self.text_alone).mean(1)
+        texts = [case.text for case in self.cases]
+        if len(set(texts)) > 1 and not of_the_base:
+            values["both text found"] = found_share(seen[0], self.text_alone, texts)
+        return values
 
     def seen(self, drawn: Drawn) -> list[Tensor]:
         """Each scorer's embeddings, ``N K E``."""

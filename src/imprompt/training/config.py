@@ -22,6 +22,17 @@ from imprompt.schema.values import ExpandedPath
 ANY_CAPTION = "*"
 """In ``captions``: all captions of the picture, of every kind."""
 
+ANY_PICTURE = "any"
+"""In ``references``: another training picture, whatever its groups."""
+FEW = range(4, 101)
+"""Numbers of pictures that are taken for one style or subject when a trained adapter is fine-tuned."""
+FEW_STEPS = 60
+"""Steps on them: 180 on 60 pictures took the text's say away, as a higher learning rate does."""
+_PAPER = {"lr": 1e-4, "drop_text": 0.05, "references": (("self", 1.0),)}
+_FEW = {"lr": 5e-5, "drop_text": 0.5, "references": ((ANY_PICTURE, 1.0),)}
+"""With a caption, another picture is the reference, so that the text keeps its say; without one, the picture
+itself."""
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Kind = Literal["linear", "plus", "full", "faceid", "faceid-plus"]
 
@@ -97,7 +108,8 @@ class TrainConfig(Record):
     accumulate: int = Field(default=1, ge=1)
     """Forward passes per optimizer step."""
     lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate; ``None``: 1e-4, or that of the run to resume."""
+    """Peak learning rate; ``None``: 1e-4, 5e-5 for a few pictures (4 to 100 with captions, and a trained
+    adapter to start from), or that of the run to resume."""
     weight_decay: float = Field(default=1e-2, ge=0)
     """AdamW's weight decay."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
@@ -118,19 +130,21 @@ class TrainConfig(Record):
     noise_offset: float = Field(default=0.0, ge=0, le=1)
     """Noise common to a whole channel (0.05 is usual for SDXL)."""
 
-    drop_text: float = Field(default=0.05, ge=0, le=1)
+    drop_text: float | None = Field(default=None, ge=0, le=1)
     """Share of samples with an empty caption; the picture itself is then the reference, since nothing else
-    says what to draw."""
+    says what to draw. ``None``: 0.05, for a few pictures 0.5."""
     drop_image: float = Field(default=0.05, ge=0, le=1)
     """Share of samples with the negative image tokens."""
     drop_both: float = Field(default=0.05, ge=0, le=1)
     """Share of samples with neither."""
-    references: tuple[tuple[str, float], ...] = (("self", 1.0),)
-    """Kinds of reference with their probabilities: 'self' is the target itself; another name is a kind of
-    group, from which another picture of the target's group is taken."""
+    references: tuple[tuple[str, float], ...] | None = None
+    """Kinds of reference with their probabilities: 'self' is the target itself, 'any' another training
+    picture; another name is a kind of group, from which another picture of the target's group is taken.
+    ``None``: self, for a few pictures any."""
     captions: dict[str, tuple[str, ...]] = Field(
         default_factory=lambda: {
             "self": (ANY_CAPTION,),
+            ANY_PICTURE: (ANY_CAPTION,),
             "concept": ("style", "full"),
             "style": ("concept", "full"),
         }
@@ -213,7 +227,11 @@ class TrainConfig(Record):
 
     @field_validator("references")
     @classmethod
-    def _references_are_shares(cls, value: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float], ...]:
+    def _references_are_shares(
+        cls, value: tuple[tuple[str, float], ...] | None
+    ) -> tuple[tuple[str, float], ...] | None:
+        if value is None:
+            return None
         names = [name for name, _ in value]
         if not value or len(set(names)) != len(names):
             raise ValueError(f"each kind of reference once, at least one; given {names}")
@@ -226,7 +244,7 @@ class TrainConfig(Record):
 
     @model_validator(mode="after")
     def _values_fit_together(self) -> TrainConfig:
-        if self.drop_text + self.drop_image + self.drop_both > 1:
+        if (self.drop_text or 0) + self.drop_image + self.drop_both > 1:
             raise ValueError(
                 "drop_text + drop_image + drop_both exceed 1: no picture would be trained with both"
             )
@@ -257,14 +275,23 @@ class TrainConfig(Record):
             values["warmup"] = min(values["warmup"], self.steps - 1)
         return self.model_copy(update=values)
 
-    def resolved(self, kind: Kind, pictures: int, started: bool) -> TrainConfig:
-        """Replace ``None``, for this number of ``pictures``; ``started`` from a trained adapter or not."""
-        steps = min(max(3 * pictures, 60), 3000) if started else min(max(50 * pictures, 1000), 20_000)
-        values: dict[str, Any] = {"kind": kind}
+    def resolved(
+        self, kind: Kind, pictures: int, *, started: bool = False, captioned: bool = False
+    ) -> TrainConfig:
+        """Replace ``None``, for this number of ``pictures``, with captions or without; ``started`` from a
+        trained adapter or not."""
+        few = started and captioned and pictures in FEW and self.references is None and "face" not in kind
+        steps = min(max(50 * pictures, 1000), 20_000)
+        if started:
+            steps = FEW_STEPS if few else min(max(3 * pictures, FEW_STEPS), 3000)
+        defaults: dict[str, Any] = _FEW if few else _PAPER
+        values = {name: default for name, default in defaults.items() if getattr(self, name) is None}
+        values["kind"] = kind
         values["steps"] = self.steps or max(steps, (self.warmup or 0) + 1)
         values["warmup"] = min(values["steps"] // 10, 500) if self.warmup is None else self.warmup
         values["validate_every"] = self.validate_every or max(1, values["steps"] // 10)
-        values["lr"] = self.lr or 1e-4
+        if "drop_text" in values:
+            values["drop_text"] = min(values["drop_text"], 1 - self.drop_image - self.drop_both)
         return self.model_copy(update=values)
 
     def identity(self) -> dict[str, Any]:

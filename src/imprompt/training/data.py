@@ -22,7 +22,7 @@ from torch import Tensor
 from imprompt.data.rows import Row
 from imprompt.errors import InputError, UsageError
 from imprompt.io import seed_for
-from imprompt.training.config import ANY_CAPTION, Augmentation, TrainConfig
+from imprompt.training.config import ANY_CAPTION, ANY_PICTURE, Augmentation, TrainConfig
 
 WHITE = (255, 255, 255)
 LEAST_VALIDATION = 4
@@ -122,6 +122,8 @@ class Plan:
         per_step: int | None = None,
     ) -> None:
         self.config, self.rows = config, list(rows)
+        self._references = config.references or (("self", 1.0),)
+        self._drop_text = config.drop_text or 0.0
         self.keys = list(keys) if keys is not None else [_name_hash(row) for row in rows]
         self.sizes = list(sizes) if sizes is not None else [(1, 1)] * len(rows)
         self.per_step = per_step or config.batch * config.accumulate
@@ -157,7 +159,7 @@ class Plan:
 
     def _check_references(self) -> None:
         there = {mode for choices in self._choices.values() for mode, _, _ in choices}
-        for mode, _ in self.config.references:
+        for mode, _ in self._references:
             if mode not in there:
                 raise UsageError(
                     f"no training picture has another picture of its group '{mode}' and a caption of the "
@@ -203,8 +205,8 @@ class Plan:
             target = self._at(index)
             luck = torch.rand(6, generator=generator_for(config.seed, "draw", index)).tolist()
             for_mode, for_reference, for_caption, for_view, for_drop, for_flip = luck
-            mode, partners, texts = _weighted(self._choices[target], config.references, for_mode)
-            drop_text = for_drop < config.drop_text
+            mode, partners, texts = _weighted(self._choices[target], self._references, for_mode)
+            drop_text = for_drop < self._drop_text
             if drop_text:  # without words, another picture as reference would teach to ignore it
                 mode = "self"
             batch.modes.append(mode)
@@ -213,8 +215,8 @@ class Plan:
                 target if mode == "self" else _pick_other(partners, target, for_reference)
             )
             batch.views.append(int(for_view * config.views))
-            drop_image = config.drop_text <= for_drop < config.drop_text + config.drop_image
-            both = 0 <= for_drop - config.drop_text - config.drop_image < config.drop_both
+            drop_image = self._drop_text <= for_drop < self._drop_text + config.drop_image
+            both = 0 <= for_drop - self._drop_text - config.drop_image < config.drop_both
             batch.captions.append("" if drop_text or both else _pick(texts, for_caption))
             batch.image_dropped[place] = drop_image or both
             batch.flips.append(int(for_flip < config.flip))
@@ -252,12 +254,13 @@ class Plan:
         """The kinds of reference this row allows, each with the pictures and captions that may go with it."""
         row = self.rows[index]
         choices: list[tuple[str, list[int], list[str]]] = []
-        for mode, _ in self.config.references:
+        for mode, _ in self._references:
             texts = self._texts_of(row, mode)
             if mode == "self":  # a picture without a caption still teaches what it looks like
                 choices.append((mode, [index], texts or [""]))
                 continue
-            pictures = self._partners.get((mode, row.groups.get(mode, "")), [])  # one list for all of a group
+            group = mode, row.groups.get(mode, "")
+            pictures = self.training if mode == ANY_PICTURE else self._partners.get(group, [])
             if texts and len(pictures) > 1:
                 choices.append((mode, pictures, texts))
         # A row that allows none of the kinds asked for (an only child of its group) is its own reference.

@@ -58,7 +58,9 @@ def prepare(config: TrainConfig, accelerator: Accelerator, data: Dataset | None 
     base = start.find_unet_base(config.base)
     initial = start.load_start(config, base)
     kind = config.kind or (start.kind_of(initial) if initial is not None else "linear")
-    config = config.resolved(kind, sum(row.trainable for row in found.rows), initial is not None)
+    training = [row for row in found.rows if row.trainable]
+    captioned = all(row.caption for row in training)
+    config = config.resolved(kind, len(training), started=initial is not None, captioned=captioned)
     config = config.model_copy(update={"dtype": frozen_dtype(accelerator)})
     pictures = Pictures.read(found.rows, _target_size(config, base), config.workers)
     encoding = _Encoding(config, kind, base, initial, pictures, accelerator)
