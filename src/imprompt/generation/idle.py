@@ -3,7 +3,8 @@
 Zero strength that was asked for as such is no finding; all else that leaves a prompt without effect is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import torch
 
@@ -25,7 +26,7 @@ def idle_notes(job: Job, loaded: Loaded) -> list[str]:
     request, prompts = job.request, job.inputs.prompts
     if not prompts:
         return []
-    steps = _step_fractions(request, job.base.kind, loaded)
+    steps = cache(partial(_step_fractions, request, job.base.kind, loaded))
     found = find_denoiser(loaded.pipe)
     assert found is not None  # an adapter fits it
     backbone, denoiser = found
@@ -73,8 +74,11 @@ def _step_fractions(request: Request, kind: Kind, loaded: Loaded) -> list[float]
     return (clock.position(timesteps) / clock.length).tolist()
 
 
-def _idle_in_time(prompt: ImagePrompt, steps: Sequence[float]) -> str:
+def _idle_in_time(prompt: ImagePrompt, fractions: Callable[[], Sequence[float]]) -> str:
     """Why none of the steps sees the prompt; empty if one does."""
+    if prompt.start <= 0 and prompt.end >= 1 and prompt.curve == "constant":
+        return ""
+    steps = fractions()
     first = prompt.start if prompt.start > 0 else float("-inf")
     last = prompt.end if prompt.end < 1 else float("inf")
     inside = [step for step in steps if first <= step < last and prompt.start < prompt.end]

@@ -28,8 +28,8 @@ FEW = range(4, 101)
 """Numbers of pictures that are taken for one style or subject when a trained adapter is fine-tuned."""
 FEW_STEPS = 60
 """Steps on them: 180 on 60 pictures took the text's say away, as a higher learning rate does."""
-_PAPER = {"lr": 1e-4, "drop_text": 0.05, "references": (("self", 1.0),)}
-_FEW = {"lr": 5e-5, "drop_text": 0.5, "references": ((ANY_PICTURE, 1.0),)}
+_PAPER: dict[str, Any] = {"lr": 1e-4, "drop_text": 0.05, "references": (("self", 1.0),)}
+_FEW: dict[str, Any] = {"lr": 5e-5, "drop_text": 0.5, "references": ((ANY_PICTURE, 1.0),)}
 """With a caption, another picture is the reference, so that the text keeps its say; without one, the picture
 itself."""
 
@@ -281,18 +281,16 @@ class TrainConfig(Record):
         """Replace ``None``, for this number of ``pictures``, with captions or without; ``started`` from a
         trained adapter or not."""
         few = started and captioned and pictures in FEW and self.references is None and "face" not in kind
-        steps = min(max(50 * pictures, 1000), 20_000)
-        if started:
-            steps = FEW_STEPS if few else min(max(3 * pictures, FEW_STEPS), 3000)
-        defaults: dict[str, Any] = _FEW if few else _PAPER
-        values = {name: default for name, default in defaults.items() if getattr(self, name) is None}
-        values["kind"] = kind
-        values["steps"] = self.steps or max(steps, (self.warmup or 0) + 1)
-        values["warmup"] = min(values["steps"] // 10, 500) if self.warmup is None else self.warmup
-        values["validate_every"] = self.validate_every or max(1, values["steps"] // 10)
-        if "drop_text" in values:
-            values["drop_text"] = min(values["drop_text"], 1 - self.drop_image - self.drop_both)
-        return self.model_copy(update=values)
+        usual = FEW_STEPS if few else _steps_for(pictures, started)
+        steps = self.steps or max(usual, (self.warmup or 0) + 1)
+        chosen: dict[str, Any] = {
+            "kind": kind, "steps": steps, "warmup": min(steps // 10, 500),
+            "validate_every": max(1, steps // 10), **(_FEW if few else _PAPER),
+        }  # fmt: skip
+        chosen["drop_text"] = min(chosen["drop_text"], 1 - self.drop_image - self.drop_both)
+        return self.model_copy(
+            update={name: value for name, value in chosen.items() if getattr(self, name) is None}
+        )
 
     def identity(self) -> dict[str, Any]:
         """Fields that must not change when a run is resumed, as JSON values."""
@@ -320,3 +318,7 @@ class TrainConfig(Record):
             inside = isinstance(value, dict) and isinstance(values.get(name), dict)
             values[name] = values[name] | value if inside else value
         return cls(**values)
+
+
+def _steps_for(pictures: int, started: bool) -> int:
+    return min(max(3 * pictures, FEW_STEPS), 3000) if started else min(max(50 * pictures, 1000), 20_000)
