@@ -395,6 +395,39 @@ def test_columns_of_another_kind_are_told_with_their_kinds(folder, hugging_face)
         read_dataset(folder / "saved")
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_parquet_files_are_read_with_the_pictures_inside(folder, hugging_face, plain):
+    """As the hub gives them, and as other programs write them, which do not say that a column is pictures."""
+    parquet = pytest.importorskip("pyarrow.parquet", reason="writes Parquet")
+    (folder / "parts").mkdir()
+    files = [folder / "parts" / f"{n}.parquet" for n in range(2)]
+    for n, file in enumerate(files):
+        made = hugging_face(image=[str(folder / "a.png")], text=[f"cat {n}"])
+        made.to_parquet(file)  # with the bytes of the pictures
+        if plain:
+            parquet.write_table(parquet.read_table(file).replace_schema_metadata(None), file)
+    whole, part = read_dataset(folder / "parts"), read_dataset(files[1])
+    assert [row.caption for row in whole.rows] == ["cat 0", "cat 1"]
+    assert [row.caption for row in part.rows] == ["cat 1"]
+    assert load_image(part.rows[0].read()).size == (4, 4)
+    files[0].write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_dataset(files[0])
+
+
+def test_a_configuration_of_a_dataset_is_read_by_its_name(folder, hugging_face):
+    for name in ("one", "two"):
+        (folder / "kinds" / name).mkdir(parents=True)
+        made = hugging_face(image=[str(folder / "a.png")], text=[name])
+        made.to_parquet(folder / "kinds" / name / "train.parquet")
+    listed = [{"config_name": name, "data_files": f"{name}/*.parquet"} for name in ("one", "two")]
+    (folder / "kinds" / "README.md").write_text(f"---\nconfigs: {json.dumps(listed)}\n---\n")
+    data = read_dataset(f"hf:{folder / 'kinds'}:two")
+    assert [row.caption for row in data.rows] == ["two"]
+    with pytest.raises(InputError, match=r"configurations one, two; write hf:.*:one, or"):
+        read_dataset(f"hf:{folder / 'kinds'}")
+
+
 def test_a_dataset_of_the_hub_needs_a_name():
     with pytest.raises(InputError, match="write hf:owner/name"):
         read_dataset("hf:")

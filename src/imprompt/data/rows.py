@@ -8,7 +8,8 @@ folder of ``10_name`` folders                          kohya's: repeats and, wit
 ``.json`` list                                         the reference script's ``[{"image_file", "text"}]``
 ``.tar``, or a folder of them                          WebDataset shards
 ``eval.json`` with ``sheet.webp``                      several pictures on one sheet, as bundled
-folder of ``save_to_disk``, or ``hf:owner/name``       Hugging Face datasets (needs the package)
+folder of ``save_to_disk``, ``hf:owner/name``          Hugging Face datasets (needs the package)
+``.parquet``, or a folder of them                      the same, as files
 =====================================================  ================================================
 
 A record has a picture (``file_name``, ``image_file``, …) and a caption (``text``, ``caption``, ``prompt``, …,
@@ -51,6 +52,7 @@ SIDECARS = (".txt", ".caption")
 PICTURE_FIELDS = ("file_name", "image_file", "image", "filename", "file", "path", "image_path")
 CAPTION_FIELDS = ("text", "caption", "prompt", "captions", "description", "txt")
 HUB = "hf:"
+PARQUET = ".parquet"
 _SAVED_TO_DISK = (("dataset_info.json", "state.json"), ("dataset_dict.json",))
 """Files that tell a folder of ``save_to_disk``: of one split, of several."""
 _KOHYA = re.compile(r"(\d+)_(.+)")
@@ -178,11 +180,13 @@ def _read(source: str | Path, required: bool) -> Dataset:
     suffix = path.suffix.lower()
     if suffix == ".tar":
         return _shards([path])
+    if suffix == PARQUET:
+        return _hugging_face(str(path), required)
     if suffix not in _READERS:
         what = "one picture" if suffix in PICTURES + UNREAD else f"a file of the kind '{suffix}'"
         raise InputError(
             f"'{source}' is {what}; give a folder of captioned pictures, its metadata "
-            f"({', '.join(_READERS)}) or a .tar shard."
+            f"({', '.join(_READERS)}), a .tar shard or a {PARQUET} file."
         )
     return _READERS[suffix](path)
 
@@ -192,7 +196,7 @@ def _folder(path: Path, required: bool) -> Dataset:
         return _sheet(path)
     if (metadata := _metadata(path)) is not None:
         return _with_unnamed(_READERS[metadata.suffix](metadata), path)
-    if _is_saved_to_disk(path):
+    if _is_saved_to_disk(path) or next(path.glob(f"*{PARQUET}"), None):
         return _hugging_face(str(path), required)
     if shards := sorted(path.glob("*.tar")):
         return _shards(shards)
@@ -569,7 +573,9 @@ def _hf_table(name: str) -> tuple[Any, str | None, list[str]]:
     import datasets
 
     try:
-        stored: Any = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
+        stored = _hf_stored(name)
+    except InputError:
+        raise
     except Exception as error:  # the package raises nearly anything
         raise InputError(f"dataset '{name}' cannot be read: {first_line(error)}.") from error
     notes: list[str] = []
@@ -579,10 +585,40 @@ def _hf_table(name: str) -> tuple[Any, str | None, list[str]]:
             [f"the split '{split}' is read, and no other of {', '.join(stored)}"] if len(stored) > 1 else []
         )
         stored = stored[split]
-    picture = next((key for key, kind in stored.features.items() if isinstance(kind, datasets.Image)), None)
+    picture = next((key for key, kind in stored.features.items() if _holds_pictures(kind)), None)
     if picture is not None:
         stored = stored.cast_column(picture, datasets.Image(decode=False))
     return stored, picture, notes
+
+
+def _hf_stored(name: str) -> Any:
+    """What ``datasets`` makes of a folder of ``save_to_disk``, of Parquet files, and of a dataset on the hub,
+    as ``owner/name`` or ``owner/name:configuration``. Raises :class:`InputError` for one of several
+    configurations that is not named, and whatever the package raises."""
+    import datasets
+
+    path = Path(name)
+    if _is_saved_to_disk(path):
+        return datasets.load_from_disk(name)
+    files = [path] if path.is_file() else sorted(path.glob(f"*{PARQUET}"))
+    if files:
+        return datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train")
+    owned, _, configuration = name.partition(":")
+    if not configuration:
+        known = datasets.get_dataset_config_names(owned)
+        if len(known) > 1 and "default" not in known:
+            raise InputError(
+                f"dataset '{name}' has the configurations {', '.join(known)}; write {HUB}{name}:{known[0]}, "
+                "or another."
+            )
+    return datasets.load_dataset(owned, configuration or None)
+
+
+def _holds_pictures(kind: Any) -> bool:
+    """Whether a column is of pictures, or of their bytes as ``datasets`` writes them."""
+    import datasets
+
+    return isinstance(kind, datasets.Image) or (isinstance(kind, dict) and {*kind} == {"bytes", "path"})
 
 
 def _hf_bytes(stored: Any, column: str, index: int) -> bytes:
