@@ -1,10 +1,12 @@
 """Weights of a new adapter for training."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from imprompt.adapter.backbones.base import Site
 from imprompt.adapter.injection import denoiser_of
 from imprompt.checkpoints.checkpoint import StateDict
 from imprompt.encoders.clip import ImageEncoder
@@ -38,10 +40,14 @@ def initial_weights(
         projection = new_resampler(
             features, tokens or 16, cross_dim, width or -(-cross_dim // 64) * 64, depth
         )
+    return {"image_proj": projection, "ip_adapter": copied_keys_values(model, sites)}
+
+
+def copied_keys_values(model: nn.Module, sites: Sequence[Site]) -> dict[str, Tensor]:
+    """Copies of the text's keys and values at each site, under an adapter's names."""
     weights = {
         f"{site.index}.to_{part}_ip.weight": model.get_parameter(f"{site.name}.to_{part}.weight")
         for site in sites
         for part in "kv"
     }
-    copies = {name: weight.detach().to("cpu", torch.float32, copy=True) for name, weight in weights.items()}
-    return {"image_proj": projection, "ip_adapter": copies}
+    return {name: weight.detach().to("cpu", torch.float32, copy=True) for name, weight in weights.items()}

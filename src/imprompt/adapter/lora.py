@@ -9,7 +9,7 @@ base draws the same picture bit for bit.
 Dimensions: B rows of the UNet's batch, L tokens, I and O widths of a layer.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -143,6 +143,18 @@ class FaceLora:
         return add
 
 
+def new_lora(unet: Any, layers: Sequence[Site], rank: int) -> dict[str, Tensor]:
+    """Weights of a new LoRA of every attention, as the reference trains it: down normal with deviation
+    1/rank, up zero."""
+    weights = {}
+    for number, attention in _attentions(unet, layers):
+        for part in PARTS:
+            width, out = _widths(_linear(attention, part))
+            weights[f"{number}.to_{part}_lora.down.weight"] = torch.randn(rank, width) / rank
+            weights[f"{number}.to_{part}_lora.up.weight"] = torch.zeros(out, rank)
+    return weights
+
+
 def _refuse_fused(unet: Any, layers: Sequence[Site], name: str) -> None:
     # The flag `fused_projections` stays on after unfusing; the processor tells.
     processors = (attention.processor for _, attention in _attentions(unet, layers))
@@ -153,16 +165,11 @@ def _refuse_fused(unet: Any, layers: Sequence[Site], name: str) -> None:
         )
 
 
-def _attentions(unet: Any, layers: Sequence[Site]) -> list[tuple[int, Any]]:
+def _attentions(unet: Any, layers: Sequence[Site]) -> Iterator[tuple[int, Any]]:
     """(published number, attention): each cross-attention and the self-attention before it."""
-    found = []
     for layer in layers:
-        for number, name in (
-            (layer.index - 1, layer.name.removesuffix("attn2") + "attn1"),
-            (layer.index, layer.name),
-        ):
-            found.append((number, unet.get_submodule(name)))
-    return found
+        yield layer.index - 1, unet.get_submodule(layer.name.removesuffix("attn2") + "attn1")
+        yield layer.index, unet.get_submodule(layer.name)
 
 
 def _linear(attention: Any, part: str) -> Any:

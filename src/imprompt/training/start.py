@@ -12,7 +12,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from imprompt.adapter.backbones.unet import cross_attentions
+from imprompt.adapter.init import copied_keys_values
 from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.adapter.lora import new_lora
 from imprompt.catalog.resolve import Source
 from imprompt.checkpoints.locate import encoder_note
 from imprompt.encoders.clip import ImageEncoder
@@ -116,13 +118,19 @@ def new_adapter(config: TrainConfig, kind: Kind, unet: Any, widths: tuple[int, .
         if kind in ("linear", "plus"):
             named: Any = "resampler" if kind == "plus" else kind
             return IPAdapter.new(unet, kind=named, feature_width=widths[0], tokens=config.tokens)
-        cross = cross_attentions(unet)[0].cross_dim
+        layers = cross_attentions(unet)
+        cross, lora = layers[0].cross_dim, dict[str, Tensor]()
         if kind == "full":
-            shapes = {"proj.0.weight": (widths[0], widths[0]), "proj.3.weight": (cross,)}
-            return _assembled(unet, new_projection("full-face", shapes), {}, "full-face")
-        variant = "faceid" if kind == "faceid" else "faceid-plusv2"
-        projection = new_projection(variant, _face_shapes(cross, config.tokens or 4, *widths))
-        return _assembled(unet, projection, _new_lora(unet, config.lora_rank), variant)
+            variant = "full-face"
+            projection = new_projection(
+                variant, {"proj.0.weight": (widths[0], widths[0]), "proj.3.weight": (cross,)}
+            )
+        else:
+            variant = "faceid" if kind == "faceid" else "faceid-plusv2"
+            projection = new_projection(variant, _face_shapes(cross, config.tokens or 4, *widths))
+            lora = new_lora(unet, layers, config.lora_rank)
+    weights = lora | copied_keys_values(unet, layers)
+    return IPAdapter.from_state_dict({"image_proj": projection, "ip_adapter": weights}, variant=variant)
 
 
 def widths(negative: Mapping[str, Tensor]) -> tuple[int, ...]:
@@ -210,32 +218,6 @@ def _face_shapes(cross: int, tokens: int, face: int, patch: int | None = None) -
     inside["layers.0.1.1.weight"] = (4 * cross, cross)
     inside |= {f"layers.{block}.0.to_q.weight": (heads, cross) for block in range(_FACE_DEPTH)}
     return shapes | {f"perceiver_resampler.{name}": shape for name, shape in inside.items()}
-
-
-def _assembled(unet: Any, projection: dict[str, Tensor], lora: dict[str, Tensor], variant: str) -> IPAdapter:
-    """An adapter of a projection, the text's keys and values, and a LoRA."""
-    weights = dict(lora)
-    for layer in cross_attentions(unet):
-        attention = unet.get_submodule(layer.name)
-        for mine, text in (("to_k_ip", attention.to_k), ("to_v_ip", attention.to_v)):
-            weights[f"{layer.index}.{mine}.weight"] = text.weight.detach().to("cpu", torch.float32, copy=True)
-    return IPAdapter.from_state_dict({"image_proj": projection, "ip_adapter": weights}, variant=variant)
-
-
-def _new_lora(unet: Any, rank: int) -> dict[str, Tensor]:
-    """Of every attention, as the reference trains it: down normal with deviation 1/rank, up zero."""
-    lora = {}
-    for layer in cross_attentions(unet):
-        for number, name in (
-            (layer.index - 1, layer.name.removesuffix("2") + "1"),
-            (layer.index, layer.name),
-        ):
-            attention = unet.get_submodule(name)
-            for part in ("q", "k", "v", "out"):
-                linear = attention.to_out[0] if part == "out" else getattr(attention, f"to_{part}")
-                lora[f"{number}.to_{part}_lora.down.weight"] = torch.randn(rank, linear.in_features) / rank
-                lora[f"{number}.to_{part}_lora.up.weight"] = torch.zeros(linear.out_features, rank)
-    return lora
 
 
 def _named(name: str) -> IPAdapter:
