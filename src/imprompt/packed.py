@@ -193,9 +193,7 @@ def _packable(layer: Any) -> bool:
         return False
     if weight.dtype not in (torch.float32, torch.bfloat16) or not works(weight.dtype):
         return False
-    if isinstance(layer, nn.GroupNorm):
-        return bool(weight.dtype == torch.bfloat16)
-    if isinstance(layer, nn.Linear):  # in float32 MKL's products are as fast
+    if isinstance(layer, nn.GroupNorm | nn.Linear):  # in float32 MKL's products are as fast
         return bool(weight.dtype == torch.bfloat16)
     plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
     return plain and not isinstance(layer.padding, str)

@@ -28,15 +28,8 @@ from imprompt.tensorfile import DTYPES, EXPONENTS, PIECE, file_size, open_tensor
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a ``.safetensors`` file, in own memory. Raises as
     :func:`~imprompt.tensorfile.read_header` does."""
-    return {key: tensor.clone() for key, tensor in iter_tensors(path)}
-
-
-def iter_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Key and tensor, one after the other, mapped from the file. Raises as
-    :func:`~imprompt.tensorfile.read_header` does."""
     with open_tensors(path) as file:
-        for key in file.keys():  # noqa: SIM118  # no mapping
-            yield key, file.get_tensor(key)
+        return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  # no mapping
 
 
 def load_pickle(path: Path) -> dict[str, Tensor]:

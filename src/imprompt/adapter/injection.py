@@ -84,8 +84,7 @@ class Injection:
         self.drawing = Drawing()
         self._model = weakref.ref(model)
         self._pipe: weakref.ref[object] | None = None
-        attentions = [model.get_submodule(site.name) for site in sites]
-        self._attentions = [weakref.ref(attention) for attention in attentions]
+        self._attentions = [weakref.ref(model.get_submodule(site.name)) for site in sites]
         self._batches: dict[Call, Batch] = {}
         self._stale: set[Call] = set()
         self._shown: Batch | None = None
@@ -111,11 +110,10 @@ class Injection:
         """
         backbone, model = denoiser_of(model, "an image prompt")
         sites = backbone.sites(model)
-        attentions = [model.get_submodule(site.name) for site in sites]
         injection = cls.of(model) or cls(backbone, model, sites)
         with injection.drawing.undisturbed():
             if not injection._hooks:
-                for site, attention in zip(sites, attentions, strict=True):
+                for site, attention in zip(sites, injection._live_attentions(), strict=True):
                     _refuse_foreign(backbone, site.name, _own(attention.processor))
                 injection._install(model)
             injection._pipe = None if pipe is None else weakref.ref(pipe)

@@ -408,8 +408,7 @@ class _Look:
         elif not tells_texts(scorers[0], self.references[0], captions):
             self.notes.append(
                 f"no CLIP-T: '{scorers[0].name}' cannot match these pictures to their captions; name a CLIP "
-                f"with "
-                "--clip"
+                "with --clip"
             )
         else:
             self.own = scorers[0].texts(captions)

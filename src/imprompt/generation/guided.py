@@ -18,7 +18,8 @@ from imprompt.schema.request import Request
 
 def is_guided(request: Request, base: Base) -> bool:
     """Whether the negative is read: classifier-free guidance is above 1."""
-    return (_scale(request, base) or 0.0) > 1
+    scale = request.true_guidance if base.kind.distilled else request.guidance
+    return (scale or 0.0) > 1
 
 
 def check_guidance(request: Request, base: Base, controls: Sequence[Control] = ()) -> None:
@@ -81,8 +82,3 @@ def guidance_notes(job: Job, pipe: Any) -> list[str]:
     if not job.base.kind.distilled or asked in (0, usual) or pipe.transformer.config.guidance_embeds:
         return []
     return [f"guidance: {asked:g} has no effect: this model was trained to draw without"]
-
-
-def _scale(request: Request, base: Base) -> float | None:
-    """The scale of classifier-free guidance."""
-    return request.true_guidance if base.kind.distilled else request.guidance

@@ -334,6 +334,5 @@ def _maps(request: Request, controls: list[list[Image.Image]], size: tuple[int, 
 def _uneven(name: str, count: int, what: str, request: Request) -> str:
     return (
         f"'{name}' holds {count} {what}, the clip has {request.frames} frames; give one for each frame, or "
-        f"--frames "
-        f"{count}."
+        f"--frames {count}."
     )

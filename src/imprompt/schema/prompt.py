@@ -83,8 +83,7 @@ class ImagePrompt(Record):
     curve: CurveField = Field(
         default="constant",
         description=f"factor over the schedule: {', '.join(options.CURVES)}, or points such as "
-        f"0:1,0.5:0.2,1:0 "
-        "(fraction:factor)",
+        "0:1,0.5:0.2,1:0 (fraction:factor)",
     )
     mask: Mask = None
     """Picture that is white where the prompt acts; animate: also an animated picture, folder or video, with

@@ -307,9 +307,8 @@ class Trainer:
                 f"the last good checkpoint is '{found[-1].name}'" if found else "there is no checkpoint yet"
             )
             raise ModelError(
-                f"the gradient is not finite at step {self.step}, nor in the {streak - 1} steps "
-                "before it (lr "
-                f"{self.config.lr:g}); {kept}. Try a lower learning rate, a longer warm-up or float32."
+                f"the gradient is not finite at step {self.step}, nor in the {streak - 1} steps before "
+                f"it (lr {self.config.lr:g}); {kept}. Try a lower learning rate, a longer warm-up or float32."
             )
 
     # ---- reporting

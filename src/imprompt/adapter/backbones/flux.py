@@ -18,27 +18,21 @@ from imprompt.adapter.attention import SiteProcessor, merge_heads, query_key_val
 from imprompt.adapter.backbones.base import Backbone, Branch, Caller, Grid, Inputs, LastCall, Site
 
 
+def _of_previous(name: str) -> property:
+    """An attribute of the processor that is wrapped; diffusers also sets it while an adapter is attached."""
+    return property(
+        lambda self: getattr(self.previous, name), lambda self, value: setattr(self.previous, name, value)
+    )
+
+
 class FluxProcessor(SiteProcessor):
     """A FLUX attention with image prompts; the base's part as ``FluxAttnProcessor`` computes it.
 
     A double block adds a third output after its MLP (the way of diffusers' own IP-Adapter processor).
     """
 
-    @property
-    def _attention_backend(self) -> Any:
-        return self.previous._attention_backend
-
-    @_attention_backend.setter
-    def _attention_backend(self, backend: Any) -> None:  # model.set_attention_backend() after attaching
-        self.previous._attention_backend = backend
-
-    @property
-    def _parallel_config(self) -> Any:
-        return self.previous._parallel_config
-
-    @_parallel_config.setter
-    def _parallel_config(self, config: Any) -> None:
-        self.previous._parallel_config = config
+    _attention_backend = _of_previous("_attention_backend")
+    _parallel_config = _of_previous("_parallel_config")
 
     def __call__(
         self,
