@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from imprompt import Engine, Request
+from imprompt.evaluation.cases import Case, read_cases
 from imprompt.evaluation.config import EvaluateConfig
 from imprompt.evaluation.metrics import bootstrap, cosine, paired
-from imprompt.evaluation.run import Case, read_cases
 from imprompt.evaluation.scorers import Scorer, load_own
 from imprompt.generation.families import find_base
 

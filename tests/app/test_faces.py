@@ -1,15 +1,22 @@
 """A face adapter on the command line: photo, face model, embed, and what a picture says it was made of."""
 
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 import tiny
 from facemodels import pack, photo
 from faces import face_state
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.app.cli import main
+from imprompt.app.tuning import tune
+from imprompt.schema.request import Request
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +76,54 @@ def test_a_face_is_drawn_from_a_photo_and_from_what_was_embedded_of_it(
         capsys, place, "generate", "a man", "--image", "me.safetensors,s_scale=0.5", *common, "-o", "b.png"
     )
     assert code == 0, err
-    from PIL import Image
-
     assert Image.open("a.png").tobytes() == Image.open("b.png").tobytes()
     code, _, err = say(
         capsys, place, "generate", "--image", str(place / "sky.png"), *model, *common, "-o", "c.png"
     )
-    assert (code, "no face was found in" in err) == (4, True)
+    assert (code, f"no face was found in '{place / 'sky.png'}' (640×640)" in err) == (4, True)
     assert not Path("c.png").exists()
+
+
+def test_a_face_adapter_is_measured_on_the_pictures_with_a_face(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("INSIGHTFACE_HOME", str(tmp_path / "none"))
+    (tmp_path / "shown").mkdir()
+    for name in ("me", "sky"):
+        shutil.copy(place / f"{name}.png", tmp_path / "shown")
+    few = ("--base", "BASE", "--adapter", "FACEID", "--samples", "1", "--steps", "1", "--scales", "")
+    shown = str(tmp_path / "shown")
+    report = ("--json", str(tmp_path / "report.json"))
+    code, _, err = say(capsys, place, "evaluate", shown, *few, "--face-model", "PACK", *report)
+    assert code == 0, err
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["settings"]["pictures"] == 1
+    assert "left out, since no face was found: 1 (shown/sky.png)" in found["notes"]
+    assert any(figure["name"] == "face identity" for figure in found["figures"])
+    assert "imprompt: the face models buffalo_l are InsightFace's" in err
+    assert "UserWarning" not in err
+
+    code, _, err = say(capsys, place, "evaluate", shown, *few)
+    assert (code, "reads faces: put InsightFace's pack" in err) == (2, True)
+    (tmp_path / "shown" / "me.png").unlink()
+    code, _, err = say(capsys, place, "evaluate", shown, *few, "--face-model", "PACK")
+    assert (code, "no face was found in any of the 1 pictures" in err) == (4, True)
+
+
+def test_settings_of_a_face_are_tuned_against_the_text_alone_which_reads_none(
+    place: Path, tmp_path: Path
+) -> None:
+    class Brightness:
+        name = "brightness"
+
+        def __call__(self, images: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
+            level = torch.tensor([float(np.asarray(image).mean()) for image in images])
+            return 1 - level, level
+
+    request = Request(
+        prompt="a man", images=[place / "me.png"], base=str(place / "base"), face_model=place / "buffalo_l",
+        adapter=str(place / "ip-adapter-faceid-plusv2_tiny.safetensors"), steps=2, seed=1, size=32,
+    )  # fmt: skip
+    tuned = tune(request, tmp_path, axes=["scale=0.5,1"], measure=lambda *_: Brightness(), say=lambda _: None)
+    assert tuned.request.face_model == request.face_model
+    assert tuned.request.scale in (0.5, 1)

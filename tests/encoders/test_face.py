@@ -156,7 +156,7 @@ def test_no_face_and_no_such_face_say_what_was_tried(reader: OnnxFaces) -> None:
 def test_a_licence_is_said_and_a_folder_without_models_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="buffalo_l are InsightFace's.*non-commercial"):
         OnnxFaces.from_folder(folder)
-    with pytest.raises(ModelError, match="no face models at"):
+    with pytest.raises(ModelError, match="no folder of face models at"):
         OnnxFaces.from_folder(tmp_path / "nowhere")
     with pytest.raises(ModelError, match=r"0 files that are a face detector by name \(no \.onnx file\)"):
         OnnxFaces.from_folder(tmp_path)

@@ -12,10 +12,11 @@ from PIL import Image, ImageDraw
 import tiny
 from imprompt.app.cli import main
 from imprompt.errors import InputError, ModelError, UsageError
+from imprompt.evaluation.cases import read_cases
 from imprompt.evaluation.config import Contender, EvaluateConfig
 from imprompt.evaluation.metrics import bootstrap, copy_score, diversity, paired
 from imprompt.evaluation.report import html, table, to_json
-from imprompt.evaluation.run import BARE, Difference, evaluate, read_cases
+from imprompt.evaluation.run import BARE, Difference, evaluate
 from imprompt.evaluation.scorers import Scorer, tells_texts
 from imprompt.generation.engine import Engine
 from imprompt.generation.families import find_base

@@ -285,7 +285,7 @@ class PromptEncoder:
         return _joined(parts), counts
 
     def _encoded(self, pictures: Sequence[Picture], prompt: ImagePrompt) -> Encoded:
-        names = [picture if isinstance(picture, str) else "the given picture" for picture in pictures]
+        names = list(map(_name, pictures))
         images = [load_image(picture) for picture in pictures]
         hashes = tuple(map(content_hash, images))
         if self.face is not None:
@@ -432,6 +432,13 @@ def _check_beside_text(prompt: ImagePrompt, name: str) -> None:
     factors = [factor for _, factor in options.read_curve(prompt.curve)]
     if min(factors) < 0 or (prompt.scale is not None and prompt.scale < 0):
         raise UsageError(f"scale: a negative strength {where}; 0 is no picture and 1 as trained.")
+
+
+def _name(picture: Picture) -> str:
+    """Its path, or what it was named when it was read, for messages."""
+    if isinstance(picture, str):
+        return picture
+    return str(getattr(picture, "info", {}).get("name", "the given picture"))
 
 
 def _joined(parts: Sequence[Encoded]) -> Encoded:

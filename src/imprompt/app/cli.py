@@ -11,11 +11,13 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from imprompt import __version__
 from imprompt.app.hints import for_command, for_flag
@@ -100,7 +102,8 @@ def _run(given: list[str]) -> int:
     debug = "--debug" in given
     given = [word for word in given if word != "--debug"]
     try:
-        code = _dispatch(given)
+        with _warnings_as_lines():
+            code = _dispatch(given)
         if sys.stdout is not None:  # closed before the start
             sys.stdout.flush()
         return code
@@ -120,6 +123,24 @@ def _run(given: list[str]) -> int:
         message = " ".join(f"{type(error).__name__}: {error}".split())
         tell(f"error: unexpected {message} (--debug shows where; please report it)")
         return 1
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Print imprompt's own warnings as it prints notes; those of libraries stay as they are."""
+    show, home = warnings.showwarning, Path(__file__).parents[1]
+
+    def say(message: Warning | str, kind: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
+        if Path(filename).is_relative_to(home):
+            tell(str(message))
+        else:
+            show(message, kind, filename, *rest, **more)
+
+    warnings.showwarning = cast("Any", say)
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
 
 
 def _dispatch(given: list[str]) -> int:

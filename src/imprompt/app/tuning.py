@@ -142,7 +142,7 @@ def _draw(request: Request, axes: Sequence[str], engine: Engine, say: Callable[[
     settings = len(asked.requests) // count  # the seed is the last axis and turns slowest
     say(f"drawing {settings} settings and the two ends, with {count} seed{'s' * (count > 1)} each")
     shared = asked.requests[0].replace(count=count)
-    of_images = dict.fromkeys(("scale", "adapter", "image_guidance"))
+    of_images = dict.fromkeys(("scale", "adapter", "image_guidance", "face_model"))
     bare = [
         ImagePrompt(prompt.image, adapter=prompt.adapter, framing=prompt.framing) for prompt in request.images
     ]

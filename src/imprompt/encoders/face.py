@@ -20,13 +20,21 @@ from torch import Tensor
 
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.face_geometry import Array, Face, align
-from imprompt.encoders.face_onnx import OnnxFaces, home, how_to_get, installed, licence_note
+from imprompt.encoders.face_onnx import (
+    PACKS,
+    OnnxFaces,
+    home,
+    how_to_get,
+    installed,
+    is_installed,
+    licence_note,
+)
 from imprompt.encoders.features import read_file, write_file
 from imprompt.errors import InputError
 
 __all__ = [
-    "CROP", "Face", "FaceEmbedder", "Faces", "OnnxFaces", "home", "how_to_get", "installed", "joined",
-    "licence_note", "load", "read", "save",
+    "CROP", "PACKS", "Face", "FaceEmbedder", "Faces", "OnnxFaces", "home", "how_to_get", "installed",
+    "is_installed", "joined", "licence_note", "load", "read", "save",
 ]  # fmt: skip
 
 CROP = 224

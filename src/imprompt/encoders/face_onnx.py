@@ -21,11 +21,13 @@ from imprompt.encoders.face_geometry import Array, Face, align, nms
 from imprompt.errors import ModelError, first_line
 from imprompt.io import check_path
 
+PACKS = ("buffalo_l", "buffalo_s", "antelopev2")
+"""InsightFace's packs, whose weights are for non-commercial use."""
+
 _SIDES = (640, 480, 320, 256)  # long side at which a face is looked for: close-ups are found when small
 _CANVAS = 640
 _THRESHOLD = 0.5  # as InsightFace has it
 _WIDTH = 512  # of the embeddings that published adapters read
-_NON_COMMERCIAL = ("buffalo_l", "buffalo_s", "antelopev2")
 _BY_FILE = {"w600k_r50": "buffalo_l", "w600k_mbf": "buffalo_s"}
 _DETECTORS = re.compile(r"det_|scrfd|yunet|detection", re.I)
 _RECOGNISERS = re.compile(r"w600k|glint|arcface|recognition", re.I)
@@ -166,10 +168,14 @@ def installed(packs: Sequence[str]) -> OnnxFaces | None:
     """The first of these packs that is installed where InsightFace does (``$INSIGHTFACE_HOME/models`` or
     ``~/.insightface/models``), if any."""
     for pack in packs:
-        folder = home() / pack
-        if any(folder.glob("*.onnx")):
-            return OnnxFaces.from_folder(folder)
+        if is_installed(pack):
+            return OnnxFaces.from_folder(home() / pack)
     return None
+
+
+def is_installed(pack: str) -> bool:
+    """Whether InsightFace's folder of that pack holds models."""
+    return any((home() / pack).glob("*.onnx"))
 
 
 def home() -> Path:
@@ -179,7 +185,7 @@ def home() -> Path:
 
 def licence_note(space: str) -> str | None:
     """A note on a face model's licence, if it is non-commercial."""
-    if space not in _NON_COMMERCIAL:
+    if space not in PACKS:
         return None
     return f"the face models {space} are InsightFace's, whose weights are for non-commercial use only"
 
@@ -194,7 +200,7 @@ def how_to_get(packs: Sequence[str]) -> str:
 
 
 def _folder(name: str) -> Path:
-    source = resolve(name, "face models", {}, "a folder of .onnx files or a hub id (owner/name)")
+    source = resolve(name, "folder of face models", {}, "a folder of .onnx files or a hub id (owner/name)")
     if source.path is None:
         return hub.fetch_folder(source.repo, ["*.onnx"], what=source.title) / source.inside
     if not source.path.is_dir():

@@ -89,7 +89,8 @@ class EvaluateConfig(Record):
     dino: str | None = None
     """DINO model to score with: folder or hub id."""
     face_model: str | None = None
-    """Folder with a face detector and a recogniser (.onnx), to score identity."""
+    """Folder with a face detector and a recogniser (.onnx), for face adapters and to score identity;
+    ``None``: face adapters' InsightFace pack in InsightFace's own folder, and no score of identity."""
     output: ExpandedPath | None = None
     """Folder for report.html, report.json and the drawings; run again, it continues there."""
     quiet: bool = False

@@ -20,7 +20,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,9 +36,10 @@ from tqdm import tqdm
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.checkpoints.contents import Contents
 from imprompt.checkpoints.locate import locate
-from imprompt.data.rows import Row, read_dataset
+from imprompt.encoders.face import PACKS, how_to_get, is_installed
 from imprompt.encoders.images import as_bytes, content_hash, load_image
-from imprompt.errors import ImpromptError, InputError
+from imprompt.errors import InputError, UsageError
+from imprompt.evaluation.cases import Case, read_cases, with_faces
 from imprompt.evaluation.config import Contender, EvaluateConfig
 from imprompt.evaluation.metrics import (
     LEAST_PAIRS,
@@ -73,16 +74,6 @@ Values = dict[str, Tensor]
 """A figure's name to its value for each picture, ``N``."""
 Drawn = list[list[Image.Image]]
 """The samples of each picture."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One reference picture with its own caption and the text it is drawn with; either text may be empty."""
-
-    name: str
-    image: Image.Image
-    caption: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -169,12 +160,8 @@ def evaluate(
     base = find_base(config.base)
     contenders = config.named(base.defaults.adapter)
     _check_request(config)
-    for _, contender in contenders:
-        Contents.of_file(locate(contender.adapter)[0])
-    cases, notes = read_cases(config, base)
-    look = _Look(cases, *_scorers(config, base, contenders[0][1]))
-    artist = _Artist(config, base, engine or Engine(), cases)
-    notes += look.notes
+    look, artist, notes = _prepared(config, base, contenders, engine or Engine())
+    cases = look.cases
     say(f"{len(cases)} pictures, {config.samples} samples each: {', '.join(name for name, _ in contenders)}")
     by_case: dict[str, Values] = {}
     drawn: dict[str, Drawn] = {}
@@ -202,6 +189,20 @@ def evaluate(
     return Report(by_case, tuple(front), settings, tuple(notes), tuple(cases), drawn)
 
 
+def _prepared(
+    config: EvaluateConfig, base: Base, contenders: Sequence[tuple[str, Contender]], engine: Engine
+) -> tuple[_Look, _Artist, list[str]]:
+    """What draws and what measures, and notes; raises what :func:`evaluate` says."""
+    of_faces = {each.adapter for _, each in contenders if _reads_faces(each.adapter)}
+    _check_faces(config, of_faces)
+    cases, notes = read_cases(config, base)
+    scorers, face = _scorers(config, base, contenders[0][1])
+    if of_faces and face is not None:
+        cases = with_faces(cases, face, notes)
+    look = _Look(cases, scorers, face)
+    return look, _Artist(config, base, engine, cases, of_faces), notes + look.notes
+
+
 def _front(
     name: str, contender: Contender, scales: Sequence[float], artist: _Artist, look: _Look
 ) -> Iterator[dict[str, Any]]:
@@ -211,77 +212,6 @@ def _front(
         text = found.get("both CLIP-T", found["both text kept"])
         picture = float(found["both CLIP-I"].mean())
         yield {"contender": name, "scale": scale, "text": float(text.mean()), "picture": picture}
-
-
-def read_cases(config: EvaluateConfig, base: Base) -> tuple[list[Case], list[str]]:
-    """The pictures to measure on, spread evenly over the source, and notes on what was left out.
-
-    Each is drawn with a line of ``config.prompts``, else with the caption of a picture of other groups.
-    Raises :class:`InputError` when no picture can be read."""
-    source = _own_source(config, base) if config.source is None else config.source
-    data = read_dataset(source, only=config.only, captions="optional")
-    notes = [*data.notes, *(str(item) for item in data.rejected[:5])]
-    picked = _decoded(data.rows, config.n, notes)
-    if not picked:
-        raise InputError(f"no picture of '{source}' can be read ({notes[-1]}).")
-    prompts = _prompts(config.prompts)
-    rows = [row for row, _ in picked]
-    texts = [prompts[n % len(prompts)] if prompts else _other_caption(rows, n) for n in range(len(rows))]
-    own = sum(text == row.caption != "" for text, row in zip(texts, rows, strict=True))
-    if own and not prompts:
-        notes.append(
-            f"pictures drawn with their own caption, since no other picture has another: {own}; "
-            "--prompts gives texts"
-        )
-    cases = [
-        Case(row.name, image, row.caption, text) for (row, image), text in zip(picked, texts, strict=True)
-    ]
-    return cases, notes
-
-
-def _own_source(config: EvaluateConfig, base: Base) -> str:
-    """The folder of pictures that comes with a base."""
-    place = base.path / "eval" if base.path is not None else None
-    if place is None or not place.is_dir():
-        raise InputError(
-            f"base '{config.base}' comes without pictures to measure on; give a folder of pictures."
-        )
-    return str(place)
-
-
-def _decoded(rows: Sequence[Row], most: int, notes: list[str]) -> list[tuple[Row, Image.Image]]:
-    """At most ``most`` rows, spread evenly, with their pictures; those that cannot be read become notes."""
-    count = min(most, len(rows))
-    picked = []
-    for row in (rows[place * len(rows) // count] for place in range(count)):
-        try:
-            picked.append((row, load_image(row.read())))
-        except (ImpromptError, OSError) as error:
-            notes.append(f"{row.name} is left out: {error}")
-    return picked
-
-
-def _prompts(path: Path | None) -> list[str]:
-    if path is None:
-        return []
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the prompts '{path}' cannot be read: {error}.") from error
-    found = [line for line in lines if line]
-    if not found:
-        raise InputError(f"'{path}' holds no text; a prompt on each line is expected.")
-    return found
-
-
-def _other_caption(rows: Sequence[Row], number: int) -> str:
-    """A caption of another picture that differs, its concept where captions have kinds; the own one where
-    none does; empty when no picture has any."""
-    mine = rows[number]
-    others = [row for row in (*rows[number + 1 :], *rows[:number]) if row.caption]
-    differ = [row for row in others if row.caption != mine.caption] or others or [mine]
-    row = next((row for row in differ if not mine.groups.items() & row.groups.items()), differ[0])
-    return next(iter(row.captions.get("concept", ())), row.caption)
 
 
 def _scorers(
@@ -307,14 +237,35 @@ def _check_request(config: EvaluateConfig) -> None:
     Request.from_mapping({"prompt": "x", **known})
 
 
+def _reads_faces(adapter: str) -> bool:
+    """Whether an adapter reads a face in the picture. Raises :class:`ModelError` for what is none."""
+    found = Contents.of_file(locate(adapter)[0]).identify(None, hashed=False)
+    return any(variant.embedding is not None for variant in found.variants)
+
+
+def _check_faces(config: EvaluateConfig, of_faces: Collection[str]) -> None:
+    """Raise :class:`UsageError` where adapters read faces and no face model is known."""
+    if of_faces and config.face_model is None and not any(map(is_installed, PACKS)):
+        raise UsageError(f"adapter '{min(of_faces)}' reads faces: {how_to_get(())}")
+
+
 # ---- drawing
 
 
 class _Artist:
     """Draws the tasks through one engine, and keeps drawings in the output folder."""
 
-    def __init__(self, config: EvaluateConfig, base: Base, engine: Engine, cases: Sequence[Case]) -> None:
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        base: Base,
+        engine: Engine,
+        cases: Sequence[Case],
+        of_faces: Collection[str],
+    ) -> None:
         self.config, self.base, self.engine, self.cases = config, base, engine, cases
+        self.of_faces = of_faces
+        """The adapters that read faces."""
         self.pictures = {f"case-{number}": case.image for number, case in enumerate(cases)}
         self.hashes = [content_hash(case.image) for case in cases]
         self.seconds = 0.0
@@ -356,6 +307,7 @@ class _Artist:
                 shown["profile"] = contender.profile
             fields |= {"images": [shown], "adapter": contender.adapter, "scale": contender.scale}
             fields["speed"] = contender.speed
+            fields["face_model"] = config.face_model if contender.adapter in self.of_faces else None
         return Request.from_mapping({name: value for name, value in fields.items() if value is not None})
 
     def _place(self, case: int, request: Request, contender: Contender | None) -> Path | None:

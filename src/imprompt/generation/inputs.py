@@ -158,7 +158,9 @@ class _Files:
         return found
 
     def _picture(self, name: str) -> Image.Image:
-        return load_image(self.source(name), budget=self._budget)
+        image = load_image(self.source(name), budget=self._budget)
+        image.info["name"] = name  # for messages
+        return image
 
     def _clip(self, name: str) -> tuple[list[Image.Image], float | None]:
         return read_clip(self.source(name), name, self._budget)
