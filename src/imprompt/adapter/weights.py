@@ -32,11 +32,11 @@ class AdapterWeights(PromptSource):
         )
         variant = checkpoint.variant
         self.timed, self.token_count = variant.timed, self.projection.tokens
-        self.after_block = checkpoint.layout == "xlabs"
+        self.after_block = checkpoint.layout.name == "xlabs"
         self.shows_uncond = variant.negative != "none"
         self.beside_text = variant.beside_text
         self.uses_text_projection = variant.uses_text_projection
-        normed = checkpoint.layout == "instantx-flux"
+        normed = checkpoint.layout.name == "instantx-flux"
         self._layers = {n: key_value_of(checkpoint.site(n), normed=normed) for n in checkpoint.layers}
         numbered = nn.ModuleDict({str(n): layer for n, layer in self._layers.items()})
         self.lora: FaceLora | None = FaceLora.among(numbered, checkpoint.lora) if checkpoint.lora else None

@@ -13,12 +13,12 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from imprompt.catalog import AdapterRow, Backbone, families, licences
+from imprompt.catalog import AdapterRow, families, licences
 from imprompt.catalog.variants import Variant
 from imprompt.checkpoints.contents import Contents, by_section
 from imprompt.checkpoints.identify import NOTED_PUBLISHED, NOTED_VARIANT
-from imprompt.checkpoints.layouts import LAYOUTS, our_form, published_form
-from imprompt.checkpoints.structure import LORA, either, some
+from imprompt.checkpoints.layouts import our_form, published_form
+from imprompt.checkpoints.structure import LORA, Structure, either, some
 from imprompt.errors import ModelError, UsageError
 from imprompt.io import check_path
 from imprompt.weights import dtype_name, flatten, load_tensors, not_finite, save_tensors
@@ -29,38 +29,27 @@ StateDict: TypeAlias = dict[str, dict[str, Tensor]]
 _STATE_DICT = "the adapter's state dict"
 
 
-@dataclass
-class Checkpoint:
+@dataclass(frozen=True)
+class Checkpoint(Structure):
     """An adapter's weights, and what they are. All shapes have been checked."""
 
     state: StateDict
     """Weights without the LoRA: ``image_proj`` under its published names, ``ip_adapter`` as
     ``N.to_k_ip.weight`` and so on for attention site ``N``, for all layouts."""
     variant: Variant
-    tokens: int
-    """Tokens of one picture; nominal (257, 729) for kinds that make one per patch."""
-    cross_dim: int
-    """Width of the tokens."""
-    feature_width: int
-    layers: tuple[int, ...]
-    """Numbers of the attention sites, ascending: 1, 3, 5, … on UNets, 0, 1, 2, … on transformers."""
     name: str
     source: str | None = None
     """Path of its file."""
     published: AdapterRow | None = None
     """The published file, if it is one."""
-    base: str = "other"
-    """Base family by its name in the catalogue, or ``other``."""
     lora: dict[str, Tensor] = field(default_factory=dict)
     """FaceID's LoRA, ``N.to_{q,k,v,out}_lora.{down,up}.weight`` for every attention ``N``; else empty."""
     metadata: dict[str, str] = field(default_factory=dict)
-    layout: str = "unet"
-    """Name of its published layout in :data:`imprompt.checkpoints.layouts.LAYOUTS`."""
 
     @property
-    def backbone(self) -> Backbone:
-        """The architecture it is for."""
-        return LAYOUTS[self.layout].backbone
+    def base(self) -> str:
+        """Base family by its name in the catalogue, or ``other``."""
+        return self.family
 
     @property
     def base_title(self) -> str:
@@ -128,19 +117,14 @@ def checkpoint_of(contents: Contents, published: Mapping[str, Tensor], variant: 
     state = by_section(tensors, name)
     lora = {key: state["ip_adapter"].pop(key) for key in list(state["ip_adapter"]) if LORA.fullmatch(key)}
     return Checkpoint(
+        **vars(structure),
         state=state,
         variant=identity.variants[0],
-        tokens=structure.tokens,
-        cross_dim=structure.cross_dim,
-        feature_width=structure.feature_width,
-        layers=structure.layers,
         name=name,
         source=str(contents.file) if contents.file else None,
         published=identity.published[0] if len(identity.published) == 1 else None,
-        base=structure.family,
         lora=lora,
         metadata=contents.metadata,
-        layout=structure.layout.name,
     )
 
 
@@ -160,7 +144,7 @@ def write(checkpoint: Checkpoint, path: str | Path) -> None:
         raise ModelError(
             f"adapter '{checkpoint.name}' has NaN or infinite weights in {some(bad)}; not saved."
         )
-    names = published_form(tensors, LAYOUTS[checkpoint.layout])
+    names = published_form(tensors, checkpoint.layout)
     metadata = checkpoint.metadata | {"format": "pt", NOTED_VARIANT: checkpoint.variant.name}
     if checkpoint.published is not None:
         metadata[NOTED_PUBLISHED] = checkpoint.published.published

@@ -56,12 +56,13 @@ class Structure:
     variants: tuple[Variant, ...]
     """The variants with these keys and shapes."""
     tokens: int
+    """Tokens of one picture; nominal (257, 729) for kinds that make one per patch."""
     cross_dim: int
     """Width of the tokens that the attention sites read."""
     feature_width: int
     patch_width: int | None
     layers: tuple[int, ...]
-    """Numbers of the attention sites, ascending."""
+    """Numbers of the attention sites, ascending: 1, 3, 5, … on UNets, 0, 1, 2, … on transformers."""
     lora_rank: int | None
 
     @property
