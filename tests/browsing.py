@@ -1,5 +1,6 @@
 """What tests of the page do with it again and again."""
 
+import base64
 from collections.abc import Callable
 
 from serving import Running
@@ -35,3 +36,24 @@ def add_reference(page, content: bytes) -> None:
 def last_request(running: Running) -> dict:
     with running.client() as client:
         return client.get("/api/v1/history?limit=1").json()["jobs"][0]["request"]
+
+
+def dropped(page, content: bytes):
+    """A file as the desktop or the clipboard hands it over."""
+    return page.evaluate_handle(
+        """([text]) => {
+            const bytes = Uint8Array.from(atob(text), (one) => one.charCodeAt(0));
+            const data = new DataTransfer();
+            data.items.add(new File([bytes], "dropped.png", { type: "image/png" }));
+            return data;
+        }""",
+        [base64.b64encode(content).decode()],
+    )
+
+
+def drop(page, selector: str, content: bytes) -> None:
+    """Drop a file as the desktop does: enter the window, then drop on a target."""
+    data = dropped(page, content)
+    page.dispatch_event("body", "dragenter", {"dataTransfer": data})
+    page.wait_for_selector(selector)
+    page.dispatch_event(selector, "drop", {"dataTransfer": data})

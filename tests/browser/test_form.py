@@ -2,7 +2,7 @@
 
 import pytest
 
-from browsing import Open, add_reference, draw, file, last_request, set_up
+from browsing import Open, add_reference, draw, drop, file, last_request, set_up
 from serving import Running, picture, submit, upload, wait
 
 pytestmark = [pytest.mark.slow]
@@ -137,3 +137,45 @@ def test_files_that_cannot_be_taken_are_named_and_the_others_taken(opening: Open
         most + 1,
     )
     page.get_by_text("scan.png: it has 33 MB; a picture has at most 32 MB here.").wait_for()
+
+
+def test_drawing_waits_for_pictures_that_are_still_being_sent(opening: Open) -> None:
+    page = opening()
+    page.fill("#prompt", "an owl")
+    held = []
+    page.route("**/api/v1/pictures", lambda route: held.append(route))
+    page.locator("#reference-drop input[type=file]").set_input_files([file(picture("red"), "large.png")])
+    page.get_by_text("Sending large.png …").wait_for()
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.get_by_text("A picture is still on its way to the server; draw when it is here.").wait_for()
+    assert page.locator("#generate").inner_text() == "Draw"
+    held[0].continue_()
+    page.locator("#references > li").wait_for()
+    assert page.get_by_text("Sending large.png …").count() == 0
+
+
+def test_a_control_acts_in_its_part_of_the_drawing(opening: Open, running: Running) -> None:
+    page = opening()
+    set_up(page, "a house", steps=2)
+    page.get_by_text("Follow the shape of a picture").click()
+    page.locator("#control input[type=file]").set_input_files([file(picture("black"))])
+    page.locator("#control img.map:not([hidden])").wait_for()
+    page.locator("#control").get_by_label("Acts to").fill("0.5")
+    page.locator("#control").get_by_label("Acts to").press("Tab")
+    draw(page)
+    (control,) = last_request(running)["controls"]
+    assert (control["start"], control["end"]) == (0, 0.5)
+
+
+def test_a_still_is_no_clip_and_is_told_so_at_once(opening: Open) -> None:
+    page = opening()
+    page.get_by_role("tab", name="Animate").click()
+    page.locator("#source input[type=file]").set_input_files([file(picture("red"))])
+    page.get_by_text("This is a still, and a clip has several frames.").wait_for()
+    assert page.locator("#source .card").count() == 0
+
+
+def test_a_picture_is_dropped_as_a_shape_to_follow(opening: Open) -> None:
+    page = opening()
+    drop(page, "[data-target=asControl]", picture("black"))
+    page.locator("#control .card").wait_for()

@@ -1,6 +1,5 @@
 """The page in real Chromium: what an artist does with it."""
 
-import base64
 import io
 import json
 import os
@@ -9,33 +8,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from browsing import Open, add_reference, draw, file, last_request, set_up
+from browsing import Open, add_reference, draw, drop, dropped, file, last_request, set_up
 from imprompt.output.clips import encode_clip
 from serving import Running, picture, submit, wait
 
 pytestmark = [pytest.mark.slow]
 AXE = Path(os.environ.get("IMPROMPT_AXE", ".venv/axe/node_modules/axe-core/axe.min.js"))
-
-
-def dropped(page, content: bytes):
-    """A file as the desktop or the clipboard hands it over."""
-    return page.evaluate_handle(
-        """([text]) => {
-            const bytes = Uint8Array.from(atob(text), (one) => one.charCodeAt(0));
-            const data = new DataTransfer();
-            data.items.add(new File([bytes], "dropped.png", { type: "image/png" }));
-            return data;
-        }""",
-        [base64.b64encode(content).decode()],
-    )
-
-
-def drop(page, selector: str, content: bytes) -> None:
-    """Drop a file as the desktop does: enter the window, then drop on a target."""
-    data = dropped(page, content)
-    page.dispatch_event("body", "dragenter", {"dataTransfer": data})
-    page.wait_for_selector(selector)
-    page.dispatch_event(selector, "drop", {"dataTransfer": data})
 
 
 def test_an_example_draws_with_one_click(opening: Open, shot) -> None:
@@ -389,14 +367,15 @@ def test_fits_a_phone(opening: Open, shot) -> None:
     shot(page, "10-phone-drawn")
 
 
+@pytest.mark.parametrize("width", [1360, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious(opening: Open, scheme: str, shot) -> None:
+def test_axe_finds_nothing_serious(opening: Open, scheme: str, width: int, shot) -> None:
     if not AXE.is_file():
         pytest.skip(f"axe-core is not at {AXE}; make test-browser puts it there")
-    page = opening(color_scheme=scheme, bypass_csp=True)
+    page = opening(width, color_scheme=scheme, bypass_csp=True)
     add_reference(page, picture("red"))
     page.locator("#references summary").first.click()
-    shot(page, f"11-{scheme}")
+    shot(page, f"11-{scheme}-{width}")
     page.add_script_tag(content=AXE.read_text(encoding="utf-8"))
 
     def serious() -> list[str]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import httpx
@@ -12,6 +13,7 @@ from imprompt.app.server.capabilities import capabilities
 from imprompt.app.server.settings import Settings
 from imprompt.output import read_request
 from imprompt.output.clips import encode_clip
+from imprompt.schema.request import Request
 from serving import STEPS, Running, encoded, mask, picture, submit, upload, wait
 
 
@@ -290,3 +292,15 @@ def test_files_are_sent_in_parts_and_only_when_they_are_not_known(client: httpx.
     assert small.headers["ETag"] != etag
     known = {"If-None-Match": small.headers["ETag"]}
     assert client.get(f"{url}?thumbnail=true", headers=known).status_code == 304
+
+
+def test_the_openapi_document_describes_requests_and_names_nothing_that_is_missing(
+    client: httpx.Client,
+) -> None:
+    document = client.get("/api/v1/openapi.json").json()
+    schemas = document["components"]["schemas"]
+    body = document["paths"]["/api/v1/jobs"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    named = re.findall(r'"\$ref": "([^"]*)"', json.dumps(document))
+    assert body["properties"]["request"]["$ref"] in named
+    assert {name.removeprefix("#/components/schemas/") for name in named} <= set(schemas)
+    assert set(schemas["Request"]["properties"]) == set(Request.model_fields)

@@ -26,6 +26,7 @@ from imprompt.app.server.queue import Queue
 from imprompt.app.server.settings import Settings
 from imprompt.app.server.store import Store
 from imprompt.errors import ImpromptError
+from imprompt.schema.request import Request
 
 STATIC = Path(__file__).parent / "static"
 _NOT_READY = "loading, shutting down, or failed: the default base cannot be loaded"
@@ -70,6 +71,7 @@ def create_app(settings: Settings) -> FastAPI:
     _add_plain_routes(app)
     _add_page(app)
     _add_errors(app)
+    _describe_requests(app)
     return app
 
 
@@ -126,6 +128,19 @@ def _add_page(app: FastAPI) -> None:
         found = FileResponse(path, media_type=_TYPES[path.suffix], headers=headers, stat_result=path.stat())
         headers["ETag"] = found.headers["etag"]
         return Response(None, 304, headers) if unchanged(http, headers["ETag"]) else found
+
+
+def _describe_requests(app: FastAPI) -> None:
+    """Put the schema of a request, which routes read by themselves, into the OpenAPI document."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        request = Request.model_json_schema(ref_template="#/components/schemas/{model}")
+        found = plain()
+        found["components"]["schemas"] |= {**request.pop("$defs"), "Request": request}
+        return found
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _add_errors(app: FastAPI) -> None:

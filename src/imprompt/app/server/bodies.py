@@ -80,10 +80,19 @@ def first_fault(faults: Sequence[Any]) -> tuple[str, str]:
 
 
 def described(
-    model: type[BaseModel], *, kind: str = "application/json", files: Sequence[str] = ()
+    model: type[BaseModel],
+    *,
+    kind: str = "application/json",
+    files: Sequence[str] = (),
+    records: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """For the OpenAPI schema: a body of the model's fields, and of files, the first of which is required."""
+    """For the OpenAPI schema: a body of the model's fields, and of files, the first of which is required.
+
+    ``records``: fields whose schema is one of the document's own.
+    """
     schema = model.model_json_schema()
+    for name, record in (records or {}).items():
+        schema["properties"][name] = {"$ref": f"#/components/schemas/{record}"}
     schema["properties"] |= {name: {"type": "string", "format": "binary"} for name in files}
     schema["required"] = [*schema.get("required", ()), *files[:1]]
     return {"requestBody": {"required": True, "content": {kind: {"schema": schema}}}}

@@ -119,7 +119,7 @@ class JobBody(Body):
     model_config = ConfigDict(extra="forbid")
 
     request: dict[str, Any]
-    """See ``request`` of ``/api/v1/capabilities``."""
+    """As everywhere, with ids of uploaded pictures for files."""
     format: Literal["png", "jpg", "jpeg", "webp", "gif", "mp4"] | None = None
     previews: StrictBool = True
 
@@ -226,7 +226,7 @@ def _drawn_map(kind: str, path: FilePath) -> bytes:
 
 @router.post(
     "/jobs", status_code=202, response_model=JobView, responses={200: {"model": JobView}},
-    openapi_extra=described(JobBody),
+    openapi_extra=described(JobBody, records={"request": "Request"}),
 )  # fmt: skip
 async def submit(
     http: HTTPRequest,

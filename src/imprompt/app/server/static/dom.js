@@ -65,12 +65,15 @@ export function iconButton(name, label, onclick, properties = {}) {
   return h("button", { type: "button", class: `quiet icon ${more}`, "aria-label": label, title: label, onclick, ...rest }, icon(name));
 }
 
-/** A short message that goes away by itself. */
+const LASTS = { info: 5000, error: 12000 };
+
+/** A short message that goes away by itself; one of another kind stays until its element is removed. */
 export function toast(text, kind = "info") {
   const note = h("div", { class: `toast ${kind}` }, h("span", {}, text),
     iconButton("x", t("close"), () => note.remove()));
   $("toasts").append(note);
-  setTimeout(() => note.remove(), kind === "error" ? 12000 : 5000);
+  if (LASTS[kind]) setTimeout(() => note.remove(), LASTS[kind]);
+  return note;
 }
 
 /**

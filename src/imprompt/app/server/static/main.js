@@ -5,7 +5,7 @@ import { $, h, icon, toast } from "./dom.js";
 import * as gallery from "./gallery.js";
 import { language, switchLanguage, t, translate } from "./i18n.js";
 import { openModels, render, setTask } from "./look.js";
-import { addReference, draggedPicture, setControl, setSource, take, tell } from "./references.js";
+import { addReference, draggedPicture, isSending, setControl, setSource, take, tell } from "./references.js";
 import { change, dropPictures, fromRequest, loadDraft, newReference, offered, onchange, settings, toRequest } from "./settings.js";
 import * as stage from "./stage.js";
 
@@ -57,6 +57,7 @@ function showButtons() {
 }
 
 async function start(wanted) {
+  if (isSending()) { toast(t("stillSending"), "error"); return; }
   try {
     await stage.draw(wanted());
   } catch (problem) {
@@ -149,6 +150,7 @@ const TARGETS = [
   ["restore", "restore", restoreFrom],
   ["asSource", "edit", (picture) => actions.source(picture, "edit")],
   ["asInpaint", "brush", (picture) => actions.source(picture, "inpaint")],
+  ["asControl", "sliders", (picture) => actions.control(picture)],
 ];
 
 function setUpDropping() {

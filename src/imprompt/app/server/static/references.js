@@ -16,6 +16,7 @@ export function tell(problem) {
 /** Upload files, one after the other, and hand each picture to `use`. */
 export async function take(files, use) {
   for (const file of [...files]) {
+    const sent = sending(shortened(file.name));
     try {
       const wrong = await unfit(file);
       if (wrong) throw new Problem(0, { code: "unfit", message: wrong });
@@ -23,8 +24,24 @@ export async function take(files, use) {
     } catch (problem) {
       if (problem.code === "offline") tell(problem);
       else toast(`${shortened(file.name)}: ${problem.message.replace(/^file: /, "")}`, "error");
-    }
+    } finally { sent(); }
   }
+}
+
+let underway = 0;
+/** Whether files are on their way to the server, so that the form does not show them yet. */
+export const isSending = () => underway > 0;
+
+/** Count a file as on its way, and say so when that takes a moment; gives what ends it. */
+function sending(name) {
+  let note = null;
+  const timer = setTimeout(() => { note = toast(t("sending", { name }), "busy"); }, 400);
+  underway += 1;
+  return () => {
+    underway -= 1;
+    clearTimeout(timer);
+    note?.remove();
+  };
 }
 
 /** Why a file is not even sent, or null. What a file without a known type is, the server says. */
@@ -196,6 +213,10 @@ function renderSource() {
 }
 
 export function setSource(picture) {
+  if (settings.task === "animate" && picture.frames === 1) {
+    toast(t("stillHere"), "error");
+    return;
+  }
   Object.assign(settings, { source: picture, mask: null });
   changed();
   render();
@@ -227,7 +248,9 @@ function renderControl() {
         h("select", { "aria-label": t("controlKind"), onchange: (event) => { control.kind = event.target.value; control.extra = {}; changed(); showMap(); } },
           [...new Set([...usable, control.kind])].map((kind) => h("option", { value: kind, selected: kind === control.kind }, kind)))),
       h("span", { class: "grow" }), iconButton("x", `${t("remove")}: ${t("control")}`, () => { settings.control = null; changed(); render(); })),
-      slider(t("strength"), { value: control.scale, min: 0, max: 2, step: 0.05, format: percent, oninput: (scale) => { control.scale = scale; changed(); } }))));
+      slider(t("strength"), { value: control.scale, min: 0, max: 2, step: 0.05, format: percent, oninput: (scale) => { control.scale = scale; changed(); } }),
+      span(control, t("control"), (values) => { Object.assign(control, values); changed(); }),
+      kept(control.extra, () => { control.extra = {}; changed(); render(); }))));
 }
 
 export function setControl(picture, kind = "canny") {
