@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serving import Running, free_port, submit, wait
+from serving import Running, answers, free_port, submit, wait
 
 pytestmark = pytest.mark.slow
 
@@ -63,26 +63,19 @@ def serve(folder: Path, port: int) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
-def answering(port: int, path: str = "/readyz") -> bool:
-    try:
-        return httpx.get(f"http://127.0.0.1:{port}{path}").status_code == 200
-    except httpx.TransportError:
-        return False
-
-
 def test_sigterm_finishes_what_is_drawn_and_the_next_server_draws_the_rest(
     tmp_path: Path, starting: Callable[..., Running]
 ) -> None:
     port = free_port()
     first = serve(tmp_path, port)
-    until(lambda: answering(port), 600)
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+    until(lambda: answers(port, "/readyz"), 600)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, verify=False) as client:
         running = submit(client, steps=20)["id"]
         # Another size, so that they are no batch.
         waiting = [submit(client, seed=seed, size=[64, 64 + 8 * seed])["id"] for seed in range(2)]
         until(lambda: client.get(f"/api/v1/jobs/{running}").json()["step"] > 0)
         first.send_signal(signal.SIGTERM)
-        until(lambda: not answering(port))
+        until(lambda: not answers(port, "/readyz"))
         refused = client.post("/api/v1/jobs", json={"request": {"prompt": "late"}})
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "draining"
@@ -119,7 +112,7 @@ def test_two_servers_do_not_share_a_folder_and_ctrl_c_ends_one(tmp_path: Path) -
     one = free_port()
     first = serve(tmp_path, one)
     try:
-        until(lambda: answering(one, "/healthz"), 120)
+        until(lambda: answers(one, "/healthz"), 120)
         second = serve(tmp_path, free_port())
         _, told = second.communicate(timeout=120)
         assert second.returncode != 0

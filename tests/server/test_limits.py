@@ -455,6 +455,7 @@ def test_a_folder_that_cannot_be_used_is_told_in_a_line(tmp_path: Path, spoil: s
         first.close()
 
 
+@pytest.mark.slow
 def test_a_worker_without_its_base_is_not_ready(starting: Callable[..., Running], tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
