@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from imprompt.app import drawing
+from imprompt.generation.engine import Engine
 from imprompt.io import sha256
 from imprompt.output import read_request
 
@@ -27,8 +29,14 @@ def drawn(path: str | Path) -> bytes:
     return Image.open(path).tobytes()
 
 
+@pytest.fixture(scope="module")
+def engine():
+    return Engine(quiet=True)
+
+
 @pytest.mark.parametrize("name", ODD.values(), ids=ODD.keys())
-def test_pictures_of_any_name_are_shown_written_and_repeated(say, tmp_path, monkeypatch, name):
+def test_pictures_of_any_name_are_shown_written_and_repeated(say, tmp_path, monkeypatch, engine, name):
+    monkeypatch.setattr(drawing, "make_engine", lambda args: engine)  # loads the base once
     Path(tmp_path, name).parent.mkdir(exist_ok=True)
     shutil.copy("ref.png", tmp_path / name)
     for number, given in enumerate((f"./{name}", str(tmp_path / name))):
