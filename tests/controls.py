@@ -8,15 +8,18 @@ from pathlib import Path
 import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, SparseControlNetModel, T2IAdapter
 
+from copies import copies
 from tiny import tiny_unet
 
 
+@copies
 def tiny_controlnet(family: str = "sd", seed: int = 11) -> ControlNetModel:
     """The ControlNet of :func:`tiny.tiny_sd`'s UNet (``"sd"``) or :func:`tiny.tiny_sdxl`'s (``"sdxl"``)."""
     net = ControlNetModel.from_unet(tiny_unet(family), conditioning_embedding_out_channels=(8, 16))
     return randomised(net, seed)
 
 
+@copies
 def tiny_union(seed: int = 13) -> ControlNetUnionModel:
     """A ControlNet-Union for :func:`tiny.tiny_sdxl`'s UNet, of six kinds."""
     shared = (
@@ -37,12 +40,14 @@ def tiny_union(seed: int = 13) -> ControlNetUnionModel:
     return randomised(net, seed)
 
 
+@copies
 def tiny_t2i(seed: int = 17) -> T2IAdapter:
     """A T2I-Adapter for :func:`tiny.tiny_sd`'s UNet."""
     net = T2IAdapter(channels=[32, 64], num_res_blocks=1, downscale_factor=2, adapter_type="full_adapter")
     return randomised(net, seed)
 
 
+@copies
 def tiny_sparse(*, rgb: bool = True, frames: int = 8, seed: int = 19) -> SparseControlNetModel:
     """A SparseCtrl for :func:`tiny.tiny_sd`'s UNet: of pictures (``rgb``, in latents) or of scribbles."""
     unet = tiny_unet("sd").config

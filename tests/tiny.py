@@ -79,6 +79,7 @@ def tiny_unet(family: str = "sd", in_channels: int = 4, seed: int = 0) -> UNet2D
     return _unet(family, in_channels, seed)
 
 
+@copies
 def tiny_motion(*, frames: int = 8, seed: int = 11, width: int = 32) -> MotionAdapter:
     """A motion adapter for both tiny UNets, whose temporal layers do something; ``width`` 32 fits them."""
     torch.manual_seed(seed)
