@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("docs/**/*.md")])
 DRAWING = ("generate", "edit", "inpaint", "animate", "tune")
 SHORT = (*DRAWING, "train", "evaluate")
-"""Commands that are run with two steps."""
+"""Commands that are run short: two steps, pictures of 64 × 64 where nothing says their size, two scales."""
 ENDLESS = ("serve",)
 """Commands that run until they are stopped; their flags are read."""
 FOREIGN = ("pip", "make", "curl", "python", "docker", "srun", "torchrun", "xdg-open")
@@ -89,6 +89,10 @@ def run_command(words: list[str], runs: bool) -> int:
     if rest[0] in SHORT:
         rest += [] if "--steps" in rest else ["--steps", "2"]
         rest += ["--quiet"]
+    if rest[0] in ("generate", "animate", "tune") and not {"--size", "--from", "--base", "--video"} & {*rest}:
+        rest += ["--size", "64"]
+    if rest[0] == "evaluate" and "--scales" not in rest:
+        rest += ["--scales", "0.3,1"]
     if rest[0] == "train":
         rest += ["--sample-every", "0"]
     if rest[0] == "animate" and "at=15" not in " ".join(rest):
