@@ -15,18 +15,26 @@ from jaxtyping import install_import_hook
 
 install_import_hook("imprompt.adapter", "checked.check")
 gc.set_threshold(100_000, 20, 20)  # imports make a million objects that stay
+LONGEST = (
+    "server", "test_trainer.py", "test_diffusers.py", "test_video.py", "test_commands.py", "test_bundled.py",
+    "test_transformer_bases.py",
+)  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where processes share the tests (``--dist loadgroup``), those of a file, and all that ask one server,
-    go to one of them: what they share is made once. Files with slow tests come first."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    go to one of them: what they share is made once. The longest come first, so that all end together."""
+
+    def group(item: pytest.Item) -> Path:
+        return item.path.parent if item.path.parent.name == "server" else item.path
+
+    items.sort(
+        key=lambda item: LONGEST.index(name) if (name := group(item).name) in LONGEST else len(LONGEST)
+    )
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
-            group = item.path.parent if item.path.parent.name == "server" else item.path
-            item.add_marker(pytest.mark.xdist_group(str(group)))
+            item.add_marker(pytest.mark.xdist_group(str(group(item))))
 
 
 @pytest.fixture(scope="module", autouse=True)
