@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 import tiny
@@ -15,7 +16,10 @@ from facemodels import pack, photo
 from faces import face_state
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.app.cli import main
+from imprompt.app.embedding import encoder_of
 from imprompt.app.tuning import tune
+from imprompt.encoders.clip import ImageEncoder
+from imprompt.generation.families import find_base
 from imprompt.schema.request import Request
 
 
@@ -127,3 +131,14 @@ def test_settings_of_a_face_are_tuned_against_the_text_alone_which_reads_none(
     tuned = tune(request, tmp_path, axes=["scale=0.5,1"], measure=lambda *_: Brightness(), say=lambda _: None)
     assert tuned.request.face_model == request.face_model
     assert tuned.request.scale in (0.5, 1)
+
+
+def test_an_adapter_of_embeddings_alone_is_tuned_by_the_encoder_of_the_base(tmp_path: Path) -> None:
+    place = find_base("emoji").path
+    assert place is not None
+    unet = UNet2DConditionModel.from_pretrained(place / "unet")
+    adapter = IPAdapter.from_state_dict(face_state(unet), variant="faceid")
+    path = adapter.save_pretrained(tmp_path, "faceid.safetensors")
+    own = ImageEncoder.from_pretrained(place / "image_encoder")
+    picture = photo((160, 320, "red"))
+    assert torch.equal(encoder_of("emoji", str(path)).encode([picture]).pooled, own.encode([picture]).pooled)

@@ -66,9 +66,13 @@ def embed(
 
 
 def encoder_of(base: str, adapter: str | None) -> ImageEncoder:
-    """The image encoder of an adapter, by default that of the base's; raises as :func:`embed`."""
+    """The image encoder of an adapter, by default of the base's default adapter; for one that reads face
+    embeddings alone the base's own, or its default adapter's. Raises as :func:`embed`."""
     found = find_base(base)
-    return _encoder_for(IPAdapter.from_pretrained(find_adapter(adapter, found)), found)
+    loaded = IPAdapter.from_pretrained(find_adapter(adapter, found))
+    if loaded.projection.feature != "face":
+        return _encoder_for(loaded, found)
+    return _own_encoder(found) or _encoder_for(IPAdapter.from_pretrained(find_adapter(None, found)), found)
 
 
 def _read_faces(
@@ -92,11 +96,17 @@ def _encoder_for(loaded: IPAdapter, base: Base) -> ImageEncoder:
     """The adapter's own image encoder, or the one in the base's folder."""
     if isinstance(loaded.image_encoder, ImageEncoder):
         return loaded.image_encoder
-    if base.path is not None and (base.path / "image_encoder").is_dir():
-        model = ImageEncoder.from_pretrained(base.path, subfolder="image_encoder")
+    if (model := _own_encoder(base)) is not None:
         loaded.image_encoder = model  # refuses an encoder of another width
         return model
     raise ModelError(
         f"neither adapter '{loaded.checkpoint.name}' nor base '{base.name}' has an image encoder beside it; "
         "name one with --encoder."
     )
+
+
+def _own_encoder(base: Base) -> ImageEncoder | None:
+    """The image encoder in the base's folder, if there is one."""
+    if base.path is None or not (base.path / "image_encoder").is_dir():
+        return None
+    return ImageEncoder.from_pretrained(base.path, subfolder="image_encoder")
