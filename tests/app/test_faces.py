@@ -86,6 +86,18 @@ def test_a_face_is_drawn_from_a_photo_and_from_what_was_embedded_of_it(
     )
     assert (code, f"no face was found in '{place / 'sky.png'}' (640×640)" in err) == (4, True)
     assert not Path("c.png").exists()
+    embed = (
+        "embed",
+        str(place / "sky.png"),
+        "--base",
+        "BASE",
+        "--adapter",
+        "FACEID",
+        *model,
+        "-o",
+        "d.safetensors",
+    )
+    assert f"no face was found in '{place / 'sky.png'}'" in say(capsys, place, *embed)[2]
 
 
 def test_a_face_adapter_is_measured_on_the_pictures_with_a_face(

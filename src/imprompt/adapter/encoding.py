@@ -31,7 +31,7 @@ from imprompt.encoders.clip import Features, ImageEncoder
 from imprompt.encoders.face import Faces
 from imprompt.encoders.face import joined as join_faces
 from imprompt.encoders.face import load as load_faces
-from imprompt.encoders.images import content_hash, load_frames, load_image
+from imprompt.encoders.images import content_hash, load_frames, load_image, name_of
 from imprompt.encoders.store import FeatureStore
 from imprompt.errors import AdapterMismatch, EncoderMismatch, InputError, UsageError
 from imprompt.projections.modules import ImageProjection
@@ -285,7 +285,7 @@ class PromptEncoder:
         return _joined(parts), counts
 
     def _encoded(self, pictures: Sequence[Picture], prompt: ImagePrompt) -> Encoded:
-        names = list(map(_name, pictures))
+        names = list(map(name_of, pictures))
         images = [load_image(picture) for picture in pictures]
         hashes = tuple(map(content_hash, images))
         if self.face is not None:
@@ -432,13 +432,6 @@ def _check_beside_text(prompt: ImagePrompt, name: str) -> None:
     factors = [factor for _, factor in options.read_curve(prompt.curve)]
     if min(factors) < 0 or (prompt.scale is not None and prompt.scale < 0):
         raise UsageError(f"scale: a negative strength {where}; 0 is no picture and 1 as trained.")
-
-
-def _name(picture: Picture) -> str:
-    """Its path, or what it was named when it was read, for messages."""
-    if isinstance(picture, str):
-        return picture
-    return str(getattr(picture, "info", {}).get("name", "the given picture"))
 
 
 def _joined(parts: Sequence[Encoded]) -> Encoded:

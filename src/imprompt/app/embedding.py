@@ -10,7 +10,7 @@ from imprompt.encoders import face as faces
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.features import Saved, check_target, fingerprint, save
 from imprompt.encoders.framing import encode
-from imprompt.encoders.images import content_hash, load_image
+from imprompt.encoders.images import content_hash, load_image, with_name
 from imprompt.errors import ModelError, UsageError
 from imprompt.generation.families import Base, find_adapter, find_base
 from imprompt.schema import options
@@ -45,7 +45,7 @@ def embed(
     if isinstance(pictures, str | Path):
         raise UsageError(f"embed: a list of pictures is expected; write ['{pictures}'].")
     check_target(output, overwrite=overwrite, reads=[*pictures, encoder, adapter, base])
-    decoded = [load_image(picture) for picture in pictures]
+    decoded = [with_name(load_image(picture), picture) for picture in pictures]
     hashes = tuple(content_hash(picture) for picture in decoded)
     if encoder is None:
         found = find_base(base)

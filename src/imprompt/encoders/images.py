@@ -40,6 +40,7 @@ _MOVING = ("GIF", "WEBP", "PNG", "AVIF")  # of those, the ones that can be anima
 _MOV_ATOMS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 _STILL_BRANDS = (b"avi", b"hei", b"hev", b"mif", b"msf")  # AVIF and HEIF, in the container of MP4
 _MATROSKA = b"\x1a\x45\xdf\xa3"
+_NAME = "imprompt name"  # key of a picture's info
 _ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
@@ -78,6 +79,20 @@ def load_image(
     with _opened(source, max_pixels) as (image, name):
         _load(image, name, budget)
         return _flattened(_srgb(_eight_bit(_upright(image), name)), background)
+
+
+def with_name(image: Image.Image, source: object) -> Image.Image:
+    """The same picture, which messages call by its path or name from now on; see :func:`name_of`."""
+    if isinstance(source, str | Path):
+        image.info[_NAME] = str(source)
+    return image
+
+
+def name_of(picture: object) -> str:
+    """What messages call a picture: its path, or what :func:`with_name` gave it."""
+    return str(
+        picture if isinstance(picture, str) else getattr(picture, "info", {}).get(_NAME, "the given picture")
+    )
 
 
 def as_bytes(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:

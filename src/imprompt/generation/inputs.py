@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from imprompt.encoders.images import Budget, frame_count, load_image, load_mask
+from imprompt.encoders.images import Budget, frame_count, load_image, load_mask, with_name
 from imprompt.encoders.video import is_clip, read_clip
 from imprompt.errors import InputError, UsageError
 from imprompt.generation import video
@@ -158,9 +158,7 @@ class _Files:
         return found
 
     def _picture(self, name: str) -> Image.Image:
-        image = load_image(self.source(name), budget=self._budget)
-        image.info["name"] = name  # for messages
-        return image
+        return with_name(load_image(self.source(name), budget=self._budget), name)
 
     def _clip(self, name: str) -> tuple[list[Image.Image], float | None]:
         return read_clip(self.source(name), name, self._budget)
