@@ -78,6 +78,8 @@ _LAYOUTS = (
     # Kolors' FaceID-Plus has its keys and values under adapter_modules.
     Layout("unet", "unet", "odd", _PLAIN, names=((r"adapter_modules\.", "ip_adapter.", "^$", ""),)),
 )  # fmt: skip
+"""In the order in which they are recognised. Sources: the published files of the reference IP-Adapter, XLabs,
+InstantX and Black Forest Labs."""
 
 
 def our_form(flat: Mapping[str, T]) -> tuple[dict[str, T], Layout]:
