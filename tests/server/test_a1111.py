@@ -252,3 +252,15 @@ def test_a_base_that_cannot_be_read_is_refused_before_a_job_is_made(tmp_path: Pa
     (tmp_path / "model_index.json").write_text('{"_class_name": "OtherPipeline"}')
     with pytest.raises(Problem, match="OtherPipeline"):
         asyncio.run(served("odd", Settings(tmp_path, bases={"odd": str(tmp_path)})))
+
+
+def test_skipping_layers_for_all_pictures_is_refused_as_for_one(client: httpx.Client) -> None:
+    answer = client.post("/sdapi/v1/options", json={"CLIP_stop_at_last_layers": 2})
+    assert (answer.status_code, answer.json()["field"]) == (422, "CLIP_stop_at_last_layers")
+    assert client.post("/sdapi/v1/options", json={"CLIP_stop_at_last_layers": 1}).status_code == 200
+
+
+def test_an_unknown_sampler_is_told_which_there_are(client: httpx.Client) -> None:
+    answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a cat", "sampler_name": "DPM fast"})
+    known = "sampler_name: 'DPM fast' is not here; known are Euler, Euler a, DDIM"
+    assert answer.json()["detail"].startswith(known)

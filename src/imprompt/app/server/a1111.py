@@ -196,16 +196,20 @@ def _check_supported(values: Mapping[str, Any], body: TextToImage) -> None:
     for name, what in _REFUSED.items():
         if values.get(name):
             raise refused(name, f"this server does not offer {what}.", "not_supported")
-    if body.override_settings.get("CLIP_stop_at_last_layers") not in (None, 0, 1):
-        raise refused(
-            "CLIP_stop_at_last_layers", "skipping layers is not part of this server.", "not_supported"
-        )
+    _check_clip_skip(body.override_settings)
     for name, script in body.alwayson_scripts.items():
         arguments = script.get("args") or [] if isinstance(script, dict) else None
         if not isinstance(arguments, list):
             raise refused(f"alwayson_scripts.{name[:60]}", "an object with a list 'args' is expected.")
         if name.lower() not in _SCRIPTS and arguments and arguments[0]:
             raise refused("alwayson_scripts", f"'{name[:60]}' is not part of this server.", "not_supported")
+
+
+def _check_clip_skip(options: Mapping[str, Any]) -> None:
+    """Raises :class:`Problem` for options that skip layers of the text encoder."""
+    name = "CLIP_stop_at_last_layers"
+    if options.get(name) not in (None, 0, 1):
+        raise refused(name, "skipping layers is not part of this server.", "not_supported")
 
 
 def _without_loras(prompt: str) -> tuple[str, list[dict[str, Any]]]:
@@ -242,7 +246,8 @@ def _sampler(name: str) -> str:
     known = {theirs.lower(): ours for theirs, ours in SAMPLERS.items()}
     found = known.get(name.lower())
     if found is None:
-        raise refused("sampler_name", f"'{name[:60]}' is not here.", "sampler_not_found", 404)
+        text = f"'{name[:60]}' is not here; known are {', '.join(SAMPLERS)}."
+        raise refused("sampler_name", text, "sampler_not_found", 404)
     return found
 
 
@@ -360,7 +365,9 @@ async def options(http: HTTPRequest) -> dict[str, Any]:
 @router.post("/options", openapi_extra=described(Options))
 async def set_options(http: HTTPRequest, queue: QueueHere) -> dict[str, Any]:
     """Choose the base of this protocol's next jobs."""
-    base = checked(Options, await json_body(http, queue.settings)).sd_model_checkpoint
+    values = await json_body(http, queue.settings)
+    _check_clip_skip(values)
+    base = checked(Options, values).sd_model_checkpoint
     if base is not None:
         if base not in await asyncio.to_thread(offered_bases, queue.settings):
             raise refused("sd_model_checkpoint", f"'{base[:80]}' is not here.", "model_not_found", 404)
