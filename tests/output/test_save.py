@@ -414,6 +414,8 @@ def test_a_target_is_checked_before_drawing(tmp_path: Path) -> None:
     fast.request = fast.request.replace(fps=60)
     with pytest.raises(UsageError, match="at most 50 frames per second, not 60"):
         output.save(fast, tmp_path / "a.gif")
+    with pytest.raises(UsageError, match="at most 50 frames per second, not 60"):
+        output.check_target(tmp_path / "a.gif", fast.request)
 
 
 def test_texts_that_a_format_cannot_hold_are_refused(tmp_path: Path) -> None:

@@ -272,6 +272,9 @@ def test_pictures_come_in_the_format_asked_for(client: httpx.Client) -> None:
     body["format"] = "gif"
     refused = client.post("/api/v1/jobs", json=body)
     assert (refused.status_code, refused.json()["error"]["field"]) == (422, "format")
+    body["request"] |= {"task": "animate", "fps": 60}
+    refused = client.post("/api/v1/jobs", json=body)
+    assert (refused.status_code, refused.json()["error"]["field"]) == (400, "fps")
 
 
 def test_files_are_sent_in_parts_and_only_when_they_are_not_known(client: httpx.Client) -> None:

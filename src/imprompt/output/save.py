@@ -110,6 +110,9 @@ def check_target(
     requests = asked if isinstance(asked, Sequence) else [asked]
     task = requests[0].task
     target = _checked(path, task)
+    for request in requests:
+        if request.fps is not None:
+            check_fps(target.suffix.lower(), request.fps)
     check_folder_above(target)
     if numbered:  # another name is chosen where one is taken
         return target

@@ -34,6 +34,7 @@ from imprompt.app.server.store import Picture
 from imprompt.encoders.images import as_bytes, load_image
 from imprompt.errors import ImpromptError
 from imprompt.generation.annotate import annotate
+from imprompt.output.clips import check_fps
 from imprompt.schema.request import Request
 
 JobId = Annotated[str, Path(pattern="^[0-9a-f]{24}$", description="a job's id")]
@@ -247,7 +248,8 @@ async def submit(
 
 
 def suffix_of(form: str | None, request: Request) -> str:
-    """The ending of the files to write. Raises :class:`Problem` for a format the task does not have."""
+    """The ending of the files to write. Raises :class:`Problem` for a format the task does not have, and
+    :class:`UsageError` for one that cannot show the clip's frames per second."""
     known = CLIPS if request.task == "animate" else STILLS
     if form is None:
         return known[0]
@@ -255,6 +257,8 @@ def suffix_of(form: str | None, request: Request) -> str:
     if suffix not in known:
         listed = ", ".join(known).replace(".", "")
         raise refused("format", f"'{form}'; {request.task} gives {listed}.")
+    if request.fps is not None:
+        check_fps(suffix, request.fps)
     return suffix
 
 
