@@ -183,6 +183,11 @@ def test_a_kind_of_reference_that_no_picture_has_is_an_error():
         Plan(ROWS, config(references=[("weather", 1.0)]))
 
 
+def test_a_single_picture_has_no_other_to_refer_to():
+    with pytest.raises(UsageError, match=r'references=\[\["self",1\]\]'):
+        Plan([row("cat", "noto")], config(references=[("any", 1.0)]))
+
+
 def test_nothing_to_train_on_is_an_error():
     with pytest.raises(InputError, match="held out"):
         Plan([row("cat", "noto", "held_out_pair")], config())

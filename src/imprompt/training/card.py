@@ -13,8 +13,8 @@ from typing import Any
 from imprompt.training.config import TrainConfig
 
 _SETTINGS = (
-    "kind", "steps", "batch", "accumulate", "lr", "schedule", "warmup", "ema", "min_snr", "drop_text",
-    "drop_image", "drop_both", "resolution", "seed",
+    "kind", "steps", "batch", "accumulate", "lr", "schedule", "warmup", "ema", "min_snr", "references",
+    "drop_text", "drop_image", "drop_both", "resolution", "seed",
 )  # fmt: skip
 _LOSSES = {
     "validation_with_image": "with the picture",

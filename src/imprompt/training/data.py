@@ -160,6 +160,11 @@ class Plan:
     def _check_references(self) -> None:
         there = {mode for choices in self._choices.values() for mode, _, _ in choices}
         for mode, _ in self._references:
+            if mode == ANY_PICTURE and mode not in there:
+                raise UsageError(
+                    "references: no training picture has a caption and another picture beside it; show each "
+                    "itself (--set 'references=[[\"self\",1]]')."
+                )
             if mode not in there:
                 raise UsageError(
                     f"no training picture has another picture of its group '{mode}' and a caption of the "

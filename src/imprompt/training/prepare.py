@@ -18,7 +18,7 @@ from imprompt.data.rows import Dataset, Rejected, read_dataset, usable
 from imprompt.errors import InputError, UsageError
 from imprompt.generation.families import Base
 from imprompt.training import cache, start
-from imprompt.training.config import Kind, TrainConfig
+from imprompt.training.config import ANY_PICTURE, Kind, TrainConfig
 from imprompt.training.data import Plan, bucket_size, crop_box
 from imprompt.training.folder import Identity, data_hash
 from imprompt.training.launch import frozen_dtype
@@ -60,6 +60,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, data: Dataset | None 
     kind = config.kind or (start.kind_of(initial) if initial is not None else "linear")
     training = [row for row in found.rows if row.trainable]
     captioned = all(row.caption for row in training)
+    stated = config
     config = config.resolved(kind, len(training), started=initial is not None, captioned=captioned)
     config = config.model_copy(update={"dtype": frozen_dtype(accelerator)})
     pictures = Pictures.read(found.rows, _target_size(config, base), config.workers)
@@ -84,7 +85,8 @@ def prepare(config: TrainConfig, accelerator: Accelerator, data: Dataset | None 
         "imprompt.pictures": str(len(found.rows)),
         "imprompt.start": "new weights" if initial is None else initial.checkpoint.name,
     }
-    notes = (*found.notes, *_notes(plan, encoded.latents), *_idle(config, kind, initial is not None))
+    odd, idle = _notes(plan, encoded.latents), _idle(config, kind, initial is not None)
+    notes = (*found.notes, *odd, *idle, *_chosen(stated, config))
     return Prepared(config, identity, pipe, adapter, encoded, plan, about, notes)
 
 
@@ -104,6 +106,16 @@ def _notes(plan: Plan, latents: Table) -> list[str]:
         if small:
             notes.append(f"{small} training pictures are smaller than what is trained, and are enlarged")
     return notes
+
+
+def _chosen(stated: TrainConfig, config: TrainConfig) -> list[str]:
+    """What was chosen for few pictures."""
+    if stated.references is not None or config.references != ((ANY_PICTURE, 1.0),):
+        return []
+    return [
+        f"few pictures: beside a caption another of them is shown, and {config.drop_text:.0%} of the samples "
+        "have no caption (references, drop_text)"
+    ]
 
 
 def _idle(config: TrainConfig, kind: Kind, started: bool) -> list[str]:
