@@ -34,7 +34,7 @@ from transformers import (
 
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.catalog import ASSETS
-from imprompt.data.rows import read_dataset
+from imprompt.data.read import read_dataset
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.images import load_image
 from imprompt.generation.families import find_base

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from imprompt import Engine, Request
 from imprompt.catalog import ASSETS
-from imprompt.data.rows import read_dataset
+from imprompt.data.read import read_dataset
 from imprompt.encoders.images import load_image
 from imprompt.evaluation.charts import grid
 from imprompt.output import save_page

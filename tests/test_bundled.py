@@ -15,7 +15,7 @@ from PIL import Image
 from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.catalog import ASSETS
-from imprompt.data.rows import read_dataset
+from imprompt.data.read import read_dataset
 from imprompt.encoders.images import load_image
 from imprompt.generation.engine import Engine
 from imprompt.schema.profiles import layer_weights

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from imprompt.catalog import ASSETS
-from imprompt.data.rows import read_dataset
+from imprompt.data.read import read_dataset
 from imprompt.encoders.images import load_image
 from imprompt.errors import InputError
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 import tiny
 from facemodels import pack
-from imprompt.data.rows import read_dataset
+from imprompt.data.read import read_dataset
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.face import OnnxFaces
 from imprompt.errors import ModelError

@@ -36,7 +36,8 @@ from facemodels import pack
 from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.app.cli import main
-from imprompt.data.rows import Dataset, read_dataset
+from imprompt.data.read import read_dataset
+from imprompt.data.rows import Dataset
 from imprompt.errors import InputError, ModelError, UsageError
 from imprompt.training import preview
 from imprompt.training.cache import fingerprint

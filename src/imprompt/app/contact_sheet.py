@@ -15,7 +15,7 @@ from PIL import Image
 
 from imprompt import output
 from imprompt.catalog import ASSETS
-from imprompt.data.rows import read_dataset
+from imprompt.data.read import read_dataset
 from imprompt.encoders.images import load_image
 from imprompt.evaluation.charts import Band, Cell, bands
 from imprompt.generation.engine import Engine

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from imprompt.data.rows import Row, read_dataset
+from imprompt.data.read import read_dataset
+from imprompt.data.rows import Row
 from imprompt.encoders.images import load_image
 from imprompt.errors import ImpromptError, InputError
 from imprompt.evaluation.config import EvaluateConfig

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.checkpoints.locate import NOTED_ENCODER
-from imprompt.data.rows import Dataset, Rejected, read_dataset, usable
+from imprompt.data.read import read_dataset, usable
+from imprompt.data.rows import Dataset, Rejected
 from imprompt.errors import InputError, UsageError
 from imprompt.generation.families import Base
 from imprompt.training import cache, start

@@ -1,0 +1,195 @@
+"""Datasets whose pictures lie in containers: tar shards, a sheet of pictures, Hugging Face datasets."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from imprompt.data.rows import CAPTION_FIELDS, DAMAGE, Dataset, Rejected, Row, caption_texts, described
+from imprompt.encoders.images import as_bytes
+from imprompt.errors import InputError, first_line
+
+PICTURES = (
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jp2",
+    ".ppm", ".qoi",
+)  # fmt: skip
+SIDECARS = (".txt", ".caption")
+HUB = "hf:"
+PARQUET = ".parquet"
+_SAVED_TO_DISK = (("dataset_info.json", "state.json"), ("dataset_dict.json",))
+"""Files that tell a folder of ``save_to_disk``: of one split, of several."""
+
+
+def is_saved_to_disk(folder: Path) -> bool:
+    """Whether ``datasets`` saved it."""
+    return any(all((folder / name).is_file() for name in names) for names in _SAVED_TO_DISK)
+
+
+def read_shards(paths: Sequence[Path]) -> Dataset:
+    """Read WebDataset shards: members with the same name up to the first dot make a row."""
+    rows: list[Row] = []
+    rejected: list[Rejected] = []
+    taken: dict[str, int] = {}
+    for path in paths:
+        members: dict[str, dict[str, tarfile.TarInfo]] = {}
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    folder, _, name = member.name.rpartition("/")
+                    stem, _, suffix = name.partition(".")
+                    if member.isfile() and suffix and stem:  # without a stem it is hidden
+                        members.setdefault(f"{folder}/{stem}", {})[f".{suffix.lower()}"] = member
+        except (tarfile.TarError, OSError) as error:
+            raise InputError(
+                f"'{path}' is not a readable tar file ({first_line(error)}); compressed or truncated?"
+            ) from error
+        for key, parts in members.items():
+            where = f"{path.name}/{key.lstrip('/')}"
+            try:
+                rows.append(_tar_row(path, key, parts, taken))
+            except DAMAGE as error:
+                rejected.append(Rejected(where, first_line(error)))
+    return Dataset(rows, rejected, [f"captions are read from '{name}' ({n})" for name, n in taken.items()])
+
+
+def _tar_row(path: Path, key: str, parts: Mapping[str, tarfile.TarInfo], taken: dict[str, int]) -> Row:
+    picture = next((member for suffix, member in parts.items() if suffix in PICTURES), None)
+    if picture is None:
+        raise ValueError(f"no picture among {', '.join(parts)}")
+    record: dict[str, Any] = json.loads(_member(path, parts[".json"])) if ".json" in parts else {}
+    if not isinstance(record, dict):
+        raise TypeError("its .json is not an object")
+    for suffix in SIDECARS:
+        if suffix in parts:
+            record["text"] = _member(path, parts[suffix]).decode("utf-8-sig")
+    file = path / f"{key.lstrip('/')}{Path(picture.name).suffix}"
+    return described(Row(file, content=partial(_member, path, picture)), record, taken)
+
+
+def _member(path: Path, member: tarfile.TarInfo) -> bytes:
+    with path.open("rb") as handle:
+        handle.seek(member.offset_data)
+        return handle.read(member.size)
+
+
+def read_sheet(folder: Path) -> Dataset:
+    """Read pictures from the square cells of one sheet; ``eval.json`` has their size and captions."""
+    try:
+        about = json.loads((folder / "eval.json").read_bytes())
+        cell, columns = int(about["cell"]), int(about["columns"])
+        records: list[dict[str, Any]] = about["pictures"]
+        with Image.open(folder / "sheet.webp") as sheet:
+            if sheet.width < columns * cell or sheet.height < -(-len(records) // columns) * cell:
+                raise ValueError(f"sheet.webp is too small for {len(records)} pictures")
+        rows = []
+        for place, record in enumerate(records):
+            names = {kind: record[kind] for kind in ("concept", "style")}
+            box = (place % columns * cell, place // columns * cell)
+            file = folder / f"{names['concept']}-{names['style']}.png"
+            captions = {kind: tuple(texts) for kind, texts in record["captions"].items()}
+            content = partial(_cell, folder / "sheet.webp", (*box, box[0] + cell, box[1] + cell))
+            rows.append(Row(file, captions, names, record["split"], content=content))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"the evaluation set '{folder}' is damaged: {type(error).__name__} {error}."
+        ) from error
+    return Dataset(rows)
+
+
+def _cell(path: Path, box: tuple[int, int, int, int]) -> bytes:
+    with Image.open(path) as sheet:
+        return as_bytes(sheet.crop(box).convert("RGB"))
+
+
+def read_hugging_face(name: str, required: bool) -> Dataset:
+    """Read a dataset of the package ``datasets``; pictures are not decoded."""
+    stored, picture, notes = _hf_table(name)
+    caption = next((key for key in CAPTION_FIELDS if key in stored.column_names), None)
+    if picture is None or (caption is None and required):
+        kinds = ((key, getattr(kind, "dtype", type(kind).__name__)) for key, kind in stored.features.items())
+        raise InputError(
+            f"dataset '{name}' has the columns {', '.join(f'{key} ({kind})' for key, kind in kinds)}; one of "
+            f"pictures (datasets.Image) and one named {', '.join(CAPTION_FIELDS[:3])} are expected: "
+            "cast_column and rename_column make them."
+        )
+    read = partial(_hf_bytes, stored, picture)
+    texts = [""] * len(stored) if caption is None else stored.select_columns([caption])[caption]
+    rows = [
+        Row(Path(name, f"{n:08d}"), {"full": caption_texts(text or "")}, content=partial(read, n))
+        for n, text in enumerate(texts)
+    ]
+    captions = f", captions from '{caption}'" if caption is not None else ""
+    return Dataset(rows, notes=[*notes, f"pictures are read from '{picture}'{captions}"])
+
+
+def _hf_table(name: str) -> tuple[Any, str | None, list[str]]:
+    """The training split of a saved or published dataset, the name of its column of pictures, if any, and
+    notes."""
+    if not name:
+        raise InputError(f"'{HUB}' names no dataset; write {HUB}owner/name.")
+    if find_spec("datasets") is None:
+        raise InputError(f"'{name}' is a Hugging Face dataset, read by datasets: pip install datasets.")
+    import datasets
+
+    try:
+        stored = _hf_stored(name)
+    except InputError:
+        raise
+    except Exception as error:  # the package raises nearly anything
+        raise InputError(f"dataset '{name}' cannot be read: {first_line(error)}.") from error
+    notes: list[str] = []
+    if isinstance(stored, dict):
+        split = "train" if "train" in stored else next(iter(stored))
+        notes += (
+            [f"the split '{split}' is read, and no other of {', '.join(stored)}"] if len(stored) > 1 else []
+        )
+        stored = stored[split]
+    picture = next((key for key, kind in stored.features.items() if _holds_pictures(kind)), None)
+    if picture is not None:
+        stored = stored.cast_column(picture, datasets.Image(decode=False))
+    return stored, picture, notes
+
+
+def _hf_stored(name: str) -> Any:
+    """What ``datasets`` makes of a folder of ``save_to_disk``, of Parquet files, and of a dataset on the hub,
+    as ``owner/name`` or ``owner/name:configuration``. Raises :class:`InputError` for one of several
+    configurations that is not named, and whatever the package raises."""
+    import datasets
+
+    path = Path(name)
+    if is_saved_to_disk(path):
+        return datasets.load_from_disk(name)
+    files = [path] if path.is_file() else sorted(path.glob(f"*{PARQUET}"))
+    if files:
+        return datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train")
+    owned, _, configuration = name.partition(":")
+    if not configuration:
+        known = datasets.get_dataset_config_names(owned)
+        if len(known) > 1 and "default" not in known:
+            raise InputError(
+                f"dataset '{name}' has the configurations {', '.join(known)}; write {HUB}{name}:{known[0]}, "
+                "or another."
+            )
+    return datasets.load_dataset(owned, configuration or None)
+
+
+def _holds_pictures(kind: Any) -> bool:
+    """Whether a column is of pictures, or of their bytes as ``datasets`` writes them."""
+    import datasets
+
+    return isinstance(kind, datasets.Image) or (isinstance(kind, dict) and {*kind} == {"bytes", "path"})
+
+
+def _hf_bytes(stored: Any, column: str, index: int) -> bytes:
+    """The encoded picture of a record; empty where the record has none."""
+    value = stored[index][column]
+    if value is None:
+        return b""
+    return value["bytes"] or Path(value["path"]).read_bytes()
