@@ -144,7 +144,6 @@ class TrainConfig(Record):
     captions: dict[str, tuple[str, ...]] = Field(
         default_factory=lambda: {
             "self": (ANY_CAPTION,),
-            ANY_PICTURE: (ANY_CAPTION,),
             "concept": ("style", "full"),
             "style": ("concept", "full"),
         }
@@ -260,8 +259,8 @@ class TrainConfig(Record):
         return None if str(self.cache) == "none" else self.cache
 
     def caption_kinds(self, reference: str) -> tuple[str, ...]:
-        """Kinds of caption that go with a kind of reference; ``("full",)`` unless stated."""
-        return self.captions.get(reference, ("full",))
+        """Kinds of caption that go with a kind of reference; ``("full",)`` unless stated, any with ``any``."""
+        return self.captions.get(reference, (ANY_CAPTION,) if reference == ANY_PICTURE else ("full",))
 
     def course(self) -> dict[str, Any]:
         """The fields that set the learning rate of each step."""
