@@ -259,7 +259,7 @@ class TrainConfig(Record):
         return None if str(self.cache) == "none" else self.cache
 
     def caption_kinds(self, reference: str) -> tuple[str, ...]:
-        """Kinds of caption that go with a kind of reference; ``("full",)`` unless stated, any with ``any``."""
+        """Kinds of caption that go with a kind of reference: unless stated, all with ``any``, else full."""
         return self.captions.get(reference, (ANY_CAPTION,) if reference == ANY_PICTURE else ("full",))
 
     def course(self) -> dict[str, Any]:
