@@ -187,7 +187,7 @@ def test_brackets_that_do_not_close_are_refused(client: httpx.Client) -> None:
     ("sent", "said"),
     [
         ({"seed": 1}, "seed: send it inside 'imprompt', as {'imprompt': {'seed': …}}."),
-        ({"negative_prompt": "red"}, "negative_prompt: there is no such parameter."),
+        ({"negative_prompt": "red"}, "negative_prompt: this server has no such parameter."),
         ({"image": "aGk="}, "image: pictures are sent as files, to images/edits."),
     ],
 )
@@ -199,6 +199,10 @@ def test_a_parameter_in_the_wrong_place_is_refused(theirs: openai.OpenAI, sent: 
 
 def test_their_parameters_without_effect_are_taken(theirs: openai.OpenAI) -> None:
     drawn = theirs.images.generate(
-        prompt="a cat", user="me", style="vivid", moderation="low", extra_body={"imprompt": SMALL}
+        prompt="a cat",
+        user="me",
+        style="vivid",
+        moderation="low",
+        extra_body={"imprompt": SMALL, "safety_identifier": "me"},
     )
     assert opened(drawn.data[0].b64_json).size == (128, 128)

@@ -124,6 +124,7 @@ class Generation(Body):
     partial_images: int = Field(default=0, ge=0, le=3)
     imprompt: dict[str, Any] = Field(default_factory=dict, description="fields of imprompt's own request")
     user: Any = Field(default=None, description=_NO_EFFECT)
+    safety_identifier: Any = Field(default=None, description=_NO_EFFECT)
     style: Any = Field(default=None, description=_NO_EFFECT)
     moderation: Any = Field(default=None, description=_NO_EFFECT)
     output_compression: Any = Field(default=None, description=_NO_EFFECT)
@@ -202,7 +203,7 @@ def _unknown(name: str) -> str:
         return "pictures are sent as files, to images/edits"
     if name in Request.model_fields:
         return f"send it inside 'imprompt', as {{'imprompt': {{'{name}': …}}}}"
-    return "there is no such parameter"
+    return "this server has no such parameter"
 
 
 def _form_values(form: FormData, queue: Queue) -> dict[str, Any]:
