@@ -7,7 +7,7 @@ difference. Of a picture shown alone, its likeness to the drawing (CLIP-I, copy)
 text it should not fall, and neither should the share of drawings that show what the text says (text found).
 "text kept" falls wherever a look is taken over.
 
-    python benchmarks/twenty_pictures.py [--samples N] [--out FOLDER] [imprompt train's flags …]
+    python benchmarks/twenty_pictures.py [--samples N] [--out FOLDER] [--seeds N N] [imprompt train's flags …]
 """
 
 import argparse
@@ -198,11 +198,18 @@ def main() -> int:
     )
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs=2,
+        default=(1, 2),
+        help="of the pictures to train on, and of those held out",
+    )
     parser.add_argument("--start", default="emoji-plus")
     args, flags = parser.parse_known_args()
     place = args.out or Path(tempfile.mkdtemp())
-    make(place / "pictures", 1)
-    make(place / "held-out", 2)
+    make(place / "pictures", args.seeds[0])
+    make(place / "held-out", args.seeds[1])
     wall, cpu = time.monotonic(), time.process_time()
     if code := imprompt(["train", str(place / "pictures"), "--out", str(place / "run"), *flags]):
         return code
