@@ -415,6 +415,16 @@ def test_parquet_files_are_read_with_the_pictures_inside(folder, hugging_face, p
         read_dataset(files[0])
 
 
+def test_parquet_files_of_another_split_are_not_trained_on(folder, hugging_face):
+    (folder / "parts").mkdir()
+    for split in ("train", "test"):
+        made = hugging_face(image=[str(folder / "a.png")], text=[split])
+        made.to_parquet(folder / "parts" / f"{split}-00000-of-00001.parquet")
+    data = read_dataset(folder / "parts")
+    assert [row.caption for row in data.rows] == ["train"]
+    assert data.notes[0] == "the split 'train' is read, and no other of train, test"
+
+
 def test_a_configuration_of_a_dataset_is_read_by_its_name(folder, hugging_face):
     for name in ("one", "two"):
         (folder / "kinds" / name).mkdir(parents=True)

@@ -33,7 +33,9 @@ def is_saved_to_disk(folder: Path) -> bool:
 
 
 def read_shards(paths: Sequence[Path]) -> Dataset:
-    """Read WebDataset shards: members with the same name up to the first dot make a row."""
+    """Read WebDataset shards: members with the same name up to the first dot make a row.
+
+    Raises :class:`InputError` for a file that is no tar; a damaged record is a :class:`Rejected`."""
     rows: list[Row] = []
     rejected: list[Rejected] = []
     taken: dict[str, int] = {}
@@ -80,7 +82,9 @@ def _member(path: Path, member: tarfile.TarInfo) -> bytes:
 
 
 def read_sheet(folder: Path) -> Dataset:
-    """Read pictures from the square cells of one sheet; ``eval.json`` has their size and captions."""
+    """Read pictures from the square cells of one sheet; ``eval.json`` has their size in pixels and captions.
+
+    Raises :class:`InputError` for a damaged set."""
     try:
         about = json.loads((folder / "eval.json").read_bytes())
         cell, columns = int(about["cell"]), int(about["columns"])
@@ -109,7 +113,11 @@ def _cell(path: Path, box: tuple[int, int, int, int]) -> bytes:
 
 
 def read_hugging_face(name: str, required: bool) -> Dataset:
-    """Read a dataset of the package ``datasets``; pictures are not decoded."""
+    """Read a dataset of the package ``datasets``: a folder of ``save_to_disk``, Parquet, or one of the hub
+    ; pictures are not decoded.
+
+     Raises :class:`InputError` without the package, for what it cannot read, without a column of pictures,
+     and, if captions are ``required``, without one of captions."""
     stored, picture, notes = _hf_table(name)
     caption = next((key for key in CAPTION_FIELDS if key in stored.column_names), None)
     if picture is None or (caption is None and required):
@@ -166,9 +174,10 @@ def _hf_stored(name: str) -> Any:
     path = Path(name)
     if is_saved_to_disk(path):
         return datasets.load_from_disk(name)
-    files = [path] if path.is_file() else sorted(path.glob(f"*{PARQUET}"))
-    if files:
-        return datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train")
+    if path.is_file():
+        return datasets.load_dataset("parquet", data_files=name, split="train")
+    if any(path.glob(f"*{PARQUET}")):  # their names tell the splits
+        return datasets.load_dataset("parquet", data_dir=name)
     owned, _, configuration = name.partition(":")
     if not configuration:
         known = datasets.get_dataset_config_names(owned)

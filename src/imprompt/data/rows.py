@@ -81,6 +81,9 @@ class Dataset:
 
 
 def rows_of(records: Iterator[tuple[str, Any]], folder: Path) -> Dataset:
+    """The rows of records, each with the place that messages name; pictures lie in ``folder``.
+
+    A record may be a function that reads it. What is damaged becomes a :class:`Rejected`."""
     rows: list[Row] = []
     rejected: list[Rejected] = []
     taken: dict[str, int] = {}
@@ -111,7 +114,9 @@ def _row(record: Mapping[str, Any], folder: Path, taken: dict[str, int]) -> Row:
 
 
 def described(row: Row, record: Mapping[str, Any], taken: dict[str, int]) -> Row:
-    """A row with what its record says beside the picture."""
+    """A row with what its record says beside the picture; ``taken`` counts the fields that gave captions.
+
+    Raises ``TypeError`` or ``ValueError`` for a value of another kind than expected."""
     split = record.get("split") or "train"
     if not isinstance(split, str):
         raise TypeError(f"split must be a name, given {split!r}")
@@ -170,6 +175,7 @@ def _captions(record: Mapping[str, Any], taken: dict[str, int]) -> dict[str, tup
 
 
 def caption_texts(value: object) -> tuple[str, ...]:
+    """A caption, or a list of captions, without blank ones. Raises ``TypeError`` for anything else."""
     texts = value if isinstance(value, list | tuple) else (value,)
     if not all(isinstance(text, str) for text in texts):
         raise TypeError(f"a caption must be text or a list of texts, given {value!r}")

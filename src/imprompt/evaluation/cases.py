@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+from torch import Tensor
 
 from imprompt.data.read import read_dataset
 from imprompt.data.rows import Row
 from imprompt.encoders.images import load_image
 from imprompt.errors import ImpromptError, InputError
 from imprompt.evaluation.config import EvaluateConfig
-from imprompt.evaluation.scorers import FaceReader
 from imprompt.generation.families import Base
 
 
@@ -53,13 +53,17 @@ def read_cases(config: EvaluateConfig, base: Base) -> tuple[list[Case], list[str
     return cases, notes
 
 
-def with_faces(cases: Sequence[Case], face: FaceReader, notes: list[str]) -> list[Case]:
-    """The cases in which there is a face; the others become a note. Raises :class:`InputError` for none."""
-    kept = [case for case in cases if face(case.image) is not None]
-    without = [case.name for case in cases if case not in kept]
+def with_faces(cases: Sequence[Case], faces: Sequence[Tensor | None], notes: list[str]) -> list[int]:
+    """The places of the cases in which a face was found; the others become a note.
+
+    ``faces`` are the embeddings (E) of each case's largest face. Raises :class:`InputError` if none has
+    one."""
+    kept = [place for place, face in enumerate(faces) if face is not None]
+    without = [case.name for case, face in zip(cases, faces, strict=True) if face is None]
     if not kept:
         raise InputError(
-            f"no face was found in any of the {len(cases)} pictures, and an adapter reads faces."
+            f"no face was found in any of the {len(cases)} pictures, and an adapter reads faces; give "
+            "pictures in which a face is seen."
         )
     if without:
         named = ", ".join(without[:5]) + ", …" * (len(without) > 5)

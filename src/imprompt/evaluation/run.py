@@ -197,9 +197,11 @@ def _prepared(
     _check_faces(config, of_faces)
     cases, notes = read_cases(config, base)
     scorers, face = _scorers(config, base, contenders[0][1])
-    if of_faces and face is not None:
-        cases = with_faces(cases, face, notes)
-    look = _Look(cases, scorers, face)
+    faces = None if face is None else [face(case.image) for case in cases]
+    if of_faces and faces is not None:
+        kept = with_faces(cases, faces, notes)
+        cases, faces = [cases[place] for place in kept], [faces[place] for place in kept]
+    look = _Look(cases, scorers, face, faces)
     return look, _Artist(config, base, engine, cases, of_faces), notes + look.notes
 
 
@@ -349,8 +351,14 @@ class _Look:
 
     text_alone: Tensor
 
-    def __init__(self, cases: Sequence[Case], scorers: Sequence[Scorer], face: FaceReader | None) -> None:
-        self.cases, self.scorers, self.face = cases, scorers, face
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        scorers: Sequence[Scorer],
+        face: FaceReader | None,
+        faces: Sequence[Tensor | None] | None,
+    ) -> None:
+        self.cases, self.scorers, self.face, self.faces = cases, scorers, face, faces
         self.references = [scorer.images([case.image for case in cases]) for scorer in scorers]
         self.own = self.other = None
         captions = [case.caption for case in cases]
@@ -365,7 +373,6 @@ class _Look:
         else:
             self.own = scorers[0].texts(captions)
             self.other = scorers[0].texts([case.text for case in cases])
-        self.faces = None if face is None else [face(case.image) for case in cases]
 
     def alone(self, drawn: Drawn) -> Values:
         """Figures of drawings from the picture alone."""
