@@ -5,6 +5,9 @@ import pickle
 
 import pytest
 import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.resnet import ResnetBlock2D
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -62,6 +65,17 @@ def ran(model: nn.Module, given: Tensor) -> tuple[Tensor, list[str]]:
     return out, [
         name for name in names.seen if name in ("convolution", "_convolution_pointwise", "_linear_pointwise")
     ]
+
+
+def both(plain: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """A module for drawing, plain and packed."""
+    plain = plain.to(dtype).eval().requires_grad_(False)
+    model = nn.Sequential(copy.deepcopy(plain))
+    pack(model)
+    return plain, model[0]
+
+
+DTYPES = pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -162,6 +176,17 @@ def test_layers_whose_copies_would_take_too_much_stay_as_they_are() -> None:
     assert is_packed == [False, True, False, True]
 
 
+def test_a_gate_and_its_linear_layer_share_one_claim_on_the_memory() -> None:
+    if not packed.works(torch.bfloat16):
+        pytest.skip("this processor has no bfloat16 arithmetic")
+    gate = GEGLU(1, 1)
+    row = torch.zeros(1, dtype=torch.bfloat16).expand(int(packed.budget() * 0.6 / 2))
+    gate.proj.weight = nn.Parameter(row.view(-1, 1), requires_grad=False)
+    pack(model := nn.Sequential(gate))
+    assert type(model[0]) is packed.PackedGEGLU
+    assert type(model[0].proj) is packed.PackedLinear
+
+
 @pytest.mark.parametrize("last", [True, False])
 def test_a_normalization_of_few_channels_is_as_exact_as_pytorchs(last: bool) -> None:
     if not packed.works(torch.bfloat16):
@@ -179,3 +204,109 @@ def test_a_normalization_of_few_channels_is_as_exact_as_pytorchs(last: bool) -> 
     off, usual = ((each.double() - exact).abs().max().item() for each in (out, wanted))
     assert off <= 1.01 * usual
     assert out.stride() == wanted.stride()
+
+
+@DTYPES
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_gate_has_the_numbers_of_a_plain_one(dtype: torch.dtype, near: float, bias: bool) -> None:
+    if not packed.works(dtype):
+        pytest.skip("this processor has no bfloat16 arithmetic")
+    torch.manual_seed(0)
+    plain, model = both(GEGLU(24, 40, bias=bias), dtype)
+    for shape in ((2, 7, 24), (1, 3, 24), (2, 7, 24)):
+        given = states(*shape, dtype=dtype)
+        out, kernels = ran(model, given)
+        assert kernels == ["_linear_pointwise"] * 2  # no activation and no product of their own
+        torch.testing.assert_close(out, plain(given), rtol=near, atol=near)
+    with torch.no_grad():
+        for each in (plain, model):
+            each.proj.weight.mul_(-2)
+    torch.testing.assert_close(ran(model, given)[0], plain(given), rtol=near, atol=near)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_gate_hears_hooks_and_lora(dtype: torch.dtype) -> None:
+    if not packed.works(dtype):
+        pytest.skip("this processor has no bfloat16 arithmetic")
+    torch.manual_seed(0)
+    plain, model = both(GEGLU(24, 40), dtype)
+    given = states(2, 7, 24, dtype=dtype)
+    hook = model.proj.register_forward_hook(lambda layer, args, out: out * 0)
+    assert ran(model, given)[0].abs().max() == 0
+    hook.remove()
+    before = ran(model, given)[0]
+    config = LoraConfig(r=2, target_modules=["proj"], init_lora_weights=False)
+    torch.manual_seed(1)
+    inject_adapter_in_model(config, plain)
+    torch.manual_seed(1)
+    inject_adapter_in_model(config, model)
+    out, _ = ran(model, given)
+    torch.testing.assert_close(out, plain(given), rtol=2e-2, atol=2e-2)
+    assert (out - before).abs().max() > 0.1
+
+
+@DTYPES
+@pytest.mark.parametrize("channels", [16, 24])
+@pytest.mark.parametrize("time", [True, False])
+def test_a_packed_residual_block_has_the_numbers_of_a_plain_one(
+    dtype: torch.dtype, near: float, channels: int, time: bool
+) -> None:
+    if not packed.works(dtype):
+        pytest.skip("this processor has no bfloat16 arithmetic")
+    torch.manual_seed(0)
+    block = ResnetBlock2D(in_channels=16, out_channels=channels, temb_channels=32 if time else None, groups=8)
+    plain, model = both(block, dtype)
+    assert type(model) is packed.PackedResnetBlock
+    given, temb = states(2, 16, 8, 6, dtype=dtype), states(2, 32, dtype=dtype) if time else None
+    kept, wanted = given.clone(), plain(given, temb)
+    with torch.no_grad(), Names() as names:
+        out = model(given, temb)
+    assert "div" not in names.seen
+    assert torch.equal(given, kept)
+    torch.testing.assert_close(out, wanted, rtol=near, atol=near)
+
+
+def test_a_residual_block_writes_nothing_in_place_where_somebody_reads_it() -> None:
+    torch.manual_seed(0)
+    plain, model = both(ResnetBlock2D(in_channels=16, temb_channels=32, groups=8), torch.float32)
+    seen: dict[str, dict[str, Tensor]] = {"plain": {}, "packed": {}}
+    for name, block in {"plain": plain, "packed": model}.items():
+        for part in ("norm1", "conv1", "norm2", "conv2"):
+            getattr(block, part).register_forward_hook(
+                lambda layer, args, out, to=seen[name], part=part: to.update({part: out})
+            )
+        with torch.no_grad():
+            block(states(2, 16, 8, 6), states(2, 32))
+    for part, out in seen["plain"].items():
+        torch.testing.assert_close(seen["packed"][part], out, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"output_scale_factor": 2.0},
+        {"time_embedding_norm": "scale_shift"},
+        {"skip_time_act": True},
+        {"non_linearity": "gelu"},
+        {"up": True},
+        {"down": True},
+    ],
+)
+def test_residual_blocks_of_other_kinds_stay_as_they_are(options: dict[str, object]) -> None:
+    _, model = both(ResnetBlock2D(in_channels=16, temb_channels=32, groups=8, **options), torch.float32)
+    assert type(model) is ResnetBlock2D
+
+
+def test_gradients_of_packed_blocks_are_pytorchs() -> None:
+    torch.manual_seed(0)
+    for block, given in (
+        (ResnetBlock2D(in_channels=16, temb_channels=32, groups=8), (states(2, 16, 8, 6), states(2, 32))),
+        (GEGLU(24, 40), (states(2, 7, 24),)),
+    ):
+        plain, model = both(block, torch.float32)
+        grads = []
+        for each in (plain, model):
+            first = given[0].clone().requires_grad_()
+            each(first, *given[1:]).square().sum().backward()
+            grads.append(first.grad)
+        torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-4)

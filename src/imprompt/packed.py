@@ -6,7 +6,9 @@ them into that order in each call of a layer; on small pictures that takes as lo
 PyTorch's own to rounding. Calls with gradients, under autocast or torch.compile are left to PyTorch.
 
 Packed convolutions have their channels last, where PyTorch's group normalization of few channels is slow in
-bfloat16: it is done in float32 instead.
+bfloat16: it is done in float32 instead. Of diffusers' blocks, a gated feed-forward layer (GEGLU) takes its
+activation and product along in its two linear layers, and a residual block writes its sums in place and
+divides nothing by one.
 
 Dimensions: B batch rows, C and E channels in and out, h and w sides, K side of a kernel.
 """
@@ -21,6 +23,9 @@ from typing import Any, TypeAlias
 
 import psutil
 import torch
+import torch.nn.functional as F
+from diffusers.models.activations import GEGLU
+from diffusers.models.resnet import ResnetBlock2D
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -44,12 +49,13 @@ def pack(model: nn.Module) -> None:
     does not work or was not measured.
     """
     layers: list[Any] = [layer for layer in model.modules() if type(layer) in _KINDS and _packable(layer)]
-    left = budget()
+    left, paid = budget(), set[Tensor]()
     for layer in sorted(layers, key=lambda layer: list(_KINDS).index(type(layer))):
-        if not isinstance(layer, nn.GroupNorm):
-            if layer.weight.nbytes > left:
+        if (weight := _kept(layer)) is not None:
+            if weight not in paid and weight.nbytes > left:
                 continue
-            left -= layer.weight.nbytes
+            left -= 0 if weight in paid else weight.nbytes
+            paid.add(weight)
             layer.packed = Packed()
         layer.__class__ = _KINDS[type(layer)]
 
@@ -81,6 +87,22 @@ def linear(weight: Float[Tensor, "E C"], shape: Sequence[int]) -> Layer:
     return run
 
 
+def gated(weight: Float[Tensor, "two_E C"], shape: Sequence[int]) -> Layer:
+    """``value · gelu(gate)`` of a linear layer ``... C -> ... 2·E`` that gives both, value first, with its
+    weight in oneDNN's order for states of this ``shape``. Raises as :func:`convolution`."""
+    rows = math.prod(shape[:-1])
+    value, gate = (
+        torch.ops.mkldnn._reorder_linear_weight(half.contiguous(), rows) for half in weight.detach().chunk(2)
+    )
+
+    def run(states: Tensor, bias: Tensor | None) -> Tensor:
+        of_value, of_gate = (None, None) if bias is None else bias.chunk(2)
+        factor = torch.ops.mkldnn._linear_pointwise(states, gate, of_gate, "gelu", [], "none")
+        return torch.ops.mkldnn._linear_pointwise.binary(states, factor, value, of_value, "mul")
+
+    return run
+
+
 @cache
 def works(dtype: torch.dtype) -> bool:
     """Whether this processor and this PyTorch have the kernels, which are not among PyTorch's public ones."""
@@ -91,6 +113,7 @@ def works(dtype: torch.dtype) -> bool:
         weight = torch.zeros(16, 16, 3, 3, dtype=dtype)
         convolution(weight, (1, 1), (1, 1), states.shape)(states, None)
         linear(weight[..., 0, 0], rows.shape)(rows, None)
+        gated(weight[..., 0, 0], rows.shape)(rows, None)
     except (RuntimeError, AttributeError, TypeError):
         return False
     return True
@@ -152,6 +175,36 @@ class PackedLinear(nn.Linear):
         return super().forward(input) if run is None else run(input, self.bias)
 
 
+class PackedGEGLU(GEGLU):
+    """A gated linear layer that remembers both halves of its weight in oneDNN's order."""
+
+    packed: Packed
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        run = None
+        if not (args or kwargs) and is_plain(self.proj):
+            run = self.packed.layer(hidden_states, self.proj.weight, gated)
+        if run is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        return run(hidden_states, self.proj.bias)
+
+
+class PackedResnetBlock(ResnetBlock2D):
+    """A residual block of the usual kind that writes its sums in place."""
+
+    def forward(self, input_tensor: Tensor, temb: Any, *args: Any, **kwargs: Any) -> Tensor:
+        busy = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        odd = args or kwargs or (temb is None) != (self.time_emb_proj is None)
+        if busy or odd or any(part._forward_hooks for part in self.children()):
+            return super().forward(input_tensor, temb, *args, **kwargs)
+        states = self.conv1(F.silu(self.norm1(input_tensor), inplace=True))
+        if temb is not None:
+            states += self.time_emb_proj(F.silu(temb))[:, :, None, None]
+        states = self.conv2(F.silu(self.norm2(states), inplace=True))
+        states += input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+        return states
+
+
 class PackedGroupNorm(nn.GroupNorm):
     """A group normalization that goes by way of float32 where that is faster."""
 
@@ -181,19 +234,51 @@ def norm_in_float32(
 
 _KINDS: dict[type[Any], type[Any]] = {
     nn.GroupNorm: PackedGroupNorm,
+    ResnetBlock2D: PackedResnetBlock,
     nn.Conv2d: PackedConv2d,
+    GEGLU: PackedGEGLU,
     nn.Linear: PackedLinear,
 }
 """In the order in which they are packed."""
 
 
+def is_plain(layer: Any) -> bool:
+    """Whether a layer is PyTorch's own linear one, packed or not, and nothing but its weights decides what it
+    computes."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    return type(layer) in (nn.Linear, PackedLinear) and not hooked and not layer.weight.is_meta
+
+
+def _kept(layer: Any) -> Tensor | None:
+    """The weight of which a packed layer keeps a copy."""
+    if isinstance(layer, nn.GroupNorm | ResnetBlock2D):
+        return None
+    weight: Tensor = layer.proj.weight if isinstance(layer, GEGLU) else layer.weight
+    return weight
+
+
 def _packable(layer: Any) -> bool:
-    weight = layer.weight
-    if type(weight) is not nn.Parameter or weight.device.type != "cpu":  # quantized, or on a GPU
-        return False
-    if weight.dtype not in (torch.float32, torch.bfloat16) or not works(weight.dtype):
+    if isinstance(layer, GEGLU):
+        return type(layer.proj) is nn.Linear and _ordered(layer.proj.weight)
+    if isinstance(layer, ResnetBlock2D):
+        return _usual(layer) and _ordered(layer.conv1.weight)
+    if not _ordered(layer.weight):
         return False
     if isinstance(layer, nn.GroupNorm | nn.Linear):  # in float32 MKL's products are as fast
-        return bool(weight.dtype == torch.bfloat16)
+        return bool(layer.weight.dtype == torch.bfloat16)
     plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
     return plain and not isinstance(layer.padding, str)
+
+
+def _ordered(weight: Any) -> bool:
+    """Whether oneDNN has an order for a weight: it is neither quantized nor on a GPU."""
+    if type(weight) is not nn.Parameter or weight.device.type != "cpu":
+        return False
+    return weight.dtype in (torch.float32, torch.bfloat16) and works(weight.dtype)
+
+
+def _usual(block: Any) -> bool:
+    """Whether a residual block is of the kind that :class:`PackedResnetBlock` computes."""
+    resized = block.upsample is not None or block.downsample is not None
+    adds = block.time_embedding_norm == "default" and not block.skip_time_act
+    return not resized and adds and block.output_scale_factor == 1 and type(block.nonlinearity) is nn.SiLU

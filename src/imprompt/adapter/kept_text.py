@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from imprompt.adapter.backbones.base import Call, Caller
-from imprompt.packed import PackedLinear
+from imprompt.packed import is_plain
 from imprompt.weights import times_written
 
 _MOST_BYTES = 128 * 2**20  # SDXL in float32, one guided picture, has 102 MB; layers beyond are not kept
@@ -78,7 +78,7 @@ class KeptText:
             return kept.key, kept.value
         key, value = compute()
         size = key.nbytes + value.nbytes
-        if kept is None and _plain(attn.to_k) and _plain(attn.to_v) and self._bytes + size <= _MOST_BYTES:
+        if kept is None and is_plain(attn.to_k) and is_plain(attn.to_v) and self._bytes + size <= _MOST_BYTES:
             self._sites[site] = _Kept.of(attn, key, value)
             self._bytes += size
         return key, value
@@ -94,10 +94,3 @@ def stays_the_same(caller: Caller | None) -> bool:
     if caller is None or torch.is_grad_enabled():
         return False
     return caller.variables.get("callback_on_step_end", caller) is None
-
-
-def _plain(layer: Any) -> bool:
-    """Whether a layer is torch's own linear one, packed or not, and nothing but its weights decides what it
-    computes."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
-    return type(layer) in (nn.Linear, PackedLinear) and not hooked and not layer.weight.is_meta
