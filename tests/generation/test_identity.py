@@ -92,3 +92,18 @@ def test_without_a_face_it_is_refused(place: Path) -> None:
     drawn = {"kind": "none", "path": str(place / "pose.png"), "model": f"{place / 'net'}:face"}
     with pytest.raises(UsageError, match=r"reads the face.*sdxl-instantid"):
         Engine().run(asked(place, images=[], adapter=None, face_model=None, controls=[drawn]))
+
+
+def test_a_face_model_beside_a_face_control_is_told_what_is_missing_not_that_it_has_no_effect(
+    place: Path,
+) -> None:
+    """It finds the points that are followed; without a face adapter, what is wrong is the adapter."""
+    missing = r"control face: .*no image prompt shows one to a face adapter; give .*sdxl-instantid"
+    with pytest.raises(UsageError, match=missing):
+        Engine().run(asked(place, images=[], adapter=None))
+    whole = IPAdapter.new(tiny.tiny_sdxl().unet, feature_width=16)
+    whole.save_pretrained(place, "whole.safetensors")
+    with pytest.raises(UsageError, match=missing):
+        Engine().run(asked(place, adapter=str(place / "whole.safetensors")))
+    with pytest.raises(UsageError, match="face_model: has no effect on adapters that read whole pictures"):
+        Engine().run(asked(place, adapter=str(place / "whole.safetensors"), controls=[]))

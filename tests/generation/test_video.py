@@ -1,5 +1,8 @@
 """Clips drawn on tiny real models: what the task animate does, from pictures to files and back."""
 
+import json
+import re
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
@@ -142,6 +145,66 @@ def test_a_video_that_begins_behind_the_shared_start_is_drawn_as_without(engine,
     assert np.array_equal(pixels(behind.images), plain)
     assert any("shared_start 0.2 has no effect: drawing begins at 0.67" in note for note in behind.notes)
     assert not np.array_equal(pixels(engine.run(redrawn.replace(shared_start=0.8)).images), plain)
+
+
+def idle(result):
+    return [note for note in result.notes if "has no effect" in note]
+
+
+def test_windows_that_are_no_shorter_than_the_clip_are_said(engine, asked):
+    drawn = engine.run(asked(context=4))
+    (note,) = idle(drawn)
+    assert "context 4 has no effect: the clip's 4 frames are drawn in one window" in note
+    plain = engine.run(asked())
+    assert np.array_equal(pixels(drawn.images), pixels(plain.images)), "and it is true"
+    assert idle(plain) == idle(engine.run(plain.request)) == []
+    assert idle(engine.run(asked(context=4, frames=6))) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"noise_path": "loop", "shared_noise": 1}, ["noise_path loop .*: with shared_noise 1 frames"]),
+        ({"noise_path": "loop", "shared_noise": 0.9}, []),
+        (
+            {"noise_path": "loop", "shared_noise": 0.5, "shared_start": 0.9999},
+            ["shared_noise 0.5 .*: all 2 steps lie before shared_start 0.9999", "noise_path loop .*"],
+        ),
+        ({"shared_start": 0.9999}, []),
+    ],
+)
+def test_noise_of_each_frame_that_has_no_share_is_said(engine, asked, fields, said):
+    drawn = engine.run(asked(**fields))
+    notes = idle(drawn)
+    assert len(notes) == len(said)
+    assert all(re.search(wanted, note) for wanted, note in zip(said, notes, strict=True))
+    if said:  # and it is true
+        alike = engine.run(asked(shared_noise=1))
+        assert np.array_equal(pixels(drawn.images), pixels(alike.images))
+
+
+def test_a_note_says_which_values_are_the_motion_adapters(engine, asked, motion, tmp_path):
+    """Nobody who asked for one step only has said where noise is shared."""
+    shutil.copytree(motion, tmp_path / "calm")
+    known = {"shared_start": 0.13, "shared_noise": 0.97, "noise_path": "loop"}
+    (tmp_path / "calm" / "imprompt.json").write_text(json.dumps(known))
+    calm = {"motion": str(tmp_path / "calm"), "steps": 4}
+    (note,) = idle(engine.run(asked(**calm)))
+    assert "shared_start 0.13 (the motion adapter's) has no effect: drawing begins at 0.25" in note
+    (note,) = idle(engine.run(asked(**calm, shared_start=0.2)))
+    assert "shared_start 0.2 has no effect" in note
+    assert idle(engine.run(asked(**calm, shared_start=0, shared_noise=1))) == []
+
+
+def test_a_folder_of_frames_is_redrawn_at_the_rate_of_its_record(engine, asked, tmp_path):
+    (frames,) = output.save(engine.run(asked(fps=12)), tmp_path / "frames")
+    again = engine.run(asked(video=frames, frames=None))
+    assert (again.request.fps, again.request.frames) == (12, FRAMES)
+    slower = engine.run(asked(video=frames, frames=None, fps=6))
+    assert (slower.request.fps, slower.request.frames) == (6, FRAMES // 2)
+    for frame in frames.iterdir():
+        Image.open(frame).convert("RGB").save(frame)  # without its record
+    assert engine.run(asked(video=frames, frames=None)).request.fps == 8
 
 
 def test_noise_on_a_loop_moves_little_by_little_and_ends_where_it_began(engine, asked):

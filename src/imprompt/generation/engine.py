@@ -31,7 +31,7 @@ from imprompt.generation.drawing import draw, fresh_scheduler
 from imprompt.generation.families import Base, find_base, fitting_adapter
 from imprompt.generation.guided import check_guidance, guidance_notes, negative_notes
 from imprompt.generation.identity import face_controls
-from imprompt.generation.idle import idle_notes, shared_start_notes
+from imprompt.generation.idle import clip_notes, idle_notes
 from imprompt.generation.inputs import crop_notes, read_inputs
 from imprompt.generation.job import (
     Job,
@@ -373,11 +373,12 @@ def _counted_on(on_step: OnStep, before: int, total: int) -> OnStep:
 
 
 def _recorded(job: Job, loaded: Loaded) -> Job:
-    """The job with the fingerprints of its models, and of a clip the length of its windows."""
+    """The job with the fingerprints of its models, and of a clip in windows their length."""
     known = {"fingerprints": fingerprints(job, loaded.adapters)}
     if job.motion is None:
         return changed(job, **known)
-    return changed(job, context=video.window_length(loaded.pipe, job.request), **known)
+    length, frames = video.window_length(loaded.pipe, job.request), job.request.frames or 0
+    return changed(job, context=length if frames > length else job.request.context, **known)
 
 
 # ---- encoding
@@ -431,7 +432,7 @@ def _notes(job: Job, loaded: Loaded) -> list[str]:
             notes += [note] if note else []
     notes += _text_notes(job, loaded.pipe) + negative_notes(job, loaded.adapters)
     notes += guidance_notes(job, loaded.pipe)
-    return notes + idle_notes(job, loaded) + shared_start_notes(job, loaded)
+    return notes + idle_notes(job, loaded) + clip_notes(job, loaded)
 
 
 def _reads_all(job: Job, name: str, adapter: IPAdapter) -> bool:

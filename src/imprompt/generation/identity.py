@@ -50,15 +50,24 @@ def face_controls(
 
     Does nothing without a face control. Raises :class:`UsageError` when no adapter reads faces.
     """
-    if not any(control.reads_face for control in controls):
+    adapter = face_adapter(controls, adapters)
+    if adapter is None:
         return nullcontext()
+    prompts = [sample[0] for sample in adapter.samples if sample]
+    negative = [torch.zeros_like(p.tokens) if p.negative is None else p.negative for p in prompts]
+    return face_states(pipe, controls, torch.stack(negative), torch.stack([p.tokens for p in prompts]))
+
+
+def face_adapter(controls: Sequence[Control], adapters: Mapping[str, IPAdapter]) -> IPAdapter | None:
+    """The adapter whose tokens face controls read; ``None`` without such a control.
+
+    Raises :class:`UsageError` when no adapter reads faces.
+    """
+    if not any(control.reads_face for control in controls):
+        return None
     for adapter in adapters.values():
-        if adapter.projection.variant.feature.startswith("face") and adapter.samples:
-            prompts = [sample[0] for sample in adapter.samples if sample]
-            negative = [torch.zeros_like(p.tokens) if p.negative is None else p.negative for p in prompts]
-            return face_states(
-                pipe, controls, torch.stack(negative), torch.stack([p.tokens for p in prompts])
-            )
+        if adapter.projection.variant.feature.startswith("face"):
+            return adapter
     raise UsageError(
         "control face: its ControlNet reads the face, and no image prompt shows one to a face adapter; give "
         "--image PHOTO --adapter sdxl-instantid."

@@ -1,10 +1,11 @@
-"""Image prompts and shared noise that cannot act in a run, by its real steps and the base's real layers.
+"""Image prompts and fields of clips that cannot act in a run, by its real steps and the base's real layers.
 
 Zero strength that was asked for as such is no finding; all else that leaves a prompt without effect is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from imprompt.generation.families import Kind
 from imprompt.generation.job import Job
 from imprompt.generation.loading import Loaded
 from imprompt.generation.pipelines import scheduler_for
+from imprompt.generation.video import in_windows
 from imprompt.schema import options
 from imprompt.schema.profiles import layer_weights
 from imprompt.schema.prompt import ImagePrompt
@@ -45,18 +47,48 @@ def idle_notes(job: Job, loaded: Loaded) -> list[str]:
     return notes
 
 
-def shared_start_notes(job: Job, loaded: Loaded) -> list[str]:
-    """A note if no step of a clip lies where its frames would share all noise."""
+def clip_notes(job: Job, loaded: Loaded) -> list[str]:
+    """A note for each field of a clip that cannot act in this run."""
     request = job.request
-    if request.task != "animate" or not request.shared_start:
+    if request.task != "animate":
         return []
-    first = _step_fractions(request, job.base.kind, loaded)[0]
-    if first < request.shared_start:
-        return []
-    return [
-        f"shared_start {request.shared_start:g} has no effect: drawing begins at {first:.2f} of the schedule "
-        "(more steps begin earlier, and so does more strength with a video)"
-    ]
+    assert job.motion is not None
+    known = job.motion.defaults
+    notes = list(_noise_notes(request, _step_fractions(request, job.base.kind, loaded), known))
+    if request.context is not None and not in_windows(request):
+        notes.append(
+            f"context {request.context} has no effect: the clip's {request.frames} frames are drawn in one "
+            "window (smaller windows, or more frames, are drawn one after the other)"
+        )
+    return notes
+
+
+def _noise_notes(request: Request, steps: Sequence[float], known: Mapping[str, Any]) -> Iterator[str]:
+    """How frames share noise, where it makes no difference; ``known`` has the motion adapter's values."""
+
+    def called(field: str) -> str:
+        """The field's name and value; whose it is, if the motion adapter has the same."""
+        value = getattr(request, field)
+        shown = value if isinstance(value, str) else f"{value:g}"
+        return f"{field} {shown} (the motion adapter's)" if known.get(field) == value else f"{field} {shown}"
+
+    shared = request.shared_start or 0.0
+    if shared and steps[0] >= shared:
+        yield (
+            f"{called('shared_start')} has no effect: drawing begins at {steps[0]:.2f} of the schedule (more "
+            "steps begin earlier, and so does more strength with a video)"
+        )
+    if shared > steps[-1]:
+        why = f"all {len(steps)} steps lie before {called('shared_start')}, where frames share all noise"
+        usual: dict[str, object] = {"shared_noise": 0.0, "noise_path": "apart"}
+    elif request.shared_noise == 1:
+        why = f"with {called('shared_noise')} frames have all noise in common"
+        usual = {"noise_path": "apart"}
+    else:
+        return
+    for field, value in usual.items():
+        if getattr(request, field) != known.get(field, value):
+            yield f"{called(field)} has no effect: {why}"
 
 
 def _step_fractions(request: Request, kind: Kind, loaded: Loaded) -> list[float]:

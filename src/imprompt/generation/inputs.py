@@ -7,6 +7,7 @@ place of names, the pictures to start from at the drawn size, and notes for the 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
@@ -18,6 +19,7 @@ from imprompt.generation import video
 from imprompt.generation.annotate import annotate_frames
 from imprompt.generation.control import Map
 from imprompt.io import check_path, sha256
+from imprompt.output import recorded_fps
 from imprompt.schema.prompt import ImagePrompt, TextRegion
 from imprompt.schema.request import MAX_SIDE, Request
 from imprompt.schema.values import is_saved
@@ -81,7 +83,10 @@ def _source(
     """The picture to start from, or the first frame and all frames of the video, at the request's rate."""
     if request.video is None:
         return request, None if request.image is None else files.picture(request.image), None
-    frames, fps = video.at_rate(*files.clip(request.video), request)
+    shown, fps = files.clip(request.video)
+    if fps is None and isinstance(source := files.source(request.video), Path):
+        fps = recorded_fps(source)
+    frames, fps = video.at_rate(shown, fps, request)
     return request.replace(frames=len(frames), fps=fps), frames[0], frames
 
 

@@ -8,7 +8,7 @@ import gc
 import platform
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from imprompt.generation.compiling import check_compiler, compile_denoiser
 from imprompt.generation.control import Control, check_fits, controlled, load_net
 from imprompt.generation.extras import add_embeddings, add_loras
 from imprompt.generation.families import Base
+from imprompt.generation.identity import face_adapter
 from imprompt.generation.pipelines import for_task, load
 from imprompt.generation.text import TextStates
 from imprompt.generation.video import Motion
@@ -107,6 +108,8 @@ class Models:
                 self._key = key
             # The adapters first: they are small, and a fault in them is said before gigabytes are read.
             found = self._load_adapters(adapters, request.face_model)
+            if face_adapter(controls, found) is None:
+                _check_face_model(request, found)
             pipe = self._pipe(base, request, motion, device, dtype)
             if controls:
                 pipe = self._with_controls(pipe, base, controls, request, device, dtype)
@@ -178,9 +181,12 @@ class Models:
             adapter.prompt_encoder.cache = self.features
             self._adapters[of_faces if reads_faces(adapter) else of_pictures] = adapter
             found[name] = adapter
-        if face_model is not None and not any(map(reads_faces, found.values())):
-            raise UsageError("face_model: has no effect on adapters that read whole pictures; leave it out.")
         return found
+
+
+def _check_face_model(request: Request, adapters: Mapping[str, IPAdapter]) -> None:
+    if request.face_model is not None and not any(map(reads_faces, adapters.values())):
+        raise UsageError("face_model: has no effect on adapters that read whole pictures; leave it out.")
 
 
 def reads_faces(adapter: IPAdapter) -> bool:

@@ -194,6 +194,19 @@ def read_record(path: str | Path) -> Record:
         raise InputError(f"'{path}' is damaged and cannot be read ({first_line(error)}).") from error
 
 
+def recorded_fps(folder: Path) -> float | None:
+    """Frames per second of the clip of imprompt's in a folder of frames, by its record; ``None`` without one.
+
+    Raises :class:`InputError` for a record that cannot be read.
+    """
+    first = min(folder.glob("*.png"), default=None)
+    try:
+        text = None if first is None else _text(first)
+    except Exception:  # damaged: reported where the frames are decoded
+        return None
+    return None if first is None or text is None else as_record(first, text).request.fps
+
+
 def read_request(path: str | Path) -> Request:
     """The request that draws a saved picture again. Raises as :func:`read_record`."""
     return read_record(path).request

@@ -82,8 +82,10 @@ def _prompts(request: "Request") -> Iterator[str]:
         if not isinstance(region.text, str) or not isinstance(region.mask, str):
             yield f"regions.{number}: a request holds texts and names only; use TextRegions for tensors."
     if not request.images:
+        faces_are_followed = any(control.kind == "face" for control in request.controls)
         for name in ("scale", "adapter", "face_model", "image_guidance"):
-            if getattr(request, name) is not None:
+            acts = name == "face_model" and faces_are_followed
+            if getattr(request, name) is not None and not acts:
                 yield f"{name}: has no effect without an image prompt; give one in `images` (--image)."
 
 
