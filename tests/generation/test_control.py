@@ -287,7 +287,7 @@ def test_a_control_is_read_from_one_flag(text, expected):
         ("edge.png", "KIND:PATH is expected, such as canny:edge.png"),
         ("cany:edge.png", "'cany' is unknown; did you mean 'canny'"),
         ("canny:", "KIND:PATH is expected"),
-        ("canny:a.png,weight=2", "unknown option 'weight'; known are scale, start, end, model, at"),
+        ("canny:a.png,weight=2", "unknown option 'weight'; known are scale, start, end, favor, model, at"),
         ("canny:a.png,scale=1,scale=2", "'scale' is given twice"),
         ("canny:a.png,scale=-1", "scale"),
         ("frame:a.png", "needs its place in the clip, such as at=0"),

@@ -291,6 +291,10 @@ def test_what_does_not_go_together_is_said_before_anything_is_loaded(
     assert "controls: 2 are given; diffusers inpaints with one" in refused(
         sd3, "inpaint", "sd3-mask", "start", times=2, strength=1.0
     )
+    for base, net, title in ((flux, "flux", "a FLUX"), (sd3, "sd3", "an SD3")):
+        favoured = [ControlRef(kind="none", path="map", model=nets[net], favor="prompt")]
+        with pytest.raises(UsageError, match=f"favor=prompt is for ControlNets of UNets, and .* is {title}"):
+            find_controls(asked(base, "generate", favoured), find_base(str(base)))
     followed = [ControlRef(kind="none", path="map", model=nets["flux"])]
     with pytest.raises(UsageError, match=r"true_guidance: diffusers' FluxControlNetImg2ImgPipeline"):
         Engine().run(asked(flux, "edit", followed, true_guidance=2.0), pictures=PICTURES)

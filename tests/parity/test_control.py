@@ -18,6 +18,7 @@ from controls import saved, tiny_controlnet, tiny_t2i, tiny_union
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.generation.control import control_call, controlled, find_controls, load_net
 from imprompt.generation.families import Base
+from imprompt.generation.favor import favored
 from imprompt.schema.request import ControlRef, Request
 from tiny import PICTURE, picture, random_adapter_state, tiny_encoder, tiny_sd, tiny_sdxl
 
@@ -127,6 +128,32 @@ def test_one_controlnet_draws_what_diffusers_draws(family: str, task: str, tmp_p
 
     ref = ControlRef(kind="none", path="map", model=model, scale=0.8)
     compare(family, task, [ref], [picture(7)], theirs, channels)
+
+
+@pytest.mark.parametrize(("family", "task"), TASKS[:6])
+def test_favor_of_the_control_is_diffusers_guess_mode_with_other_factors(
+    family: str, task: str, tmp_path: Path
+) -> None:
+    """Guess mode multiplies by 0.1 to 1, evenly on a logarithmic scale; its net here has what undoes that."""
+    pipe, net = base_pipe(family), tiny_controlnet(family)
+    ref = ControlRef(kind="none", path="map", model=saved(net, tmp_path), scale=0.8, favor="control")
+    request = request_of(task, [ref])
+    found = find_controls(request, Base("tiny", "tiny"))
+    ours = controlled(pipe, request.task, found, {ref.model: net})
+    call = arguments(task) | control_call(found, [picture(7)], request)
+    call["num_images_per_prompt"] = 2
+    balanced = ours(**call).images
+    with favored(ours, found, rows=2):
+        drawn = ours(**call | {"generator": torch.Generator().manual_seed(5)}).images
+    last_convolutions = [*net.controlnet_down_blocks, net.controlnet_mid_block]
+    theirs = np.logspace(-1, 0, len(last_convolutions))
+    with torch.no_grad():
+        for place, convolution in enumerate(reversed(last_convolutions)):
+            for parameter in convolution.parameters():
+                parameter.mul_(0.825**place / theirs[::-1][place])
+    call |= {"generator": torch.Generator().manual_seed(5), "guess_mode": True}
+    assert np.abs(drawn - ours(**call).images).max() <= TOLERANCE
+    assert np.abs(drawn - balanced).max() > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize(("family", "task"), TASKS[:6])

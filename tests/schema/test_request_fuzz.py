@@ -21,7 +21,7 @@ SOUND: list[dict[str, Any]] = [
         "images": [{"image": "a.png", "scale": 0.5, "start": 0.1, "end": 0.9, "profile": "style",
                     "mask": "m.png", "feather": 0.1, "curve": "fade-in"}],
         "regions": [{"text": "a dog", "mask": "m.png"}],
-        "controls": [{"kind": "canny", "path": "c.png", "scale": 0.5, "end": 0.7}],
+        "controls": [{"kind": "canny", "path": "c.png", "scale": 0.5, "end": 0.7, "favor": "prompt"}],
         "loras": [{"path": "l.safetensors", "weight": 0.5}],
         "embeddings": [{"path": "e.safetensors", "token": "<x>"}],
     },

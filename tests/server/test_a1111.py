@@ -97,6 +97,22 @@ def test_control_units_are_followed(theirs: webuiapi.WebUIApi) -> None:
     assert plain.image.tobytes() != followed.image.tobytes()
 
 
+@pytest.mark.parametrize(
+    ("mode", "favor"),
+    [
+        ("Balanced", "balanced"), ("My prompt is more important", "prompt"),
+        ("ControlNet is more important", "control"), (0, "balanced"), (1, "prompt"), (2, "control"),
+    ],
+)  # fmt: skip
+def test_control_modes_are_what_a_control_favours(running: Running, mode: str | int, favor: str) -> None:
+    unit = {"module": "none", "model": "emoji-canny", "image": SHOWN, "control_mode": mode}
+    with running.client() as client:
+        answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a star", **SMALL, **units(**unit)})
+        assert answer.status_code == 200, answer.text
+        request = client.get("/api/v1/history?limit=1").json()["jobs"][0]["request"]
+    assert [control["favor"] for control in request["controls"]] == [favor]
+
+
 def test_lists_and_options(theirs: webuiapi.WebUIApi) -> None:
     assert "Euler a" in theirs.util_get_sampler_names()
     assert "karras" in theirs.util_get_scheduler_names()
@@ -134,7 +150,8 @@ def units(**unit: object) -> dict[str, object]:
         ({"prompt": "a cat <lora:nobody:1>"}, "loras.path"),
         (units(module="ip-adapter_clip_sd15", model="nonexistent", image=SHOWN), "model"),
         (units(module="canny", image=SHOWN, resize_mode="nonsense"), "resize_mode"),
-        (units(module="canny", image=SHOWN, control_mode=2), "control_mode"),
+        (units(module="canny", image=SHOWN, control_mode=3), "control_mode"),
+        (units(module="canny", image=SHOWN, control_mode="My prompt"), "control_mode"),
         (units(module="canny", image=SHOWN, threshold_a=20), "threshold_a"),
         (units(module="canny", image=SHOWN, processor_res=300), "processor_res"),
         (units(module="canny", image=SHOWN, mask=SHOWN), "mask"),

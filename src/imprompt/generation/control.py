@@ -28,6 +28,7 @@ from imprompt.generation.control_checks import (
     is_t2i_xl,
 )
 from imprompt.generation.families import KINDS, Base, check_family, stills
+from imprompt.generation.favor import check_favor
 from imprompt.generation.pipelines import load_part
 from imprompt.io import read_json
 from imprompt.schema.request import ControlRef, Request, Task
@@ -170,6 +171,7 @@ def find_controls(request: Request, base: Base) -> tuple[Control, ...]:
     if base.row is not None or base.path is not None:  # else its kind is known once it is loaded
         _check_kind_of_base(first, base)
     CHECKS[first.net](found, request)
+    check_favor(found, shared=_NETS[first.net].shared)
     denoiser = base.path / base.kind.denoiser / "config.json" if base.path is not None else None
     if denoiser is not None and denoiser.is_file():
         config = read_json(denoiser, f"'{denoiser}'", error=ModelError)

@@ -15,6 +15,7 @@ from imprompt.errors import ModelError, UsageError
 from imprompt.generation import video
 from imprompt.generation.control import control_call
 from imprompt.generation.families import KINDS
+from imprompt.generation.favor import favored
 from imprompt.generation.guided import guidance_arguments
 from imprompt.generation.job import Job, Shot
 from imprompt.generation.loading import Loaded
@@ -65,7 +66,8 @@ def draw(loaded: Loaded, shots: Sequence[Shot]) -> list[list[Image.Image]]:
     job, _ = shots[0]
     request = job.request
     generators = [torch.Generator().manual_seed(_seed(job, index)) for job, index in shots]
-    with warnings.catch_warnings():
+    rows = len(shots) * (request.frames or 1)
+    with warnings.catch_warnings(), favored(pipe, job.controls, rows):
         warnings.filterwarnings("ignore", message=".*invalid value encountered in cast.*")
         with torch.inference_mode():
             call = _call(loaded, shots)

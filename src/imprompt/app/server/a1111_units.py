@@ -33,6 +33,11 @@ FRAMINGS = {
     "scale to fit (inner fit)": "crop", "2": "pad", "resize and fill": "pad", "envelope (outer fit)": "pad",
 }  # fmt: skip
 """Their resize modes → our framings."""
+_FAVORS = {
+    "0": "balanced", "balanced": "balanced", "1": "prompt", "my prompt is more important": "prompt",
+    "2": "control", "controlnet is more important": "control",
+}  # fmt: skip
+"""Their control modes → what is favoured here."""
 _THRESHOLDS = {
     "canny": (100, 200), "depth_leres": (0, 0), "scribble_xdog": (32, -1), "tile_resample": (1, -1),
 }  # fmt: skip
@@ -143,6 +148,7 @@ async def _control(unit: Unit, queue: Queue, size: tuple[int, int]) -> dict[str,
         "scale": unit.weight,
         "start": unit.guidance_start,
         "end": unit.guidance_end,
+        "favor": looked_up("control_mode", str(unit.control_mode), _FAVORS),
     }
     if unit.model.lower() not in ("", "none"):
         found["model"] = _named(unit.model, {name: row.repo for name, row in catalog.controls().items()})
@@ -151,8 +157,6 @@ async def _control(unit: Unit, queue: Queue, size: tuple[int, int]) -> dict[str,
 
 def _check_control(unit: Unit) -> None:
     """Raises :class:`Problem` for what would change the control and has no counterpart."""
-    if str(unit.control_mode).lower() not in ("0", "balanced"):
-        raise refused("control_mode", "only 'Balanced' is part of this server; set weight.", "not_supported")
     if unit.mask:
         raise refused("mask", "masks of controls are not part of this server.", "not_supported")
     own = _THRESHOLDS.get(unit.module.lower())

@@ -1,0 +1,86 @@
+"""What a ControlNet adds to a UNet, weakened in favour of the prompt, or kept from guidance's uncond rows.
+
+:func:`check_favor` refuses before anything is loaded; :func:`favored` is open around one call of a pipeline
+and leaves nothing behind. A control that is balanced gets no hook.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from imprompt.errors import UsageError
+from imprompt.schema.request import Favor
+
+if TYPE_CHECKING:
+    from imprompt.generation.control import Control
+
+FADING = 0.825
+"""What a residual is multiplied by once more for each step away from the middle block: ``guess mode`` of
+ControlNet's own repository (Zhang et al. 2023), and A1111's modes that are not balanced."""
+_ABLE = ("controlnet", "union", "sparse")
+"""Kinds of control model whose output is residuals of a UNet's blocks, at each step."""
+
+
+def check_favor(controls: "Sequence[Control]", *, shared: bool) -> None:
+    """Raise :class:`UsageError` for a model that favours neither, and for two ways in a ``shared`` one."""
+    for control in controls:
+        ref, first = control.ref, controls[0].ref
+        if ref.favor != "balanced" and control.net not in _ABLE:
+            raise UsageError(
+                f"control '{ref.path}': favor={ref.favor} is for ControlNets of UNets, and '{control.name}' "
+                f"is {control.net_title}; leave it out, and use scale."
+            )
+        if shared and ref.favor != first.favor:
+            raise UsageError(
+                f"controls: '{control.name}' is {control.net_title}, which follows all its pictures at once; "
+                f"favor must be the same for all, not {first.favor} and {ref.favor}."
+            )
+
+
+@contextmanager
+def favored(pipe: Any, controls: "Sequence[Control]", rows: int) -> Iterator[None]:
+    """While open, the ControlNets of ``pipe`` add what ``favor`` of their controls says.
+
+    ``rows`` is the number of pictures of the call, or of a clip's frames: a ControlNet that is called with
+    more rows has those of classifier-free guidance, the conditional ones last.
+    """
+    if all(control.ref.favor == "balanced" for control in controls):
+        yield
+        return
+    turns: dict[nn.Module, list[Favor]] = {}  # one model may follow several controls, in their order
+    nets = getattr(pipe.controlnet, "nets", [pipe.controlnet])
+    for net, control in zip(nets, controls, strict=False):  # a shared model follows all at once
+        turns.setdefault(net, []).append(control.ref.favor)
+    with ExitStack() as hooks:
+        for net, favors in turns.items():
+            hooks.callback(net.register_forward_hook(_weighing(favors, rows)).remove)
+        yield
+
+
+def weighed(residuals: Sequence[Tensor], favor: Favor, rows: int) -> list[Tensor]:
+    """What a ControlNet adds to a UNet, from the finest block to the middle one, as ``favor`` says.
+
+    ``prompt`` and ``control`` keep the middle block's, and multiply the others by :data:`FADING` for each
+    residual between; ``control`` also adds nothing to the rows before the last ``rows``.
+    """
+    if favor == "balanced":
+        return list(residuals)
+    last = len(residuals) - 1
+    found = [residual * FADING ** (last - place) for place, residual in enumerate(residuals)]
+    if favor == "prompt":
+        return found
+    return [torch.cat((torch.zeros_like(each[:-rows]), each[-rows:])) for each in found]
+
+
+def _weighing(favors: Sequence[Favor], rows: int) -> Callable[[nn.Module, Any, Any], Any]:
+    in_turn = cycle(favors)
+
+    def weigh(_: nn.Module, __: Any, output: Any) -> Any:
+        *down, middle = weighed((*output[0], output[1]), next(in_turn), rows)
+        return down, middle
+
+    return weigh
