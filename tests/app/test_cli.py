@@ -123,6 +123,13 @@ def test_an_adapter_is_inspected_and_a_pickled_one_converted(say, place):
     assert say("convert", "old.bin", "new.safetensors")[0] == 0
     code, _, err = say("generate", "--image", "ref.png", "--adapter", "new.safetensors", "--base", "BASE")
     assert code == 0, err
+    Path("mine").mkdir()
+    shutil.copy(adapter, "mine")
+    assert say("convert", "mine", "-o", "run.safetensors")[0] == 0
+    assert Path("run.safetensors").is_file()
+    for words in (["old.bin"], ["old.bin", "a.safetensors", "-o", "b.safetensors"]):
+        code, _, err = say("convert", *words)
+        assert (code, "say imprompt convert old.bin NAME.safetensors" in err) == (2, True)
 
 
 def test_models_lists_names_with_their_licences(say):

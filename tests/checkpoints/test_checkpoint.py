@@ -549,6 +549,24 @@ def test_what_a_file_says_of_itself_is_kept_and_only_converted_files_are_replace
     assert same(read(source).state, state)
 
 
+def test_of_a_folder_the_adapter_in_it_is_converted(tmp_path: Path) -> None:
+    state, run = small("linear"), tmp_path / "run"
+    flat = {f"{part}.{key}": w for part, keys in state.items() for key, w in keys.items()}
+    run.mkdir()
+    source = pickled(state, run / "old.bin")
+    convert(run, tmp_path / "a.safetensors")
+    assert read(tmp_path / "a.safetensors").metadata["imprompt.source_sha256"] == sha256(source)
+    save_file(flat, run / "ip-adapter.safetensors", {"imprompt.step": "7"})
+    save_file(flat, run / "checkpoint-9.safetensors")
+    convert(run, tmp_path / "a.safetensors")
+    assert read(tmp_path / "a.safetensors").metadata["imprompt.step"] == "7"
+    with pytest.raises(UsageError, match="another target"):
+        convert(run, run / "ip-adapter.safetensors", overwrite=True)
+    save_file(flat, run / "other.safetensors")
+    with pytest.raises(ModelError, match=r"holds 2 .safetensors files; name the file itself"):
+        convert(run, tmp_path / "a.safetensors")
+
+
 def test_old_and_wrapped_pickles_are_read_too(tmp_path: Path) -> None:
     state = small("linear")
     old = pickled(state, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from imprompt.checkpoints.checkpoint import checkpoint_of, contents_of, read, write
 from imprompt.checkpoints.inspect import Inspection, inspect
+from imprompt.checkpoints.locate import adapter_in
 from imprompt.errors import ModelError, UsageError
 from imprompt.io import check_path, sha256
 from imprompt.places import check_place, identities
@@ -20,6 +21,7 @@ _PROCESSOR = re.compile(
     r"(?P<rest>to_[kv]_ip\.weight|to_(q|k|v|out)_lora\.(down|up)\.weight)"
 )
 _SOURCE = "imprompt.source_sha256"
+_PICKLES = (".bin", ".ckpt", ".pt")
 
 
 def convert(
@@ -27,11 +29,17 @@ def convert(
 ) -> Inspection:
     """Convert a ``.bin``, ``.ckpt`` or ``.pt``, or a training script's whole-model checkpoint.
 
+    Of a folder, such as a training run's, the adapter in it is taken.
     Only tensors are unpickled, never code. The metadata of a ``.safetensors`` file are kept. The result is
     written whole or not at all, and read back to check it. Raises :class:`ModelError` as
     :func:`~imprompt.checkpoints.checkpoint.read` does, and as :func:`check_target` does.
     """
-    source, target = check_path(source), check_target(source, target, overwrite=overwrite)
+    source = check_path(source)
+    if source.is_dir():
+        pickles = [path for path in sorted(source.iterdir()) if path.suffix in _PICKLES]
+        safe = any(source.glob("*.safetensors"))
+        source = pickles[0] if len(pickles) == 1 and not safe else adapter_in(source)
+    target = check_target(source, target, overwrite=overwrite)
     if source.suffix == ".safetensors":
         found, metadata = load_tensors(source), read_header(source)[1]
     else:

@@ -98,6 +98,12 @@ def locate(
     return _on_hub(source, subfolder, weight_name)
 
 
+def adapter_in(folder: Path) -> Path:
+    """The adapter's file in a folder, such as a training run's. Raises :class:`ModelError` for none or
+    several."""
+    return _local(folder, None, None)[0]
+
+
 def _on_hub(
     source: Source, subfolder: str | None, weight_name: str | None
 ) -> tuple[Path, tuple[Source, ...]]:
