@@ -97,6 +97,28 @@ def test_a_webdataset_shard_is_read_and_its_pictures_without_unpacking(folder):
         read_dataset(folder / "bad.tar")
 
 
+def test_a_pattern_of_webdataset_names_shards_and_says_which_are_missing(folder):
+    for name in ("a-008", "a-009", "a-010", "b-9", "b-10", "{x,y}"):
+        with tarfile.open(folder / f"{name}.tar", "w") as tar:
+            tar.add(folder / "a.png", f"{name}.png")
+            info = tarfile.TarInfo(f"{name}.txt")
+            info.size = len(name)
+            tar.addfile(info, io.BytesIO(name.encode()))
+
+    def shown(pattern):
+        return [row.caption for row in read_dataset(folder / pattern).rows]
+
+    assert shown("a-{008..010}.tar") == ["a-008", "a-009", "a-010"]
+    assert shown("{a,a}-0{08,10}.tar") == ["a-008", "a-010"] * 2
+    assert shown("b-{9..10}.tar") == ["b-9", "b-10"]
+    assert shown("{x,y}.tar") == ["{x,y}"]
+    with pytest.raises(InputError, match=r"names 4 shards, of which 1 are not there, first '.*a-011.tar'"):
+        shown("a-{008..011}.tar")
+    for wrong in ("{9..8}", "{0..999999999999}"):
+        with pytest.raises(InputError, match="it counts up, and at most 100,000"):
+            shown(f"a-{wrong}.tar")
+
+
 def test_a_shards_json_says_split_group_and_tags_as_a_metadata_file_does(folder):
     about = json.dumps(
         {"text": "a cat", "split": "val", "group": "cats", "core": True, "repeats": 3}

@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "source",
-        help="captioned pictures: a folder, metadata file, .tar or hf:owner/name; or a configuration (.toml)",
+        help="captioned pictures: a folder, metadata file, .tar (also x-{0..9}.tar) or hf:owner/name; or a "
+        "configuration (.toml)",
     )
     add("--out", dest="output", metavar="FOLDER", help="folder for the run; default: runs/NAME")
     add_field_flags(parser, TrainConfig, _FLAGS)

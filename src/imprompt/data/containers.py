@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -23,6 +24,8 @@ PICTURES = (
 SIDECARS = (".txt", ".caption")
 HUB = "hf:"
 PARQUET = ".parquet"
+_BRACE = re.compile(r"\{(?:(?P<first>\d+)\.\.(?P<last>\d+)|(?P<listed>[^{},]*,[^{}]*))\}")
+_MOST_SHARDS = 100_000
 _SAVED_TO_DISK = (("dataset_info.json", "state.json"), ("dataset_dict.json",))
 """Files that tell a folder of ``save_to_disk``: of one split, of several."""
 
@@ -30,6 +33,29 @@ _SAVED_TO_DISK = (("dataset_info.json", "state.json"), ("dataset_dict.json",))
 def is_saved_to_disk(folder: Path) -> bool:
     """Whether ``datasets`` saved it."""
     return any(all((folder / name).is_file() for name in names) for names in _SAVED_TO_DISK)
+
+
+def shards_of(pattern: str) -> list[Path]:
+    """The shards that WebDataset's ``x-{000..012}.tar`` or ``{a,b}.tar`` names; without braces, the one.
+
+    Raises :class:`InputError` for a range that counts down, and of more than 100,000 shards.
+    """
+    brace = _BRACE.search(pattern)
+    if brace is None:
+        return [Path(pattern)]
+    if brace["listed"] is not None:
+        parts = brace["listed"].split(",")
+    else:
+        first, last = int(brace["first"]), int(brace["last"])
+        if not first <= last < first + _MOST_SHARDS:
+            raise InputError(
+                f"data '{pattern}': {brace[0]} counts from {first} to {last}; it counts up, and at most "
+                f"{_MOST_SHARDS:,} shards are read."
+            )
+        width = len(brace["first"])
+        parts = [f"{number:0{width}}" for number in range(first, last + 1)]
+    head, tail = pattern[: brace.start()], pattern[brace.end() :]
+    return [path for part in parts for path in shards_of(f"{head}{part}{tail}")]
 
 
 def read_shards(paths: Sequence[Path]) -> Dataset:

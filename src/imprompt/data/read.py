@@ -6,7 +6,7 @@ folder with ``metadata.jsonl``, ``.csv`` or ``.json``  Hugging Face's imagefolde
 folder of pictures                                     ``.txt`` or ``.caption`` beside each picture
 folder of ``10_name`` folders                          kohya's: repeats and, without captions, the class name
 ``.json`` list                                         the reference script's ``[{"image_file", "text"}]``
-``.tar``, or a folder of them                          WebDataset shards
+``.tar``, ``x-{000..012}.tar``, or a folder of them    WebDataset shards
 ``eval.json`` with ``sheet.webp``                      several pictures on one sheet, as bundled
 folder of ``save_to_disk``, ``hf:owner/name``          Hugging Face datasets (needs the package)
 ``.parquet``, or a folder of them                      the same, as files
@@ -37,6 +37,7 @@ from imprompt.data.containers import (
     read_hugging_face,
     read_shards,
     read_sheet,
+    shards_of,
 )
 from imprompt.data.rows import CAPTION_FIELDS, Dataset, Rejected, Row, rows_of
 from imprompt.errors import InputError
@@ -103,6 +104,8 @@ def _read(source: str | Path, required: bool) -> Dataset:
     path = check_path(source, "data")
     if path.is_dir():
         return _folder(path, required)
+    if not path.is_file() and path.suffix.lower() == ".tar" and len(shards := shards_of(str(path))) > 1:
+        return _named_shards(source, shards)
     if not path.is_file():
         raise InputError(
             f"no data at '{source}'; give a folder of captioned pictures, its metadata.jsonl, a .tar shard "
@@ -120,6 +123,16 @@ def _read(source: str | Path, required: bool) -> Dataset:
             f"({', '.join(_READERS)}), a .tar shard or a {PARQUET} file."
         )
     return _READERS[suffix](path)
+
+
+def _named_shards(source: str | Path, shards: Sequence[Path]) -> Dataset:
+    missing = [shard for shard in shards if not shard.is_file()]
+    if missing:
+        raise InputError(
+            f"data '{source}' names {len(shards)} shards, of which {len(missing)} are not there, first "
+            f"'{missing[0]}'."
+        )
+    return read_shards(shards)
 
 
 def _folder(path: Path, required: bool) -> Dataset:

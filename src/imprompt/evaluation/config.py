@@ -59,8 +59,8 @@ class EvaluateConfig(Record):
     """One evaluation: adapters, pictures, texts, and how much is drawn."""
 
     source: str | None = None
-    """Pictures to measure on, with or without captions: a folder, metadata file, .tar or hf:owner/name;
-    ``None``: the bundled base's held-out pictures."""
+    """Pictures to measure on, with or without captions: a folder, metadata file, .tar (also x-{0..9}.tar) or
+    hf:owner/name; ``None``: the bundled base's held-out pictures."""
     prompts: ExpandedPath | None = None
     """Text file with a prompt on each line, to draw with the pictures; ``None``: the captions of other
     pictures."""

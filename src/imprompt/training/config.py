@@ -74,7 +74,7 @@ class TrainConfig(Record):
     """
 
     data: str
-    """Captioned pictures: a folder, metadata file, .tar or hf:owner/name."""
+    """Captioned pictures: a folder, metadata file, .tar (also ``x-{0..9}.tar``) or hf:owner/name."""
     only: str | None = None
     """Use only the pictures with this tag (a metadata field that is true)."""
     base: str = "emoji"
