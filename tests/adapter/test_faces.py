@@ -81,6 +81,14 @@ def test_which_face_is_read_can_be_said(reader: OnnxFaces) -> None:
     assert torch.equal(tokens(mine), also), "the prompt before stays"
 
 
+def test_the_frame_of_a_clip_that_shows_no_face_is_named(reader: OnnxFaces, tmp_path: Path) -> None:
+    path = tmp_path / "me.webp"
+    frames = [PHOTO, photo((160, 320, "red")), photo(), photo()]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, lossless=True)
+    with pytest.raises(InputError, match=r"no face was found in '.*me\.webp, frame 2'"):
+        adapter(reader).set_prompt(str(path), at="each")
+
+
 def test_several_photos_stand_side_by_side_or_are_averaged(reader: OnnxFaces) -> None:
     mine = adapter(reader)
     photos = [PHOTO, photo((160, 320, "red"), colour=130)]

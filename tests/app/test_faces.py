@@ -121,6 +121,14 @@ def test_a_face_adapter_is_measured_on_the_pictures_with_a_face(
 
     code, _, err = say(capsys, place, "evaluate", shown, *few)
     assert (code, "reads faces: put InsightFace's pack" in err) == (2, True)
+
+    shutil.copytree(place / "buffalo_l", tmp_path / "home" / "models" / "buffalo_l")
+    monkeypatch.setenv("INSIGHTFACE_HOME", str(tmp_path / "home"))
+    code, _, err = say(capsys, place, "evaluate", shown, *few, *report, "--overwrite")
+    assert code == 0, err
+    installed = json.loads((tmp_path / "report.json").read_text())
+    assert (installed["figures"], installed["notes"]) == (found["figures"], found["notes"])
+
     (tmp_path / "shown" / "me.png").unlink()
     code, _, err = say(capsys, place, "evaluate", shown, *few, "--face-model", "PACK")
     assert (code, "no face was found in any of the 1 pictures" in err) == (4, True)

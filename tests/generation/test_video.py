@@ -17,7 +17,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import tiny
 from controls import saved, tiny_controlnet, tiny_sparse, tiny_union
+from facemodels import pack, photo
+from faces import face_state
 from imprompt import output
+from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.errors import AdapterMismatch, InputError, ModelError, UsageError
 from imprompt.generation.engine import Engine, generate
 from imprompt.output.clips import encode_clip
@@ -149,6 +152,20 @@ def test_a_video_that_begins_behind_the_shared_start_is_drawn_as_without(engine,
 
 def idle(result):
     return [note for note in result.notes if "has no effect" in note]
+
+
+@pytest.mark.filterwarnings("ignore:the face models")
+def test_the_frame_that_shows_no_face_to_a_face_adapter_is_named(asked, tmp_path):
+    state = face_state(tiny.tiny_sd().unet, "faceid", rank=None)
+    IPAdapter.from_state_dict(state, variant="faceid").save_pretrained(tmp_path, "faceid.safetensors")
+    (tmp_path / "film").mkdir()
+    for number, spots in enumerate([(160, 320, "red")] * 3 + [None]):
+        photo(*([spots] if spots else [])).save(tmp_path / "film" / f"{number}.png")
+    models = pack(tmp_path / "buffalo_l")
+    each = ImagePrompt(str(tmp_path / "film"), at="each", adapter=str(tmp_path / "faceid.safetensors"))
+    shown = asked(images=[each], face_model=models, adapter=None)
+    with pytest.raises(InputError, match=r"no face was found in '.*film, frame 3'"):
+        Engine().run(shown)
 
 
 def test_windows_that_are_no_shorter_than_the_clip_are_said(engine, asked):

@@ -31,7 +31,7 @@ from imprompt.encoders.clip import Features, ImageEncoder
 from imprompt.encoders.face import Faces
 from imprompt.encoders.face import joined as join_faces
 from imprompt.encoders.face import load as load_faces
-from imprompt.encoders.images import content_hash, load_frames, load_image, name_of
+from imprompt.encoders.images import content_hash, load_frames, load_image, name_of, with_numbers
 from imprompt.encoders.store import FeatureStore
 from imprompt.errors import AdapterMismatch, EncoderMismatch, InputError, UsageError
 from imprompt.projections.modules import ImageProjection
@@ -263,8 +263,10 @@ class PromptEncoder:
         """The prompt's features, encoded from its pictures if need be, and their weights."""
         if prompt.image is None:
             return prompt.features, prompt.weights
-        each = prompt.at == "each"
-        found, counts = self.read(load_frames(prompt.pictures[0])[0] if each else prompt.pictures, prompt)
+        shown: Sequence[Picture] = prompt.pictures
+        if prompt.at == "each":
+            shown = with_numbers(load_frames(shown[0])[0], shown[0])
+        found, counts = self.read(shown, prompt)
         if prompt.weights is None:
             return found, None
         return found, tuple(w for w, n in zip(prompt.weights, counts, strict=True) for _ in range(n))

@@ -95,6 +95,16 @@ def name_of(picture: object) -> str:
     )
 
 
+def with_numbers(frames: Sequence[Image.Image], source: object) -> Sequence[Image.Image]:
+    """The same frames, each of which messages call by the clip's name and its number, from 0."""
+    clip, named = str(source) if isinstance(source, Path) else name_of(source), set[int]()
+    for number, frame in enumerate(frames):
+        if id(frame) not in named:  # one that is shown longer stands in several places
+            with_name(frame, f"{clip}, frame {number}")
+            named.add(id(frame))
+    return frames
+
+
 def as_bytes(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
     """A picture as an encoded file; ``options`` are Pillow's for the format."""
     memory = io.BytesIO()

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.checkpoints.contents import Contents
 from imprompt.checkpoints.locate import locate
-from imprompt.encoders.face import PACKS, how_to_get, is_installed
+from imprompt.encoders.face import PACKS, OnnxFaces, how_to_get, is_installed
 from imprompt.encoders.images import as_bytes, content_hash, load_image
 from imprompt.errors import InputError, UsageError
 from imprompt.evaluation.cases import Case, read_cases, with_faces
@@ -55,9 +55,9 @@ from imprompt.evaluation.scorers import (
     FaceReader,
     Scorer,
     encoder_scorer,
+    face_reader,
     load_clip,
     load_dino,
-    load_faces,
     load_own,
     tells_texts,
 )
@@ -196,7 +196,7 @@ def _prepared(
     of_faces = {each.adapter for _, each in contenders if _reads_faces(each.adapter)}
     _check_faces(config, of_faces)
     cases, notes = read_cases(config, base)
-    scorers, face = _scorers(config, base, contenders[0][1])
+    scorers, face = _scorers(config, base, contenders[0][1]), _face_reader(config, of_faces)
     faces = None if face is None else [face(case.image) for case in cases]
     if of_faces and faces is not None:
         kept = with_faces(cases, faces, notes)
@@ -216,10 +216,8 @@ def _front(
         yield {"contender": name, "scale": scale, "text": float(text.mean()), "picture": picture}
 
 
-def _scorers(
-    config: EvaluateConfig, base: Base, contender: Contender
-) -> tuple[list[Scorer], FaceReader | None]:
-    """CLIP (or what stands in for it), DINO if named, and a reader of faces if named."""
+def _scorers(config: EvaluateConfig, base: Base, contender: Contender) -> list[Scorer]:
+    """CLIP (or what stands in for it), and DINO if named."""
     clip = load_clip(config.clip) if config.clip else None
     if clip is None and base.path is not None and base.path.is_dir():
         clip = load_own(base.path)
@@ -228,8 +226,15 @@ def _scorers(
         if encoder is None:
             raise InputError("no model to score with: name a CLIP (--clip FOLDER or hub id).")
         clip = encoder_scorer(encoder)
-    scorers = [clip] + ([load_dino(config.dino)] if config.dino else [])
-    return scorers, load_faces(config.face_model) if config.face_model else None
+    return [clip] + ([load_dino(config.dino)] if config.dino else [])
+
+
+def _face_reader(config: EvaluateConfig, of_faces: Collection[str]) -> FaceReader | None:
+    """What finds faces: the models that are named, or those that an adapter which reads faces draws with."""
+    if config.face_model is not None:
+        return face_reader(OnnxFaces.from_folder(config.face_model))
+    found = IPAdapter.from_pretrained(min(of_faces)).face_embedder if of_faces else None
+    return None if found is None else face_reader(found)
 
 
 def _check_request(config: EvaluateConfig) -> None:

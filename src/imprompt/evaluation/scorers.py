@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from imprompt.encoders.clip import ImageEncoder
-from imprompt.encoders.face import OnnxFaces
+from imprompt.encoders.face import FaceEmbedder
 from imprompt.errors import ImpromptError, ModelError, UsageError, first_line
 from imprompt.evaluation.metrics import bootstrap
 
@@ -129,9 +129,8 @@ def load_dino(name: str) -> Scorer:
     return Scorer(name, images)
 
 
-def load_faces(folder: str) -> FaceReader:
-    """The face detector and recogniser in a folder. Raises :class:`ModelError`."""
-    reader = OnnxFaces.from_folder(folder)
+def face_reader(reader: FaceEmbedder) -> FaceReader:
+    """What gives the normalised embedding of the largest face of a picture, ``None`` without one."""
 
     def embed(image: Image.Image) -> Tensor | None:
         faces = reader.find(image)

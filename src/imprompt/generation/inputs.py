@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from imprompt.encoders.images import Budget, frame_count, load_image, load_mask, with_name
+from imprompt.encoders.images import Budget, frame_count, load_image, load_mask, with_name, with_numbers
 from imprompt.encoders.video import is_clip, read_clip
 from imprompt.errors import InputError, UsageError
 from imprompt.generation import video
@@ -299,7 +299,7 @@ class _Placing:
         if prompt.negative is not None:
             changes["negative"] = self._shown(prompt.negative)
         if prompt.at == "each":
-            frames = self.files.clip(prompt.image)[0]
+            frames = with_numbers(self.files.clip(prompt.image)[0], prompt.image)
             self._check_count(prompt.image, len(frames), "pictures")
             return prompt.replace(image=frames, at=range(len(frames)), **changes)
         return prompt.replace(image=[self._shown(name) for name in prompt.pictures], **changes)
