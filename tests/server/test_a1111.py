@@ -3,13 +3,16 @@
 import asyncio
 import base64
 import io
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
+import torch
 import webuiapi
+from diffusers import DDIMScheduler, DDPMScheduler
 from PIL import Image
 
 import tinydit
@@ -18,6 +21,7 @@ from imprompt.app.server.a1111 import TextToImage, guidance_fields
 from imprompt.app.server.bases import served
 from imprompt.app.server.problems import Problem
 from imprompt.app.server.settings import Settings
+from imprompt.generation.annotate import annotate
 from serving import STEPS, Running, encoded, mask, picture, start
 
 SMALL = {"steps": STEPS, "width": 128, "height": 128, "seed": 9}
@@ -164,6 +168,14 @@ def units(**unit: object) -> dict[str, object]:
         ({"alwayson_scripts": {"x": {"args": 5}}}, "alwayson_scripts.x"),
         ({"alwayson_scripts": {"controlnet": 5}}, "alwayson_scripts.controlnet"),
         ({"batch_size": -1, "n_iter": -2}, "batch_size"),
+        ({"sampler_name": "DDIM", "eta": 0.5}, "eta"),
+        ({"s_churn": 5}, "s_churn"),
+        ({"s_noise": 0.9}, "s_noise"),
+        ({"seed_resize_from_h": 512}, "seed_resize_from_h"),
+        ({"override_settings": {"sd_vae": "other.safetensors"}}, "sd_vae"),
+        ({"override_settings": {"token_merging_ratio": 0.5}}, "token_merging_ratio"),
+        ({"override_settings": {"sd_model_chekpoint": "emoji"}}, "sd_model_chekpoint"),
+        ({"override_settings": {"forge_additional_modules": ["ae.safetensors"]}}, "forge_additional_modules"),
     ],
 )
 def test_what_is_not_here_is_refused(client: httpx.Client, change: dict, field: str) -> None:
@@ -182,7 +194,19 @@ def test_what_their_programs_send_unasked_is_accepted(client: httpx.Client) -> N
     }
     for more in (
         unset,
-        {"scheduler": "Use same scheduler", "sampler_name": "Euler"},
+        {"scheduler": "Use same scheduler", "sampler_name": "Euler", "eta": 0.7, "s_churn": 0, "s_noise": 1},
+        {
+            "override_settings": {
+                "sd_vae": "Automatic",
+                "samples_format": "jpg",
+                "live_previews_enable": True,
+                "s_noise": 1.0,
+                "token_merging_ratio": 0,
+                "forge_additional_modules": [],
+                "eta_noise_seed_delta": 0,
+            },
+            "seed_resize_from_w": -1,
+        },
         {
             "scheduler": "Karras",
             "sampler_name": "DPM++ 2M",
@@ -275,6 +299,94 @@ def test_skipping_layers_for_all_pictures_is_refused_as_for_one(client: httpx.Cl
     answer = client.post("/sdapi/v1/options", json={"CLIP_stop_at_last_layers": 2})
     assert (answer.status_code, answer.json()["field"]) == (422, "CLIP_stop_at_last_layers")
     assert client.post("/sdapi/v1/options", json={"CLIP_stop_at_last_layers": 1}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("sampler", "eta", "scheduler"),
+    [
+        ("DDIM", None, "ddim"), ("DDIM", 0, "ddim"), ("DDIM", 1, "ddpm"), ("Euler a", 1, "euler-a"),
+        ("Euler a", 0, "euler"), ("DPM++ 2M", 0.3, "dpm++2m"), ("UniPC", 1, "unipc"),
+    ],
+)  # fmt: skip
+def test_eta_acts_where_a_sampler_has_one(
+    client: httpx.Client, sampler: str, eta: float | None, scheduler: str
+) -> None:
+    body = {"prompt": "a cat", **SMALL, "steps": 2, "sampler_name": sampler, "eta": eta}
+    answer = client.post("/sdapi/v1/txt2img", json=body)
+    assert answer.status_code == 200, answer.text
+    assert json.loads(answer.json()["info"])["sampler_name"] == scheduler
+
+
+def test_the_noise_that_is_left_out_or_added_is_eta() -> None:
+    """DDIM with an eta of 1 and DDPM take equal steps; ancestral steps without noise are Euler's."""
+    options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    ddim = DDIMScheduler(**options, set_alpha_to_one=False, clip_sample=False)
+    ddpm = DDPMScheduler(**options, timestep_spacing="leading", clip_sample=False)
+    drawn = []
+    for scheduler, more in ((ddim, {"eta": 1.0}), (ddpm, {})):
+        scheduler.set_timesteps(10)
+        random, latents = torch.Generator().manual_seed(0), torch.ones(1, 4, 8, 8)
+        for step in scheduler.timesteps[:-1]:
+            latents = scheduler.step(latents * 0.9, step, latents, generator=random, **more).prev_sample
+        drawn.append(latents)
+    torch.testing.assert_close(*drawn, atol=1e-4, rtol=1e-4)
+
+
+def test_a_mask_may_be_blurred_in_one_direction(client: httpx.Client) -> None:
+    where = encoded(mask((128, 128)))
+    body = {"prompt": "a star", "init_images": [SHOWN], "mask": base64.b64encode(where).decode(), **SMALL}
+
+    def drawn(**blur: float) -> str:
+        return client.post("/sdapi/v1/img2img", json={**body, **blur}).json()["images"][0]
+
+    both, wide = drawn(mask_blur=9), drawn(mask_blur_x=9, mask_blur_y=0)
+    assert len({both, wide, drawn(mask_blur=0)}) == 3
+    assert both == drawn(mask_blur_x=9, mask_blur_y=9)
+    answer = client.post("/sdapi/v1/img2img", json={**body, "inpainting_fill": 2})
+    assert (answer.status_code, answer.json()["field"]) == (422, "inpainting_fill")
+
+
+def test_what_is_an_option_of_theirs_alone_is_not_set_silently(client: httpx.Client) -> None:
+    known = client.get("/sdapi/v1/options").json()
+    assert client.post("/sdapi/v1/options", json=known).status_code == 200
+    answer = client.post("/sdapi/v1/options", json={"img2img_color_correction": True})
+    assert (answer.status_code, answer.json()["field"]) == (422, "img2img_color_correction")
+
+
+def test_control_types_name_preprocessors_and_models(client: httpx.Client) -> None:
+    types = client.get("/controlnet/control_types").json()["control_types"]
+    lists = {name: client.get(f"/controlnet/{name}").json()[name] for name in ("module_list", "model_list")}
+    assert types["All"] == lists | {"default_option": "none", "default_model": "None"}
+    assert types["Canny"]["module_list"] == ["none", "canny"]
+    assert "emoji-canny" in types["Canny"]["model_list"]
+    assert "emoji-canny" not in types["Depth"]["model_list"]
+    assert "emoji-plus" in types["IP-Adapter"]["model_list"]
+    for found in types.values():
+        assert set(found["module_list"]) <= set(lists["module_list"])
+        assert set(found["model_list"]) <= set(lists["model_list"])
+        assert found["default_option"] in found["module_list"]
+
+
+def test_a_map_is_detected_as_a_drawing_follows_it(client: httpx.Client) -> None:
+    pytest.importorskip("cv2")
+    asked = {"controlnet_module": "canny", "controlnet_input_images": [SHOWN, SHOWN]}
+    theirs = {"controlnet_processor_res": 512, "controlnet_threshold_a": 64, "controlnet_threshold_b": 64}
+    answer = client.post("/controlnet/detect", json={**asked, **theirs})
+    assert answer.status_code == 200, answer.text
+    found = [opened(base64.b64decode(image)) for image in answer.json()["images"]]
+    expected = annotate("canny", opened(picture()).convert("RGB"))
+    assert [image.convert("RGB").tobytes() for image in found] == [expected.convert("RGB").tobytes()] * 2
+    for change, field in (
+        ({"controlnet_module": "openpose"}, "controlnet_module"),
+        ({"controlnet_module": "nonsense"}, "controlnet_module"),
+        ({"controlnet_threshold_a": 20}, "controlnet_threshold_a"),
+        ({"controlnet_processor_res": 300}, "controlnet_processor_res"),
+        ({"controlnet_masks": [SHOWN]}, "controlnet_masks"),
+        ({"controlnet_input_images": []}, "controlnet_input_images"),
+        ({"controlnet_input_images": ["no picture"]}, "controlnet_input_images"),
+    ):
+        answer = client.post("/controlnet/detect", json={**asked, **change})
+        assert (answer.status_code, answer.json()["field"]) == (422, field)
 
 
 def test_an_unknown_sampler_is_told_which_there_are(client: httpx.Client) -> None:

@@ -307,3 +307,13 @@ def test_the_openapi_document_describes_requests_and_names_nothing_that_is_missi
     assert body["properties"]["request"]["$ref"] in named
     assert {name.removeprefix("#/components/schemas/") for name in named} <= set(schemas)
     assert set(schemas["Request"]["properties"]) == set(Request.model_fields)
+
+
+def test_a_query_parameter_that_is_not_read_is_refused_with_those_that_are(client: httpx.Client) -> None:
+    answer = client.get("/api/v1/history", params={"limits": 3})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["field"], error["code"]) == (422, "limits", "unknown_parameter")
+    assert error["message"] == "limits: no such query parameter; known here: limit, before."
+    answer = client.post("/api/v1/jobs?wait=true", json={"request": {"prompt": "a cat"}})
+    assert answer.json()["error"]["message"] == "wait: no such query parameter; this route has none."
+    assert client.get("/api/v1/history", params={"limit": 3}).status_code == 200

@@ -17,10 +17,11 @@ from fastapi import Request as HTTPRequest
 from PIL import Image, ImageFilter, ImageOps
 from pydantic import BaseModel, Field
 
-from imprompt.app.server.a1111_units import FRAMINGS, MODULES, framed, looked_up, read_units
+from imprompt.app.server.a1111_settings import check_fields, check_options
+from imprompt.app.server.a1111_units import FRAMINGS, framed, looked_up, read_units
 from imprompt.app.server.bases import Served, served
 from imprompt.app.server.bodies import Body, checked, decoded_picture, described, json_body
-from imprompt.app.server.capabilities import capabilities, offered_bases
+from imprompt.app.server.capabilities import offered_bases
 from imprompt.app.server.jobs import Job
 from imprompt.app.server.problems import Problem, refused
 from imprompt.app.server.protocols import (
@@ -97,6 +98,8 @@ class TextToImage(Body):
     sampler_name: str | None = None
     sampler_index: str | None = None
     scheduler: str = "automatic"
+    eta: float | None = None
+    """DDIM: 0 or 1, which is DDPM. Euler a: 1 or 0, which is Euler. Other samplers have none."""
     override_settings: dict[str, Any] = Field(default_factory=dict)
     alwayson_scripts: dict[str, Any] = Field(default_factory=dict)
     send_images: bool = True
@@ -110,7 +113,10 @@ class ImageToImage(TextToImage):
     denoising_strength: float = 0.75
     resize_mode: str | int = 0
     mask: str | None = None
-    mask_blur: float = Field(default=4.0, ge=0)
+    mask_blur: float | None = Field(default=None, ge=0)
+    """In pixels, for both directions; if left out, those of each."""
+    mask_blur_x: float = Field(default=4.0, ge=0)
+    mask_blur_y: float = Field(default=4.0, ge=0)
     inpainting_mask_invert: bool = False
 
 
@@ -121,13 +127,12 @@ class PictureBody(Body):
 
 
 class Options(Body):
-    """The one option that can be set; others have no counterpart and are ignored."""
+    """The one option that can be set; others that would change pictures are refused."""
 
     sd_model_checkpoint: str | None = None
 
 
 router = APIRouter(prefix="/sdapi/v1", tags=["a1111"], responses=errors(ErrorAnswer))
-extension = APIRouter(prefix="/controlnet", tags=["a1111"], responses=errors(ErrorAnswer))
 
 
 # ---- drawing
@@ -196,20 +201,14 @@ def _check_supported(values: Mapping[str, Any], body: TextToImage) -> None:
     for name, what in _REFUSED.items():
         if values.get(name):
             raise refused(name, f"this server does not offer {what}.", "not_supported")
-    _check_clip_skip(body.override_settings)
+    check_fields(values)
+    check_options(body.override_settings)
     for name, script in body.alwayson_scripts.items():
         arguments = script.get("args") or [] if isinstance(script, dict) else None
         if not isinstance(arguments, list):
             raise refused(f"alwayson_scripts.{name[:60]}", "an object with a list 'args' is expected.")
         if name.lower() not in _SCRIPTS and arguments and arguments[0]:
             raise refused("alwayson_scripts", f"'{name[:60]}' is not part of this server.", "not_supported")
-
-
-def _check_clip_skip(options: Mapping[str, Any]) -> None:
-    """Raises :class:`Problem` for options that skip layers of the text encoder."""
-    name = "CLIP_stop_at_last_layers"
-    if options.get(name) not in (None, 0, 1):
-        raise refused(name, "skipping layers is not part of this server.", "not_supported")
 
 
 def _without_loras(prompt: str) -> tuple[str, list[dict[str, Any]]]:
@@ -239,7 +238,22 @@ def _scheduler(body: TextToImage, base: Served) -> str | None:
         raise refused("scheduler", f"{text}, or 'Karras' with DPM++ 2M.", "not_supported")
     if found == "euler" and base.flows:
         return None
-    return "dpm++2m-karras" if karras else found
+    return "dpm++2m-karras" if karras else _with_eta(found, body.eta)
+
+
+def _with_eta(scheduler: str | None, eta: float | None) -> str | None:
+    """The scheduler whose new noise a step is ``eta`` times its usual share. Raises :class:`Problem`.
+
+    DDIM with an eta of 1 is DDPM (Song et al. 2021, §4.1), and Euler's ancestral steps without noise are
+    Euler's. Clients send 1 for every sampler.
+    """
+    usual = {"ddim": 0.0, "euler-a": 1.0}.get(scheduler or "")
+    if eta is None or usual is None or eta == usual:
+        return scheduler
+    if eta not in (0, 1):
+        text = f"{eta:g} is asked; with this sampler it is 0 or 1 here."
+        raise refused("eta", text, "not_supported")
+    return "ddpm" if scheduler == "ddim" else "euler"
 
 
 def _sampler(name: str) -> str:
@@ -264,8 +278,9 @@ def _mask(body: ImageToImage, source: str, queue: Queue) -> bytes:
         mask = (opened.convert("L") if alpha.getextrema() == (255, 255) else alpha).resize(size)
     if body.inpainting_mask_invert:
         mask = ImageOps.invert(mask)
-    if body.mask_blur:
-        mask = mask.filter(ImageFilter.GaussianBlur(min(64.0, body.mask_blur)))
+    both = (body.mask_blur_x, body.mask_blur_y) if body.mask_blur is None else (body.mask_blur,) * 2
+    if any(both):
+        mask = mask.filter(ImageFilter.GaussianBlur([min(64.0, blur) for blur in both]))
     return as_bytes(mask)
 
 
@@ -366,7 +381,7 @@ async def options(http: HTTPRequest) -> dict[str, Any]:
 async def set_options(http: HTTPRequest, queue: QueueHere) -> dict[str, Any]:
     """Choose the base of this protocol's next jobs."""
     values = await json_body(http, queue.settings)
-    _check_clip_skip(values)
+    check_options(values)
     base = checked(Options, values).sd_model_checkpoint
     if base is not None:
         if base not in await asyncio.to_thread(offered_bases, queue.settings):
@@ -442,28 +457,3 @@ async def nothing() -> list[Any]:
 async def refresh() -> dict[str, Any]:
     """Models are read when the server starts."""
     return {}
-
-
-# ---- ControlNet's own lists
-
-
-@extension.get("/version")
-async def version() -> dict[str, int]:
-    """Version of the extension's API."""
-    return {"version": 3}
-
-
-@extension.get("/model_list")
-def model_list(http: HTTPRequest) -> dict[str, list[str]]:
-    """Adapters and controls."""
-    offered = capabilities(http.app.state.settings)
-    adapters = [row["name"] for row in offered["adapters"] if row["offered"]]
-    return {
-        "model_list": ["None", *adapters, *(row["name"] for row in offered["controls"] if row["offered"])]
-    }
-
-
-@extension.get("/module_list")
-async def module_list() -> dict[str, list[str]]:
-    """Preprocessors."""
-    return {"module_list": ["ip-adapter-auto", *MODULES]}

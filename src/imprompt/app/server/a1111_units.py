@@ -159,14 +159,20 @@ def _check_control(unit: Unit) -> None:
     """Raises :class:`Problem` for what would change the control and has no counterpart."""
     if unit.mask:
         raise refused("mask", "masks of controls are not part of this server.", "not_supported")
+    check_preprocessor(unit)
+
+
+def check_preprocessor(unit: Unit, prefix: str = "") -> None:
+    """Raises :class:`Problem` for settings of a preprocessor that are others than here; ``prefix`` begins the
+    fields' names."""
     own = _THRESHOLDS.get(unit.module.lower())
     given = {"threshold_a": unit.threshold_a, "threshold_b": unit.threshold_b}
     for (field, value), here in zip(given.items(), own or (), strict=False):
         if value not in (*_UNSET, here):
-            raise refused(field, f"{value:g} is asked, here it is always {here}.", "not_supported")
+            raise refused(prefix + field, f"{value:g} is asked, here it is always {here}.", "not_supported")
     if unit.module.lower() != "none" and not unit.pixel_perfect and unit.processor_res not in _RESOLUTIONS:
         text = "preprocessors work at the size of the drawing; send pixel_perfect."
-        raise refused("processor_res", text, "not_supported")
+        raise refused(f"{prefix}processor_res", text, "not_supported")
 
 
 async def framed(queue: Queue, picture: Picture, size: tuple[int, int], framing: str, field: str) -> str:

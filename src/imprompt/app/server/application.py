@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from imprompt import __version__
-from imprompt.app.server import a1111, native, openai
+from imprompt.app.server import a1111, a1111_controlnet, native, openai
 from imprompt.app.server.bodies import first_fault
 from imprompt.app.server.capabilities import capabilities
 from imprompt.app.server.guard import Guard, answer
@@ -66,7 +66,7 @@ def create_app(settings: Settings) -> FastAPI:
         middleware=[Middleware(Guard, settings=settings, error_body=error_body)],
     )  # fmt: skip
     app.state.settings = settings
-    for router in (native.router, openai.router, a1111.router, a1111.extension):
+    for router in (native.router, openai.router, a1111.router, a1111_controlnet.router):
         app.include_router(router)
     _add_plain_routes(app)
     _add_page(app)

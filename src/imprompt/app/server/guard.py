@@ -113,7 +113,7 @@ class Guard:
         limits = self._settings.limits
         path = scope["path"]
         cap = limits.json_bytes
-        if path.startswith(("/v1/", "/sdapi/")):
+        if path.startswith(("/v1/", "/sdapi/", "/controlnet/")):
             cap = limits.body_bytes
         elif path == "/api/v1/pictures":
             cap = limits.picture_bytes + 64 * 1024

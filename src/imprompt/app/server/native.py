@@ -7,7 +7,6 @@ pictures where files stand elsewhere.
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, StrictBool
 from imprompt.app.server.bodies import Body, checked, described, form_body, json_body, uploads
 from imprompt.app.server.capabilities import capabilities
 from imprompt.app.server.jobs import Job
+from imprompt.app.server.maps import MapKind, drawn_map
 from imprompt.app.server.problems import Problem, refused
 from imprompt.app.server.protocols import (
     QueueHere,
@@ -31,9 +31,7 @@ from imprompt.app.server.protocols import (
 )
 from imprompt.app.server.queue import Queue
 from imprompt.app.server.store import Picture
-from imprompt.encoders.images import as_bytes, load_image
 from imprompt.errors import ImpromptError
-from imprompt.generation.annotate import annotate
 from imprompt.output.clips import check_fps
 from imprompt.schema.request import Request
 
@@ -132,11 +130,23 @@ class UploadBody(BaseModel):
 class MapBody(Body):
     """A picture, and what a control takes from it. These kinds need no model of their own."""
 
-    kind: Literal["canny", "lineart", "scribble", "tile", "none"]
+    kind: MapKind
     picture: str
 
 
-router = APIRouter(prefix="/api/v1", tags=["native"], responses=errors(ErrorAnswer))
+async def _only_known_parameters(http: HTTPRequest) -> None:
+    """Refuse query parameters that the route does not read."""
+    known = [field.alias for field in http.scope["route"].dependant.query_params]
+    for name in http.query_params:
+        if name not in known:
+            there = f"known here: {', '.join(known)}" if known else "this route has none"
+            raise refused(name[:60], f"no such query parameter; {there}.", "unknown_parameter")
+
+
+router = APIRouter(
+    prefix="/api/v1", tags=["native"], responses=errors(ErrorAnswer),
+    dependencies=[Depends(_only_known_parameters)],
+)  # fmt: skip
 
 
 async def _job(job: JobId, queue: QueueHere) -> Job:
@@ -211,15 +221,8 @@ async def control_map(http: HTTPRequest, queue: QueueHere) -> Any:
     if await _missing(queue, body.picture):
         raise Problem(404, "unknown_picture", "there is no such picture.", "picture")
     async with queue.decoding:
-        content = await asyncio.to_thread(_drawn_map, body.kind, queue.store.path(body.picture))
+        content = await asyncio.to_thread(drawn_map, body.kind, queue.store.path(body.picture))
     return picture_view(await queue.blocking(queue.store.keep, content))
-
-
-def _drawn_map(kind: str, path: FilePath) -> bytes:
-    """A control's map as PNG, at most 1024 pixels wide or high. Raises :class:`ImpromptError`."""
-    image = load_image(path)
-    image.thumbnail((1024, 1024))
-    return as_bytes(annotate(kind, image))
 
 
 # ---- jobs
