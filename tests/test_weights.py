@@ -13,7 +13,7 @@ from safetensors.torch import save, save_file
 
 from imprompt.errors import ModelError
 from imprompt.tensorfile import read_header
-from imprompt.weights import load_tensors, save_tensors
+from imprompt.weights import copied_to, load_tensors, save_tensors
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b.c": torch.ones(4, dtype=torch.float16)}
 
@@ -174,3 +174,19 @@ def test_tensors_read_before_a_file_was_replaced_stay_what_they_were(tmp_path: P
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"cannot be written: there is no folder '.*such'"):
         save_tensors(TENSORS, {}, tmp_path / "no" / "such" / "x.safetensors")
+
+
+def test_copies_of_weights_are_given_up_and_the_weights_are_back() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3)).eval()
+    before = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
+    with copied_to(model, torch.device("meta")):
+        assert model(torch.zeros(1, 2, device="meta")).device.type == "meta"
+        assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+        assert not any(tensor.requires_grad for tensor in model.state_dict(keep_vars=True).values())
+    with pytest.raises(RuntimeError, match="stop"), copied_to(model, torch.device("meta")):
+        raise RuntimeError("stop")
+    with copied_to(model, None):
+        model(torch.zeros(1, 2))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        assert tensor is before[name][0]
+        assert torch.equal(tensor, before[name][1])

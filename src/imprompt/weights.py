@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from imprompt.errors import ImpromptError, InputError, ModelError, first_line
 from imprompt.io import write_atomic
@@ -169,6 +169,28 @@ def in_float32(model: Any, *, when: bool = True) -> Iterator[None]:
     finally:
         with silence_library_logging():
             model.to(before)
+
+
+@contextlib.contextmanager
+def copied_to(model: nn.Module, device: torch.device | None) -> Iterator[None]:
+    """While open, the weights of ``model`` are copies on ``device``; ``None``: they stay where they are."""
+    if device is None:
+        yield
+        return
+    tables: list[dict[str, Any]] = [
+        table for part in model.modules() for table in (part._parameters, part._buffers)
+    ]
+    waiting = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            for name, weight in table.items():
+                if weight is not None:
+                    copy = weight.detach().to(device)
+                    table[name] = nn.Parameter(copy, False) if isinstance(weight, nn.Parameter) else copy
+        yield
+    finally:
+        for table, before in zip(tables, waiting, strict=True):
+            table.update(before)
 
 
 @contextlib.contextmanager

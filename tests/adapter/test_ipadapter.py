@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from compiled import run_unchecked
 from imprompt.adapter.backbones.unet import cross_attentions
 from imprompt.adapter.ipadapter import IPAdapter
+from imprompt.encoders.clip import ImageEncoder
 from imprompt.errors import (
     AdapterMismatch,
     EncoderMismatch,
@@ -196,6 +197,34 @@ def test_keys_and_values_are_made_where_the_tokens_are_and_their_weights_stay(
     made = adapter.key_value(site.index)(tokens, 2, torch.float32)
     assert [part.device.type for part in made] == ["meta", "meta"]
     assert {weight.device.type for weight in adapter.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("own", [True, False])
+def test_an_adapter_whose_weights_wait_draws_the_same(
+    pipe: StableDiffusionPipeline, adapter: IPAdapter, first: bool, own: bool
+) -> None:
+    if own:
+        adapter.image_encoder = ImageEncoder(*tiny_encoder())
+    adapter.attach(pipe).set_prompt([picture(1), picture(2)])
+    wanted = draw(pipe)
+    adapter.detach()
+    weights = list(adapter.parameters())
+    if first:
+        adapter.enable_cpu_offload("cpu").attach(pipe)
+    else:
+        adapter.attach(pipe).enable_cpu_offload("cpu")
+    assert adapter.execution_device == torch.device("cpu")
+    for shown in (picture(3), [picture(1), picture(2)]):
+        adapter.set_prompt(shown)
+    np.testing.assert_array_equal(draw(pipe), wanted)
+    assert all(one is other for one, other in zip(adapter.parameters(), weights, strict=True))
+    adapter.detach()
+    adapter.attach(pipe).set_prompt([picture(1), picture(2)])  # it keeps waiting, until it is moved
+    assert adapter.execution_device is not None
+    np.testing.assert_array_equal(draw(pipe), wanted)
+    assert adapter.to("cpu").execution_device is None
+    np.testing.assert_array_equal(draw(pipe), wanted)
 
 
 def test_what_is_read_once_a_prompt_stays_as_stored_and_computes_as_if_it_were_not(

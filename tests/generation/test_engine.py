@@ -209,6 +209,7 @@ REFUSED = [
     (ModelError, "no base at", {"base": "no/such/folder"}),
     (UsageError, "inpainting model.*9 channels.*inpaint", {"base": "<inpainting>", "adapter": None}),
     (UsageError, "offload.*CPU", {"offload": "model", "adapter": None, "device": "cpu"}),
+    (UsageError, "offload.*CPU", {"offload": "adapter", "images": ["ref.png"], "device": "cpu"}),
     (InputError, "40×40.*64×32.*proportions", {"task": "inpaint", "image": "wide.png", "mask": "mask.png"}),
     (UsageError, "strength.*less than one", {"task": "edit", "image": "ref.png", "strength": 0.1}),
 ]

@@ -134,10 +134,11 @@ def test_a_batch_equals_its_pictures_alone(shown: dict[str, Image.Image]) -> Non
     assert error(together, alone) < 0.1
 
 
-def test_offloading_draws_the_same(shown: dict[str, Image.Image]) -> None:
+@pytest.mark.parametrize("how", ["adapter", "model"])
+def test_offloading_draws_the_same(shown: dict[str, Image.Image], how: str) -> None:
     request = ASKED.replace(device=DEVICE, dtype="float32")
     wanted = pixels(Engine().run(request, pictures=shown).images)
-    drawn = Engine().run(request.replace(offload="model"), pictures=shown).images
+    drawn = Engine().run(request.replace(offload=how), pictures=shown).images
     assert error(pixels(drawn), wanted) < 0.1
 
 
@@ -151,10 +152,11 @@ def test_an_adapter_may_wait_in_main_memory(shown: dict[str, Image.Image]) -> No
         random = torch.Generator(DEVICE).manual_seed(1)
         return pipe("a cat", num_inference_steps=4, generator=random, output_type="np").images
 
-    there = draw()
-    adapter.to("cpu")
+    there, held = draw(), torch.cuda.memory_allocated()
+    adapter.enable_cpu_offload(DEVICE)
     assert np.abs(draw() - there).mean() < 1e-3
     assert {weight.device.type for weight in adapter.parameters()} == {"cpu"}
+    assert held - torch.cuda.memory_allocated() > 0.95 * sum(weight.nbytes for weight in adapter.parameters())
 
 
 def test_a_compiled_base_draws_the_same(tmp_path: Path, shown: dict[str, Image.Image]) -> None:

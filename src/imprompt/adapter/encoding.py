@@ -126,6 +126,8 @@ class PromptEncoder:
         """The pipeline's image encoder, if it fits."""
         self.encoder: ImageEncoder | None = None
         """The image encoder that was given or loaded."""
+        self.execution_device: torch.device | None = None
+        """Where an image encoder that it loads computes, see :attr:`ImageEncoder.execution_device`."""
         self._beside: WeakSet[PromptEncoder] = WeakSet()
         if isinstance(image_encoder, str | Path):
             self.places = (encoder_source(image_encoder),)
@@ -182,8 +184,11 @@ class PromptEncoder:
         if shared := next((encoder for encoder in beside if encoder.name == str(place)), None):
             return shared
         weight = next(self._projection.parameters())
-        dtype = weight.dtype if weight.device.type != "cpu" else torch.float32
-        return ImageEncoder.from_pretrained(place, torch_dtype=dtype, device=weight.device)
+        device = self.execution_device or weight.device
+        dtype = weight.dtype if device.type != "cpu" else torch.float32
+        encoder = ImageEncoder.from_pretrained(place, torch_dtype=dtype, device=weight.device)
+        encoder.execution_device = self.execution_device
+        return encoder
 
     def _refuse_others(self) -> None:
         """Raise :class:`EncoderMismatch` when the image encoders beside the weights do not fit."""

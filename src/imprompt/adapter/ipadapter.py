@@ -139,17 +139,42 @@ class IPAdapter(AdapterWeights):
     ) -> "IPAdapter":
         """Move or cast the weights; a dtype may stand first, as in torch.
 
-        Its image encoder is moved too, in its own dtype. After :meth:`attach` the weights may wait on the CPU
-        while the model draws on a GPU: a new prompt's keys and values are then made with copies of them, one
-        layer at a time. Weights that are read at each step (a FaceID file's LoRA, SD3.5's layers) are then
-        copied at each step.
+        Its image encoder is moved too, in its own dtype. Ends :meth:`enable_cpu_offload`.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         with self._undisturbed():
             self.module.to(device=device, dtype=dtype)
-            if self.prompt_encoder.encoder is not None and device is not None:
-                self.prompt_encoder.encoder.to(device, None)
+            if device is not None:
+                self.prompt_encoder.execution_device = self.projection.execution_device = None
+                if self.prompt_encoder.encoder is not None:
+                    self.prompt_encoder.encoder.to(device, None)
+            self._invalidate()
+        return self
+
+    @property
+    def execution_device(self) -> torch.device | None:
+        """Where it computes while its weights wait in main memory; ``None``: where they are."""
+        return self.prompt_encoder.execution_device
+
+    def enable_cpu_offload(self, device: torch.device | str = "cuda") -> "IPAdapter":
+        """Let the weights and the image encoder wait in main memory, and compute on ``device``.
+
+        A picture is encoded and projected, and its keys and values are made, with copies of the weights that
+        are given up at once: while the model draws, the keys and values alone are on the device (11 MB
+        with SDXL's plus adapter). A picture that was shown just before needs no copy. Weights
+        that each step reads (a FaceID file's LoRA, SD3.5's layers) stay on the device. May be called before
+        or after :meth:`attach`; :meth:`to` ends it. The pipeline's own image encoder is the pipeline's.
+        """
+        device = torch.device(device)
+        self.to("cpu")
+        with self._undisturbed():
+            for part in self._read_each_step():
+                part.to(device)
+            self.projection.execution_device = None if self.timed else device
+            self.prompt_encoder.execution_device = device
+            if self.prompt_encoder.encoder is not None:
+                self.prompt_encoder.encoder.execution_device = device
             self._invalidate()
         return self
 
@@ -189,7 +214,8 @@ class IPAdapter(AdapterWeights):
             source.prompt_encoder for source in injection.sources if isinstance(source, IPAdapter)
         )
         if not any(parameter.requires_grad for parameter in self.parameters()):
-            self.to(device)
+            if self.prompt_encoder.execution_device is None:
+                self.to(device)
             if dtype is not None:
                 self._refine(precise(self.dtype, dtype))
         return self

@@ -33,6 +33,7 @@ from imprompt.schema import options
 from imprompt.schema.options import Points
 from imprompt.schema.profiles import LayerWeights, Profile, layer_weights
 from imprompt.schema.prompt import ImagePrompt
+from imprompt.weights import copied_to
 
 PromptLike: TypeAlias = (
     ImagePrompt
@@ -153,14 +154,15 @@ class PromptTokens(NamedTuple):
 
     @classmethod
     def of(cls, encoded: EncodedPrompt, projection: ImageProjection) -> "PromptTokens":
-        """Project an encoded prompt with the adapter's present weights, on their device.
+        """Project an encoded prompt with the adapter's present weights, on their device or the execution
+        device.
 
         Raises :class:`InputError` for features that are not finite or overflow in the projection,
         :class:`UsageError` for tokens that do not exist.
         """
         prompt = encoded.prompt
         _check_negative(encoded)
-        with _s_scale(projection, prompt.s_scale):
+        with _s_scale(projection, prompt.s_scale), copied_to(projection, projection.execution_device):
             sets = _token_sets(encoded, projection)
             negative = _negative(encoded, projection)
         if prompt.select is not None:

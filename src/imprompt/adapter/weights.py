@@ -89,11 +89,15 @@ class AdapterWeights(PromptSource):
     def _refine(self, dtype: torch.dtype) -> None:
         """Cast what is read often. Keys and values are made once a prompt, unless timed, and their layers,
         most of an adapter, stay as they are stored: they compute in the finer dtype all the same."""
-        often: list[nn.Module] = [self.module if self.timed else self.projection]
-        if self.lora is not None:
-            often += [low for parts in self.lora.layers.values() for low in parts.values()]
-        for part in often:
+        for part in (self.projection, *self._read_each_step()):
             part.to(dtype=dtype)
+
+    def _read_each_step(self) -> list[nn.Module]:
+        """The layers that each step reads; the others are read once a prompt."""
+        parts: list[nn.Module] = [self.module] if self.timed else []
+        if self.lora is not None:
+            parts += [low for layers in self.lora.layers.values() for low in layers.values()]
+        return parts
 
     @property
     def device(self) -> torch.device:

@@ -24,7 +24,7 @@ from imprompt.catalog.resolve import Source, resolve
 from imprompt.encoders.images import load_image
 from imprompt.errors import InputError, ModelError, first_line
 from imprompt.io import fingerprint
-from imprompt.weights import silence_library_logging
+from imprompt.weights import copied_to, silence_library_logging
 
 _PREPROCESSING = "preprocessor_config.json"
 _LONGEST = 16_384  # pixels that a picture's long side may be scaled to before its centre is cut out
@@ -67,6 +67,8 @@ class ImageEncoder:
         """The weights' files, where they were loaded from files."""
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self.processor = _processor(processor, self.size, is_siglip=self.is_siglip)
+        self.execution_device: torch.device | None = None
+        """Where it computes, with copies of its weights; ``None``: where they are."""
         self._negative: tuple[tuple[torch.device, torch.dtype], Tensor] | None = None
 
     @classmethod
@@ -107,7 +109,9 @@ class ImageEncoder:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "ImageEncoder":
-        """Move or cast the model; ``None`` leaves it as it is."""
+        """Move or cast the model; ``None`` leaves it as it is. Where it is moved to, it computes."""
+        if device is not None:
+            self.execution_device = None
         if device is not None or dtype is not None:
             self.model.to(device=device, dtype=dtype)
             self._negative = None
@@ -123,7 +127,7 @@ class ImageEncoder:
         return {
             "weights": fingerprint(*self.files),
             "preparation": self.processor.to_dict(),
-            "device": device.type,
+            "device": (self.execution_device or device).type,
             "dtype": str(dtype),
             "threads": torch.get_num_threads(),
             "versions": [version(name) for name in ("torch", "transformers", "pillow", "numpy")],
@@ -161,9 +165,11 @@ class ImageEncoder:
     @torch.no_grad()
     def _run(self, prepared: Float[Tensor, "N 3 S S"]) -> tuple[Tensor, Tensor, Tensor]:
         device, dtype = self._device_and_dtype()
-        output = self.model(prepared.to(device, dtype), output_hidden_states=True)
+        with copied_to(self.model, self.execution_device):
+            shown = prepared.to(self.execution_device or device, dtype)
+            output = self.model(shown, output_hidden_states=True)
         pooled = output.pooler_output if self.is_siglip else output.image_embeds
-        return pooled, output.hidden_states[-2], output.last_hidden_state
+        return pooled.to(device), output.hidden_states[-2].to(device), output.last_hidden_state.to(device)
 
     def _negative_hidden(self, hidden: Tensor) -> Tensor:
         if self.is_siglip:

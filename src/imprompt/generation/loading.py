@@ -98,6 +98,10 @@ class Models:
         """
         device = choose_device(request.device)
         dtype = choose_dtype(request.dtype, device, base)
+        if request.offload != "none" and device.type == "cpu":
+            raise UsageError(
+                f"offload: '{request.offload}' moves parts to a GPU when needed, but the device is the CPU."
+            )
         extras = (request.quantize, repr(request.loras), repr(request.embeddings), request.compile)
         if request.compile != "off":
             check_compiler(device)
@@ -108,6 +112,9 @@ class Models:
                 self._key = key
             # The adapters first: they are small, and a fault in them is said before gigabytes are read.
             found = self._load_adapters(adapters, request.face_model)
+            for adapter in found.values() if request.offload != "none" else ():
+                if adapter.execution_device is None:
+                    adapter.enable_cpu_offload(device)
             if face_adapter(controls, found) is None:
                 _check_face_model(request, found)
             pipe = self._pipe(base, request, motion, device, dtype)
@@ -252,15 +259,13 @@ def format_notes(device: torch.device, dtype: torch.dtype) -> list[str]:
 def _placed(pipe: Any, request: Request, device: torch.device) -> Any:
     """The pipeline on its device, whole or part by part as it is needed."""
     offload = request.offload
-    if offload == "none":
+    if offload in ("none", "adapter"):
         pipe = pipe.to(device)
         if device.type == "cpu" and request.compile == "off":  # torch.compile orders weights itself
             for name in _PACKED:
                 if isinstance(part := getattr(pipe, name, None), nn.Module):
                     pack(part)
         return pipe
-    if device.type == "cpu":
-        raise UsageError(f"offload: '{offload}' moves parts to a GPU when needed, but the device is the CPU.")
     (pipe.enable_model_cpu_offload if offload == "model" else pipe.enable_sequential_cpu_offload)(
         device=device
     )

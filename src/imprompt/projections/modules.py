@@ -41,6 +41,8 @@ class ImageProjection(nn.Module):
         """Tokens of one picture; nominal for kinds that make one per patch."""
         self.cross_dim = sizes.cross_dim
         self.feature_width = sizes.feature_width
+        self.execution_device: torch.device | None = None
+        """Where pictures are projected, with copies of the weights; ``None``: where they are."""
 
     @property
     def feature(self) -> Feature:

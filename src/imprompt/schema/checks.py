@@ -125,5 +125,5 @@ def _speed(request: "Request") -> Iterator[str]:
 def _compile(request: "Request") -> Iterator[str]:
     if request.compile == "full" and request.speed == "fast":
         yield "compile: 'full' makes the UNet one piece, and speed 'fast' leaves out parts; use 'regional'."
-    if request.compile != "off" and request.offload != "none":
+    if request.compile != "off" and request.offload in ("model", "sequential"):
         yield f"compile: what is compiled stays on the device, and offload '{request.offload}' moves it away."

@@ -276,8 +276,9 @@ class Request(Record):
     """One of auto, cpu, cuda, cuda:1, xpu and mps."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Number format of the weights; auto: float16 on cuda and mps, float32 on cpu."""
-    offload: Literal["none", "model", "sequential"] = "none"
-    """Move idle parts to main memory, to save GPU memory: model is slower, sequential slowest."""
+    offload: Literal["none", "adapter", "model", "sequential"] = "none"
+    """Move idle parts to main memory, to save GPU memory: adapter, the adapters and image encoders, costs a
+    copy of them for each new picture; model, all models, is slower, sequential slowest."""
     quantize: str = Field(default="none", pattern=r"^(none|int8|float8|.+\.gguf)$")
     """Load the denoiser in fewer bits, to save memory: int8, float8, or a .gguf file of the base; the picture
     changes a little."""
