@@ -28,9 +28,12 @@ from pool import Pool, icons
 from sample import Model, draw, load
 from vae import quality
 
-from imprompt import Engine, Request
+from imprompt import Engine, Request, catalog
+from imprompt.generation.favor import weighed
 
 SEEDS = {"validation": 2, "test": 3}
+FAVOR = catalog.controls()["emoji-canny"].favor
+"""What the ControlNet favours by default in stills from a text."""
 NEAR = 12.0
 """ΔE below which a background is the one that was asked for."""
 
@@ -150,6 +153,7 @@ def control(model: Model, pool: Pool, folder: Path, n: int, steps: int = 20) -> 
             double = torch.cat([x, x])
             with half():
                 down, mid = net(double, t, hidden, seen, return_dict=False)
+                *down, mid = weighed((*down, mid), FAVOR, len(x))
                 v = model.unet(
                     double, t, hidden, down_block_additional_residuals=down, mid_block_additional_residual=mid
                 ).sample
@@ -201,7 +205,8 @@ def edges_beside_picture(folder: Path, pool: Pool, network: judge.Network, n: in
     for i, word in enumerate(words):
         icon = int(rng.choice(icons().of_word[word]))
         pictures[f"plain {i}"] = Image.fromarray(draw_icon(icons(), PLAIN_SEED, i, PLAIN, icon)[0])
-        structure = {"kind": "canny", "path": f"plain {i}", "model": str(folder / "controlnet-canny")}
+        structure = {"kind": "canny", "path": f"plain {i}", "model": str(folder / "controlnet-canny"),
+                     "favor": FAVOR}  # fmt: skip
         fields = {"prompt": f"a {word}", "seed": 6000 + i, "images": [f"shown {i}"], "controls": [structure]}
         parts = {"base": str(folder), "adapter": str(folder / "adapters" / NAMES["plus"])}
         requests.append(Request.from_mapping(fields | parts | {"steps": 20}))

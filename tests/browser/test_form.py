@@ -81,7 +81,7 @@ def test_what_a_restored_picture_needs_is_never_exchanged(opening: Open, running
 
 def test_all_controls_of_a_restored_picture_are_asked_for_again(opening: Open) -> None:
     page = opening()
-    control = {"path": "a" * 64, "kind": "canny", "scale": 1, "start": 0, "end": 1}
+    control = {"path": "a" * 64, "kind": "canny", "scale": 1, "start": 0, "end": 1, "favor": "prompt"}
     asked = page.evaluate(
         """async (controls) => {
             const { fromRequest, toRequest } = await import("/static/settings.js");
@@ -90,7 +90,7 @@ def test_all_controls_of_a_restored_picture_are_asked_for_again(opening: Open) -
         }""",
         [control, {**control, "path": "b" * 64, "kind": "depth"}],
     )
-    assert [one["kind"] for one in asked] == ["canny", "depth"]
+    assert [(one["kind"], one["favor"]) for one in asked] == [("canny", "prompt"), ("depth", "prompt")]
 
 
 def test_the_strength_chosen_by_itself_goes_by_the_words(opening: Open) -> None:

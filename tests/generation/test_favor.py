@@ -1,5 +1,6 @@
 """What a control adds to the UNet under each ``favor``, through the engine: by task, half and control."""
 
+import json
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -14,6 +15,8 @@ import tiny
 from controls import saved, tiny_controlnet, tiny_sparse, tiny_t2i, tiny_union
 from imprompt import output
 from imprompt.errors import UsageError
+from imprompt.generation.engine import complete
+from imprompt.generation.families import find_base
 from imprompt.schema.request import ControlRef, Request
 
 FRAMES = 4
@@ -62,7 +65,7 @@ def added(engine, monkeypatch) -> Added:
 def asked(common, pictures, models) -> Callable[..., Request]:
     """A request of one of :data:`CASES`; in it ``<name>`` is a model or picture."""
 
-    def of_case(case: str, favor: str = "balanced", **more: object) -> Request:
+    def of_case(case: str, favor: str | None = "balanced", **more: object) -> Request:
         def named(value: object) -> object:
             if not (isinstance(value, str) and value.startswith("<")):
                 return value
@@ -188,13 +191,48 @@ def test_at_a_speed_one_control_is_followed_alike_alone_and_beside_a_silent_one(
     assert np.abs(drawn[0] - drawn[2]).max() > 0
 
 
-def test_balanced_is_the_default_and_draws_after_another_as_before(engine, added, asked):
-    plain = asked("generate")
-    assert plain.controls[0] == ControlRef(**plain.controls[0].model_dump(exclude={"favor"}))
-    before, residuals = np.asarray(engine.run(plain).images[0]), added(plain)
+def test_a_model_without_a_favor_of_its_own_is_balanced_and_draws_after_another_as_before(
+    engine, added, asked
+):
+    plain = asked("generate", None)
+    drawn = engine.run(plain)
+    assert drawn.request.controls[0].favor == "balanced"
+    before, residuals = np.asarray(drawn.images[0]), added(plain)
     assert not np.array_equal(np.asarray(engine.run(asked("generate", "control")).images[0]), before)
-    assert np.array_equal(np.asarray(engine.run(plain).images[0]), before)
-    assert all(map(torch.equal, added(plain), residuals))
+    for again in (plain, asked("generate", "balanced")):
+        assert np.array_equal(np.asarray(engine.run(again).images[0]), before)
+        assert all(map(torch.equal, added(again), residuals))
+
+
+@pytest.mark.parametrize(
+    ("fields", "favor"),
+    [
+        ({}, "control"),
+        ({"guidance": 5.0}, "control"),
+        ({"guidance": 1.0}, "balanced"),
+        ({"prompt": "", "images": ["b.png"]}, "balanced"),
+        ({"task": "animate"}, "balanced"),
+        ({"task": "edit", "image": "b.png"}, "control"),
+        ({"model": "emoji-canny"}, "control"),
+        ({"favor": "balanced"}, "balanced"),
+        ({"favor": "prompt", "guidance": 1.0}, "prompt"),
+        ({"base": "sd15"}, "balanced"),
+    ],
+)
+def test_a_complete_request_says_what_its_controls_favour_by_the_catalogue(fields, favor):
+    own = {name: fields[name] for name in ("favor", "model") if name in fields}
+    of_request = {name: value for name, value in fields.items() if name not in own}
+    ref = ControlRef(kind="canny", path="a.png", **own)
+    request = Request(**{"prompt": "a", "base": "emoji", "controls": [ref], **of_request})
+    assert complete(request, find_base(request.base)).controls[0].favor == favor
+
+
+def test_a_picture_drawn_before_controls_favoured_anything_is_repeated_balanced():
+    old = Request(prompt="a", controls=[{"kind": "canny", "path": "a.png"}], fingerprints={"emoji": "0" * 12})
+    fields = json.loads(old.to_json())
+    del fields["controls"][0]["favor"]
+    assert Request.from_mapping(fields).controls[0].favor == "balanced"
+    assert Request.from_mapping({**fields, "fingerprints": {}}).controls[0].favor is None
 
 
 def test_a_saved_picture_repeats_what_it_favours(engine, asked, tmp_path):

@@ -99,7 +99,8 @@ def _describe(kind: str, row: Any) -> str:
     if kind == "bases":
         return f"{row.size} px; {row.note}" + (f"; {row.gigabytes:g} GB" if row.gigabytes else "")
     if kind == "controls":
-        return f"{', '.join(row.modes)}{f' ({row.note})' if row.note else ''}; {row.megabytes} MB"
+        favor = f"; favor={row.favor}" if row.favor != "balanced" else ""
+        return f"{', '.join(row.modes)}{f' ({row.note})' if row.note else ''}; {row.megabytes} MB{favor}"
     face = f"; faces by {row.face_pack}" if kind == "adapters" and row.face_pack else ""
     pickled = "; a pickle: run imprompt convert first" if kind == "adapters" and row.pickled else ""
     return f"{row.note}; {row.megabytes} MB{face}{pickled}"

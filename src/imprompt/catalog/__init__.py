@@ -167,6 +167,8 @@ class ControlRow(Entry):
     """Folder in the repository."""
     half: bool = False
     """Whether the repository also holds fp16 files."""
+    favor: Literal["balanced", "prompt", "control"] = "balanced"
+    """What it favours in stills from a text with guidance, where a request leaves that open."""
     revision: str | None = None
     """Branch with safetensors, where the main one has pickles only."""
     note: str = ""

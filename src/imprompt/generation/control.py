@@ -31,7 +31,7 @@ from imprompt.generation.families import KINDS, Base, check_family, stills
 from imprompt.generation.favor import check_favor
 from imprompt.generation.pipelines import load_part
 from imprompt.io import read_json
-from imprompt.schema.request import ControlRef, Request, Task
+from imprompt.schema.request import ControlRef, Favor, Request, Task
 
 NetName = Literal["controlnet", "union", "t2i", "sparse", "flux", "sd3"]
 
@@ -99,7 +99,7 @@ class Control:
     """One control of a request and the model that it resolves to."""
 
     ref: ControlRef
-    """With the model's name filled in."""
+    """With the model's name, and what it favours, filled in."""
     net: NetName
     place: Source
     config: Mapping[str, Any]
@@ -114,6 +114,12 @@ class Control:
         """The name that was asked for."""
         assert self.ref.model is not None
         return self.ref.model
+
+    @property
+    def favor(self) -> Favor:
+        """What prevails where it and the prompt disagree."""
+        assert self.ref.favor is not None
+        return self.ref.favor
 
     @property
     def source(self) -> str:
@@ -147,9 +153,21 @@ class Control:
         return fingerprint_of(self.place.weights, self.source)
 
 
-def named_controls(refs: Sequence[ControlRef], base: Base) -> tuple[ControlRef, ...]:
-    """The controls with the base's default models filled in. Raises :class:`UsageError` if it has none."""
-    return tuple(ref if ref.model is not None else ref.replace(model=_default(ref, base)) for ref in refs)
+def named_controls(request: Request, base: Base) -> tuple[ControlRef, ...]:
+    """The request's controls with the base's default models filled in, and with what they favour.
+
+    A model's own favour is for stills that are drawn from a text with guidance. Raises :class:`UsageError` if
+    the base has no model.
+    """
+    guidance = base.defaults.guidance if request.guidance is None else request.guidance
+    from_text = bool(request.prompt) and guidance > 1 and request.task != "animate"
+    named = []
+    for ref in request.controls:
+        model = ref.model or _default(ref, base)
+        row = catalog.controls().get(model.partition(":")[0])
+        own = row.favor if row is not None and from_text else "balanced"
+        named.append(ref.replace(model=model, favor=ref.favor or own))
+    return tuple(named)
 
 
 def find_controls(request: Request, base: Base) -> tuple[Control, ...]:
@@ -165,7 +183,7 @@ def find_controls(request: Request, base: Base) -> tuple[Control, ...]:
         raise ModelError(
             f"controls: base '{base.name}' is a Kolors model; diffusers has no pipeline with controls."
         )
-    found = tuple(_find(ref, base, request.task) for ref in named_controls(request.controls, base))
+    found = tuple(_find(ref, base, request.task) for ref in named_controls(request, base))
     first = found[0]
     _check_alike(found)
     if base.row is not None or base.path is not None:  # else its kind is known once it is loaded

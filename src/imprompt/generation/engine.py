@@ -291,7 +291,7 @@ def complete(request: Request, base: Base) -> Request:
     elif request.task != "generate":
         changes["strength"] = _strength(request, base)
     if request.controls:
-        changes["controls"] = named_controls(request.controls, base)
+        changes["controls"] = named_controls(request, base)
     filled = request.replace(**changes, **_completed_prompts(request, base))
     if filled.strength is not None and base.kind.drawn_steps(filled.steps or 0, filled.strength) < 1:
         raise UsageError(

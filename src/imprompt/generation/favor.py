@@ -28,16 +28,16 @@ _ABLE = ("controlnet", "union", "sparse")
 def check_favor(controls: "Sequence[Control]", *, shared: bool) -> None:
     """Raise :class:`UsageError` for a model that favours neither, and for two ways in a ``shared`` one."""
     for control in controls:
-        ref, first = control.ref, controls[0].ref
-        if ref.favor != "balanced" and control.net not in _ABLE:
+        favor, first = control.favor, controls[0].favor
+        if favor != "balanced" and control.net not in _ABLE:
             raise UsageError(
-                f"control '{ref.path}': favor={ref.favor} is for ControlNets of UNets, and '{control.name}' "
-                f"is {control.net_title}; leave it out, and use scale."
+                f"control '{control.ref.path}': favor={favor} is for ControlNets of UNets, and "
+                f"'{control.name}' is {control.net_title}; leave it out, and use scale."
             )
-        if shared and ref.favor != first.favor:
+        if shared and favor != first:
             raise UsageError(
                 f"controls: '{control.name}' is {control.net_title}, which follows all its pictures at once; "
-                f"favor must be the same for all, not {first.favor} and {ref.favor}."
+                f"favor must be the same for all, not {first} and {favor}."
             )
 
 
@@ -48,13 +48,13 @@ def favored(pipe: Any, controls: "Sequence[Control]", rows: int) -> Iterator[Non
     ``rows`` is the number of pictures of the call, or of a clip's frames: a ControlNet that is called with
     more rows has those of classifier-free guidance, the conditional ones last.
     """
-    if all(control.ref.favor == "balanced" for control in controls):
+    if all(control.favor == "balanced" for control in controls):
         yield
         return
     turns: dict[nn.Module, list[Favor]] = {}  # one model may follow several controls, in their order
     nets = getattr(pipe.controlnet, "nets", [pipe.controlnet])
     for net, control in zip(nets, controls, strict=False):  # a shared model follows all at once
-        turns.setdefault(net, []).append(control.ref.favor)
+        turns.setdefault(net, []).append(control.favor)
     with ExitStack() as hooks:
         for net, favors in turns.items():
             hooks.callback(net.register_forward_hook(_weighing(favors, rows)).remove)

@@ -86,10 +86,11 @@ class ControlRef(Record):
     """Fraction of the schedule at which it begins to act; 0: pure noise."""
     end: float = Field(default=1.0, gt=0, le=1)
     """Fraction of the schedule at which it stops acting; 1: finished picture."""
-    favor: Favor = "balanced"
+    favor: Favor | None = None
     """ControlNets of UNets: what prevails where control and prompt disagree. prompt weakens the control, the
     finer the block the more; control does so too, and keeps it from the unconditional half of guidance, which
-    then strengthens it."""
+    then strengthens it; ``None``: as suits the model, by `imprompt models`, in stills from a text with
+    guidance, else balanced."""
     model: str | None = Field(default=None, min_length=1)
     """Alias, folder or hub id of the ControlNet or T2I-Adapter; MODEL:KIND tells a union model the kind of a
     `none` map; ``None``: the base's default for the kind."""

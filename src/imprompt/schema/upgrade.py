@@ -3,6 +3,8 @@
 Version 1 listed single pictures (``path``, ``weight``, ``at``) with their steering, and joined neighbours
 with equal steering into one prompt. It also kept fields without effect: a ``scale`` that every picture
 overrode, and negative pictures without guidance.
+
+Pictures drawn before controls could favour anything followed them in a balanced way.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +23,7 @@ def upgraded(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
     Raises :class:`UsageError` for a list that holds pictures of version 1 beside anything else.
     """
+    values = _balanced(values)
     images = values.get("images")
     if not isinstance(images, list) or not any(map(_is_picture, images)):
         return values
@@ -31,6 +34,15 @@ def upgraded(values: Mapping[str, Any]) -> Mapping[str, Any]:
         prompts = [{**prompt, "negative": None, "noise": None} for prompt in prompts]
     overridden = all(prompt.get("scale") is not None for prompt in prompts)
     return {**values, "images": prompts, **({"scale": None} if overridden else {})}
+
+
+def _balanced(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A drawn request whose controls do not say what they favour, with what they did."""
+    controls = values.get("controls")
+    if not values.get("fingerprints") or not isinstance(controls, list):
+        return values
+    said = [{"favor": "balanced", **ref} if isinstance(ref, Mapping) else ref for ref in controls]
+    return {**values, "controls": said}
 
 
 def _checked(number: int, ref: Any) -> Mapping[str, Any]:

@@ -131,6 +131,11 @@ function fromImage(image) {
   return negative ? [reference, { ...newReference(stub(negative)), avoid: true }] : [reference];
 }
 
+function fromControl({ path, kind, scale, start, end, ...extra }) {
+  const kept = told(extra, offered.capabilities.request.$defs.ControlRef);
+  return { picture: stub(path), kind, scale: scale ?? 1, start: start ?? 0, end: end ?? 1, extra: kept };
+}
+
 /** Take over a request that a picture carries; pictures in `missing` are left out. */
 export function fromRequest(request, missing = []) {
   const here = (id) => id && !missing.includes(id);
@@ -149,7 +154,7 @@ export function fromRequest(request, missing = []) {
     size: size ?? null, steps: steps ?? null, guidance: guidance ?? null, seed: seed ?? null, frames: frames ?? null,
     fps: fps ?? null, strength: strength ?? null,
     source: here(image) ? stub(image) : here(video) ? stub(video) : null, mask: here(mask) ? stub(mask) : null,
-    control: control ? { picture: stub(control.path), kind: control.kind, scale: control.scale, start: control.start, end: control.end, extra: control.model ? { model: control.model } : {} } : null,
+    control: control ? fromControl(control) : null,
     extra: plain,
   });
   changed();
