@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("docs/**/*.md")])
 DRAWING = ("generate", "edit", "inpaint", "animate", "tune")
 SHORT = (*DRAWING, "train", "evaluate")
-"""Commands that are run short: two steps, pictures of 64 × 64 where nothing says their size, two scales."""
+"""Commands that are run short: two steps, pictures of 64 × 64 where nothing says their size, two
+scales, evaluation on two pictures."""
 ENDLESS = ("serve",)
 """Commands that run until they are stopped; their flags are read."""
 FOREIGN = ("pip", "make", "curl", "python", "docker", "srun", "torchrun", "xdg-open")
@@ -93,6 +94,8 @@ def run_command(words: list[str], runs: bool) -> int:
         rest += ["--size", "64"]
     if rest[0] == "evaluate" and "--scales" not in rest:
         rest += ["--scales", "0.3,1"]
+    if rest[0] == "evaluate":
+        rest += ["-n", "2"]  # the last one counts
     if rest[0] == "train":
         rest += ["--sample-every", "0"]
     if rest[0] == "animate" and "at=15" not in " ".join(rest):
