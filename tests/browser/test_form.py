@@ -42,6 +42,23 @@ def test_a_restored_picture_draws_again_whatever_its_numbers(opening: Open, runn
     assert (request["scheduler"], request["images"][0]["sharpen"]) == (None, 0)
 
 
+def test_a_picture_that_the_server_has_no_longer_is_left_out_of_what_is_restored(
+    opening: Open, running: Running
+) -> None:
+    """The server deletes pictures that nobody used for long; the drawing would only fail for them."""
+    with running.client() as client:
+        kept, gone = (upload(client, picture(colour))["id"] for colour in ("red", "orange"))
+    drawn(running, prompt="a key", images=[{"image": kept}, {"image": gone}, {"image": kept, "mask": gone}])
+    running.queue.store.path(gone).unlink()
+    page = opening()
+    page.locator("#gallery .tile").first.click()
+    page.get_by_role("button", name="Restore its settings").click()
+    page.get_by_text("Settings restored, but 1 of its pictures are not on this server.").wait_for()
+    draw(page)
+    shown = [(prompt["image"], prompt["mask"]) for prompt in last_request(running)["images"]]
+    assert shown == [(kept, None), (kept, None)]
+
+
 def test_numbers_are_rounded_and_kept_within_limits(opening: Open, running: Running) -> None:
     page = opening()
     set_up(page)

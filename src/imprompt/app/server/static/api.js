@@ -33,6 +33,18 @@ export const history = (before) => call(`/history?limit=24${before ? `&before=${
 export const forget = (id) => call(`/history/${id}`, { method: "DELETE" });
 export const controlMap = (kind, picture) => call("/maps", json("POST", { kind, picture }));
 
+/** Those of these pictures that the server has no longer. */
+export async function missing(ids) {
+  const found = await Promise.all(ids.map(async (id) => {
+    const response = await fetch(`/api/v1/pictures/${id}`, { method: "HEAD" }).catch(() => {
+      throw new Problem(0, { code: "offline", message: "offline" });
+    });
+    if (!response.ok && response.status !== 404) throw new Problem(response.status, { code: "error", message: response.statusText });
+    return response.ok ? [] : [id];
+  }));
+  return found.flat();
+}
+
 /** Upload a picture; resolves to what the server knows of it. */
 export function upload(blob, name = "picture.png") {
   const form = new FormData();

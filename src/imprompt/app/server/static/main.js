@@ -6,7 +6,7 @@ import * as gallery from "./gallery.js";
 import { language, switchLanguage, t, translate } from "./i18n.js";
 import { openModels, render, setTask } from "./look.js";
 import { addReference, draggedPicture, isSending, setControl, setSource, take, tell } from "./references.js";
-import { change, dropPictures, fromRequest, loadDraft, newReference, offered, onchange, settings, toRequest } from "./settings.js";
+import { change, dropPictures, fromRequest, loadDraft, newReference, offered, onchange, picturesOf, settings, toRequest } from "./settings.js";
 import * as stage from "./stage.js";
 
 const SWEEP = [0, 0.25, 0.5, 0.75, 1];
@@ -111,7 +111,7 @@ const actions = {
   control: (picture) => setControl(picture),
   restore: async (job, place) => {
     const request = { ...job.request, seed: job.request.seed + place };
-    restoreRequest(request, []);
+    try { restoreRequest(request, await api.missing(picturesOf(request))); } catch (problem) { tell(problem); }
   },
   compareWith: (picture, name, back) => {
     toast(t("compareHint"));

@@ -136,6 +136,14 @@ function fromControl({ path, kind, scale, start, end, ...extra }) {
   return { picture: stub(path), kind, scale: scale ?? 1, start: start ?? 0, end: end ?? 1, extra: kept };
 }
 
+/** The ids of the pictures that a request names, each once. */
+export function picturesOf(request) {
+  const { images, regions, controls, image, mask, video } = request;
+  const shown = (images ?? []).flatMap((entry) => [entry.image, entry.mask, entry.negative].flat());
+  const others = [...(regions ?? []).map((region) => region.mask), ...(controls ?? []).map((control) => control.path)];
+  return [...new Set([...shown, ...others, image, mask, video].filter(Boolean))];
+}
+
 /** Take over a request that a picture carries; pictures in `missing` are left out. */
 export function fromRequest(request, missing = []) {
   const here = (id) => id && !missing.includes(id);
