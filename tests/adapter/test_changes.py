@@ -1,6 +1,7 @@
 """What is changed after a prompt was set takes effect at the next call, as if it had been set anew."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -265,8 +266,12 @@ def test_a_model_with_an_adapter_is_not_copied() -> None:
     adapter.set_prompt(torch.ones(1, POOLED))
     with pytest.raises(UsageError, match="cannot be copied while an adapter is attached"):
         copy.deepcopy(unet)
+    for part in (unet, unet.up_blocks):
+        with pytest.raises(UsageError, match="cannot be pickled while an adapter is attached"):
+            pickle.dumps(part)
     adapter.detach()
-    assert torch.equal(draw(copy.deepcopy(unet)), draw(unet))
+    for twin in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
+        assert torch.equal(draw(twin), draw(unet))
 
 
 def in_a_thread(act: Callable[[], object]) -> BaseException | None:

@@ -9,7 +9,8 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any
+from types import MethodType
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float
@@ -128,9 +129,15 @@ class Injection:
         return found if found is not None and found.attached else None
 
     def __deepcopy__(self, _: object) -> "Injection":
+        return self._not_twice("copied", "copy")
+
+    def __reduce__(self) -> NoReturn:
+        self._not_twice("pickled", "pickle")
+
+    def _not_twice(self, done: str, do: str) -> NoReturn:
         raise UsageError(
-            f"a {self.backbone.noun} cannot be copied while an adapter is attached; detach() it, copy, and "
-            "attach it again."
+            f"a {self.backbone.noun} cannot be {done} while an adapter is attached; detach() it, {do} it, "
+            "and attach it again."
         )
 
     @property
@@ -202,7 +209,8 @@ class Injection:
         for site, attention in zip(self.sites, self._live_attentions(), strict=True):
             attention.set_processor(self.backbone.processor(_own(attention.processor), self, site))
         # Compiling is Python over lists, nothing for torch.compile; the model behind it stays one graph.
-        before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
+        hooks = Injection._before, Injection._after
+        before, after = (MethodType(torch.compiler.disable(hook), self) for hook in hooks)
         self._hooks = [
             model.register_forward_pre_hook(before, with_kwargs=True),
             model.register_forward_hook(after),
