@@ -64,6 +64,28 @@ def test_a_prompt_that_cannot_act_in_this_run_is_said(
 
 
 @pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ({"combine": "average"}, r"images.0.combine has no effect: 'average' of a single picture"),
+        ({"combine": "add", "weights": (1,)}, r"images.0.combine has no effect: 'add'"),
+        ({"combine": "add", "weights": (2,)}, None),
+        ({"framing": "top"}, r"wide.png': framing=top has no effect, for it is wider than high"),
+        ({"framing": "left"}, None),
+    ],
+)
+def test_an_option_that_a_picture_gives_nothing_to_do_is_said(engine, common, pictures, prompt, said):
+    def asked(**options):
+        image = ImagePrompt(pictures / "wide.png", **options)
+        return engine.run(Request(prompt="a", images=[image], **common))
+
+    drawn, plain = asked(**prompt), asked()
+    alike = np.array_equal(pixels(drawn.images[0]), pixels(plain.images[0]))
+    found = [note for note in drawn.notes if "has no effect" in note]
+    assert alike == (said is not None)
+    assert [bool(re.search(said or "", note)) for note in found] == ([True] if said else [])
+
+
+@pytest.mark.parametrize(
     "what",
     [
         "adapters/ip-adapter.safetensors",

@@ -242,6 +242,14 @@ def test_key_pictures_stand_at_their_frames(engine, asked, pictures):
     assert not np.array_equal(pixels(result.images)[-1], pixels(one.images)[-1])
 
 
+def test_the_place_of_a_single_picture_is_said_to_do_nothing(engine, asked, pictures):
+    placed = engine.run(asked(images=[ImagePrompt(pictures / "ref.png", at=2)]))
+    assert [note.partition(":")[0] for note in idle(placed)] == ["images.0.at has no effect"]
+    plain = engine.run(asked(images=[ImagePrompt(pictures / "ref.png")]))
+    assert np.array_equal(pixels(placed.images), pixels(plain.images))
+    assert idle(plain) == []
+
+
 def test_a_folder_and_an_animated_picture_show_one_picture_a_frame(engine, asked, film, tmp_path):
     with Image.open(film) as moving:
         for number in range(FRAMES):

@@ -8,6 +8,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from PIL import Image
 
 from imprompt.adapter.frames import Track
 from imprompt.adapter.injection import find_denoiser
@@ -44,6 +45,7 @@ def idle_notes(job: Job, loaded: Loaded) -> list[str]:
             reason = "its frame_curve is 0 in every frame"
         if reason and prompt.scale != 0:
             notes.append(f"images.{number} has no effect: {reason}")
+        notes += [f"images.{number}.{said}" for said in _idle_of_one(prompt)]
     return notes
 
 
@@ -89,6 +91,15 @@ def _noise_notes(request: Request, steps: Sequence[float], known: Mapping[str, A
     for field, value in usual.items():
         if getattr(request, field) != known.get(field, value):
             yield f"{called(field)} has no effect: {why}"
+
+
+def _idle_of_one(prompt: ImagePrompt) -> Iterator[str]:
+    """Options that say how several pictures go together, on a prompt that has one."""
+    if isinstance(prompt.at, tuple) and len(prompt.at) == 1:
+        yield "at has no effect: a single picture is shown in every frame; several blend from place to place"
+    single = len(prompt.pictures) == 1 and isinstance(prompt.pictures[0], Image.Image)
+    if single and prompt.combine != "concat" and set(prompt.weights or (1.0,)) == {1.0}:
+        yield f"combine has no effect: '{prompt.combine}' of a single picture is that picture"
 
 
 def _step_fractions(request: Request, kind: Kind, loaded: Loaded) -> list[float]:

@@ -100,16 +100,27 @@ def crop_notes(inputs: Inputs, whole: Collection[str]) -> list[str]:
     that read all of a picture."""
     notes = list[str]()
     for named, shown in zip(inputs.request.images, inputs.prompts, strict=True):
-        if named.framing != "crop" or named.at == "each" or str(shown.adapter) in whole:
+        if named.at == "each" or str(shown.adapter) in whole:
             continue
         for name, picture in zip(named.pictures, shown.pictures, strict=True):
-            lost = 1 - min(picture.size) / max(picture.size) if isinstance(picture, Image.Image) else 0.0
-            if lost > _LOST:
-                notes.append(
-                    f"'{name}': {lost:.0%} lies outside the centre square that is seen; framing=pad, squash "
-                    "or tile shows all of it"
-                )
+            if isinstance(picture, Image.Image) and (said := _crop_note(picture, named.framing)):
+                notes.append(f"'{name}': {said}")
     return list(dict.fromkeys(notes))
+
+
+def _crop_note(picture: Image.Image, framing: str) -> str:
+    """What is lost of a picture in this framing without a word; empty if nothing is."""
+    wide = picture.width > picture.height
+    idle = ("top", "bottom") if wide else ("left", "right")
+    if framing in idle and picture.width != picture.height:
+        shape = "wider than high" if wide else "higher than wide"
+        return f"framing={framing} has no effect, for it is {shape}: its centre is seen"
+    lost = 1 - min(picture.size) / max(picture.size)
+    if framing != "crop" or lost <= _LOST:
+        return ""
+    return (
+        f"{lost:.0%} lies outside the centre square that is seen; framing=pad, squash or tile shows all of it"
+    )
 
 
 # ---- files
