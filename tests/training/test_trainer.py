@@ -74,7 +74,7 @@ def same(first, second):
 
 def test_the_loss_with_the_image_falls_and_the_gap_opens(make_config):
     config = make_config(
-        steps=90, lr=1e-2, batch=4, validate_every=90, ema=0.0, latent="mean", drop_text=0, drop_both=0,
+        steps=30, lr=1e-2, batch=4, validate_every=30, ema=0.0, latent="mean", drop_text=0, drop_both=0,
         drop_image=0,
     )  # fmt: skip
     train(config)
