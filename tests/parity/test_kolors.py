@@ -108,7 +108,7 @@ def test_the_command_draws_the_same_picture(
         "--negative",
         "bad",
     ]
-    words += ["--steps", "3", "--guidance", "5", "--size", "32", "--seed", "5", "-q", "-o", "cat.png"]
+    words += ["--steps", "2", "--guidance", "5", "--size", "32", "--seed", "5", "-q", "-o", "cat.png"]
     assert cli.main(words) == 0
     drawn = np.asarray(Image.open("cat.png"), float)
     assert np.abs(drawn - 255 * theirs(place, "generate")[0]).max() <= 0.51  # rounding to 8 bits
@@ -210,7 +210,7 @@ def reference(base: Path, who: torch.Tensor, look: torch.Tensor, scale: float) -
         negative_prompt_embeds=torch.cat([negative, nobody], 1),
         pooled_prompt_embeds=pooled,
         negative_pooled_prompt_embeds=negative_pooled,
-        num_inference_steps=3,
+        num_inference_steps=2,
         guidance_scale=5.0,
         width=PICTURE,
         height=PICTURE,
