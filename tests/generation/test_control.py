@@ -124,7 +124,7 @@ def test_a_saved_picture_repeats_its_controls_and_notices_another_file(
     first = engine.run(Request(prompt="a", images=[pictures / "other.png"], controls=[ref], **common))
     (path,) = output.save(first, tmp_path / "out.png")
     request = output.read_request(path)
-    assert request.controls == (ref,)
+    assert request.controls == (ref.replace(favor="balanced"),)
     assert str(tmp_path / "mine.png") in request.hashes
     assert Request.from_json(request.to_json()) == request
     assert np.array_equal(pixels(engine.run(request).images[0]), pixels(first.images[0]))
