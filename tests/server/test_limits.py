@@ -273,6 +273,27 @@ def test_a_token_is_needed_where_one_is_set(starting: Callable[..., Running]) ->
         assert client.get("/api/v1/history").status_code == 200  # by the cookie
 
 
+def test_a_browser_without_the_token_is_asked_for_it(starting: Callable[..., Running]) -> None:
+    running = starting(ready=False, devices=(), token="open sesame")
+    browser = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+    with running.client(headers=browser) as client:
+        answer = client.get("/")
+        assert answer.status_code == 401
+        assert answer.headers["Content-Type"].startswith("text/html")
+        assert answer.headers["X-Frame-Options"] == "DENY"
+        assert '<input id="token" name="token" type="password"' in answer.text
+        assert "not this server's token" not in answer.text
+        wrong = client.get("/?token=<script>")
+        assert wrong.status_code == 401
+        assert "not this server's token" in wrong.text
+        assert "<script>" not in wrong.text
+        assert client.get("/api/v1/history").json()["error"]["code"] == "unauthorized"
+        assert client.get("/?token=open+sesame").status_code == 303  # as the form sends it
+        assert client.get("/").status_code == 200
+    with running.client() as program:
+        assert program.get("/").json()["error"]["code"] == "unauthorized"
+
+
 def test_other_addresses_need_a_token(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--token"):
         Settings(folder=tmp_path, host="0.0.0.0").check()

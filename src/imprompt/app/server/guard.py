@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from imprompt.app.server.door import door
 from imprompt.app.server.problems import Problem
 from imprompt.app.server.settings import Settings
 
@@ -63,9 +64,16 @@ class Guard:
             self._check_token(scope, headers)
             limited = self._limited(scope, headers, receive)
         except Problem as problem:
-            await answer(problem, self._error_body(scope["path"], problem))(scope, receive, send)
+            await self._refusal(scope, headers, problem)(scope, receive, send)
             return
         await self._app(scope, limited, _with_headers(send))
+
+    def _refusal(self, scope: Scope, headers: Headers, problem: Problem) -> Response:
+        """A problem as an answer; a person at the page's address gets a field for the token instead."""
+        person = scope["path"] == "/" and "text/html" in headers.get("accept", "")
+        if person and problem.code == "unauthorized":
+            return door(_HEADERS, wrong="token" in QueryParams(scope["query_string"]))
+        return answer(problem, self._error_body(scope["path"], problem))
 
     # ---- who and from where
 
