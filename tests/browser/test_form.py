@@ -196,3 +196,28 @@ def test_a_picture_is_dropped_as_a_shape_to_follow(opening: Open) -> None:
     page = opening()
     drop(page, "[data-target=asControl]", picture("black"))
     page.locator("#control .card").wait_for()
+
+
+def test_all_of_a_wide_picture_is_seen_and_the_note_names_it_as_the_page_does(
+    opening: Open, running: Running
+) -> None:
+    page = opening()
+    set_up(page)
+    add_reference(page, picture("red", (400, 128)))
+    draw(page)
+    assert page.get_by_text("Picture 1: 68% lies outside the centre square").is_visible()
+    page.locator("#references summary").first.click()
+    select = page.get_by_label("What is seen of it: Picture 1")
+    field, card = select.bounding_box(), page.locator("#references > li").bounding_box()
+    assert field["x"] + field["width"] < card["x"] + card["width"]
+    select.select_option("pad")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.get_by_role("button", name="Stop").wait_for()
+    page.wait_for_selector("img.result")
+    assert last_request(running)["images"][0]["framing"] == "pad"
+    assert page.get_by_text("lies outside the centre square").count() == 0
+    page.get_by_role("button", name="Restore its settings").click()
+    page.get_by_text("Settings restored.").wait_for()
+    page.locator("#references summary").first.click()
+    assert page.get_by_label("What is seen of it: Picture 1").input_value() == "pad"
+    assert page.get_by_text("Also kept").count() == 0

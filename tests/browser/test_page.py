@@ -51,8 +51,8 @@ def test_a_transformer_takes_all_of_a_picture(opening: Open) -> None:
     add_reference(page, picture("red"))
     page.locator("#references > li").first.get_by_role("radio", name="Style").check()
     page.evaluate("""() => {
-        const draft = JSON.parse(localStorage.getItem("imprompt.draft"));
-        localStorage.setItem("imprompt.draft", JSON.stringify({ ...draft, base: "flux" }));
+        const draft = JSON.parse(sessionStorage.getItem("imprompt.draft"));
+        sessionStorage.setItem("imprompt.draft", JSON.stringify({ ...draft, base: "flux" }));
     }""")
     page.reload()
     page.wait_for_selector("html[data-ready]")

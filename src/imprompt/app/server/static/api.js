@@ -13,7 +13,8 @@ async function call(path, options = {}) {
   try {
     response = await fetch(`/api/v1${path}`, options);
   } catch {
-    throw new Problem(0, { code: "offline", message: "offline" });
+    const code = options.signal?.aborted ? "aborted" : "offline";
+    throw new Problem(0, { code, message: code });
   }
   if (response.status === 204) return null;
   const body = await response.json().catch(() => ({}));
@@ -45,11 +46,11 @@ export async function missing(ids) {
   return found.flat();
 }
 
-/** Upload a picture; resolves to what the server knows of it. */
-export function upload(blob, name = "picture.png") {
+/** Upload a picture; resolves to what the server knows of it. `signal` gives it up: the problem is "aborted" then. */
+export function upload(blob, name = "picture.png", signal = null) {
   const form = new FormData();
   form.append("file", blob, name);
-  return call("/pictures", { method: "POST", body: form });
+  return call("/pictures", { method: "POST", body: form, signal });
 }
 
 /** Submit a request; waits and tries again when the queue is full, unless `signal` says that it is not wanted. */

@@ -17,6 +17,35 @@ export function h(tag, properties = {}, ...children) {
 
 export const $ = (id) => document.getElementById(id);
 
+/** Whether the user asked for no motion that is not needed. */
+export const calm = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
+
+const CONTROLS = "button, input, textarea, select, summary, a[href]";
+
+/** What tells a control from the others when it is made anew. */
+function identity(control) {
+  const group = control.type === "radio" ? `${control.closest("[role=radiogroup]")?.getAttribute("aria-label")} ${control.value}` : "";
+  return control.id || [control.tagName, control.type, group, control.getAttribute("aria-label") ?? (control.closest("label") ?? control).textContent].join("|");
+}
+
+/**
+ * Put new children into an element. The control that had the focus keeps it: its successor of the same name, else what
+ * stands in its place now, else `next`.
+ */
+export function refill(element, children, next = element) {
+  const held = element.contains(document.activeElement) ? document.activeElement : null;
+  const before = held ? [...element.querySelectorAll(CONTROLS)] : [];
+  const known = held && identity(held);
+  const same = (control) => identity(control) === known;
+  const among = before.filter(same).indexOf(held);
+  element.replaceChildren(...children);
+  if (!held || element.contains(document.activeElement)) return;
+  const now = [...element.querySelectorAll(CONTROLS)].filter((control) => !control.disabled);
+  const alike = now.filter(same);
+  const place = next.tabIndex === -1 && next.hasAttribute("tabindex") ? next : now[Math.min(before.indexOf(held), now.length - 1)];
+  (alike[among] ?? alike[0] ?? place ?? next.querySelector(CONTROLS))?.focus();
+}
+
 const PATHS = {
   plus: "M12 5v14M5 12h14",
   x: "M6 6l12 12M18 6L6 18",
@@ -67,10 +96,10 @@ export function iconButton(name, label, onclick, properties = {}) {
 
 const LASTS = { info: 5000, error: 12000 };
 
-/** A short message that goes away by itself; one of another kind stays until its element is removed. */
-export function toast(text, kind = "info") {
+/** A short message that goes away by itself; one of another kind stays until its element is removed. `name` is its button's. */
+export function toast(text, kind = "info", { name = t("close"), onclose } = {}) {
   const note = h("div", { class: `toast ${kind}` }, h("span", {}, text),
-    iconButton("x", t("close"), () => note.remove()));
+    iconButton("x", name, () => { note.remove(); onclose?.(); }));
   $("toasts").append(note);
   if (LASTS[kind]) setTimeout(() => note.remove(), LASTS[kind]);
   return note;

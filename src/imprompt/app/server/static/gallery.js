@@ -1,7 +1,7 @@
 // The pictures drawn before, newest first. Each can be opened, dragged, and chosen wherever a picture is asked.
 
 import { history } from "./api.js";
-import { $, h } from "./dom.js";
+import { $, calm, h, refill } from "./dom.js";
 import { t } from "./i18n.js";
 import { setHistory, tell } from "./references.js";
 
@@ -30,7 +30,7 @@ export async function load(more = false) {
 export function render() {
   $("more").hidden = !next;
   const items = pictures();
-  $("gallery").replaceChildren(...(items.length ? items.map(item) : [h("li", { class: "hint" }, t("historyEmpty"))]));
+  refill($("gallery"), items.length ? items.map(item) : [h("li", { class: "hint" }, t("historyEmpty"))]);
 }
 
 function item({ job, picture, place, name }) {
@@ -38,7 +38,7 @@ function item({ job, picture, place, name }) {
     ondragstart: (event) => {
       event.dataTransfer.setData("application/x-imprompt", JSON.stringify({ ...picture, job: job.id, place }));
       event.dataTransfer.effectAllowed = "copy";
-    } }, h("img", { src: picture.frames > 1 ? picture.url : picture.thumbnail, alt: "", loading: "lazy", draggable: false }));
+    } }, h("img", { src: picture.frames > 1 && !calm() ? picture.url : picture.thumbnail, alt: "", loading: "lazy", draggable: false }));
   return h("li", {}, tile);
 }
 

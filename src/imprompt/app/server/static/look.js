@@ -1,6 +1,6 @@
 // The rest of the form: tabs, words, size, steps, seed, count, and the choice of model and adapter.
 
-import { $, choice, dialog, h, icon, iconButton, slider } from "./dom.js";
+import { $, choice, dialog, h, icon, iconButton, refill, slider } from "./dom.js";
 import { t } from "./i18n.js";
 import { kept, render as renderPictures } from "./references.js";
 import { adaptersHere, autoScale, baseRow, change, changed, offered, settings } from "./settings.js";
@@ -24,7 +24,7 @@ function renderTabs() {
         $(`tab-${settings.task}`).focus();
       },
     }, icon(glyph), h("span", {}, t(task))));
-  $("tabs").replaceChildren(...tabs);
+  refill($("tabs"), tabs);
 }
 
 export function setTask(task) {
@@ -47,11 +47,11 @@ function renderWords() {
   const write = (text) => { say("prompt", text); renderWords(); };
   const chip = (text, onclick) => h("button", { type: "button", class: "chip", onclick }, text);
   const things = words.concepts.map((word) => word.replaceAll("-", " "));
-  $("words-hint").replaceChildren(h("details", { open: Boolean($("words-hint").querySelector("details")?.open) },
+  refill($("words-hint"), [h("details", { open: Boolean($("words-hint").querySelector("details")?.open) },
     h("summary", {}, t("words", { count: things.length, styles: words.styles.length })),
     h("div", { class: "chips" }, things.map((thing) => chip(thing, () => write(`${"aeiou".includes(thing[0]) ? "an" : "a"} ${thing}`)))),
     h("div", { class: "chips" }, words.styles.map((style) => chip(t("inStyle", { name: style }), () => write(`${settings.prompt.replace(/, \S+ style$/, "")}, ${style} style`)))),
-    h("p", { class: "hint" }, t("wordsMore"))));
+    h("p", { class: "hint" }, t("wordsMore")))]);
 }
 
 /** Keep a text; pictures beside words act less than pictures alone. */
@@ -91,7 +91,7 @@ function shapes() {
       const size = settings.size ? [...settings.size] : [side, side];
       size[place] = Math.max(64, Math.min(offered.capabilities.limits.side, even(Number(event.target.value)) || side));
       change({ size });
-      renderLook();
+      setTimeout(renderLook); // the focus is on its way to the next field
     },
   });
   return h("div", { class: "field" }, h("div", { class: "row" }, h("span", { class: "name" }, t("size")), h("span", { class: "grow" }),
@@ -115,7 +115,7 @@ function renderLook() {
   const { limits } = offered.capabilities;
   const clip = settings.task === "animate";
   const opened = $("look").querySelector("details")?.open;
-  $("look").replaceChildren(
+  refill($("look"), [
     shapes(),
     clip ? "" : slider(t("count"), { value: settings.count, min: 1, max: Math.min(8, limits.count), step: 1, oninput: (count) => change({ count }) }),
     h("details", { open: Boolean(opened) }, h("summary", {}, t("moreSettings")), h("div", { class: "numbers" },
@@ -125,7 +125,7 @@ function renderLook() {
       clip && number(t("frames"), "frames", { min: 2, max: limits.frames, placeholder: "16" }),
       clip && number(t("fps"), "fps", { min: 1, max: 60, placeholder: "8" }))),
     kept(settings.extra, () => { change({ extra: {} }); renderLook(); }) ?? "",
-  );
+  ]);
 }
 
 function renderModel() {
@@ -159,9 +159,9 @@ export function openModels() {
   openModels.refresh = () => {
     const { bases } = offered.capabilities;
     const adapters = [{ name: null, label: t("defaultAdapter"), offered: true, here: true }, ...adaptersHere()];
-    body.replaceChildren(
+    refill(body, [
       h("fieldset", {}, h("legend", {}, t("bases")), bases.map((row) => modelRow("base", row, row.name === baseRow().name, row.source && `hf download ${row.source}`))),
-      h("fieldset", {}, h("legend", {}, t("adapters")), adapters.map((row) => modelRow("adapter", row, row.name === settings.adapter, null))));
+      h("fieldset", {}, h("legend", {}, t("adapters")), adapters.map((row) => modelRow("adapter", row, row.name === settings.adapter, null)))]);
   };
   openModels.refresh();
   dialog(t("model"), body, { wide: true });

@@ -84,7 +84,11 @@ function sweep() {
   });
 }
 
+let preparing = false; // an example's picture is on its way; a second click is not another wish
+
 async function useExample({ text, picture }) {
+  if (preparing || stage.isRunning()) return;
+  preparing = true;
   try {
     const references = [];
     if (picture) {
@@ -94,7 +98,7 @@ async function useExample({ text, picture }) {
     change({ task: "generate", prompt: text, negative: "", references, steps: EXAMPLE_STEPS, seed: 7, count: 1, source: null, mask: null, control: null, extra: {}, base: null, adapter: null, size: null });
     render();
     generate();
-  } catch (problem) { tell(problem); }
+  } catch (problem) { tell(problem); } finally { preparing = false; }
 }
 
 // ---- what can be done with a picture
@@ -219,6 +223,7 @@ async function begin() {
   showWelcome();
   await gallery.load();
   $("form").addEventListener("submit", generate);
+  $("generate").addEventListener("click", (event) => { if (event.detail > 1) event.preventDefault(); }); // a double click draws, and does not stop at once
   $("sweep").addEventListener("click", sweep);
   $("model").addEventListener("click", openModels);
   $("theme").addEventListener("click", nextTheme);

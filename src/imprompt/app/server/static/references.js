@@ -1,11 +1,12 @@
 // Choosing pictures: the field to drop on, the reference cards, the source picture and the control card.
 
 import { controlMap, Problem, upload } from "./api.js";
-import { $, choice, dialog, h, icon, iconButton, slider, toast } from "./dom.js";
+import { $, choice, dialog, h, icon, iconButton, refill, slider, toast } from "./dom.js";
 import { t } from "./i18n.js";
 import { paint } from "./painter.js";
 import { adaptersHere, autoScale, baseRow, changed, faceAdapter, newReference, offered, settings, taken } from "./settings.js";
 
+const FRAMINGS = ["crop", "top", "bottom", "left", "right", "pad", "squash", "tile"];
 const percent = (value) => value.toFixed(2);
 
 /** Tell an error of the API in the user's words. */
@@ -20,11 +21,11 @@ export async function take(files, use) {
     try {
       const wrong = await unfit(file);
       if (wrong) throw new Problem(0, { code: "unfit", message: wrong });
-      use(await upload(file, file.name || "picture.png"));
+      use(await upload(file, file.name || "picture.png", sent.signal));
     } catch (problem) {
       if (problem.code === "offline") tell(problem);
-      else toast(`${shortened(file.name)}: ${problem.message.replace(/^file: /, "")}`, "error");
-    } finally { sent(); }
+      else if (problem.code !== "aborted") toast(`${shortened(file.name)}: ${problem.message.replace(/^file: /, "")}`, "error");
+    } finally { sent.over(); }
   }
 }
 
@@ -32,16 +33,20 @@ let underway = 0;
 /** Whether files are on their way to the server, so that the form does not show them yet. */
 export const isSending = () => underway > 0;
 
-/** Count a file as on its way, and say so when that takes a moment; gives what ends it. */
+/** Count a file as on its way, and say so when that takes a moment, with a button that gives it up. */
 function sending(name) {
   let note = null;
-  const timer = setTimeout(() => { note = toast(t("sending", { name }), "busy"); }, 400);
+  const stopper = new AbortController();
+  const timer = setTimeout(() => {
+    note = toast(t("sending", { name }), "busy", { name: t("sendNot"), onclose: () => stopper.abort() });
+  }, 400);
   underway += 1;
-  return () => {
+  const over = () => {
     underway -= 1;
     clearTimeout(timer);
     note?.remove();
   };
+  return { signal: stopper.signal, over };
 }
 
 /** Why a file is not even sent, or null. What a file without a known type is, the server says. */
@@ -146,6 +151,7 @@ function card(reference, number) {
         h("summary", { "aria-label": `${t("details")}: ${name}` }, t("details")),
         h("div", { class: "stack" },
           !reference.avoid && span(reference, name, update),
+          !reference.avoid && framing(reference, name, update),
           !reference.avoid && h("div", { class: "row" },
             h("button", { type: "button", class: "quiet", onclick: () => paintArea(reference, { title: t("paintArea"), picture: null, width, height, mask: reference.mask?.url }) },
               icon("brush"), reference.mask ? t("areaSet") : t("area")),
@@ -181,9 +187,15 @@ function span(reference, name, update) {
   return h("div", { class: "row span", title: t("windowHint") }, h("span", { class: "name" }, t("window")), one("start", t("from")), one("end", t("to")));
 }
 
+function framing(reference, name, update) {
+  return h("label", { class: "row" }, h("span", { class: "name" }, t("framing")),
+    h("select", { "aria-label": `${t("framing")}: ${name}`, onchange: (event) => update({ framing: event.target.value }) },
+      FRAMINGS.map((key) => h("option", { value: key, selected: key === (reference.framing ?? "crop") }, t(`framing_${key}`)))));
+}
+
 function renderReferences() {
-  $("references").replaceChildren(...settings.references.map(card));
-  $("reference-drop").replaceChildren(well(t("addReference"), addReference, { multiple: true, compact: settings.references.length > 0 }));
+  refill($("reference-drop"), [well(t("addReference"), addReference, { multiple: true, compact: settings.references.length > 0 })]);
+  refill($("references"), settings.references.map(card), $("reference-drop"));
 }
 
 export function addReference(picture) {
@@ -198,18 +210,18 @@ function renderSource() {
   if (task === "generate") return;
   $("source-title").textContent = t(task === "animate" ? "sourceVideo" : "source");
   if (!source) {
-    $("source-body").replaceChildren(well(t(task === "animate" ? "addVideo" : "addReference"), setSource));
+    refill($("source-body"), [well(t(task === "animate" ? "addVideo" : "addReference"), setSource)]);
     return;
   }
   const paintMask = () => paintArea(settings, { title: t("mask"), picture: source.url, width: source.width, height: source.height, mask: settings.mask?.url });
-  $("source-body").replaceChildren(h("div", { class: "card" },
+  refill($("source-body"), [h("div", { class: "card" },
     h("div", { class: "thumbs" }, h("div", { class: "thumb" }, thumbnail(source, t("source")),
       task === "inpaint" && settings.mask && h("img", { class: "veil", src: settings.mask.thumbnail, alt: "" }))),
     h("div", { class: "card-body" },
       h("div", { class: "row" }, task === "inpaint" && h("button", { type: "button", class: settings.mask ? "quiet" : "call", onclick: paintMask }, icon("brush"), t(settings.mask ? "maskAgain" : "mask")),
         h("span", { class: "grow" }), iconButton("x", `${t("remove")}: ${t("source")}`, () => { Object.assign(settings, { source: null, mask: null }); changed(); render(); })),
       slider(t("redraw"), { value: settings.strength ?? (task === "inpaint" ? 1 : 0.6), min: 0.1, max: 1, step: 0.05, format: percent,
-        oninput: (strength) => { settings.strength = strength; changed(); } }))));
+        oninput: (strength) => { settings.strength = strength; changed(); } })))]);
 }
 
 export function setSource(picture) {
@@ -229,7 +241,7 @@ function renderControl() {
   $("control-box").hidden = !usable.length && !settings.control;
   const { control } = settings;
   if (!control) {
-    $("control").replaceChildren(well(t("addReference"), (picture) => setControl(picture, usable[0])));
+    refill($("control"), [well(t("addReference"), (picture) => setControl(picture, usable[0]))]);
     return;
   }
   $("control-box").open = true;
@@ -241,7 +253,7 @@ function renderControl() {
     } catch { map.hidden = true; }
   };
   showMap();
-  $("control").replaceChildren(h("div", { class: "card" },
+  refill($("control"), [h("div", { class: "card" },
     h("div", { class: "thumbs" }, h("div", { class: "thumb" }, thumbnail(control.picture, t("control"))), h("div", { class: "thumb" }, map)),
     h("div", { class: "card-body" },
       h("div", { class: "row" }, h("label", { class: "row" }, h("span", { class: "name" }, t("controlKind")),
@@ -250,7 +262,7 @@ function renderControl() {
       h("span", { class: "grow" }), iconButton("x", `${t("remove")}: ${t("control")}`, () => { settings.control = null; changed(); render(); })),
       slider(t("strength"), { value: control.scale, min: 0, max: 2, step: 0.05, format: percent, oninput: (scale) => { control.scale = scale; changed(); } }),
       span(control, t("control"), (values) => { Object.assign(control, values); changed(); }),
-      kept(control.extra, () => { control.extra = {}; changed(); render(); }))));
+      kept(control.extra, () => { control.extra = {}; changed(); render(); })))]);
 }
 
 export function setControl(picture, kind = "canny") {

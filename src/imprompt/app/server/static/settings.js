@@ -24,19 +24,21 @@ export function change(values) {
 
 export function changed() {
   try {
-    localStorage.setItem(DRAFT, JSON.stringify(settings));
+    const draft = JSON.stringify(settings);
+    sessionStorage.setItem(DRAFT, draft); // the tab's own, which another tab does not change
+    localStorage.setItem(DRAFT, draft); // what a new tab begins with
   } catch { /* private windows have no storage */ }
   for (const listener of listeners) listener();
 }
 
 export function loadDraft() {
   try {
-    Object.assign(settings, JSON.parse(localStorage.getItem(DRAFT) ?? "{}"));
+    Object.assign(settings, JSON.parse(sessionStorage.getItem(DRAFT) ?? localStorage.getItem(DRAFT) ?? "{}"));
   } catch { /* nothing kept */ }
 }
 
 export function newReference(picture) {
-  return { pictures: [picture], scale: null, take: "everything", start: 0, end: 1, mask: null, avoid: false, extra: {} };
+  return { pictures: [picture], scale: null, take: "everything", start: 0, end: 1, framing: "crop", mask: null, avoid: false, extra: {} };
 }
 
 /** Take pictures that are not on the server any more out of the form. */
@@ -71,6 +73,7 @@ function imagePrompt(reference, avoided) {
   if (reference.start > 0) image.start = reference.start;
   if (reference.end < 1) image.end = reference.end;
   if (reference.mask) image.mask = reference.mask.id;
+  if ((reference.framing ?? "crop") !== "crop") image.framing = reference.framing;
   const take = taken(reference);
   if (take === "face" && faceAdapter()) image.adapter = faceAdapter().name;
   else if (TAKES[take] && take !== "everything") image.profile = TAKES[take];
@@ -118,14 +121,14 @@ function told(values, { properties }) {
 }
 
 function fromImage(image) {
-  const { image: named, scale, start, end, mask, profile, negative, adapter, ...extra } = image;
+  const { image: named, scale, start, end, mask, profile, negative, adapter, framing, ...extra } = image;
   const take = Object.keys(TAKES).find((key) => TAKES[key] === profile) ?? "everything";
   if (profile && TAKES[take] !== profile) extra.profile = profile;
   const kept = told(extra, offered.capabilities.request.$defs.ImagePrompt);
   const face = adapter && offered.capabilities.adapters.find((row) => row.name === adapter)?.face;
   if (adapter && !face) kept.adapter = adapter;
   const reference = {
-    pictures: [named].flat().map(stub), scale: scale ?? null, take: face ? "face" : take, start: start ?? 0, end: end ?? 1,
+    pictures: [named].flat().map(stub), scale: scale ?? null, take: face ? "face" : take, start: start ?? 0, end: end ?? 1, framing: framing ?? "crop",
     mask: mask ? stub(mask) : null, avoid: false, extra: kept,
   };
   return negative ? [reference, { ...newReference(stub(negative)), avoid: true }] : [reference];

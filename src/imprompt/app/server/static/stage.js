@@ -1,11 +1,11 @@
 // The big picture: welcome and examples, a drawing in progress, what came of it, and the A/B comparison.
 
 import { cancel, follow, forget, job as jobState, submit } from "./api.js";
-import { $, announce, h, icon, toast } from "./dom.js";
+import { $, announce, calm, h, icon, refill, toast } from "./dom.js";
 import { t } from "./i18n.js";
 import { tell } from "./references.js";
 
-const RUN = "imprompt.run";
+const RUN = "imprompt.run"; // kept for the tab: another one has its own
 
 /** Cells of the present run: `{ label, job, state, element }`; whether it is still going on, and who stops it. */
 let cells = [];
@@ -26,7 +26,7 @@ export function setUp(handlers) {
 /** What the page is for, shown by examples: a picture and words, and what becomes of them. */
 export function welcome(examples, use) {
   again = () => welcome(examples, use);
-  $("stage").replaceChildren(h("div", { class: "welcome" },
+  refill($("stage"), [h("div", { class: "welcome" },
     h("h2", {}, t("motto")), h("p", {}, t("welcomeText")),
     h("ul", { class: "examples" }, examples.map((example) => h("li", {},
       h("button", { type: "button", class: "example", onclick: () => use(example) },
@@ -36,7 +36,7 @@ export function welcome(examples, use) {
           h("span", { class: "part words" }, `“${example.text}”`),
           h("span", { class: "sign", "aria-hidden": "true" }, "→"),
           h("span", { class: "part" }, h("img", { src: example.drawn, alt: t("exampleDrawn") }))),
-        h("span", { class: "example-text" }, h("strong", {}, t(example.title)), h("span", { class: "try" }, icon("picture"), t("tryIt")))))))));
+        h("span", { class: "example-text" }, h("strong", {}, t(example.title)), h("span", { class: "try" }, icon("picture"), t("tryIt"))))))))]);
 }
 
 // ---- drawing
@@ -57,27 +57,27 @@ export async function draw(wanted) {
       return null;
     }
   }));
-  localStorage.setItem(RUN, JSON.stringify(cells.filter((cell) => cell.job).map((cell) => ({ id: cell.job.id, label: cell.label }))));
+  sessionStorage.setItem(RUN, JSON.stringify(cells.filter((cell) => cell.job).map((cell) => ({ id: cell.job.id, label: cell.label }))));
   await listen(jobs);
 }
 
-/** Take up a run that was going on when the page was left. */
+/** Take up the run that was going on when this tab left the page, also if it is over by now. */
 export async function resume() {
   let kept = [];
   try {
-    kept = JSON.parse(localStorage.getItem(RUN) ?? "[]");
+    kept = JSON.parse(sessionStorage.getItem(RUN) ?? "[]");
   } catch { /* nothing kept */ }
-  const jobs = await Promise.all(kept.map(({ id }) => jobState(id).catch(() => null)));
-  if (running || !jobs.some((job) => job && ["queued", "running"].includes(job.state))) return false;
-  cells = kept.map(({ label }, place) => ({ label, job: jobs[place], pictures: [] }));
+  const found = await Promise.all(kept.map(async ({ id, label }) => ({ label, job: await jobState(id).catch(() => null), pictures: [] })));
+  const known = found.filter(({ job }) => job && job.state !== "cancelled");
+  if (running || !known.length) return;
+  cells = known;
   begin();
-  await listen(jobs);
-  return true;
+  await listen(cells.map(({ job }) => job));
 }
 
 async function listen(jobs) {
   await Promise.all(jobs.map((job, place) => job && watch(cells[place], job)));
-  localStorage.removeItem(RUN);
+  sessionStorage.removeItem(RUN);
   running = false;
   onstate(false, cells.some((cell) => cell.pictures.length));
   const finished = cells.filter((cell) => cell.pictures.length);
@@ -120,8 +120,8 @@ function begin() {
       cell.label && h("strong", {}, cell.label), cell.bar, cell.text));
   }
   const form = cells.length > 1 ? "cells grid" : "cells";
-  $("stage").replaceChildren(h("div", { class: form }, cells.map((cell) => cell.element)));
-  if (innerWidth < 900) $("stage").scrollIntoView({ block: "start", behavior: "smooth" });
+  refill($("stage"), [h("div", { class: form }, cells.map((cell) => cell.element))]);
+  if (innerWidth < 900) $("stage").scrollIntoView({ block: "start", behavior: calm() ? "auto" : "smooth" });
 }
 
 function progress(cell, text, part = null, seconds = null) {
@@ -174,6 +174,12 @@ async function cancelled(job) {
 export const numbered = (job, place) => `${title(job)} · ${t("seed")} ${job.request.seed + place}`;
 const title = (job) => job.request.prompt || t("withoutWords");
 
+/** A note in which the pictures that were shown have the names that they have on the page, for ids say nothing. */
+const named = (note, { images }) => note.replace(/'([0-9a-f]{12})…'/g, (said, id) => {
+  const place = images.findIndex(({ image }) => [image].flat().some((one) => one?.startsWith(id)));
+  return place < 0 ? said : t("picture", { number: place + 1 });
+});
+
 /** Show picture `place` of a finished job with what can be done with it. */
 export function show(job, place = 0) {
   again = () => show(job, place);
@@ -183,13 +189,13 @@ export function show(job, place = 0) {
   const back = grid || job.pictures.length > 1;
   const name = t("drawnPicture", { prompt: title(job) });
   const media = picture.type === "video/mp4"
-    ? h("video", { src: picture.url, autoplay: true, loop: true, muted: true, controls: true, "aria-label": name })
+    ? h("video", { src: picture.url, autoplay: !calm(), loop: true, muted: true, controls: true, "aria-label": name })
     : h("img", { src: picture.url, alt: name, class: "result", onerror: () => toast(t("gone"), "error") });
-  $("stage").replaceChildren(h("figure", { class: "shown" },
+  refill($("stage"), [h("figure", { class: "shown" },
     h("div", { class: "frame big" }, media),
     h("figcaption", {}, h("span", { class: "caption", dir: "auto" }, title(job)),
       h("span", { class: "hint" }, [`${picture.width}×${picture.height}`, job.request.seed !== null && `${t("seed")} ${job.request.seed + place}`, job.request.steps && `${job.request.steps} ${t("steps")}`].filter(Boolean).join(" · ")),
-      job.notes.map((note) => h("span", { class: "hint" }, note))),
+      job.notes.map((note) => h("span", { class: "hint" }, named(note, job.request)))),
     h("div", { class: "actions", role: "toolbar", "aria-label": t("stage") },
       back && h("button", { type: "button", class: "quiet", onclick: () => showAll(job) }, icon("grid"), t("back")),
       action("picture", "asReference", () => actions.reference(picture)),
@@ -207,7 +213,7 @@ export function show(job, place = 0) {
           await forget(job.id);
           actions.forgotten(job);
         } catch (problem) { tell(problem); }
-      }))));
+      })))]);
 }
 
 function action(glyph, name, onclick) {
@@ -220,9 +226,9 @@ function showAll(job) {
   const own = cells.length > 1 && cells.some((cell) => cell.job?.id === job.id);
   const shown = own ? cells.filter((cell) => cell.pictures.length).flatMap((cell) => cell.pictures.map((picture, place) => ({ job: cell.job, picture, place, label: cell.label })))
     : job.pictures.map((picture, place) => ({ job, picture, place, label: null }));
-  $("stage").replaceChildren(h("div", { class: "cells grid" }, shown.map((one, number) => h("figure", { class: "cell" },
+  refill($("stage"), [h("div", { class: "cells grid" }, shown.map((one, number) => h("figure", { class: "cell" },
     h("button", { type: "button", class: "tile", "aria-label": one.label ?? t("picture", { number: number + 1 }), onclick: () => show(one.job, one.place) }, h("img", { src: one.picture.url, alt: "" })),
-    one.label ? h("figcaption", {}, h("strong", {}, one.label)) : ""))));
+    one.label ? h("figcaption", {}, h("strong", {}, one.label)) : "")))]);
 }
 
 /** Two pictures over each other with a slider between them. */
@@ -235,10 +241,10 @@ export function compare(first, second, back) {
       top.style.clipPath = `inset(0 ${100 - input.value}% 0 0)`;
       line.style.left = `${input.value}%`;
     } });
-  $("stage").replaceChildren(h("figure", { class: "shown" },
+  refill($("stage"), [h("figure", { class: "shown" },
     h("div", { class: "frame big ab" }, h("img", { src: second.url, alt: second.name, class: "result" }), top, line,
       h("span", { class: "side" }, first.name), h("span", { class: "side other" }, second.name), input),
-    h("div", { class: "actions" }, h("button", { type: "button", class: "quiet", onclick: back }, icon("undo"), t("back")))));
+    h("div", { class: "actions" }, h("button", { type: "button", class: "quiet", onclick: back }, icon("undo"), t("back"))))]);
   input.dispatchEvent(new Event("input"));
   input.focus();
 }
