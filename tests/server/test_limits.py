@@ -502,3 +502,21 @@ def test_the_page_is_asked_for_its_head_and_known_files_are_not_sent_again(quick
         known = {"If-None-Match": f'"other", W/{page.headers["etag"]}'}
         assert client.get("/", headers=known).status_code == 304
         assert client.get("/", headers={"If-None-Match": '"other"'}).status_code == 200
+
+
+def test_an_upload_that_the_client_gives_up_is_no_fault_of_the_server(
+    starting: Callable[..., Running], caplog: pytest.LogCaptureFixture
+) -> None:
+    running = starting(ready=False, devices=())
+    head = (
+        "POST /api/v1/pictures HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 300000\r\n"
+        "Content-Type: multipart/form-data; boundary=x\r\n\r\n"
+        '--x\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n'
+    )
+    with socket.create_connection(("127.0.0.1", running.settings.port)) as given_up:
+        given_up.sendall(head.encode() + bytes(100_000))
+        time.sleep(0.5)
+    with running.client() as client:
+        time.sleep(0.5)
+        assert client.get("/healthz").status_code == 200
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []

@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 
 from imprompt import __version__
 from imprompt.app.server import a1111, a1111_controlnet, native, openai
@@ -165,6 +166,10 @@ def _add_errors(app: FastAPI) -> None:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "error")
         found = Problem(error.status_code, code, f"{error.detail}.", headers=dict(error.headers or {}))
         return told(http, found)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(http: HTTPRequest, error: ClientDisconnect) -> Response:
+        return Response(None, 499)  # nobody reads it; without it, the log calls it a fault of the server
 
     @app.exception_handler(Exception)
     async def unexpected(http: HTTPRequest, error: Exception) -> Response:
