@@ -10,6 +10,7 @@ import ctypes
 import importlib
 import pickle
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from imprompt.errors import ImpromptError, InputError, ModelError, first_line
 from imprompt.io import write_atomic
 from imprompt.tensorfile import DTYPES, EXPONENTS, PIECE, file_size, open_tensors
+
+_COPYING = threading.Lock()
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -173,24 +176,29 @@ def in_float32(model: Any, *, when: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def copied_to(model: nn.Module, device: torch.device | None) -> Iterator[None]:
-    """While open, the weights of ``model`` are copies on ``device``; ``None``: they stay where they are."""
+    """While open, the weights of ``model`` are copies on ``device``; ``None``: they stay where they are.
+
+    Other threads wait for their turn, for two copies of one model would be given up in the wrong order.
+    Raises PyTorch's :class:`RuntimeError` for a device that is not there or has no room.
+    """
     if device is None:
         yield
         return
     tables: list[dict[str, Any]] = [
         table for part in model.modules() for table in (part._parameters, part._buffers)
     ]
-    waiting = [dict(table) for table in tables]
-    try:
-        for table in tables:
-            for name, weight in table.items():
-                if weight is not None:
-                    copy = weight.detach().to(device)
-                    table[name] = nn.Parameter(copy, False) if isinstance(weight, nn.Parameter) else copy
-        yield
-    finally:
-        for table, before in zip(tables, waiting, strict=True):
-            table.update(before)
+    with _COPYING:
+        waiting = [dict(table) for table in tables]
+        try:
+            for table in tables:
+                for name, weight in table.items():
+                    if weight is not None:
+                        copy = weight.detach().to(device)
+                        table[name] = nn.Parameter(copy, False) if isinstance(weight, nn.Parameter) else copy
+            yield
+        finally:
+            for table, before in zip(tables, waiting, strict=True):
+                table.update(before)
 
 
 @contextlib.contextmanager

@@ -117,7 +117,7 @@ class PromptEncoder:
     ) -> None:
         self.name = checkpoint.name
         self._projection = projection
-        self.face = None if checkpoint.variant.embedding is None else FaceInput(checkpoint)
+        self.face = FaceInput(checkpoint) if checkpoint.variant.reads_faces else None
         """Reads faces, if the adapter does."""
         self.cache = FeatureCache()
         self.places: tuple[Source, ...] = ()

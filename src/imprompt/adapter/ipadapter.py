@@ -165,6 +165,7 @@ class IPAdapter(AdapterWeights):
         with SDXL's plus adapter). A picture that was shown just before needs no copy. Weights
         that each step reads (a FaceID file's LoRA, SD3.5's layers) stay on the device. May be called before
         or after :meth:`attach`; :meth:`to` ends it. The pipeline's own image encoder is the pipeline's.
+        Raises PyTorch's :class:`RuntimeError` for a device that is not there.
         """
         device = torch.device(device)
         self.to("cpu")

@@ -50,7 +50,7 @@ def embed(
     if encoder is None:
         found = find_base(base)
         loaded = IPAdapter.from_pretrained(find_adapter(adapter, found))
-        if loaded.projection.variant.embedding is not None:
+        if loaded.projection.variant.reads_faces:
             encoded = _read_faces(loaded, found, decoded, framing, face_model, face)
             return faces.save(encoded, output, hashes, overwrite=overwrite)
         model = _encoder_for(loaded, found)

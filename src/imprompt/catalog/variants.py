@@ -39,6 +39,11 @@ class Variant:
     beside_text: bool = False
     """Whether the base reads the tokens among the text's."""
 
+    @property
+    def reads_faces(self) -> bool:
+        """Whether it reads a face in the picture rather than the whole picture."""
+        return self.embedding is not None
+
 
 VARIANTS = {
     variant.name: variant

@@ -59,7 +59,7 @@ class Checkpoint(Structure):
     @property
     def licence(self) -> str:
         """The licence of published adapters of this kind, if it is not free; else empty."""
-        if self.variant.embedding is not None and self.base != "other":
+        if self.variant.reads_faces and self.base != "other":
             return licences.FACES
         return licences.KOLORS if self.base == "kolors" else ""
 

@@ -139,11 +139,11 @@ def _cell(path: Path, box: tuple[int, int, int, int]) -> bytes:
 
 
 def read_hugging_face(name: str, required: bool) -> Dataset:
-    """Read a dataset of the package ``datasets``: a folder of ``save_to_disk``, Parquet, or one of the hub
-    ; pictures are not decoded.
+    """Read a dataset of the package ``datasets``: a folder of ``save_to_disk``, Parquet, or one of the
+    hub. Pictures are not decoded.
 
-     Raises :class:`InputError` without the package, for what it cannot read, without a column of pictures,
-     and, if captions are ``required``, without one of captions."""
+    Raises :class:`InputError` without the package, for what it cannot read, without a column of pictures,
+    and, if captions are ``required``, without one of captions."""
     stored, picture, notes = _hf_table(name)
     caption = next((key for key in CAPTION_FIELDS if key in stored.column_names), None)
     if picture is None or (caption is None and required):

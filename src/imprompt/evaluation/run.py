@@ -247,7 +247,7 @@ def _check_request(config: EvaluateConfig) -> None:
 def _reads_faces(adapter: str) -> bool:
     """Whether an adapter reads a face in the picture. Raises :class:`ModelError` for what is none."""
     found = Contents.of_file(locate(adapter)[0]).identify(None, hashed=False)
-    return any(variant.embedding is not None for variant in found.variants)
+    return any(variant.reads_faces for variant in found.variants)
 
 
 def _check_faces(config: EvaluateConfig, of_faces: Collection[str]) -> None:

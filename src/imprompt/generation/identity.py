@@ -50,7 +50,7 @@ def face_controls(
 
     Does nothing without a face control. Raises :class:`UsageError` when no adapter reads faces.
     """
-    adapter = face_adapter(controls, adapters)
+    adapter = face_adapter(controls, {name: each for name, each in adapters.items() if each.samples})
     if adapter is None:
         return nullcontext()
     prompts = [sample[0] for sample in adapter.samples if sample]
@@ -66,7 +66,7 @@ def face_adapter(controls: Sequence[Control], adapters: Mapping[str, IPAdapter])
     if not any(control.reads_face for control in controls):
         return None
     for adapter in adapters.values():
-        if adapter.projection.variant.feature.startswith("face"):
+        if adapter.projection.variant.reads_faces:
             return adapter
     raise UsageError(
         "control face: its ControlNet reads the face, and no image prompt shows one to a face adapter; give "

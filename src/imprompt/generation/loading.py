@@ -198,7 +198,7 @@ def _check_face_model(request: Request, adapters: Mapping[str, IPAdapter]) -> No
 
 def reads_faces(adapter: IPAdapter) -> bool:
     """Whether it reads a face in the picture rather than the whole picture."""
-    return adapter.projection.variant.embedding is not None
+    return adapter.projection.variant.reads_faces
 
 
 def _load_adapter(name: str, face_model: str | None) -> IPAdapter:

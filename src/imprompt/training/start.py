@@ -103,7 +103,7 @@ def load_start(config: TrainConfig, base: Base) -> IPAdapter | None:
 def kind_of(adapter: IPAdapter) -> Kind:
     """The kind of an adapter, by its variant."""
     variant = adapter.checkpoint.variant
-    if variant.feature.startswith("face"):
+    if variant.reads_faces:
         return "faceid-plus" if adapter.projection.patch_width is not None else "faceid"
     return "linear" if variant.feature == "pooled" else "plus" if variant.name == "resampler" else "full"
 
