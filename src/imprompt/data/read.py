@@ -130,7 +130,7 @@ def _named_shards(source: str | Path, shards: Sequence[Path]) -> Dataset:
     if missing:
         raise InputError(
             f"data '{source}' names {len(shards)} shards, of which {len(missing)} are not there, first "
-            f"'{missing[0]}'."
+            f"'{missing[0]}'. Give the range of those that are here, or their folder."
         )
     return read_shards(shards)
 

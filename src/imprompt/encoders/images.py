@@ -96,10 +96,12 @@ def name_of(picture: object) -> str:
 
 
 def with_numbers(frames: Sequence[Image.Image], source: object) -> Sequence[Image.Image]:
-    """The same frames, each of which messages call by the clip's name and its number, from 0."""
+    """The same frames, each of which messages call by the clip's name and its number, from 0.
+
+    A frame that stands in several places keeps its first number."""
     clip, named = str(source) if isinstance(source, Path) else name_of(source), set[int]()
     for number, frame in enumerate(frames):
-        if id(frame) not in named:  # one that is shown longer stands in several places
+        if id(frame) not in named:
             with_name(frame, f"{clip}, frame {number}")
             named.add(id(frame))
     return frames

@@ -130,7 +130,7 @@ def load_dino(name: str) -> Scorer:
 
 
 def face_reader(reader: FaceEmbedder) -> FaceReader:
-    """What gives the normalised embedding of the largest face of a picture, ``None`` without one."""
+    """What gives the L2-normalised embedding (E) of the largest face of a picture, ``None`` without one."""
 
     def embed(image: Image.Image) -> Tensor | None:
         faces = reader.find(image)

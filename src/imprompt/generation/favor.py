@@ -62,7 +62,8 @@ def favored(pipe: Any, controls: "Sequence[Control]", rows: int) -> Iterator[Non
 
 
 def weighed(residuals: Sequence[Tensor], favor: Favor, rows: int) -> list[Tensor]:
-    """What a ControlNet adds to a UNet, from the finest block to the middle one, as ``favor`` says.
+    """What a ControlNet adds to a UNet, ``B C h w`` each, from the finest block to the middle one, as
+    ``favor`` says.
 
     ``prompt`` and ``control`` keep the middle block's, and multiply the others by :data:`FADING` for each
     residual between; ``control`` also adds nothing to the rows before the last ``rows``.
