@@ -197,6 +197,17 @@ def test_saved_features_stand_for_their_picture_without_an_encoder(
     assert not torch.equal(draw(unet), shown)
 
 
+def test_a_file_of_features_after_pictures_has_a_weight_of_its_own(
+    unet: UNet2DConditionModel, adapter: IPAdapter, encoder: ImageEncoder, tmp_path: Path
+) -> None:
+    saved = Saved(encode(encoder, [picture(2), picture(3)], "crop"), "tiny", "0" * 12, ("00", "01"), "crop")
+    path = save(saved, tmp_path / "two.safetensors")
+    adapter.set_prompt([picture(n) for n in range(4)], weights=[1, 0.5, 2, 2])
+    shown = draw(unet)
+    adapter.set_prompt([picture(0), picture(1), path], weights=[1, 0.5, 2])
+    assert torch.allclose(draw(unet), shown, atol=1e-5)
+
+
 def test_features_of_another_encoder_are_refused_by_name(adapter: IPAdapter, tmp_path: Path) -> None:
     other = ImageEncoder(*tiny_encoder(POOLED + 8), name="other")
     path = save(Saved(other.encode([picture()]), "other", "", (), "crop"), tmp_path / "x.safetensors")

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AnimateDiffPipeline, StableDiffusionPipeline
 from safetensors.torch import save_file
 
 import tiny
@@ -79,6 +79,33 @@ def test_a_word_of_textual_inversion_is_known_to_prompts(place: Path) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(place / "base", safety_checker=None)
     pipe.load_textual_inversion(str(place), weight_name="zorp.safetensors", token="zorp")
     assert np.abs(np.asarray(drawn).astype(int) - theirs(pipe, "a zorp")).max() <= 1
+
+
+@pytest.mark.parametrize("still_first", [False, True])
+def test_clips_have_the_loras_and_words_too(place: Path, tmp_path: Path, still_first: bool) -> None:
+    """As diffusers' pipeline of clips has them, whether or not a still with them was drawn before."""
+    tiny.tiny_motion().save_pretrained(tmp_path)
+    word, path = "zorp", str(place / "a.safetensors")
+    fields = {"loras": [LoraRef(path=path, weight=0.5)], "embeddings": [str(place / "zorp.safetensors")]}
+    still = request(place, **fields).replace(prompt=f"a {word}")
+    clip = still.replace(task="animate", motion=str(tmp_path), frames=2)
+    engine = Engine()
+    before = engine.run(still) if still_first else None
+    drawn = engine.run(clip)
+    pipe = AnimateDiffPipeline.from_pretrained(place / "base", motion_adapter=tiny.tiny_motion())
+    pipe.load_lora_weights(str(place), weight_name="a.safetensors", adapter_name="a")
+    pipe.set_adapters(["a"], [0.5])
+    pipe.load_textual_inversion(str(place), weight_name="zorp.safetensors", token=word)
+    pipe.set_progress_bar_config(disable=True)
+    wanted = pipe(
+        f"a {word}", num_inference_steps=2, width=32, height=32, num_frames=2,
+        generator=torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    for ours, frame in zip(drawn.images, wanted.frames[0], strict=True):
+        assert np.abs(np.asarray(ours).astype(int) - np.asarray(frame)).max() <= 1
+    after = engine.run(still)
+    if before is not None:
+        assert after.images[0].tobytes() == before.images[0].tobytes()
 
 
 @pytest.mark.parametrize(

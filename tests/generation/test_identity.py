@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import ControlNetModel
 
 import tiny
 from controls import saved, tiny_controlnet
@@ -83,6 +85,25 @@ def test_several_pictures_are_a_batch_with_the_same_face(place: Path) -> None:
     one_by_one = pixels(Engine().run(asked(place, count=2, exact=True)))
     together = pixels(Engine().run(asked(place, count=2)))
     assert np.abs(one_by_one - together).max() <= 1
+
+
+@pytest.mark.parametrize("fields", [{"guidance": 1}, {"speed": "balanced"}])
+def test_conditional_rows_alone_all_hear_the_face(
+    place: Path, fields: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two pictures without guidance are as many rows as one picture with it."""
+    heard: list[torch.Tensor] = []
+    forward = ControlNetModel.forward
+
+    def noted(self: ControlNetModel, *args: object, **call: object) -> object:
+        heard.append(call["encoder_hidden_states"])  # type: ignore[arg-type]
+        return forward(self, *args, **call)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ControlNetModel, "forward", noted)
+    Engine().run(asked(place, count=2, **fields))
+    alone = [states for states in heard if len(states) == 2]
+    assert alone
+    assert all(torch.equal(first, second) for first, second in alone)
 
 
 def test_without_a_face_it_is_refused(place: Path) -> None:

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
 from imprompt.generation.engine import Engine
-from imprompt.generation.text import cut_words
+from imprompt.generation.text import chunk_count, cut_words
 from imprompt.schema.prompt import TextRegion
 from imprompt.schema.request import Request
+from tiny import TEXT_WIDTH, tiny_sd
 
 LONG = (
     "a cute smiling brown bear with a little blue hat that sits on the green grass beside "
@@ -59,6 +61,15 @@ def test_a_regions_text_that_is_cut_is_said(bundled, pictures):
     assert note.endswith("neon style'")
 
 
+def test_weights_in_a_regions_text_are_said_to_be_words(bundled, pictures):
+    region = TextRegion("a (red:1.4) hat <lora:toy:0.8>", str(pictures / "mask.png"))
+    _, notes = drawn(bundled, "a (big:1.2) bear", regions=[region])
+    assert notes == (
+        "regions.0.text: '<lora:toy:0.8>' is read as words; a LoRA is given by loras (--lora)",
+        "regions.0.text: (word:1.3) and BREAK are read as they are written; regional text has no weights",
+    )
+
+
 def test_tags_of_webui_are_said_to_be_words(bundled):
     _, notes = drawn(bundled, "a <lora:toy:0.8> cat", negative="<hypernet:x:1>")
     assert notes == (
@@ -83,3 +94,13 @@ def test_what_fits_is_not_cut(bundled):
     pipe = load(find_base("emoji"), "generate", None)
     assert cut_words(pipe, "a bear, neon style") == ""
     assert cut_words(pipe, LONG).endswith("neon style")
+
+
+def test_a_learnt_word_counts_as_its_vectors():
+    """A text that fits by its words, and not by the vectors that stand for one of them."""
+    pipe = tiny_sd()
+    pipe.load_textual_inversion({"zorp": torch.randn(8, TEXT_WIDTH)}, token="zorp")
+    assert cut_words(pipe, "aaaa bbbb cat") == ""
+    assert cut_words(pipe, "aaaa bbbb zorp").startswith("zorp_")
+    assert chunk_count(pipe, "aaaa bbbb cat") == 0
+    assert chunk_count(pipe, "aaaa bbbb zorp") == 2

@@ -139,6 +139,18 @@ def test_a_prompt_may_begin_in_mid_run() -> None:
     assert not torch.equal(late, draw(pipe))
 
 
+def test_guidance_of_its_own_that_equals_the_texts_changes_nothing_in_a_window() -> None:
+    """SD3 is told the timestep once a row, and guidance of its own adds rows."""
+    pipe = tinydit.sd3()
+    adapter = ours(pipe)
+    adapter.set_prompt(features(1), scale=0.8, start=0.3)
+    usual = draw(pipe)
+    adapter.set_guidance(5.0)
+    assert torch.allclose(draw(pipe), usual, atol=1e-5)
+    adapter.set_guidance(2.0)
+    assert not torch.allclose(draw(pipe), usual, atol=1e-3)
+
+
 def test_strength_may_act_on_the_keys_too() -> None:
     """The keys are made anew at each step."""
     pipe = tinydit.sd3()

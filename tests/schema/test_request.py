@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 from imprompt.errors import UsageError
@@ -56,6 +57,7 @@ def test_what_had_no_effect_in_version_1_is_dropped() -> None:
         ({"images": [{"image": "a", "negative": "b"}], "guidance": 1}, r"images\.0\.negative: has no effect"),
         ({"images": [{"image": "a", "noise": "fade"}], "guidance": 1}, r"images\.0\.noise: has no effect"),
         ({"images": [ImagePrompt(b"x")]}, r"images\.0\.image: a request holds names only"),
+        ({"images": [{"image": "a", "mask": ["b", "c"]}]}, r"images\.0\.mask: a request names one"),
         ({"images": [{"path": "a"}]}, r"images\.0: path: no such field"),
         ({"images": [{"image": "a", "scale": 1e9}]}, "less than or equal to 10"),
         ({"images": [[]]}, "empty list"),
@@ -128,3 +130,11 @@ def test_pictures_in_memory_are_told_where_to_go(images: object) -> None:
 )
 def test_schedulers_go_by_other_programs_spelling(said: str, name: str) -> None:
     assert Request(prompt="a", scheduler=said).scheduler == name
+
+
+def test_prompts_with_tensors_are_equal_if_these_are_the_same() -> None:
+    masks = [torch.ones(4, 4), torch.zeros(4, 4)]
+    prompt = ImagePrompt("a", mask=masks)
+    assert prompt == ImagePrompt("a", mask=masks)
+    assert prompt != ImagePrompt("a", mask=[torch.ones(4, 4), masks[1]])
+    assert prompt != ImagePrompt("a", mask=masks[0])

@@ -281,14 +281,11 @@ class PromptEncoder:
         each stands for: a file of saved features may hold several."""
         parts: list[Encoded] = []
         counts: list[int] = []
-        for stored, some in groupby(pictures, is_saved):
-            if stored:
-                parts += [self.load(path) for path in some]
-                counts += [_count(part) for part in parts[len(counts) :]]
-                continue
-            images = list(some)
-            parts.append(self._encoded(images, prompt))
-            counts += [1] * len(images)
+        for stored, neighbours in groupby(pictures, is_saved):
+            some = list(neighbours)
+            found = [self.load(path) for path in some] if stored else [self._encoded(some, prompt)]
+            counts += map(_count, found) if stored else [1] * len(some)
+            parts += found
         return _joined(parts), counts
 
     def _encoded(self, pictures: Sequence[Picture], prompt: ImagePrompt) -> Encoded:

@@ -239,9 +239,9 @@ class Injection:
             given, call = self._widen(given, call, ratio)
         batch = self._batch(call, training)
         self._keep_text(inputs.text, call, caller)
-        timestep = inputs.timestep.to(call.device, torch.float32)
         if batch.gated or self.recorder is not None:
             clock = self._clock = self._clock or Clock.of(self._scheduler(caller), call.device)
+            timestep = self.backbone.inputs(given).timestep.to(call.device, torch.float32)
             batch.step(clock, timestep)
             if self.recorder is not None:
                 self.recorder.step(clock.position(timestep).mean() / clock.length, batch.call, self.sites)

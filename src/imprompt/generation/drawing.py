@@ -17,6 +17,7 @@ from imprompt.generation.control import control_call
 from imprompt.generation.families import KINDS
 from imprompt.generation.favor import favored
 from imprompt.generation.guided import guidance_arguments
+from imprompt.generation.identity import face_controls
 from imprompt.generation.job import Job, Shot
 from imprompt.generation.loading import Loaded
 from imprompt.generation.pipelines import scheduler_for
@@ -67,7 +68,8 @@ def draw(loaded: Loaded, shots: Sequence[Shot]) -> list[list[Image.Image]]:
     request = job.request
     generators = [torch.Generator().manual_seed(_seed(job, index)) for job, index in shots]
     rows = len(shots) * (request.frames or 1)
-    with warnings.catch_warnings(), favored(pipe, job.controls, rows):
+    faces = face_controls(pipe, job.controls, loaded.adapters, rows)
+    with warnings.catch_warnings(), favored(pipe, job.controls, rows), faces:
         warnings.filterwarnings("ignore", message=".*invalid value encountered in cast.*")
         with torch.inference_mode():
             call = _call(loaded, shots)

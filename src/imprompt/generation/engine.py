@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 from PIL import Image
@@ -30,7 +29,6 @@ from imprompt.generation.control import Map, find_controls, named_controls
 from imprompt.generation.drawing import draw, fresh_scheduler
 from imprompt.generation.families import Base, find_base, fitting_adapter
 from imprompt.generation.guided import check_guidance, guidance_notes, negative_notes
-from imprompt.generation.identity import face_controls
 from imprompt.generation.idle import clip_notes, idle_notes
 from imprompt.generation.inputs import crop_notes, read_inputs
 from imprompt.generation.job import (
@@ -50,7 +48,7 @@ from imprompt.generation.pipelines import pipeline_class, takes
 from imprompt.generation.provenance import fingerprints, provenance
 from imprompt.generation.speed import check_speed, hurried
 from imprompt.generation.steps import OnStep, Step, reported
-from imprompt.generation.text import cut_words, has_marks, in_chunks, tag_notes
+from imprompt.generation.text import text_notes
 from imprompt.schema.request import Request
 
 
@@ -227,13 +225,12 @@ class Engine:
     def _watched(
         self, loaded: Loaded, job: Job, total: int, on_step: OnStep | None, explain: bool, start: int
     ) -> Iterator[list[Recorder]]:
-        """While one call of the pipeline runs: its scheduler, its progress, its controls that read faces, and
-        what records where image prompts act."""
+        """While one call of the pipeline runs: its scheduler, its progress, and what records where image
+        prompts act."""
         with ExitStack() as watch:
             watch.enter_context(fresh_scheduler(loaded.pipe, job.request.scheduler))
             watch.enter_context(hurried(loaded.pipe, job.request.speed))
             watch.enter_context(reported(loaded.pipe, on_step, start, total))
-            watch.enter_context(face_controls(loaded.pipe, job.controls, loaded.adapters))
             label = "drawing" if total == 1 else f"drawing {start + 1} of {total}"
             loaded.pipe.set_progress_bar_config(disable=self.quiet, desc=label, leave=False, unit="step")
             watched = list(loaded.adapters.values())[: int(explain)]
@@ -430,7 +427,7 @@ def _notes(job: Job, loaded: Loaded) -> list[str]:
         if shows_pictures(job, name) and (reader := adapter.face_embedder) is not None:
             note = face_onnx.licence_note(reader.space)
             notes += [note] if note else []
-    notes += _text_notes(job, loaded.pipe) + negative_notes(job, loaded.adapters)
+    notes += [*text_notes(job.request, loaded.pipe), *negative_notes(job, loaded.adapters)]
     notes += guidance_notes(job, loaded.pipe)
     return notes + idle_notes(job, loaded) + clip_notes(job, loaded)
 
@@ -441,24 +438,6 @@ def _reads_all(job: Job, name: str, adapter: IPAdapter) -> bool:
         return True
     encoder = adapter.image_encoder if shows_pictures(job, name) else None
     return encoder is not None and encoder.is_siglip
-
-
-def _text_notes(job: Job, pipe: Any) -> list[str]:
-    """A note for each text of which the encoder does not read the end, or reads weights as words."""
-    request = job.request
-    own = {"prompt": request.prompt, "negative": request.negative}
-    texts = [] if in_chunks(pipe) else [*own.items()]
-    marked = tag_notes(own) + [
-        f"{name}: (word:1.3) and BREAK are read as they are written; this base's text has no weights"
-        for name, text in texts
-        if has_marks(text)
-    ]
-    texts += [(f"images.{n}.text", str(each.text or "")) for n, each in enumerate(request.images)]
-    texts += [(f"regions.{n}.text", str(each.text)) for n, each in enumerate(request.regions)]
-    lost = ((name, cut_words(pipe, text)) for name, text in texts if text)
-    return marked + [
-        f"{name}: the text encoder does not read its end: '{words}'" for name, words in lost if words
-    ]
 
 
 def _is_of_memory(error: Exception) -> bool:

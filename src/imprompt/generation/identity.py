@@ -44,18 +44,23 @@ def face_states(
 
 
 def face_controls(
-    pipe: Any, controls: Sequence[Control], adapters: Mapping[str, IPAdapter]
+    pipe: Any, controls: Sequence[Control], adapters: Mapping[str, IPAdapter], rows: int
 ) -> AbstractContextManager[None]:
     """:func:`face_states` with the tokens of the face adapter among ``adapters``, whose prompts are set.
 
-    Does nothing without a face control. Raises :class:`UsageError` when no adapter reads faces.
+    ``rows`` is the number of pictures of the call, or of a clip's frames. Does nothing without a face
+    control. Raises :class:`UsageError` when no adapter reads faces.
     """
     adapter = face_adapter(controls, {name: each for name, each in adapters.items() if each.samples})
     if adapter is None:
         return nullcontext()
     prompts = [sample[0] for sample in adapter.samples if sample]
-    negative = [torch.zeros_like(p.tokens) if p.negative is None else p.negative for p in prompts]
-    return face_states(pipe, controls, torch.stack(negative), torch.stack([p.tokens for p in prompts]))
+    negatives = [torch.zeros_like(p.tokens) if p.negative is None else p.negative for p in prompts]
+    negative, positive = (
+        torch.stack(tokens).repeat_interleave(rows // len(prompts), 0)
+        for tokens in (negatives, [prompt.tokens for prompt in prompts])
+    )
+    return face_states(pipe, controls, negative, positive)
 
 
 def face_adapter(controls: Sequence[Control], adapters: Mapping[str, IPAdapter]) -> IPAdapter | None:

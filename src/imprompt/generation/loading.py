@@ -29,7 +29,7 @@ from imprompt.generation.pipelines import for_task, load
 from imprompt.generation.text import TextStates
 from imprompt.generation.video import Motion
 from imprompt.packed import pack
-from imprompt.schema.request import Request
+from imprompt.schema.request import Request, Task
 from imprompt.weights import give_back_memory
 
 LOADING = threading.RLock()
@@ -129,29 +129,34 @@ class Models:
         if motion is not None:
             return self._clip_pipe(base, request, motion, device, dtype)
         if request.task not in self._pipes:
-            if self._pipes:
-                pipe = for_task(next(iter(self._pipes.values())), base, request.task)
-            else:
-                pipe = load(base, request.task, dtype, request.quantize)
+            first = not self._pipes
+            pipe = self._still(base, request, request.task, dtype)
+            if first:
                 add_loras(pipe, request.loras)
-                add_embeddings(pipe, request.embeddings)
                 compile_denoiser(getattr(pipe, base.kind.denoiser), request.compile)
             self._pipes[request.task] = _placed(pipe, request, device)
         return self._pipes[request.task]
+
+    def _still(self, base: Base, request: Request, task: Task, dtype: torch.dtype) -> Any:
+        """The pipeline of a task for stills, around the weights that are loaded, else around new ones."""
+        if self._pipes:
+            return for_task(next(iter(self._pipes.values())), base, task)
+        pipe = load(base, task, dtype, request.quantize)
+        add_embeddings(pipe, request.embeddings)
+        return pipe
 
     def _clip_pipe(
         self, base: Base, request: Request, motion: Motion, device: torch.device, dtype: torch.dtype
     ) -> Any:
         if self._moving is None or self._moving[0] != motion.name:
             self._moving = None
-            if self._pipes:
-                still = for_task(next(iter(self._pipes.values())), base, "generate")
-            else:
-                still = load(base, "generate", dtype)
+            if request.loras:
+                self._pipes = {}  # a UNet with LoRAs cannot be made to move
+            still = self._still(base, request, "generate", dtype)
             made = video.motion_pipeline(still, motion, base, dtype)
+            add_loras(made, request.loras)
             compile_denoiser(made.unet, request.compile)
-            pipe = _placed(made, request, device)
-            self._moving = (motion.name, pipe)
+            self._moving = (motion.name, _placed(made, request, device))
         pipe = self._moving[1]
         return pipe if request.video is None else _placed(video.video_pipeline(pipe, base), request, device)
 

@@ -10,7 +10,7 @@ Dimensions: B prompts, K chunks, L tokens of a chunk, C token width.
 
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from inspect import signature
 from itertools import repeat
 from typing import Any
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from imprompt.schema.request import Request
 
 _WEIGHTED = re.compile(r"\(([^()]+):([+-]?\d*\.?\d+)\)")
 _COUNTS = {"num_images_per_prompt", "num_videos_per_prompt"}  # one of them, by pipeline
@@ -106,7 +108,7 @@ def cut_words(pipe: Any, text: str) -> str:
         limit = int(tokenizer.model_max_length)
         if most is not None and not _is_clip(tokenizer):
             limit = min(limit, most.default)
-        tokens = tokenizer(text, truncation=False, verbose=False).input_ids
+        tokens = _tokens(pipe, tokenizer, text)
         if limit < 100_000 and len(tokens) > limit:
             lost = max(lost, tokenizer.decode(tokens[limit - 1 : -1]).strip(), key=len)
     return lost
@@ -117,10 +119,26 @@ def has_marks(text: str) -> bool:
     return bool(_WEIGHTED.search(text) or _BREAK.search(text))
 
 
-def tag_notes(texts: Mapping[str, str]) -> list[str]:
-    """A note for each text, by its name, with webui's ``<lora:NAME:0.8>``, which nothing here reads."""
-    found = ((name, tag) for name, text in texts.items() if (tag := _TAG.search(text)))
-    return [f"{name}: '{tag[0]}' is read as words; a LoRA is given by loras (--lora)" for name, tag in found]
+def text_notes(request: Request, pipe: Any) -> Iterator[str]:
+    """A note for each text with webui's ``<lora:NAME:0.8>``, which nothing here reads, with weights that are
+    read as words, or of which the encoder does not read the end."""
+    regional = {
+        f"{field}.{number}.text": str(each.text)
+        for field in ("images", "regions")
+        for number, each in enumerate(getattr(request, field))
+        if each.text
+    }
+    own, weighed = {"prompt": request.prompt, "negative": request.negative}, in_chunks(pipe)
+    for name, text in (own | regional).items():
+        if tag := _TAG.search(text):
+            yield f"{name}: '{tag[0]}' is read as words; a LoRA is given by loras (--lora)"
+        if weighed and name in own:
+            continue
+        if has_marks(text):
+            whose = "regional text" if weighed else "this base's text"
+            yield f"{name}: (word:1.3) and BREAK are read as they are written; {whose} has no weights"
+        if text and (words := cut_words(pipe, text)):
+            yield f"{name}: the text encoder does not read its end: '{words}'"
 
 
 def in_chunks(pipe: Any) -> bool:
@@ -151,15 +169,17 @@ def _pieces(pipe: Any, tokenizer: Any, text: str) -> list[Piece]:
         parts += [(text[place : found.start()], 1.0), (found[1], float(found[2]))]
         place = found.end()
     for part, weight in [*parts, (text[place:], 1.0)]:
-        # Words of textual inversion may be several tokens. Others need no second reading, which would warn
-        # of a long text that is cut into chunks here.
-        if hasattr(pipe, "maybe_convert_prompt") and any(
-            word in part for word in tokenizer.get_added_vocab()
-        ):
-            part = pipe.maybe_convert_prompt(part, tokenizer)
-        tokens = tokenizer(part, add_special_tokens=False, truncation=False, verbose=False).input_ids
-        pieces += [(token, weight) for token in tokens]
+        pieces += [(token, weight) for token in _tokens(pipe, tokenizer, part, add_special_tokens=False)]
     return pieces
+
+
+def _tokens(pipe: Any, tokenizer: Any, text: str, **options: Any) -> list[int]:
+    """All tokens of a text, those of textual inversion's words as well, which may have several each."""
+    # Other texts need no second reading, which would warn of a long one.
+    if hasattr(pipe, "maybe_convert_prompt") and any(word in text for word in tokenizer.get_added_vocab()):
+        text = pipe.maybe_convert_prompt(text, tokenizer)
+    found: list[int] = tokenizer(text, truncation=False, verbose=False, **options).input_ids
+    return found
 
 
 def _chunks(pipe: Any, tokenizer: Any, text: str, length: int) -> list[list[Piece]]:

@@ -28,7 +28,7 @@ _NEEDED = {
 
 def contradictions(request: "Request") -> Iterator[str]:
     """All findings, the most important first."""
-    for check in (_task, _source, _clip, _frames, _prompts, _adapters, _guidance, _speed, _compile):
+    for check in (_task, _source, _clip, _frames, _prompts, _alone, _adapters, _guidance, _speed, _compile):
         yield from check(request)
 
 
@@ -78,15 +78,25 @@ def _prompts(request: "Request") -> Iterator[str]:
                 f"images.{number}.{name}: a request holds names only; name the picture and hand it over in "
                 "`pictures`, or use IPAdapter.set_prompt."
             )
+        if isinstance(prompt.mask, tuple):
+            yield (
+                f"images.{number}.mask: a request names one; name an animated picture, a folder or a video "
+                "that has one for each frame."
+            )
     for number, region in enumerate(request.regions):
         if not isinstance(region.text, str) or not isinstance(region.mask, str):
             yield f"regions.{number}: a request holds texts and names only; use TextRegions for tensors."
-    if not request.images:
-        faces_are_followed = any(control.kind == "face" for control in request.controls)
-        for name in ("scale", "adapter", "face_model", "image_guidance"):
-            acts = name == "face_model" and faces_are_followed
-            if getattr(request, name) is not None and not acts:
-                yield f"{name}: has no effect without an image prompt; give one in `images` (--image)."
+
+
+def _alone(request: "Request") -> Iterator[str]:
+    """Fields of image prompts where there are none."""
+    if request.images:
+        return
+    faces_are_followed = any(control.kind == "face" for control in request.controls)
+    for name in ("scale", "adapter", "face_model", "image_guidance"):
+        acts = name == "face_model" and faces_are_followed
+        if getattr(request, name) is not None and not acts:
+            yield f"{name}: has no effect without an image prompt; give one in `images` (--image)."
 
 
 def _adapters(request: "Request") -> Iterator[str]:

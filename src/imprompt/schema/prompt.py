@@ -139,11 +139,7 @@ class ImagePrompt(Record):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ImagePrompt):
             return NotImplemented
-        mine, theirs = dict(self), dict(other)
-        return all(
-            value is theirs[name] or (not is_features(value) and value == theirs[name])
-            for name, value in mine.items()
-        )
+        return _same(tuple(dict(self).values()), tuple(dict(other).values()))
 
     def __repr_args__(self) -> Iterator[tuple[str, object]]:
         for name, value in self:
@@ -238,6 +234,13 @@ class TextRegion(Record):
         for name in ("text", "mask"):
             if getattr(self, name) is None:
                 raise UsageError(f"{name}: a region needs one.")
+
+
+def _same(one: object, other: object) -> bool:
+    """Equality, of tensors and features by identity."""
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one is other or (not is_features(one) and one == other)
 
 
 # ---- what the fields of a prompt must agree on
