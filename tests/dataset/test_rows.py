@@ -97,6 +97,18 @@ def test_a_webdataset_shard_is_read_and_its_pictures_without_unpacking(folder):
         read_dataset(folder / "bad.tar")
 
 
+def test_of_several_pictures_and_captions_in_a_record_of_a_shard_the_first_counts_and_is_noted(folder):
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        tar.add(folder / "a.png", "x.png")
+        for name, content in (("x.jpg", b"no picture"), ("x.caption", b"a dog"), ("x.txt", b"a cat")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    data = read_dataset(folder / "0.tar")
+    assert captions(data) == {"x.png": ("a cat",)}  # as in a folder, where .txt goes before .caption
+    assert data.notes == ["records with several pictures: 1; the first of each is used"]
+
+
 def test_a_pattern_of_webdataset_names_shards_and_says_which_are_missing(folder):
     for name in ("a-008", "a-009", "a-010", "b-9", "b-10", "{x,y}"):
         with tarfile.open(folder / f"{name}.tar", "w") as tar:
@@ -143,6 +155,22 @@ def test_koyha_folders_have_repeats_and_name_their_class(tmp_path):
     found = {row.groups["group"]: (row.caption, row.repeats) for row in data.rows}
     assert found == {"owl": ("an owl at night", 1), "red fox": ("red fox", 3)}
     assert "take their folder's name" in data.notes[0]
+
+
+def test_a_folder_that_begins_with_a_date_has_no_repeats(tmp_path):
+    """20,240,101 of each picture would fill the memory."""
+    (tmp_path / "20240101_party").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "20240101_party" / "1.png")
+    (tmp_path / "20240101_party" / "1.txt").write_text("a cake")
+    (row,) = read_dataset(tmp_path).rows
+    assert (row.repeats, row.caption, row.groups) == (1, "a cake", {})
+
+
+def test_a_group_without_a_name_is_none(folder):
+    """Pictures of no style are not of one style."""
+    record = {"text": "a cat", "groups": {"style": None, "kind": ""}, "group": ""}
+    write(folder, record | {"file_name": "a.png"}, record | {"file_name": "b.png", "group": 7})
+    assert [row.groups for row in read_dataset(folder).rows] == [{}, {"group": "7"}]
 
 
 def test_the_bundled_sheet_is_a_dataset_too():
@@ -399,6 +427,34 @@ def test_a_saved_dataset_is_read_and_a_record_without_a_picture_is_an_empty_one(
     assert load_image(data.rows[0].read()).size == (4, 4)
     with pytest.raises(InputError, match="empty"):
         load_image(data.rows[1].read())
+
+
+def test_a_record_of_a_dataset_says_what_those_of_a_metadata_file_say(folder, hugging_face):
+    hugging_face(
+        image=[str(folder / "a.png")] * 2, text=["a cat", "a dog"], split=["train", "test"],
+        core=[True, False], group=["cats", None], repeats=[3, 1], size=[4, 4],
+    ).save_to_disk(folder / "saved")  # fmt: skip
+    first, second = read_dataset(folder / "saved").rows
+    assert (first.groups, first.repeats, first.tags, first.trainable) == (
+        {"group": "cats"},
+        3,
+        {"core"},
+        True,
+    )
+    assert (second.groups, second.repeats, second.tags, second.trainable) == ({}, 1, set(), False)
+    (row,) = read_dataset(folder / "saved", only="core").rows
+    assert row.caption == "a cat"
+
+
+def test_a_caption_of_a_dataset_that_is_no_text_is_left_out_and_named(folder, hugging_face):
+    pictures = [str(folder / "a.png")] * 2
+    hugging_face(image=pictures, caption=[["a cat", None], ["a dog"]]).save_to_disk(folder / "saved")
+    data = read_dataset(folder / "saved")
+    assert [row.caption for row in data.rows] == ["a dog"]
+    assert "caption must be text or a list of texts" in data.rejected[0].reason
+    hugging_face(image=pictures, text=[1, 2]).save_to_disk(folder / "numbers")
+    with pytest.raises(InputError, match=r"no usable picture .*00000000: a caption must be text"):
+        read_dataset(folder / "numbers")
 
 
 def test_of_a_dataset_with_splits_one_is_read_and_the_others_are_named(folder, hugging_face):

@@ -230,7 +230,16 @@ def test_a_bad_argument_is_one_line_before_anything_is_drawn(words, says, capsys
     assert re.search(says, error)
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b'{"cell": 3}', b'{"cell":9,"columns":1,"pictures":[{}]}'])
+ONE = b'{"concept":"a","style":"b","split":"val","captions":%s}'
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"{", b'{"cell": 3}', b'{"cell":9,"columns":1,"pictures":[{}]}',
+     b'{"cell":9,"columns":0,"pictures":[1]}',
+     b'{"cell":9,"columns":1,"pictures":[%s]}' % (ONE % b'7'),
+     b'{"cell":9,"columns":1,"pictures":[%s]}' % (ONE % b'{"full":[1]}')],
+)  # fmt: skip
 def test_a_damaged_set_is_one_line(damage, tmp_path, capsys):
     (tmp_path / "eval.json").write_bytes(damage)
     Image.new("RGB", (9, 9)).save(tmp_path / "sheet.webp")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from imprompt.data.rows import CAPTION_FIELDS, DAMAGE, Dataset, Rejected, Row, caption_texts, described
+from imprompt.data.rows import CAPTION_FIELDS, DAMAGE, Dataset, Record, Row, described, fields_of, rows_of
 from imprompt.encoders.images import as_bytes
 from imprompt.errors import InputError, first_line
 
@@ -26,6 +27,8 @@ HUB = "hf:"
 PARQUET = ".parquet"
 _BRACE = re.compile(r"\{(?:(?P<first>\d+)\.\.(?P<last>\d+)|(?P<listed>[^{},]*,[^{}]*))\}")
 _MOST_SHARDS = 100_000
+_SAID = ("group", "groups", "split", "repeats")
+"""Columns of a Hugging Face dataset that are read beside pictures, captions, and tags, which are bool."""
 _SAVED_TO_DISK = (("dataset_info.json", "state.json"), ("dataset_dict.json",))
 """Files that tell a folder of ``save_to_disk``: of one split, of several."""
 
@@ -62,9 +65,8 @@ def read_shards(paths: Sequence[Path]) -> Dataset:
     """Read WebDataset shards: members with the same name up to the first dot make a row.
 
     Raises :class:`InputError` for a file that is no tar; a damaged record is a :class:`Rejected`."""
-    rows: list[Row] = []
-    rejected: list[Rejected] = []
-    taken: dict[str, int] = {}
+    records: list[tuple[str, Record]] = []
+    several = 0
     for path in paths:
         members: dict[str, dict[str, tarfile.TarInfo]] = {}
         try:
@@ -73,32 +75,29 @@ def read_shards(paths: Sequence[Path]) -> Dataset:
                     folder, _, name = member.name.rpartition("/")
                     stem, _, suffix = name.partition(".")
                     if member.isfile() and suffix and stem:  # without a stem it is hidden
-                        members.setdefault(f"{folder}/{stem}", {})[f".{suffix.lower()}"] = member
+                        members.setdefault(f"{folder}/{stem}".lstrip("/"), {})[f".{suffix.lower()}"] = member
         except (tarfile.TarError, OSError) as error:
             raise InputError(
                 f"'{path}' is not a readable tar file ({first_line(error)}); compressed or truncated?"
             ) from error
         for key, parts in members.items():
-            where = f"{path.name}/{key.lstrip('/')}"
-            try:
-                rows.append(_tar_row(path, key, parts, taken))
-            except DAMAGE as error:
-                rejected.append(Rejected(where, first_line(error)))
-    return Dataset(rows, rejected, [f"captions are read from '{name}' ({n})" for name, n in taken.items()])
+            records.append((f"{path.name}/{key}", partial(_tar_record, path, key, parts)))
+            several += len(parts.keys() & {*PICTURES}) > 1
+    data = rows_of(records)
+    notes = [f"records with several pictures: {several}; the first of each is used"] if several else []
+    return replace(data, notes=data.notes + notes)
 
 
-def _tar_row(path: Path, key: str, parts: Mapping[str, tarfile.TarInfo], taken: dict[str, int]) -> Row:
+def _tar_record(path: Path, key: str, parts: Mapping[str, tarfile.TarInfo]) -> tuple[Row, Mapping[str, Any]]:
     picture = next((member for suffix, member in parts.items() if suffix in PICTURES), None)
     if picture is None:
         raise ValueError(f"no picture among {', '.join(parts)}")
-    record: dict[str, Any] = json.loads(_member(path, parts[".json"])) if ".json" in parts else {}
-    if not isinstance(record, dict):
-        raise TypeError("its .json is not an object")
-    for suffix in SIDECARS:
-        if suffix in parts:
-            record["text"] = _member(path, parts[suffix]).decode("utf-8-sig")
-    file = path / f"{key.lstrip('/')}{Path(picture.name).suffix}"
-    return described(Row(file, content=partial(_member, path, picture)), record, taken)
+    fields = fields_of(json.loads(_member(path, parts[".json"]))) if ".json" in parts else {}
+    caption = next((parts[suffix] for suffix in SIDECARS if suffix in parts), None)
+    if caption is not None:
+        fields["text"] = _member(path, caption).decode("utf-8-sig")
+    file = path / f"{key}{Path(picture.name).suffix}"
+    return Row(file, content=partial(_member, path, picture)), fields
 
 
 def _member(path: Path, member: tarfile.TarInfo) -> bytes:
@@ -116,17 +115,18 @@ def read_sheet(folder: Path) -> Dataset:
         cell, columns = int(about["cell"]), int(about["columns"])
         records: list[dict[str, Any]] = about["pictures"]
         with Image.open(folder / "sheet.webp") as sheet:
-            if sheet.width < columns * cell or sheet.height < -(-len(records) // columns) * cell:
-                raise ValueError(f"sheet.webp is too small for {len(records)} pictures")
+            fits = min(cell, columns) >= 1 and columns * cell <= sheet.width
+            places = sheet.height // cell * columns if fits else 0
+        if len(records) > places:
+            raise ValueError(f"sheet.webp is too small for {len(records)} pictures")
         rows = []
         for place, record in enumerate(records):
             names = {kind: record[kind] for kind in ("concept", "style")}
             box = (place % columns * cell, place // columns * cell)
-            file = folder / f"{names['concept']}-{names['style']}.png"
-            captions = {kind: tuple(texts) for kind, texts in record["captions"].items()}
             content = partial(_cell, folder / "sheet.webp", (*box, box[0] + cell, box[1] + cell))
-            rows.append(Row(file, captions, names, record["split"], content=content))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            row = Row(folder / f"{names['concept']}-{names['style']}.png", content=content)
+            rows.append(described(row, record | {"groups": names}, {}))
+    except (*DAMAGE, LookupError, ArithmeticError) as error:
         raise InputError(
             f"the evaluation set '{folder}' is damaged: {type(error).__name__} {error}."
         ) from error
@@ -140,7 +140,8 @@ def _cell(path: Path, box: tuple[int, int, int, int]) -> bytes:
 
 def read_hugging_face(name: str, required: bool) -> Dataset:
     """Read a dataset of the package ``datasets``: a folder of ``save_to_disk``, Parquet, or one of the
-    hub. Pictures are not decoded.
+    hub. Pictures are not decoded. The columns ``group``, ``groups``, ``split`` and ``repeats``, and tags,
+    mean what they do in other records.
 
     Raises :class:`InputError` without the package, for what it cannot read, without a column of pictures,
     and, if captions are ``required``, without one of captions."""
@@ -153,14 +154,25 @@ def read_hugging_face(name: str, required: bool) -> Dataset:
             f"pictures (datasets.Image) and one named {', '.join(CAPTION_FIELDS[:3])} are expected: "
             "cast_column and rename_column make them."
         )
-    read = partial(_hf_bytes, stored, picture)
-    texts = [""] * len(stored) if caption is None else stored.select_columns([caption])[caption]
-    rows = [
-        Row(Path(name, f"{n:08d}"), {"full": caption_texts(text or "")}, content=partial(read, n))
-        for n, text in enumerate(texts)
-    ]
+    data = rows_of(_hf_records(name, stored, picture, caption))
     captions = f", captions from '{caption}'" if caption is not None else ""
-    return Dataset(rows, notes=[*notes, f"pictures are read from '{picture}'{captions}"])
+    return replace(data, notes=[*notes, f"pictures are read from '{picture}'{captions}"])
+
+
+def _hf_records(name: str, stored: Any, picture: str, caption: str | None) -> Iterator[tuple[str, Record]]:
+    read = [
+        key
+        for key, kind in stored.features.items()
+        if key in (caption, *_SAID) or getattr(kind, "dtype", "") == "bool"
+    ]
+    fields = stored.select_columns(read).to_list() if read else [{}] * len(stored)
+    for n, said in enumerate(fields):
+        row = Row(Path(name, f"{n:08d}"), content=partial(_hf_bytes, stored, picture, n))
+        yield str(row.file), partial(_both, row, said)
+
+
+def _both(row: Row, fields: dict[str, Any]) -> tuple[Row, dict[str, Any]]:
+    return row, fields
 
 
 def _hf_table(name: str) -> tuple[Any, str | None, list[str]]:
@@ -224,7 +236,7 @@ def _holds_pictures(kind: Any) -> bool:
 
 def _hf_bytes(stored: Any, column: str, index: int) -> bytes:
     """The encoded picture of a record; empty where the record has none."""
-    value = stored[index][column]
-    if value is None:
-        return b""
-    return value["bytes"] or Path(value["path"]).read_bytes()
+    value = stored[index][column] or {}
+    if value.get("bytes") or not value.get("path"):
+        return value.get("bytes") or b""
+    return Path(value["path"]).read_bytes()

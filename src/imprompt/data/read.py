@@ -39,7 +39,7 @@ from imprompt.data.containers import (
     read_sheet,
     shards_of,
 )
-from imprompt.data.rows import CAPTION_FIELDS, Dataset, Rejected, Row, rows_of
+from imprompt.data.rows import CAPTION_FIELDS, Dataset, Record, Rejected, Row, in_folder, rows_of
 from imprompt.errors import InputError
 from imprompt.io import check_path
 
@@ -48,7 +48,8 @@ UNREAD = (".heic", ".heif", ".jxl", ".svg", ".psd", ".tga", ".exr", ".dng", ".cr
 HELD_OUT = ("validation", "valid", "val", "dev", "test")
 """Folders of a split that is not trained on."""
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json")
-_KOHYA = re.compile(r"(\d+)_(.+)")
+_KOHYA = re.compile(r"(0*[1-9]\d{0,3})_(.+)")
+"""Repeats and name of a folder; a longer number is a date."""
 
 
 def read_dataset(
@@ -207,13 +208,17 @@ def _first(name: str, seen: set[str]) -> bool:
 
 
 def _jsonl(path: Path) -> Dataset:
-    def records() -> Iterator[tuple[str, Any]]:
+    def records() -> Iterator[tuple[str, Record]]:
         with path.open("rb") as handle:
             for number, line in enumerate(handle, 1):
                 if line.strip():
-                    yield f"{path.name}:{number}", partial(json.loads, line)
+                    yield f"{path.name}:{number}", partial(_jsonl_record, path.parent, line)
 
-    return rows_of(records(), path.parent)
+    return rows_of(records())
+
+
+def _jsonl_record(folder: Path, line: bytes) -> tuple[Row, Mapping[str, Any]]:
+    return in_folder(folder, json.loads(line))
 
 
 def _json(path: Path) -> Dataset:
@@ -223,7 +228,9 @@ def _json(path: Path) -> Dataset:
         raise InputError(f"'{path}' is not valid JSON: {error}.") from error
     if not isinstance(listed, list):
         raise InputError(f"'{path}' holds a {type(listed).__name__}; a list of records was expected.")
-    return rows_of(((f"{path.name}[{n}]", record) for n, record in enumerate(listed)), path.parent)
+    return rows_of(
+        (f"{path.name}[{n}]", partial(in_folder, path.parent, record)) for n, record in enumerate(listed)
+    )
 
 
 def _csv(path: Path) -> Dataset:
@@ -234,17 +241,18 @@ def _csv(path: Path) -> Dataset:
         lines = list(csv.DictReader(io.StringIO(text), delimiter=separator))
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"'{path}' is not CSV in UTF-8: {error}.") from error
-    records = ((f"{path.name}:{n}", partial(_csv_record, line)) for n, line in enumerate(lines, 2))
-    return rows_of(records, path.parent)
+    return rows_of(
+        (f"{path.name}:{n}", partial(_csv_record, path.parent, line)) for n, line in enumerate(lines, 2)
+    )
 
 
-def _csv_record(line: dict[str | None, Any]) -> dict[str | None, Any]:
+def _csv_record(folder: Path, line: dict[str | None, Any]) -> tuple[Row, Mapping[str, Any]]:
     """The fields of a line that hold something. Raises ``ValueError`` for more of them than the heading."""
     if None in line:
         raise ValueError(
             'more fields than the heading has: put a caption with commas between double quotes (")'
         )
-    return {name: value for name, value in line.items() if value}
+    return in_folder(folder, {name: value for name, value in line.items() if value})
 
 
 _READERS: dict[str, Callable[[Path], Dataset]] = {".jsonl": _jsonl, ".csv": _csv, ".json": _json}
@@ -289,7 +297,7 @@ def _kohya_row(file: Path, text: str, folder: re.Match[str]) -> Row:
     """A picture of a folder ``10_name``: 10 repeats; without a caption of its own it gets the folder's
     name."""
     said = text or folder[2].replace("_", " ")
-    return Row(file, {"full": (said,)}, {"group": folder[2]}, repeats=max(1, int(folder[1])))
+    return Row(file, {"full": (said,)}, {"group": folder[2]}, repeats=int(folder[1]))
 
 
 def _sidecar(file: Path, texts: Mapping[Path, Path]) -> str:

@@ -7,10 +7,10 @@ by kind, ``split`` (only ``train`` is trained on), ``repeats``, and tags, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from imprompt.errors import first_line
 from imprompt.io import printable
@@ -80,37 +80,45 @@ class Dataset:
     notes: list[str] = field(default_factory=list)
 
 
-def rows_of(records: Iterator[tuple[str, Any]], folder: Path) -> Dataset:
-    """The rows of records, each with the place that messages name; pictures lie in ``folder``.
+Record: TypeAlias = Callable[[], tuple[Row, Mapping[str, Any]]]
+"""Reads a record: its picture as a row that says nothing yet, and the record's fields."""
 
-    A record may be a function that reads it. What is damaged becomes a :class:`Rejected`."""
+
+def rows_of(records: Iterable[tuple[str, Record]]) -> Dataset:
+    """The rows of records, each with the place that messages name. What is damaged becomes a
+    :class:`Rejected`."""
     rows: list[Row] = []
     rejected: list[Rejected] = []
     taken: dict[str, int] = {}
-    for where, record in records:
+    for where, read in records:
         try:
-            record = record() if callable(record) else record
-            if not isinstance(record, dict):
-                raise TypeError(f"a record is an object, given a {type(record).__name__}")
-            rows.append(_row(record, folder, taken))
+            rows.append(described(*read(), taken))
         except DAMAGE as error:
             rejected.append(Rejected(where, first_line(error)))
     notes = [f"captions are read from the field '{name}' ({count})" for name, count in taken.items()]
     return Dataset(rows, rejected, notes if set(taken) - {"text", "captions"} else [])
 
 
-def _row(record: Mapping[str, Any], folder: Path, taken: dict[str, int]) -> Row:
-    named = next((record[name] for name in PICTURE_FIELDS if isinstance(record.get(name), str)), None)
+def fields_of(record: object) -> dict[str, Any]:
+    """The fields of a record. Raises ``TypeError`` for anything but an object."""
+    if not isinstance(record, dict):
+        raise TypeError(f"a record is an object, given a {type(record).__name__}")
+    return record
+
+
+def in_folder(folder: Path, record: object) -> tuple[Row, Mapping[str, Any]]:
+    """A record of a metadata file, and the picture in ``folder`` that it names. Raises ``ValueError`` for
+    none."""
+    fields = fields_of(record)
+    named = next((fields[name] for name in PICTURE_FIELDS if isinstance(fields.get(name), str)), None)
     if named is None:
         raise ValueError(
-            f"no picture: one of {', '.join(PICTURE_FIELDS)} is expected, given {', '.join(map(str, record))}"
+            f"no picture: one of {', '.join(PICTURE_FIELDS)} is expected, given {', '.join(map(str, fields))}"
         )
-    file = folder / named
-    if not file.is_file():
-        file = folder / named.replace("\\", "/")
-    if not file.is_file():
-        raise ValueError(f"picture '{named}' is missing")
-    return described(Row(file), record, taken)
+    for file in (folder / named, folder / named.replace("\\", "/")):
+        if file.is_file():
+            return Row(file), fields
+    raise ValueError(f"picture '{named}' is missing")
 
 
 def described(row: Row, record: Mapping[str, Any], taken: dict[str, int]) -> Row:
@@ -149,13 +157,12 @@ def _check_text(texts: Sequence[str]) -> None:
 
 
 def _groups(record: Mapping[str, Any]) -> dict[str, str]:
+    """Name by kind; null and an empty name are no group."""
     by_kind = record.get("groups") or {}
     if not isinstance(by_kind, Mapping):
         raise TypeError(f"groups must be an object of names by kind, given {by_kind!r}")
-    groups = {str(kind): str(name) for kind, name in by_kind.items()}
-    if record.get("group") is not None:
-        groups.setdefault("group", str(record["group"]))
-    return groups
+    named = {"group": record.get("group"), **by_kind}
+    return {str(kind): str(name) for kind, name in named.items() if name not in (None, "")}
 
 
 def _captions(record: Mapping[str, Any], taken: dict[str, int]) -> dict[str, tuple[str, ...]]:
