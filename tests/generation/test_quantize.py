@@ -43,6 +43,17 @@ def test_an_adapter_draws_on_a_quantised_unet(kind: str, common, pictures, tmp_p
     assert np.array_equal(drawn(engine, bare.replace(quantize=how)), before)
 
 
+def test_a_denoisers_file_that_changed_is_an_error(common, tmp_path: Path) -> None:
+    bare = {name: value for name, value in common.items() if name != "adapter"}
+    how = gguf_file(tmp_path / "unet.gguf", tiny_sd().unet)
+    request = Engine().run(Request(prompt="a", **bare, quantize=str(how))).request
+    Engine().run(request)
+    how.unlink()
+    gguf_file(how, tiny_sd(seed=1).unet)
+    with pytest.raises(ModelError, match=r"quantize .*unet\.gguf: its weights are not those"):
+        Engine().run(request)
+
+
 def test_what_cannot_be_quantised_is_said_in_one_line(common, tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="reading .gguf needs the extra 'quantize'")
     bare = {name: value for name, value in common.items() if name != "adapter"}

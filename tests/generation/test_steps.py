@@ -1,5 +1,6 @@
 """Progress: each step is told, previews look like what is drawn, and an exception ends a drawing cleanly."""
 
+import copy
 from types import SimpleNamespace
 
 import diffusers
@@ -8,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+import tinydit
 from imprompt.generation.drawing import keep_float32
 from imprompt.generation.engine import Engine
 from imprompt.generation.pipelines import scheduler_for
+from imprompt.generation.steps import latent_colours, reported
 from imprompt.schema.request import SCHEDULERS, Request
 
 
@@ -86,6 +89,32 @@ def test_a_clip_previews_a_frame():
     Engine().run(request, on_step=steps.append)
     assert isinstance(steps[-1].preview(), Image.Image)
     assert steps[-1].preview().size == (128, 128)
+
+
+def test_tokens_of_flux_are_shown_where_their_pixels_are():
+    pipe, steps = tinydit.flux(), []
+    pipe.scheduler.set_timesteps(2)
+    latents = torch.randn(1, 4, 16, 24, generator=torch.Generator().manual_seed(1))
+    tokens = pipe._pack_latents(latents, 1, 4, 16, 24)
+    with reported(pipe, steps.append, 0, 1, (48, 32)):
+        for shown in (latents, tokens):
+            pipe.scheduler.step(torch.zeros_like(shown), pipe.scheduler.timesteps[len(steps)], shown)
+    one, other = (step.preview() for step in steps)
+    assert one.size == (48, 32)
+    assert np.array_equal(pixels(one), pixels(other))
+
+
+def test_colours_are_fitted_to_latents_as_pipelines_have_them():
+    """SD3's and FLUX's are shifted as well as scaled."""
+    vae = tinydit.sd3().vae
+    colours = latent_colours(vae)
+    plain = copy.deepcopy(vae)
+    plain.register_to_config(shift_factor=None)
+    latents = torch.randn(1, colours.shape[0] - 1, generator=torch.Generator().manual_seed(1))
+    shift = vae.config.shift_factor * vae.config.scaling_factor
+    ones = torch.ones(1, 1)
+    shifted = torch.cat((latents - shift, ones), 1) @ colours
+    assert torch.allclose(shifted, torch.cat((latents, ones), 1) @ latent_colours(plain), atol=1e-3)
 
 
 @pytest.mark.parametrize("as_tuple", [True, False])

@@ -78,6 +78,13 @@ def test_a_picture_a_scale_and_a_mask_act(engine: Engine, base: Path, pictures: 
     assert np.abs(masked - whole).max() > 3
 
 
+def test_each_step_has_a_preview(engine: Engine, base: Path) -> None:
+    previews: list[Image.Image] = []
+    drawn = engine.run(asked(base), on_step=lambda step: previews.append(step.preview())).images[0]
+    assert [preview.size for preview in previews] == [drawn.size] * 3
+    assert len({preview.tobytes() for preview in previews}) == 3
+
+
 @pytest.mark.parametrize("task", ["edit", "inpaint"])
 def test_a_photo_is_drawn_anew(engine: Engine, base: Path, pictures: Path, task: str) -> None:
     place = {"image": str(pictures / "other.png"), "size": (32, 32), "strength": 0.7}

@@ -230,7 +230,8 @@ class Engine:
         with ExitStack() as watch:
             watch.enter_context(fresh_scheduler(loaded.pipe, job.request.scheduler))
             watch.enter_context(hurried(loaded.pipe, job.request.speed))
-            watch.enter_context(reported(loaded.pipe, on_step, start, total))
+            assert job.request.size is not None
+            watch.enter_context(reported(loaded.pipe, on_step, start, total, job.request.size))
             label = "drawing" if total == 1 else f"drawing {start + 1} of {total}"
             loaded.pipe.set_progress_bar_config(disable=self.quiet, desc=label, leave=False, unit="step")
             watched = list(loaded.adapters.values())[: int(explain)]

@@ -34,6 +34,7 @@ def fingerprints(job: Job, adapters: Mapping[str, IPAdapter]) -> dict[str, str]:
             found |= _of_encoders(name, adapters[name])
     extras = [("lora", ref.path) for ref in request.loras]
     extras += [("embedding", ref.path) for ref in request.embeddings]
+    extras += [("quantize", request.quantize)] if request.quantize.endswith(".gguf") else []
     for kind, path in extras:
         if (place := check_path(path)).exists():
             found[f"{kind} {path}"] = fingerprint(place)

@@ -71,13 +71,17 @@ OnStep: TypeAlias = Callable[[Step], None]
 
 
 @contextmanager
-def reported(pipe: Any, on_step: OnStep | None, picture: int, pictures: int) -> Iterator[None]:
-    """While open, each step of ``pipe``'s scheduler is reported to ``on_step``."""
+def reported(
+    pipe: Any, on_step: OnStep | None, picture: int, pictures: int, size: tuple[int, int]
+) -> Iterator[None]:
+    """While open, each step of ``pipe``'s scheduler is reported to ``on_step``; ``size`` is the drawn width
+    and height."""
     if on_step is None:
         yield
         return
     scheduler, step = pipe.scheduler, pipe.scheduler.step
     colours, factor = latent_colours(pipe.vae), 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    width, height = (side // factor for side in size)
     done = 0
 
     @wraps(step)  # pipelines ask for its parameters
@@ -85,8 +89,10 @@ def reported(pipe: Any, on_step: OnStep | None, picture: int, pictures: int) -> 
         nonlocal done
         output = step(*args, **kwargs)
         done += 1
-        # Most schedulers also return what they expect the finished latents to be.
-        on_step(Step(done, step_count(pipe), picture, pictures, output[-1], colours, factor))
+        latents = output[-1]  # most schedulers also return what they expect the finished latents to be
+        if latents.ndim == 3:  # FLUX and Chroma read squares of 2 × 2 latent pixels as tokens
+            latents = F.pixel_shuffle(latents.mT.unflatten(-1, (height // 2, width // 2)), 2)
+        on_step(Step(done, step_count(pipe), picture, pictures, latents, colours, factor))
         return output
 
     scheduler.step = counted
@@ -117,7 +123,8 @@ def latent_colours(vae: Any) -> Float[Tensor, "N1 3F"]:
         # An offloading hook moves what comes in.
         shown = 2 * pictures - 1
         shown = shown.to(vae.dtype) if weight.is_meta else shown.to(weight.device)
-        latents = vae.encode(shown).latent_dist.mode().float().cpu() * vae.config.scaling_factor
+        latents = vae.encode(shown).latent_dist.mode().float().cpu()
+    latents = (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
     fine = _fineness(factor)
     colours = F.pixel_unshuffle(F.avg_pool2d(pictures, factor // fine), fine)
     known, wanted = _neighbourhoods(latents).flatten(0, 1), colours.flatten(2).mT.flatten(0, 1)
