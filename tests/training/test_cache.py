@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import safe_open
 
 import tiny
@@ -57,13 +57,23 @@ def test_latents_are_the_vaes_own(rows, vae, make_config):
 
 
 def test_a_mirrored_target_is_the_mirrored_picture(rows, vae, make_config):
-    from PIL import ImageOps
-
     table = encode_latents(of(rows), vae, make_config(flip=0.5), CPU)
     ImageOps.mirror(Image.open(rows[2].file)).save(rows[2].file)
     turned = encode_latents(of(rows), vae, make_config(), CPU)
     assert torch.allclose(table.rows("mean", [2], [1]), turned.rows("mean", [2], [0]), atol=2e-3)
     assert not torch.allclose(table.rows("mean", [2], [0]), turned.rows("mean", [2], [0]), atol=2e-2)
+
+
+def test_a_reference_is_mirrored_with_its_target(rows, make_config):
+    """Each version is there as it is and mirrored; a cache of runs without mirroring is another."""
+    encoder = ClipFeatures(ImageEncoder(*tiny.tiny_encoder()), "pooled")
+    both = encode_features(of(rows), encoder, make_config(flip=0.5, views=2))
+    plain = encode_features(of(rows), encoder, make_config(views=2))
+    ImageOps.mirror(Image.open(rows[2].file)).save(rows[2].file)
+    turned = encode_features(of(rows), encoder, make_config())
+    assert torch.allclose(both.rows("pooled", [2], [2]), turned.rows("pooled", [2], [0]), atol=2e-3)
+    assert torch.equal(both.rows("pooled", [3, 3], [0, 1]), plain.rows("pooled", [3, 3], [0, 1]))
+    assert not torch.allclose(both.rows("pooled", [3], [1]), both.rows("pooled", [3], [3]), atol=1e-3)
 
 
 def test_one_new_picture_is_encoded_alone(rows, vae, make_config):

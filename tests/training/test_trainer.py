@@ -167,6 +167,60 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so(make_config):
         train(make_config(steps=2, checkpoint_every=1, resume=True))
 
 
+def test_a_run_record_or_a_manifest_that_is_damaged_is_one_line(make_config):
+    config = make_config(steps=1)
+    train(config)
+    (manifest,) = config.output.glob("checkpoint-*.json")
+    whole = manifest.read_text()
+    for damage in ("[]", "{}", "", json.dumps(json.loads(whole) | {"skipped": None})):
+        manifest.write_text(damage)
+        with pytest.raises(ModelError, match="every checkpoint"):
+            train(config.replace(resume=True))
+    manifest.write_text(whole)
+    with (config.output / "log.jsonl").open("a") as log:
+        log.write('{"step": null}\n')
+    train(config.replace(resume=True))
+    for damage in ("[]", "{", "\0"):
+        (config.output / "run.json").write_text(damage)
+        with pytest.raises(ModelError, match=r"run\.json"):
+            train(config.replace(resume=True))
+
+
+def test_the_scale_of_a_float16_runs_loss_is_resumed(make_config):
+    """With another scale the first steps overflow and are skipped, or the least gradients are lost."""
+
+    def trainer(resume):
+        config = make_config(steps=3, checkpoint_every=1, resume=resume)
+        accelerator = make_accelerator(config)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
+        folder = RunFolder(config.output, resume=resume)
+        folder.open()
+        return Trainer(config, accelerator, folder), folder, accelerator.scaler
+
+    begun, folder, scaler = trainer(False)
+    begun.run()
+    folder.close()
+    assert scaler.get_scale() == 128
+    _, folder, resumed = trainer(True)
+    folder.close()
+    assert resumed.state_dict() == scaler.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("tensorbord", "there is no 'tensorbord'; accelerate has .*tensorboard"),
+                       ("json", "there is no 'json'"), ("a.b", "there is no 'a.b'"), ("", "there is no ''"),
+                       ("all", "there is no 'all'"), ("aim", "not installed: pip install aim")],
+)  # fmt: skip
+def test_a_tracker_that_is_none_is_refused_not_recommended(make_config, name, says):
+    with pytest.raises(UsageError, match=says):
+        make_accelerator(make_config(trackers=[name]))
+
+
+def test_to_resume_what_never_began_is_noted(make_config, capsys):
+    train(make_config(steps=1, resume=True, quiet=False))
+    assert "there is no checkpoint in" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_two_processes_of_4_learn_what_one_of_8_learns(make_config, tmp_path):
     """The same samples; only sums run in another order. accelerate's launcher alone would start one."""
@@ -374,6 +428,21 @@ def test_a_run_may_start_from_anothers_checkpoint(make_config, exact):
     second = make_config(init=str(checkpoint), steps=1, lr=1e-12, save_dtype="float32")
     after = load_file(train(second))
     assert all(torch.allclose(after[name], first[name], atol=1e-6) for name in first)
+
+
+def test_a_start_named_as_a_checkpoint_may_be_an_adapter_and_a_damaged_one_is_one_line(
+    make_config, exact, tmp_path
+):
+    """Other programs call their adapters so as well."""
+    (folder := tmp_path / "theirs").mkdir()
+    shutil.copy(exact, folder / "checkpoint-9.safetensors")
+    config = make_config(init=str(folder), steps=1, lr=1e-12, weight_decay=0, save_dtype="float32")
+    before, after = load_file(exact), load_file(train(config))
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    for name in ("checkpoint-9.safetensors", "checkpoint-10.bin"):
+        (folder / name).write_bytes(exact.read_bytes()[:500])
+        with pytest.raises(ModelError, match=name):
+            train(make_config(init=str(folder / name), output=tmp_path / "again"))
 
 
 def test_a_run_folder_is_a_name_and_its_encoder_is_found_on_a_base_without_one(make_config, tmp_path, capsys):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from imprompt.data.rows import Rejected
@@ -135,11 +135,13 @@ class ClipFeatures:
 def encode_features(
     pictures: Pictures, encoder: FeatureEncoder, config: TrainConfig, ranks: Ranks | None = None
 ) -> Table:
-    """Image features of each row in ``config.views`` versions, ``N K …``."""
+    """Image features of each row in ``config.views`` versions, ``N K …``; where targets may be mirrored,
+    those of the same versions mirrored stand behind them."""
 
     def versions(index: int, reference: Image.Image) -> list[Image.Image]:
         seeds = [f"{config.seed}/{pictures.keys[index]}/{view}" for view in range(config.views)]
-        return [reference, *(augment(reference, config.augmentation, seed) for seed in seeds[1:])]
+        made = [reference, *(augment(reference, config.augmentation, seed) for seed in seeds[1:])]
+        return [*made, *map(ImageOps.mirror, made)] if config.flip else made
 
     def encode(picked: Sequence[int]) -> list[Item]:
         distinct = list(dict.fromkeys(picked))
@@ -150,6 +152,8 @@ def encode_features(
         return [items[index] for index in picked]
 
     settings = f"{encoder.identity} {encoder.feature} {config.views}"
+    if config.flip:
+        settings += " mirrored"
     if config.views > 1:
         settings += f" {config.seed} {config.augmentation.model_dump_json()}"
     name = "features-" + "-".join(encoder.feature)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from imprompt.data.rows import Row
 from imprompt.errors import InputError, ModelError, UsageError
-from imprompt.io import finite, write_atomic
+from imprompt.io import finite, read_json, write_atomic
 
 WEIGHT_NAME = "ip-adapter.safetensors"
 RECORD, LOG, LOCK = "run.json", "log.jsonl", ".lock"
@@ -169,13 +169,7 @@ class RunFolder:
         """What ``run.json`` says; ``None`` before a run began. Raises :class:`ModelError` when it is
         damaged."""
         path = self.path / RECORD
-        if not path.exists():
-            return None
-        try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelError(f"'{path}' is damaged: {error}.") from error
-        return found
+        return read_json(path, f"'{path}'", error=ModelError) if path.exists() else None
 
     def write(self, name: str, text: str) -> None:
         """Write a text file whole or not at all."""
@@ -198,7 +192,7 @@ class RunFolder:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):
                 record = json.loads(line)
-                if isinstance(record, dict) and "step" in record:
+                if isinstance(record, dict) and isinstance(record.get("step"), int):
                     found.append(record)
         return found
 
@@ -239,11 +233,12 @@ class RunFolder:
         damaged: list[str] = []
         for path in reversed(self.checkpoints()):
             try:
-                manifest = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+                manifest = read_json(path.with_suffix(".json"), "manifest")
                 if _sha256(path) != manifest["sha256"]:
                     raise ValueError("its SHA-256 is not that of its manifest")
-                return load_file(path), manifest, damaged
-            except (OSError, ValueError, KeyError, SafetensorError) as error:
+                counts = {name: int(manifest[name]) for name in ("step", "skipped", "averages")}
+                return load_file(path), manifest | counts, damaged
+            except (InputError, OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
                 damaged.append(f"{path.name} ({error})")
         if damaged:
             raise ModelError(f"every checkpoint in '{self.path}' is damaged: {'; '.join(damaged)}.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import psutil
@@ -13,7 +12,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import broadcast_object_list
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, broadcast_object_list
 
 from imprompt.errors import ImpromptError, UsageError
 from imprompt.generation.loading import multiplies_bfloat16
@@ -48,12 +48,17 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def _trackers(config: TrainConfig) -> list[str]:
-    """accelerate's trackers by name. Raises :class:`UsageError` for one that is not installed."""
+    """accelerate's trackers by name. Raises :class:`UsageError` for one that it does not know, and for one
+    that is not installed."""
+    installed = [str(tracker) for tracker in get_available_trackers()]
     if config.trackers == "auto":
-        return ["tensorboard"] if find_spec("tensorboard") is not None else []
-    missing = [name for name in config.trackers if find_spec(name) is None]
-    if missing:
-        raise UsageError(f"trackers: {missing[0]} is not installed: pip install {missing[0]}.")
+        return [name for name in installed if name == "tensorboard"]
+    known = [name for name in LoggerType.list() if name != "all"]
+    for name in config.trackers:
+        if name not in known:
+            raise UsageError(f"trackers: there is no '{name}'; accelerate has {', '.join(known)}.")
+        if name not in installed:
+            raise UsageError(f"trackers: {name} is not installed: pip install {name}.")
     return list(config.trackers)
 
 

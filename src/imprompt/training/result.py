@@ -12,11 +12,11 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from safetensors import SafetensorError, safe_open
 
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.checkpoints.checkpoint import StateDict
 from imprompt.errors import ModelError, UsageError, first_line
+from imprompt.tensorfile import metadata_of
 from imprompt.training.folder import WEIGHT_NAME
 
 _UPLOADED = [WEIGHT_NAME, "README.md", "card.html", "samples/*.png"]
@@ -45,11 +45,7 @@ def validation_in(path: Path) -> dict[str, Any] | None:
     """The validation of the weights in an adapter file: its step and losses, as its metadata has them.
 
     ``None`` without a file, and for weights of a step that was not validated."""
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-    except (OSError, SafetensorError):  # missing or damaged
-        return None
+    about = metadata_of(path)
     found: dict[str, Any] | None = json.loads(about.get("imprompt.validation", "null"))
     return found if found is not None and str(found["step"]) == about.get("imprompt.step") else None
 

@@ -118,9 +118,10 @@ class Samples:
             noise = noise + config.noise_offset * torch.stack(shifts)
         positions = torch.tensor([index % self.plan.per_step for index in indices])
         steps = stratified_timesteps(positions, luck, self.plan.per_step, self.schedule_length)
+        views = [view + config.views * flip for view, flip in zip(batch.views, batch.flips, strict=True)]
         features = {
             name: drop_features(
-                data.features.rows(name, batch.references, batch.views),
+                data.features.rows(name, batch.references, views),
                 data.negative[name],
                 batch.image_dropped,
             )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from imprompt.adapter.backbones.unet import cross_attentions
@@ -16,6 +15,7 @@ from imprompt.adapter.init import copied_keys_values
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.adapter.lora import new_lora
 from imprompt.catalog.resolve import Source
+from imprompt.checkpoints.contents import by_section
 from imprompt.checkpoints.locate import encoder_note
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.face import OnnxFaces
@@ -25,6 +25,7 @@ from imprompt.generation.pipelines import check, load
 from imprompt.io import check_path
 from imprompt.projections.build import new_projection
 from imprompt.projections.shapes import HEAD_WIDTH
+from imprompt.tensorfile import open_tensors
 from imprompt.training.cache import ClipFeatures, FeatureEncoder
 from imprompt.training.config import Kind, TrainConfig
 from imprompt.training.faces import FaceFeatures
@@ -39,7 +40,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
 }
 TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 """Parts of a pipeline that read text."""
-_CHECKPOINT = "checkpoint-"
+_CHECKPOINT = "checkpoint-*.safetensors"
 _FACE_DEPTH = 4
 """Blocks of a new FaceID-PlusV2 resampler."""
 
@@ -222,25 +223,25 @@ def _face_shapes(cross: int, tokens: int, face: int, patch: int | None = None) -
 
 def _named(name: str) -> IPAdapter:
     path = check_path(name)
-    if path.is_file() and path.name.startswith(_CHECKPOINT):
-        return _from_checkpoint(path)
     if path.is_dir() and not (path / WEIGHT_NAME).exists():
-        found = sorted(path.glob(f"{_CHECKPOINT}*.safetensors"))
-        if found:
-            return _from_checkpoint(found[-1])
+        path = max(path.glob(_CHECKPOINT), default=path)
+    if path.is_file() and path.match(_CHECKPOINT) and (found := _from_checkpoint(path)) is not None:
+        return found
     return IPAdapter.from_pretrained(name)
 
 
-def _from_checkpoint(path: Path) -> IPAdapter:
-    """The adapter inside a training checkpoint: its averaged weights, if it has any."""
-    state: dict[str, dict[str, Tensor]] = {}
-    with safe_open(path, "pt") as file:
+def _from_checkpoint(path: Path) -> IPAdapter | None:
+    """The adapter inside a training checkpoint: its averaged weights, if it has any. ``None`` for a file of
+    that name that is none. Raises :class:`ModelError` for a damaged one."""
+    state: dict[str, Tensor] = {}
+    with open_tensors(path) as file:
         names, about = set(file.keys()), file.metadata() or {}
-        for name in sorted(names):
-            group, section, key = name.split(".", 2)
-            if group == "weights":
-                averaged = f"averaged.{section}.{key}"
-                state.setdefault(section, {})[key] = file.get_tensor(averaged if averaged in names else name)
-    adapter = IPAdapter.from_state_dict(state, variant=about.get("variant"))
+        for name in sorted(name for name in names if name.startswith("weights.")):
+            own = name.removeprefix("weights.")
+            averaged = f"averaged.{own}"
+            state[own] = file.get_tensor(averaged if averaged in names else name)
+    if not state:
+        return None
+    adapter = IPAdapter.from_state_dict(by_section(state, path.stem), variant=about.get("variant"))
     adapter.checkpoint = replace(adapter.checkpoint, name=path.stem)
     return adapter

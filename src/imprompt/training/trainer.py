@@ -448,20 +448,27 @@ class Trainer:
             "averages": 0 if average is None else average.optimization_step,
         }
         if scaler is not None:
-            about["scale"] = scaler.get_scale()
+            about["scaler"] = scaler.state_dict()
         self.folder.save_checkpoint(self.step, self.learned.tensors(), about, self.config.keep_checkpoints)
 
     def _restore(self) -> None:
         on_main(self.accelerator, self.folder.load_checkpoint)  # one process reports damage, then each reads
         found = self.folder.load_checkpoint()
-        if found is None:  # it was killed before its first checkpoint: all steps are repeated
+        if (
+            found is None
+        ):  # a new folder, or it was killed before its first checkpoint: all steps are repeated
             on_main(self.accelerator, lambda: self.folder.rewind(-1))
+            self._say(
+                f"there is no checkpoint in '{self.folder.path}' to resume: the run begins at its start"
+            )
             return
         tensors, manifest, damaged = found
         self.learned.load(tensors, manifest["step"])
         if self.learned.average is not None:
-            self.learned.average.optimization_step = int(manifest["averages"])
-        self.step, self.meter.skipped = int(manifest["step"]), int(manifest["skipped"])
+            self.learned.average.optimization_step = manifest["averages"]
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(manifest["scaler"])
+        self.step, self.meter.skipped = manifest["step"], manifest["skipped"]
         if self.accelerator.is_main_process:
             self.folder.rewind(self.step)
             self.figures = [record for record in self.folder.records() if record.get("gap") is not None]
