@@ -1,7 +1,9 @@
 """Reading captioned pictures: every form people have, and what a damaged record does (nothing but a line)."""
 
+import errno
 import io
 import json
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -253,6 +255,34 @@ def test_a_csv_caption_with_a_comma_outside_quotes_is_left_out_not_cut(folder):
     (item,) = data.rejected
     assert item.where == "metadata.csv:2"
     assert "double quotes" in item.reason
+
+
+def test_a_damaged_line_of_a_table_is_named_by_its_place_in_the_file(folder):
+    (folder / "metadata.csv").write_text('file_name,text\na.png,"a red\napple"\n\ngone.png,a dog\n')
+    data = read_dataset(folder)
+    assert captions(data) == {"a.png": ("a red\napple",)}
+    assert [item.where for item in data.rejected] == ["metadata.csv:5"]
+
+
+def test_a_split_may_be_in_any_case(folder):
+    records = [{"file_name": f"{name}.png", "text": name, "split": name} for name in "ab"]
+    write(folder, records[0] | {"split": "Train"}, records[1] | {"split": "TEST"})
+    assert [row.trainable for row in read_dataset(folder).rows] == [True, False]
+
+
+def test_a_folder_that_cannot_be_read_is_told_not_passed_over(folder, monkeypatch):
+    """Who tests as root may read every folder, so the system's refusal is made here."""
+    (folder / "locked").mkdir()
+    listing = os.scandir
+
+    def refused(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listing(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(InputError, match=r"folder '.*locked' cannot be read \(Permission denied\)"):
+        read_dataset(folder, captions="optional")
 
 
 def test_an_empty_caption_does_not_hide_one_of_another_field(folder):

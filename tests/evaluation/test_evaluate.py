@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import tiny
+from facemodels import pack, photo
 from imprompt.app.cli import main
 from imprompt.errors import InputError, ModelError, UsageError
 from imprompt.evaluation.cases import read_cases
@@ -140,6 +141,36 @@ def test_two_files_of_one_name_are_both_kept(tuned_base, tmp_path):
         files.append(shutil.copy(source, tmp_path / name / "mine.safetensors"))
     config = EvaluateConfig(contenders=tuple(Contender(adapter=str(file)) for file in files))
     assert [name for name, _ in config.named(None)] == ["a/mine", "b/mine"]
+
+
+def test_an_adapter_that_is_called_as_the_base_is_not_measured_in_its_place():
+    config = EvaluateConfig(contenders=(Contender(adapter="a", label=BARE),))
+    assert [name for name, _ in config.named(None)] == [f"{BARE} (2)"]
+
+
+def test_records_that_are_left_out_are_counted(settings, shown):
+    lines = [json.dumps({"file_name": "0.png", "text": "a cat"})] + ["{"] * 7
+    (shown / "metadata.jsonl").write_text("\n".join(lines))
+    config = EvaluateConfig(**settings)
+    _, notes = read_cases(config, find_base(config.base))
+    assert sum(note.startswith("metadata.jsonl:") for note in notes) == 5
+    assert "and 2 more records are left out" in notes
+
+
+def test_pictures_without_a_face_are_counted_where_identity_is_measured(settings, shown, tmp_path):
+    for file in shown.glob("*.png"):
+        photo(size=(512, 512), colour=50).save(file)
+    face_model = str(pack(tmp_path / "pack"))
+    report = evaluate(EvaluateConfig(**settings | {"face_model": face_model, "samples": 1}))
+    assert "face identity" not in report.by_case["one"]
+    assert "face identity is not measured on pictures in which no face was found (3)" in report.notes
+
+
+def test_a_text_encoder_whose_settings_are_damaged_is_one_line(settings, tuned_base, tmp_path):
+    base = shutil.copytree(tuned_base["base"], tmp_path / "damaged")
+    (base / "text_encoder" / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"config\.json': not valid JSON"):
+        evaluate(EvaluateConfig(**settings | {"base": str(base)}))
 
 
 @pytest.mark.parametrize(("content", "says"), [(None, "there is no adapter"), (b"torn", "truncated")])

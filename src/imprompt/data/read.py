@@ -184,7 +184,7 @@ def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     macOS's copies, and what training runs have drawn."""
     found: list[Path] = []
     entered = {os.path.realpath(folder)}  # a link may lead back to a folder around it
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
         folders[:] = [
             name
             for name in sorted(folders)
@@ -195,6 +195,10 @@ def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
         ]
         found += [Path(place, name) for name in files if not name.startswith(".")]
     return sorted(path for path in found if path.suffix.lower() in suffixes)
+
+
+def _refuse(error: OSError) -> None:
+    raise InputError(f"folder '{error.filename}' cannot be read ({error.strerror}).") from error
 
 
 def _first(name: str, seen: set[str]) -> bool:
@@ -238,12 +242,11 @@ def _csv(path: Path) -> Dataset:
         text = path.read_text(encoding="utf-8-sig")
         heading = text.partition("\n")[0]
         separator = next((sign for sign in (",", ";", "\t") if sign in heading), ",")
-        lines = list(csv.DictReader(io.StringIO(text), delimiter=separator))
+        table = csv.DictReader(io.StringIO(text), delimiter=separator)
+        lines = [(table.line_num, line) for line in table]
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"'{path}' is not CSV in UTF-8: {error}.") from error
-    return rows_of(
-        (f"{path.name}:{n}", partial(_csv_record, path.parent, line)) for n, line in enumerate(lines, 2)
-    )
+    return rows_of((f"{path.name}:{n}", partial(_csv_record, path.parent, line)) for n, line in lines)
 
 
 def _csv_record(folder: Path, line: dict[str | None, Any]) -> tuple[Row, Mapping[str, Any]]:

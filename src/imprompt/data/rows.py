@@ -47,7 +47,7 @@ class Row:
     @property
     def trainable(self) -> bool:
         """Whether it may be used for training."""
-        return self.split in _TRAINED
+        return self.split.lower() in _TRAINED
 
     @property
     def caption(self) -> str:

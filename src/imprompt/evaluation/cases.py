@@ -16,6 +16,8 @@ from imprompt.errors import ImpromptError, InputError
 from imprompt.evaluation.config import EvaluateConfig
 from imprompt.generation.families import Base
 
+_SHOWN = 5  # of what is left out, by name
+
 
 @dataclass(frozen=True)
 class Case:
@@ -34,7 +36,9 @@ def read_cases(config: EvaluateConfig, base: Base) -> tuple[list[Case], list[str
     Raises :class:`InputError` when no picture can be read."""
     source = _own_source(config, base) if config.source is None else config.source
     data = read_dataset(source, only=config.only, captions="optional")
-    notes = [*data.notes, *(str(item) for item in data.rejected[:5])]
+    notes = [*data.notes, *(str(item) for item in data.rejected[:_SHOWN])]
+    if len(data.rejected) > _SHOWN:
+        notes.append(f"and {len(data.rejected) - _SHOWN} more records are left out")
     picked = _decoded(data.rows, config.n, notes)
     if not picked:
         raise InputError(f"no picture of '{source}' can be read ({notes[-1]}).")
@@ -66,7 +70,7 @@ def with_faces(cases: Sequence[Case], faces: Sequence[Tensor | None], notes: lis
             "pictures in which a face is seen."
         )
     if without:
-        named = ", ".join(without[:5]) + ", …" * (len(without) > 5)
+        named = ", ".join(without[:_SHOWN]) + ", …" * (len(without) > _SHOWN)
         notes.append(f"left out, since no face was found: {len(without)} ({named})")
     return kept
 

@@ -13,6 +13,9 @@ from imprompt.schema.record import Record
 from imprompt.schema.request import Speed
 from imprompt.schema.values import ExpandedPath
 
+BARE = "bare base"
+"""Name of the base without an adapter in the report."""
+
 
 class Contender(Record):
     """One adapter with its settings, to be compared with others."""
@@ -113,12 +116,14 @@ class EvaluateConfig(Record):
                 )
             chosen = (Contender(adapter=default),)
         names: list[tuple[str, Contender]] = []
+        taken = {BARE}
         for each in chosen:
             name, number = each.name, 2
             if sum(other.name == name for other in chosen) > 1 and Path(each.adapter).suffix:
                 name = f"{Path(each.adapter).parent.name}/{name}"
             free = name
-            while free in dict(names):
+            while free in taken:
                 free, number = f"{name} ({number})", number + 1
+            taken.add(free)
             names.append((free, each))
         return names

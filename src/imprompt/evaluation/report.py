@@ -17,8 +17,9 @@ from PIL import Image
 from imprompt.encoders.images import as_bytes
 from imprompt.errors import ImpromptError, UsageError
 from imprompt.evaluation.charts import scatter
+from imprompt.evaluation.config import BARE
 from imprompt.evaluation.metrics import Interval
-from imprompt.evaluation.run import BARE, Figure, Report
+from imprompt.evaluation.run import Figure, Report
 from imprompt.io import finite, read_json
 from imprompt.output.record import KEY, VERSION
 from imprompt.places import check_place, identities

@@ -40,7 +40,7 @@ from imprompt.encoders.face import PACKS, OnnxFaces, how_to_get, is_installed
 from imprompt.encoders.images import as_bytes, content_hash, load_image
 from imprompt.errors import InputError, UsageError
 from imprompt.evaluation.cases import Case, read_cases, with_faces
-from imprompt.evaluation.config import Contender, EvaluateConfig
+from imprompt.evaluation.config import BARE, Contender, EvaluateConfig
 from imprompt.evaluation.metrics import (
     LEAST_PAIRS,
     Interval,
@@ -66,7 +66,6 @@ from imprompt.generation.families import Base, find_base
 from imprompt.io import check_path, write_atomic
 from imprompt.schema.request import Request
 
-BARE = "bare base"
 BATCH = 8
 ROUNDING = 1e-6
 """Mean differences below this come from the order of sums."""
@@ -201,6 +200,8 @@ def _prepared(
     if of_faces and faces is not None:
         kept = with_faces(cases, faces, notes)
         cases, faces = [cases[place] for place in kept], [faces[place] for place in kept]
+    elif without := sum(each is None for each in faces or ()):
+        notes.append(f"face identity is not measured on pictures in which no face was found ({without})")
     look = _Look(cases, scorers, face, faces)
     return look, _Artist(config, base, engine, cases, of_faces), notes + look.notes
 

@@ -6,7 +6,6 @@ A scorer turns pictures into unit embeddings. One that also reads texts puts bot
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.face import FaceEmbedder
 from imprompt.errors import ImpromptError, ModelError, UsageError, first_line
 from imprompt.evaluation.metrics import bootstrap
+from imprompt.io import read_json
 
 BATCH = 16
 LEAST_GAP = 1e-3
@@ -92,7 +92,10 @@ def load_own(folder: Path) -> Scorer | None:
     encoder = ImageEncoder.from_pretrained(folder / "image_encoder", torch_dtype=torch.float32)
     scorer = encoder_scorer(encoder)
     about = folder / "text_encoder" / "config.json"
-    if not about.is_file() or json.loads(about.read_text())["hidden_size"] != encoder.pooled_width:
+    if (
+        not about.is_file()
+        or read_json(about, f"'{about}'", error=ModelError).get("hidden_size") != encoder.pooled_width
+    ):
         return scorer
     from transformers import CLIPTextModel, CLIPTokenizer
 
