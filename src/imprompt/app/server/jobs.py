@@ -14,13 +14,17 @@ from typing import Any, Literal
 from imprompt import catalog
 from imprompt.app.batching import batch_key
 from imprompt.app.server import messages as say
-from imprompt.app.server.problems import Problem
+from imprompt.app.server.problems import Problem, problem_of
+from imprompt.errors import ImpromptError
 from imprompt.schema.request import Request
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 FINISHED = ("done", "failed", "cancelled")
 _JOURNALED = ("suffix", "previews", "started", "finished", "pictures", "record", "notes", "timings", "batch",
               "error", "status")  # fmt: skip
+
+_ANY = Request(prompt="any")
+"""Stands for a request that cannot be read."""
 
 
 @dataclass(eq=False)
@@ -52,6 +56,8 @@ class Job:
     error: dict[str, Any] | None = None
     status: int = 500
     """HTTP status that goes with :attr:`error`."""
+    refused: Problem | None = None
+    """Why the request that an earlier server accepted is none for this one."""
     _changed: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
 
     @property
@@ -103,9 +109,15 @@ class Job:
 
     @classmethod
     def restored(cls, row: sqlite3.Row) -> "Job":
-        """A job from its row in the journal."""
+        """A job from its row in the journal. One that another version accepted and this one refuses keeps its
+        fields in :attr:`record`, with :attr:`refused`."""
         columns = {name: row[name] for name in ("id", "client", "state", "attempts", "number", "created")}
-        return cls(request=Request.from_json(row["request"]), **columns, **json.loads(row["body"]))
+        values = columns | json.loads(row["body"])
+        try:
+            return cls(request=Request.from_json(row["request"]), **values)
+        except ImpromptError as error:
+            values["record"] = values["record"] or json.loads(row["request"])
+            return cls(request=_ANY, refused=problem_of(error), **values)
 
 
 def work_of(request: Mapping[str, Any]) -> float:

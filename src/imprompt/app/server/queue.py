@@ -11,9 +11,9 @@ import json
 import logging
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ParamSpec, TypeVar
+from typing import TypeVar, TypeVarTuple
 
 from imprompt.app.server import messages as say
 from imprompt.app.server.jobs import Job, State, work_of
@@ -31,7 +31,7 @@ ATTEMPTS = 2
 _REMEMBERED = 256  # finished jobs kept in memory; older ones are read from the journal
 _WATCH_SECONDS = 0.02
 
-_P = ParamSpec("_P")
+_Args = TypeVarTuple("_Args")
 _T = TypeVar("_T")
 
 
@@ -53,7 +53,7 @@ class Queue:
         self._served: dict[str, float] = {}
         """Client → when a job of theirs was last started."""
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="journal")
-        self._writes: set[asyncio.Task[None]] = set()
+        self._writes: set[asyncio.Future[None]] = set()
         self._accepting: Counter[str] = Counter()
         """Client → jobs of theirs that are being journaled; they count as waiting."""
         self._unwanted: list[str] = []
@@ -69,11 +69,13 @@ class Queue:
         for row in await self.blocking(self.store.unfinished):
             job = Job.restored(row)
             self._active[job.id] = job
-            if job.state == "running" and job.attempts >= ATTEMPTS:
+            if job.refused is not None:
+                self._end(job, "failed", error=job.refused)
+            elif job.state == "running" and job.attempts >= ATTEMPTS:
                 self._end(job, "failed", error=_died_error())
-                continue
-            job.state = "queued"
-            self._waiting.append(job)
+            else:
+                job.state = "queued"
+                self._waiting.append(job)
         for device in self.settings.devices:
             setup = say.Setup(
                 self.store.pictures, self.settings.folder / "scratch", device, self.settings.dtype,
@@ -116,10 +118,9 @@ class Queue:
         await self.blocking(self.store.close)
         self._disk.shutdown()
 
-    async def blocking(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        """Run one of the store's methods on its thread."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._disk, lambda: call(*args, **kwargs))
+    def blocking(self, call: Callable[[*_Args], _T], *args: *_Args) -> asyncio.Future[_T]:
+        """Run one of the store's methods on its thread, after all that were asked for before."""
+        return asyncio.get_running_loop().run_in_executor(self._disk, call, *args)
 
     @property
     def ready(self) -> bool:
@@ -314,7 +315,7 @@ class Queue:
         """Delete what nobody wanted, once no worker may be telling of the same pictures for another job."""
         if self._unwanted and not any(worker.jobs for worker in self.workers):
             pictures, self._unwanted = self._unwanted, []
-            self._write(self.blocking(self.store.discard, pictures))
+            self._note(self.blocking(self.store.discard, pictures))
 
     def _running(self, identity: str) -> Job | None:
         job = self._active.get(identity)
@@ -349,6 +350,8 @@ class Queue:
             self._waiting.insert(0, job)
             self._journal(job, "queued")
             job.changed()
+        self._assign()
+        self._moved_up()
 
     def _end(self, job: Job, state: State, *, error: Problem | None = None) -> None:
         """Finish a job; listeners are told when the journal knows."""
@@ -376,23 +379,23 @@ class Queue:
 
     def _journal(self, job: Job, state: State, then: Callable[[], None] | None = None) -> None:
         """Write a job's state; a full disk loses the row, not the job in memory."""
-        attempts, body = job.attempts, job.body()
         drawn = [Picture(**picture) for picture in job.pictures]
+        writing = self.blocking(self.store.update, job.id, state, job.attempts, job.body(), drawn)
 
-        async def write() -> None:
+        async def written() -> None:
             try:
-                await self.blocking(self.store.update, job.id, state, attempts, body, drawn)
+                await writing
             except Problem as problem:
                 log.error("cannot journal job %s: %s", job.id, problem.message)
             if then is not None:
                 then()
 
-        self._write(write())
+        self._note(asyncio.ensure_future(written()))
 
-    def _write(self, writing: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(writing)
-        self._writes.add(task)
-        task.add_done_callback(self._writes.discard)
+    def _note(self, writing: asyncio.Future[None]) -> None:
+        """The server ends after what is being written."""
+        self._writes.add(writing)
+        writing.add_done_callback(self._writes.discard)
 
     def _moved_up(self) -> None:
         """Tell the waiting jobs' listeners that there is another position and estimate."""

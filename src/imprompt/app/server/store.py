@@ -129,11 +129,14 @@ class Store:
 
     def _write_again(self) -> None:
         """Write the journal anew after somebody has deleted its file, which is still open and whole."""
-        with contextlib.closing(sqlite3.connect(":memory:")) as copy:
-            self._database.backup(copy)
-            self._database.close()  # before the next is open: closing deletes files by their names
-            self._database = self._opened()
-            copy.backup(self._database)
+        copy = sqlite3.connect(":memory:", check_same_thread=False)
+        copy.row_factory = sqlite3.Row
+        self._database.backup(copy)
+        self._database.close()  # before the next is open: closing deletes files by their names
+        self._database = copy  # stays if the folder cannot be used now, until the next attempt
+        self._database = self._opened()
+        copy.backup(self._database)
+        copy.close()
 
     def close(self) -> None:
         """Release the journal."""
@@ -324,7 +327,7 @@ class Store:
                 self._write_again()
             with self._database:
                 yield self._database
-        except (sqlite3.OperationalError, OSError, ImpromptError) as error:
+        except (sqlite3.Error, OSError, ImpromptError) as error:
             raise disk_problem(error) from error
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 from imprompt.app.server import messages as say
 from imprompt.app.server.logs import log_to_stderr
-from imprompt.app.server.problems import problem_of
+from imprompt.app.server.problems import Problem, problem_of
 from imprompt.app.server.store import ID, SCRATCH, as_animation, describe, disk_problem
 from imprompt.encoders.images import as_bytes, container_of
 from imprompt.errors import Cancelled, ImpromptError, InputError
@@ -49,7 +49,7 @@ def main(pipe: Connection, setup: say.Setup) -> None:
         signal.signal(number, signal.SIG_IGN)
     log_to_stderr("imprompt.worker", "py.warnings")
     logging.captureWarnings(True)
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the server is gone
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server is gone
         Worker(pipe, setup).run()
 
 
@@ -68,14 +68,19 @@ class Worker:
         self._pipe.send(say.Ready(self._setup.device, self._warm_up()))
         while not self._stopping:
             while not self._waiting and not self._stopping:
-                self._take(self._pipe.recv())
+                self._hear()
             if self._waiting:
                 self._draw_batch(self._waiting.pop(0).tasks)
                 self._cancelled.clear()
                 features = self._engine.features
                 self._pipe.send(say.Free(_memory(), features.hits, features.misses))
 
-    def _take(self, message: object) -> None:
+    def _hear(self) -> None:
+        """Wait for the server's next message; without a server, stop."""
+        try:
+            message = self._pipe.recv()
+        except (EOFError, OSError):
+            message = say.Stop()
         if isinstance(message, say.Draw):
             self._waiting.append(message)
         elif isinstance(message, say.Cancel):
@@ -116,26 +121,30 @@ class Worker:
                 log.info("worker: a batch of %d is drawn one by one (%s)", len(wanted), type(error).__name__)
             else:
                 for task, result in zip(wanted, results, strict=True):
-                    self._finish(task, result, len(wanted))
+                    with self._telling_faults(task):
+                        self._finish(task, result, len(wanted))
                 return
         for task in wanted:
-            self._draw_alone(task)
+            with self._telling_faults(task):
+                self._finish(task, self._draw([task])[0], 1)
 
-    def _draw_alone(self, task: say.Task) -> None:
+    @contextlib.contextmanager
+    def _telling_faults(self, task: say.Task) -> Iterator[None]:
+        """Tell the server what goes wrong inside: it is the end of this job alone."""
         try:
-            result = self._draw([task])[0]
+            yield
         except Cancelled:
             self._pipe.send(say.Cancelled(task.id))
+        except Problem as problem:
+            self._fail(task, problem)
         except ImpromptError as error:
-            self._fail(task, error)
-        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self._fail(task, problem_of(error))
+        except (BrokenPipeError, ConnectionResetError):
             raise
-        except Exception as error:  # a fault of ours: the job fails, the next one is fine
+        except Exception as error:  # a fault of ours: the next job is fine
             log.exception("a job failed unexpectedly", extra={"job": task.id})
             text = f"the drawing failed unexpectedly ({type(error).__name__}); the server's log says more."
-            self._pipe.send(say.Failed(task.id, 500, "internal", text, None))
-        else:
-            self._finish(task, result, 1)
+            self._fail(task, Problem(500, "internal", text))
 
     def _draw(self, tasks: Sequence[say.Task]) -> list[Result]:
         requests = [self._prepared(task.request) for task in tasks]
@@ -147,8 +156,8 @@ class Worker:
         progress = _Progress(tasks)
 
         def on_step(step: Step) -> None:
-            while self._pipe.poll():
-                self._take(self._pipe.recv())
+            while not self._stopping and self._pipe.poll():
+                self._hear()
             if self._stopping or all(task.id in self._cancelled for task in tasks):
                 raise Cancelled("the job was cancelled.")
             for message in progress.messages(step, self._cancelled):
@@ -182,22 +191,14 @@ class Worker:
 
     def _finish(self, task: say.Task, result: Result, batch: int) -> None:
         if task.id in self._cancelled:
-            self._pipe.send(say.Cancelled(task.id))
-            return
-        try:
-            shown = replace(result, request=self._public(result.request))
-            pictures = self._store(shown, task.suffix)
-        except ImpromptError as error:
-            self._fail(task, error)
-            return
+            raise Cancelled("the job was cancelled.")
+        shown = replace(result, request=self._public(result.request))
+        pictures = self._store(shown, task.suffix)
         notes, timings = tuple(map(_short, result.notes)), dict(result.timings)
         record = shown.request.to_json()
         self._pipe.send(say.Drawn(task.id, tuple(pictures), record, notes, timings, batch))
 
-    def _fail(self, task: say.Task, error: ImpromptError) -> None:
-        problem = problem_of(error)
-        if isinstance(error, InputError) and isinstance(error.__cause__, OSError):
-            problem = disk_problem(error)
+    def _fail(self, task: say.Task, problem: Problem) -> None:
         text = self._told(problem.message)
         self._pipe.send(say.Failed(task.id, problem.status, problem.code, text, problem.field))
 
@@ -209,7 +210,10 @@ class Worker:
         return _short(_FOLDERS.sub("", text))
 
     def _store(self, result: Result, suffix: str) -> list[dict[str, Any]]:
-        """Write a result's pictures or clips into the store's folder under the names of their contents."""
+        """Write a result's pictures or clips into the store's folder under the names of their contents.
+
+        Raises :class:`Problem` when the disk is full or the folder is gone.
+        """
         scratch = self._setup.scratch
         try:
             scratch.mkdir(parents=True, exist_ok=True)
@@ -219,8 +223,10 @@ class Worker:
                 # Names are those that the server offers, whatever files here are called like them.
                 paths = save(result, Path(folder) / f"picture{suffix}", keep_names=True)
                 return [self._place(path) for path in paths]
-        except OSError as error:
-            raise InputError(f"cannot write to the server's folder ({error.strerror}).") from error
+        except (OSError, InputError) as error:
+            if isinstance(error, InputError) and not isinstance(error.__cause__, OSError):
+                raise  # a format cannot hold the picture
+            raise disk_problem(error) from error
 
     def _place(self, path: Path) -> dict[str, Any]:
         content = path.read_bytes()
