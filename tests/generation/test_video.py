@@ -675,6 +675,16 @@ def test_sdxl_moves_and_says_what_it_cannot(tmp_path, motion, pictures, film):
         generate(asked.replace(video=str(film)))
 
 
+def test_in_sdxls_clips_a_region_says_its_own_text(tmp_path, motion, pictures):
+    tiny.tiny_sdxl().save_pretrained(tmp_path / "xl")
+    engine, plain = Engine(), {"prompt": "a cat", "base": str(tmp_path / "xl"), "motion": motion, "frames": 2}
+    asked = Request(task="animate", steps=2, seed=1, **plain)
+    region = TextRegion("a dog", str(pictures / "mask.png"))
+    assert not np.array_equal(
+        pixels(engine.run(asked).images), pixels(engine.run(asked.replace(regions=(region,))).images)
+    )
+
+
 def test_a_sweep_of_clips_writes_a_file_each_and_a_page(engine, asked, tmp_path):
     from imprompt.app.sweep import sweep
 

@@ -326,13 +326,10 @@ class PromptEncoder:
 
     def _black_picture(self) -> Tensor | None:
         """Pooled features ``(1, E)`` of a black picture, XLabs' negative; ``None`` without an encoder."""
-        encoder = self.image_encoder
-        if encoder is None:
+        if self.image_encoder is None:
             return None
-        black = Image.new("RGB", (32, 32))
-        make = partial(framing.encode, encoder, [black], "crop", sharpen=0.0)
-        dtype = next(encoder.model.parameters()).dtype
-        found = self.cache.get((encoder.model, encoder.preparation, dtype, "black picture"), make)
+        black = ImagePrompt(Image.new("RGB", (32, 32)))
+        found = self._encoded(black.pictures, black)
         return found.pooled if isinstance(found, Features) else None
 
     def _negative(self, prompt: ImagePrompt) -> tuple[Tensor, Tensor | None] | Tensor | None:

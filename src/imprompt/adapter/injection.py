@@ -244,7 +244,7 @@ class Injection:
             timestep = self.backbone.inputs(given).timestep.to(call.device, torch.float32)
             batch.step(clock, timestep)
             if self.recorder is not None:
-                self.recorder.step(clock.position(timestep).mean() / clock.length, batch.call, self.sites)
+                self.recorder.step(clock.fraction(timestep).mean(), batch.call, self.sites)
         if batch.beside_text is not None:
             given = batch.beside_text.into(given)
         elif ratio is None:

@@ -24,6 +24,8 @@ from imprompt.adapter.key_value import placement
 from imprompt.adapter.slots import Slot, padded
 from imprompt.errors import InputError, UsageError
 
+_COUNTS = {"num_images_per_prompt", "num_videos_per_prompt"}  # one of them, by pipeline
+
 
 @dataclass(frozen=True, eq=False)
 class Regional:
@@ -94,6 +96,13 @@ def project_text(projection: Any | None, states: Float[Tensor, "*B E"]) -> Float
     return projection(states.to(device=device, dtype=dtype))
 
 
+def call_encode_prompt(pipe: Any, **arguments: Any) -> Any:
+    """The states that the pipeline's ``encode_prompt`` returns for one picture or clip, ``None`` for some."""
+    known = inspect.signature(pipe.encode_prompt).parameters
+    counts = dict.fromkeys(_COUNTS & known.keys(), 1)
+    return pipe.encode_prompt(device=getattr(pipe, "_execution_device", pipe.device), **counts, **arguments)
+
+
 def text_options(caller: Caller) -> dict[str, Any]:
     """The options of the pipeline's call that its ``encode_prompt`` takes: ``clip_skip`` and
     ``lora_scale``."""
@@ -117,13 +126,7 @@ def encode_text(pipe: Any, text: str | Tensor, width: int, **options: Any) -> Fl
                 "text as words is encoded by the pipeline: attach the adapter to one before, or give the "
                 "words' embeddings (T, C)."
             )
-        states = pipe.encode_prompt(
-            prompt=text,
-            device=getattr(pipe, "_execution_device", pipe.device),
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-            **options,
-        )[0]
+        states = call_encode_prompt(pipe, prompt=text, do_classifier_free_guidance=False, **options)[0]
     states = states[0] if states.ndim == 3 and len(states) == 1 else states
     if states.ndim != 2 or states.shape[-1] != width or not bool(torch.isfinite(states).all()):
         raise InputError(

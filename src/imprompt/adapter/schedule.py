@@ -73,6 +73,10 @@ class Clock:
         # Nearest, not equal: FLUX is given t/1000 in the latents' precision (bf16 keeps 8 bits).
         return (self.table - timestep[..., None]).abs().argmin(-1).to(torch.float32)
 
+    def fraction(self, timestep: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
+        """Position of ``timestep`` in the schedule, from 0 to 1."""
+        return self.position(timestep) / self.length
+
 
 def _counts_training_steps(scheduler: Any) -> bool:
     config = scheduler.config

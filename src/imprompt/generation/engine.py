@@ -40,7 +40,6 @@ from imprompt.generation.job import (
     shots_of,
     shows_pictures,
     slices,
-    sorted_for_batches,
     together_limit,
 )
 from imprompt.generation.loading import LOADING, Loaded, Models, format_notes, reads_faces
@@ -130,13 +129,12 @@ class Engine:
         total, before = sum(request.count for request in requests), 0
         with self._exclusive(requests[0].base if requests else ""):
             jobs = [self._read(request, pictures or {}) for request in requests]
-            order = sorted_for_batches(jobs) if on_step is None else list(range(len(jobs)))
-            for group in batches([jobs[place] for place in order]):
+            for numbers in batches(jobs, neighbours=on_step is not None):
                 told = None if on_step is None else _counted_on(on_step, before, total)
-                places = order[len(results) :][: len(group)]
-                results |= zip(places, self._draw_jobs(group, False, told), strict=True)
+                group = [jobs[number] for number in numbers]
+                results |= zip(numbers, self._draw_jobs(group, False, told), strict=True)
                 before += sum(job.request.count for job in group)
-        return [results[place] for place in range(len(jobs))]
+        return [results[number] for number in range(len(jobs))]
 
     @property
     def loaded(self) -> tuple[str, ...]:

@@ -113,8 +113,7 @@ def _step_fractions(request: Request, kind: Kind, loaded: Loaded) -> list[float]
     if request.strength is not None:
         drawn = kind.drawn_steps(request.steps, request.strength)
         timesteps = timesteps[(request.steps - drawn) * scheduler.order :]
-    clock = Clock.of(scheduler, torch.device("cpu"))
-    return (clock.position(timesteps) / clock.length).tolist()
+    return Clock.of(scheduler, timesteps.device).fraction(timesteps).tolist()
 
 
 def _idle_in_time(prompt: ImagePrompt, fractions: Callable[[], Sequence[float]]) -> str:

@@ -1,6 +1,6 @@
 """A request ready to be drawn, and which of them can be drawn as one batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -21,7 +21,10 @@ _BATCH_PIXELS = 32 * 128 * 128
 """Pixels drawn at once on the CPU; a GPU draws sixteen times as many."""
 _PIXEL_BYTES = 1500
 """Memory that decoding a pixel takes, for each byte of the number format (Stable Diffusion's VAE)."""
-_BATCHED = ("generate", "edit", "inpaint")
+_OWN = {
+    "prompt", "negative", "images", "regions", "scale", "adapter", "seed", "count", "hashes", "fingerprints",
+}  # fmt: skip
+"""Fields in which requests of one batch may differ."""
 _BATCHED_NETS = ("controlnet", "union")
 
 
@@ -73,38 +76,27 @@ def shows_pictures(job: Job, adapter: str) -> bool:
 # ---- batches
 
 
-def batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    """Neighbours that can be drawn as one batch (see :func:`sorted_for_batches`)."""
-    group: list[Job] = []
-    for job in jobs:
-        if group and _agreement(job) != _agreement(group[0]):
-            yield group
-            group = []
-        group.append(job)
-    if group:
-        yield group
-
-
-def sorted_for_batches(jobs: Sequence[Job]) -> list[int]:
-    """Numbers of the jobs in an order in which those that can be drawn as one batch are neighbours."""
-    kinds: list[object] = []
-    places = []
-    for job in jobs:
+def batches(jobs: Sequence[Job], *, neighbours: bool) -> list[list[int]]:
+    """Numbers of the jobs that can be drawn as one batch each; of ``neighbours`` alone, or of all."""
+    found: list[tuple[object, list[int]]] = []
+    for number, job in enumerate(jobs):
         kind = _agreement(job)
-        if kind not in kinds:
-            kinds.append(kind)
-        places.append(kinds.index(kind))
-    return sorted(range(len(jobs)), key=places.__getitem__)
+        known = found[-1:] if neighbours else found
+        batch = next((numbers for other, numbers in known if other == kind), None)
+        if batch is None:
+            found.append((kind, [number]))
+        else:
+            batch.append(number)
+    return [numbers for _, numbers in found]
 
 
 def _agreement(job: Job) -> object:
     """Equal for jobs that can be drawn as one batch; jobs that cannot are equal to none."""
     request = job.request
-    if request.exact or request.task not in _BATCHED or request.controls:
+    if request.exact or request.task == "animate" or request.controls:
         return object()
-    own = dict.fromkeys(("images", "regions", "hashes", "fingerprints", "scale", "adapter", "negative"))
     start = [request.hashes.get(str(name)) for name in (request.image, request.mask)]
-    shared = request.model_dump(exclude={*own, "prompt", "seed", "count"})
+    shared = request.model_dump(exclude=_OWN)
     return shared, start, bool(request.images), job.adapters
 
 
@@ -112,7 +104,7 @@ def together_limit(jobs: Sequence[Job], loaded: Loaded) -> int:
     """How many pictures are drawn at once: as many as their size lets expect memory for."""
     request = jobs[0].request
     assert request.size is not None
-    if request.exact or request.task not in _BATCHED:
+    if request.exact or request.task == "animate":
         return 1
     if any(control.net not in _BATCHED_NETS for control in jobs[0].controls):
         return 1

@@ -19,10 +19,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from imprompt.adapter.regional import call_encode_prompt
 from imprompt.schema.request import Request
 
 _WEIGHTED = re.compile(r"\(([^()]+):([+-]?\d*\.?\d+)\)")
-_COUNTS = {"num_images_per_prompt", "num_videos_per_prompt"}  # one of them, by pipeline
 _TAG = re.compile(r"<(?:lora|lyco|hypernet):[^<>]+>", re.IGNORECASE)
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 
@@ -73,12 +73,9 @@ def _pair_states(pipe: Any, prompt: str, negative: str | None) -> dict[str, Tens
         if pooled is not None:
             names += ["pooled_prompt_embeds", "negative_pooled_prompt_embeds"][: len(texts)]
     else:
-        parts = pipe.encode_prompt(
-            prompt=prompt,
-            device=getattr(pipe, "_execution_device", pipe.device),
-            **dict.fromkeys(_COUNTS & signature(pipe.encode_prompt).parameters.keys(), 1),
-            do_classifier_free_guidance=negative is not None,
-            negative_prompt=negative,
+        guided = negative is not None
+        parts = call_encode_prompt(
+            pipe, prompt=prompt, negative_prompt=negative, do_classifier_free_guidance=guided
         )
         names = ["prompt_embeds", "negative_prompt_embeds"]
         names += [f"{kind}pooled_prompt_embeds" for kind in ("", "negative_")]

@@ -333,8 +333,7 @@ def _begins_shared(pipe: Any, call: Mapping[str, Any], request: Request) -> bool
 
 def _position(scheduler: Any, timestep: Tensor) -> float:
     """Position in the schedule, from 0 to 1."""
-    clock = Clock.of(scheduler, timestep.device)
-    return float(clock.position(timestep.float()) / clock.length)
+    return float(Clock.of(scheduler, timestep.device).fraction(timestep.float()))
 
 
 def _whole(scheduler: Any) -> bool:

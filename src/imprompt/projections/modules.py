@@ -66,9 +66,7 @@ class ImageProjection(nn.Module):
         """Project features that have been checked."""
         raise NotImplementedError
 
-    def negative(
-        self, features: Tensor | None = None, timestep: Tensor | None = None
-    ) -> Float[Tensor, "1 T C"]:
+    def negative(self, features: Tensor | None = None) -> Float[Tensor, "1 T C"]:
         """Tokens of the uncond rows, by the variant's rule.
 
         ``features`` are the encoder's hidden states of an all-zero preprocessed tensor (``encoded_zeros``),
@@ -82,14 +80,14 @@ class ImageProjection(nn.Module):
                 f"a {self.variant.name} projection has no negative tokens: rows without a picture get none."
             )
         if rule == "zero_features" and self.feature in ("pooled", "face"):
-            return self(self._zeros(), timestep=timestep)
+            return self(self._zeros())
         if features is None:
             source = {"black_picture": "a black picture", "zero_features": "any picture (for their shape)"}
             raise UsageError(
                 f"negative tokens of a {self.variant.name} projection are made of the encoder's features of "
                 f"{source.get(rule, 'an all-zero preprocessed tensor: pass Features.negative_hidden')}."
             )
-        return self(torch.zeros_like(features) if rule == "zero_features" else features, timestep=timestep)
+        return self(torch.zeros_like(features) if rule == "zero_features" else features)
 
     def reset_parameters(self) -> None:
         """Random weights for training: torch's defaults."""

@@ -3,10 +3,10 @@
 Dimensions as in :mod:`imprompt.projections.modules`; ``D`` is the resampler's width.
 """
 
-import math
 from typing import Any
 
 import torch
+from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
@@ -53,14 +53,16 @@ class TimedResamplerProjection(ResamplerProjection):
     def __init__(self, variant: Variant, sizes: Sizes) -> None:
         super().__init__(variant, sizes)
         width = sizes.time_width
-        self.time_embedding = _TimeEmbedding(sizes.frequencies, width)
+        self.time_embedding = TimestepEmbedding(sizes.frequencies, width)
         for block in self.layers:
             assert isinstance(block, nn.ModuleList)
             block.append(nn.Sequential(nn.SiLU(), nn.Linear(width, 4 * width)))
 
     def embed_time(self, timestep: Float[Tensor, " N"]) -> Float[Tensor, "N D"]:
         """The embedded timestep, which the adapter's layers read as well; ``timestep`` is in 0 to 1000."""
-        return self.time_embedding(timestep)
+        layer = self.time_embedding.linear_1
+        waves = get_timestep_embedding(timestep, layer.in_features, True, downscale_freq_shift=0)
+        return self.time_embedding(waves.to(layer.weight.dtype))
 
     def forward(
         self, features: Tensor, patches: Tensor | None = None, timestep: Tensor | None = None
@@ -127,9 +129,7 @@ class FaceResamplerProjection(ImageProjection):
             tokens = faces + self.s_scale * tokens
         return tokens.reshape(len(features), -1, self.cross_dim)
 
-    def negative(
-        self, features: Tensor | None = None, timestep: Tensor | None = None
-    ) -> Float[Tensor, "1 T C"]:
+    def negative(self, features: Tensor | None = None) -> Float[Tensor, "1 T C"]:
         """Tokens of a zero face embedding and ``features``, the encoder's of an all-zero tensor.
 
         Raises :class:`UsageError` without them.
@@ -140,22 +140,6 @@ class FaceResamplerProjection(ImageProjection):
                 "of an all-zero preprocessed tensor (Kolors': zeros of their shape): pass them."
             )
         return self(self._zeros(), features)
-
-
-class _TimeEmbedding(nn.Module):
-    """Cosines and sines of the timestep through two linear layers, as diffusers' ``TimestepEmbedding``."""
-
-    def __init__(self, frequencies: int, width: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(frequencies, width)
-        self.linear_2 = nn.Linear(width, width)
-
-    def forward(self, timestep: Float[Tensor, " N"]) -> Float[Tensor, "N D"]:
-        half = self.linear_1.in_features // 2
-        steps = torch.arange(half, device=timestep.device, dtype=torch.float32)
-        angles = timestep.float()[:, None] * torch.exp(-math.log(10_000) / half * steps)
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
-        return self.linear_2(functional.silu(self.linear_1(waves)))
 
 
 class _Attention(nn.Module):

@@ -47,15 +47,20 @@ class Site:
     @property
     def block(self) -> str:
         """Module path of its block, e.g. ``down_blocks.1.attentions.0`` or ``transformer_blocks.3``."""
-        parts = self.name.split(".")
-        if parts[0].endswith("transformer_blocks"):
-            return ".".join(parts[:2])
-        return ".".join(parts[: 3 if parts[0] == "mid_block" else 4])
+        return block_of(self.name)
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of this site's grid, for a latent (or token) grid of ``height × width``."""
         factor = 2**self.level
         return -(-height // factor), -(-width // factor)
+
+
+def block_of(site: str) -> str:
+    """Module path of the block of a site, by the site's."""
+    parts = site.split(".")
+    if parts[0].endswith("transformer_blocks"):
+        return ".".join(parts[:2])
+    return ".".join(parts[: 3 if parts[0] == "mid_block" else 4])
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,18 @@ from imprompt.adapter.attention import (
     normed_key_value,
     split_heads,
 )
-from imprompt.adapter.backbones.base import Backbone, BlockKind, Grid, Inputs, Site, batched_branches
+from imprompt.adapter.backbones.base import (
+    Backbone,
+    BlockKind,
+    Grid,
+    Inputs,
+    Site,
+    batched_branches,
+    block_of,
+)
 
 _KINDS: dict[str, BlockKind] = {"down_blocks": "input", "mid_block": "middle", "up_blocks": "output"}
-_RANKS = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+"""Stage → kind of its blocks, in execution order."""
 
 
 class UNetProcessor(SiteProcessor):
@@ -102,8 +110,9 @@ def cross_attentions(unet: Any) -> tuple[Site, ...]:
         for name in unet.attn_processors
         if name.endswith("attn2.processor") and "motion_modules" not in name and "temporal" not in name
     ]
-    blocks = list(dict.fromkeys(_block_of(name) for name in names))
-    blocks.sort(key=lambda block: _RANKS[block.split(".")[0]])  # stable: keeps the order inside each part
+    blocks = list(dict.fromkeys(block_of(name) for name in names))
+    stages = list(_KINDS)
+    blocks.sort(key=lambda block: stages.index(block.split(".")[0]))  # stable: keeps the order inside each
     levels = _levels(unet)
     sites = []
     for position, name in enumerate(names):
@@ -112,7 +121,7 @@ def cross_attentions(unet: Any) -> tuple[Site, ...]:
             Site(
                 name=name,
                 index=2 * position + 1,
-                block_index=blocks.index(_block_of(name)),
+                block_index=blocks.index(block_of(name)),
                 kind=_KINDS[stage],
                 level=levels[stage if stage == "mid_block" else ".".join(name.split(".")[:2])],
                 width=attention.to_k.out_features,
@@ -128,11 +137,6 @@ def text_projection(unet: Any) -> nn.Module | None:
     if config.get("encoder_hid_dim_type") != "text_proj":
         return None
     return unet.get_submodule("encoder_hid_proj")
-
-
-def _block_of(name: str) -> str:
-    parts = name.split(".")
-    return ".".join(parts[: 3 if parts[0] == "mid_block" else 4])
 
 
 def _levels(unet: Any) -> dict[str, int]:
