@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNetMotionModel
+from diffusers.models.attention import BasicTransformerBlock
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -468,6 +469,25 @@ def test_a_long_clip_is_drawn_in_windows_and_leaves_the_pipeline_as_it_was(engin
     assert np.array_equal(pixels(engine.run(asked()).images), short)
 
 
+def test_after_windows_the_same_blocks_draw_as_before(asked):
+    """Others would not be packed, and round otherwise."""
+
+    def blocks(**fields):
+        called = []
+        hook = register_module_forward_pre_hook(lambda module, _: called.append(module))
+        try:
+            engine.run(asked(**fields))
+        finally:
+            hook.remove()
+        return {module for module in called if type(module) is BasicTransformerBlock}
+
+    engine = Engine()
+    before = blocks()
+    assert before
+    assert blocks(frames=11) != before
+    assert blocks() == before
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -675,14 +695,18 @@ def test_sdxl_moves_and_says_what_it_cannot(tmp_path, motion, pictures, film):
         generate(asked.replace(video=str(film)))
 
 
-def test_in_sdxls_clips_a_region_says_its_own_text(tmp_path, motion, pictures):
+def test_in_sdxls_clips_regions_and_a_shared_start_act(tmp_path, motion, pictures):
+    """Its pipeline counts videos where others count pictures, and asks its scheduler for tuples."""
     tiny.tiny_sdxl().save_pretrained(tmp_path / "xl")
     engine, plain = Engine(), {"prompt": "a cat", "base": str(tmp_path / "xl"), "motion": motion, "frames": 2}
-    asked = Request(task="animate", steps=2, seed=1, **plain)
+    asked = Request(task="animate", steps=4, seed=1, **plain)
+    alone = pixels(engine.run(asked).images)
     region = TextRegion("a dog", str(pictures / "mask.png"))
-    assert not np.array_equal(
-        pixels(engine.run(asked).images), pixels(engine.run(asked.replace(regions=(region,))).images)
-    )
+    assert not np.array_equal(pixels(engine.run(asked.replace(regions=(region,))).images), alone)
+    late = pixels(engine.run(asked.replace(shared_start=0.4)).images)
+    calm = pixels(engine.run(asked.replace(shared_noise=1)).images)
+    assert np.abs(calm[0] - calm[1]).max() <= 1
+    assert np.abs(late[0] - late[1]).max() > 1
 
 
 def test_a_sweep_of_clips_writes_a_file_each_and_a_page(engine, asked, tmp_path):

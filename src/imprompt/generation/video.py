@@ -16,6 +16,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D as _MotionModule
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -253,11 +254,16 @@ def _windows(pipe: Any, request: Request) -> Iterator[None]:
         yield
         return
     context = request.context or 0
-    pipe.enable_free_noise(context_length=context, context_stride=max(1, context // 4))
+    lists = [each.transformer_blocks for each in pipe.unet.modules() if isinstance(each, _MotionModule)]
+    own = [list(blocks) for blocks in lists]
     try:
+        pipe.enable_free_noise(context_length=context, context_stride=max(1, context // 4))
         yield
     finally:
         pipe.disable_free_noise()
+        for blocks, before in zip(lists, own, strict=True):  # diffusers has made other ones, not packed
+            for place, block in enumerate(before):
+                blocks[place] = block
 
 
 def _start(
@@ -306,8 +312,10 @@ def _own_noise_later(
         following = scheduler.timesteps[scheduler.timesteps < timestep][:1]
         if len(following) and _position(scheduler, following[0]) >= border and _whole(scheduler):
             clean = _expected(scheduler, output, predicted, timestep, sample)
-            output.prev_sample = scheduler.add_noise(clean, noise.to(clean), following)
-            waiting = False
+            renewed, waiting = scheduler.add_noise(clean, noise.to(clean), following), False
+            if isinstance(output, tuple):  # SDXL's pipeline asks for one
+                return (renewed, *output[1:])
+            output.prev_sample = renewed
         return output
 
     scheduler.step = stepped
