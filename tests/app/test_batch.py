@@ -65,8 +65,8 @@ def test_odd_lines_are_listed_and_the_others_are_read(tmp_path: Path) -> None:
 
 def test_a_format_that_cannot_be_written_is_said_before_a_model_is_looked_for(tmp_path: Path, capsys) -> None:
     file = jobs(tmp_path, {"prompt": "a cat", "base": "no/where"})
-    assert main(["batch", str(file), "-o", str(tmp_path / "drawn"), "--format", "tiff"]) == 1
-    assert "must end in .png" in capsys.readouterr().err
+    assert main(["batch", str(file), "-o", str(tmp_path / "drawn"), "--format", "tiff"]) == 2
+    assert "--format 'tiff': png, jpg, jpeg, webp, gif, mp4 are known." in capsys.readouterr().err
 
 
 def test_a_batch_draws_as_each_alone(tmp_path: Path) -> None:

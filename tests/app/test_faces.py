@@ -98,6 +98,9 @@ def test_a_face_is_drawn_from_a_photo_and_from_what_was_embedded_of_it(
         "d.safetensors",
     )
     assert f"no face was found in '{place / 'sky.png'}'" in say(capsys, place, *embed)[2]
+    for flag, value in (("sharpen", "0.5"), ("framing", "pad")):
+        code, _, err = say(capsys, place, *embed, f"--{flag}", value)
+        assert (code, f"{flag}: has no effect on adapter" in err) == (2, True), err
 
 
 def test_a_face_adapter_is_measured_on_the_pictures_with_a_face(

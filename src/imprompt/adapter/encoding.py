@@ -293,6 +293,7 @@ class PromptEncoder:
         images = [load_image(picture) for picture in pictures]
         hashes = tuple(map(content_hash, images))
         if self.face is not None:
+            self.face.check_fields(prompt)
             look = None if self._projection.patch_width is None else self._needed_encoder()
             with_look = look and (look.model, look.preparation)
             key = (self.face.reader, with_look, self.face.crop, prompt.face, hashes)

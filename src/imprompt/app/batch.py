@@ -25,6 +25,8 @@ from imprompt.app.batching import batch_key
 from imprompt.errors import ImpromptError, InputError, ModelError, UsageError
 from imprompt.io import check_file, check_path, read_json
 from imprompt.output import check_target, names, save
+from imprompt.output.clips import SUFFIXES
+from imprompt.output.stills import FORMATS
 from imprompt.places import Identity, check_not_read, identities
 from imprompt.schema.request import Request
 
@@ -74,8 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw the file's jobs; 1 when some failed. Raises :class:`UsageError` and :class:`InputError`."""
     source, folder = check_path(args.jobs).absolute(), check_path(args.output, "--output").absolute()
-    if args.batch < 1:
-        raise UsageError(f"--batch {args.batch}: 1 or more is expected.")
+    _check(args)
     index, count = read_shard(args.shard)
     jobs = list(read_jobs(source, args.device))
     _check_ids(jobs)
@@ -99,6 +100,22 @@ def run(args: argparse.Namespace) -> int:
         print(f"imprompt: {entry['id']}: {entry['error']}", file=sys.stderr)
     print(f"imprompt: {len(left) - len(failed)} drawn, {len(failed)} failed", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises :class:`UsageError` for options that would fail every job."""
+    if args.batch < 1:
+        raise UsageError(f"--batch {args.batch}: 1 or more is expected.")
+    if (args.ray or 0) < 0:
+        raise UsageError(f"--ray {args.ray}: 1 or more is expected, or no number.")
+    endings = [suffix for suffix in dict.fromkeys((*FORMATS, *SUFFIXES)) if suffix]
+    if args.format is not None and f".{args.format.removeprefix('.').lower()}" not in endings:
+        raise UsageError(f"--format '{args.format}': {', '.join(endings).replace('.', '')} are known.")
+    if args.device is not None:
+        try:
+            Request(prompt="any", device=args.device)
+        except UsageError as error:
+            raise UsageError(f"--{error}") from error
 
 
 # ---- reading

@@ -283,6 +283,7 @@ def _sweep(task: str, args: argparse.Namespace, request: Request) -> int:
     from imprompt.generation.sweep import expand, read_axis
 
     refuse_with(args, "goes with a single request; leave --sweep out")
+    check_swept(task, args, args.sweep)
     asked = expand(request, [read_axis(text) for text in args.sweep]).requests
     target, numbered = target_path(args.output, task, request.replace(count=min(len(asked), 100)))
     for each in asked:
@@ -298,6 +299,26 @@ def _sweep(task: str, args: argparse.Namespace, request: Request) -> int:
     else:
         print("\n".join(map(str, paths)))
     return 0
+
+
+def check_swept(task: str, args: argparse.Namespace, axes: Sequence[str]) -> None:
+    """Raise :class:`UsageError` for flags and options whose value each of the swept ones replaces."""
+    from imprompt.generation.sweep import read_axis
+
+    stated = _stated(task, args)
+    for axis in map(read_axis, axes):
+        place, _, name = axis.field.rpartition(".")
+        said = None
+        if not place and name in Request.model_fields:
+            said = f"--{name.replace('_', '-')}" if name in stated else None
+        else:
+            kind, number = place.rstrip("0123456789") or "image", place.lstrip("abcdefghijklmnopqrstuvwxyz")
+            records = stated.get(f"{kind}s", ())
+            chosen = records[int(number) - 1 : int(number)] if number else records
+            if any(name in each.model_fields_set for each in chosen):
+                said = f"{name}= of --{kind}"
+        if said is not None:
+            raise UsageError(f"{said}: has no effect, for {name} is swept ({axis.field}=…); leave it out.")
 
 
 def refuse_with(args: argparse.Namespace, reason: str) -> None:

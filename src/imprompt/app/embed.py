@@ -11,7 +11,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--encoder", metavar="NAME", help="image encoder: folder, or repository:folder of the hub")
     add(
         "--base",
-        default="emoji",
         metavar="NAME",
         help="encode for this base's default adapter; default: emoji",
     )

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.encoders import face as faces
 from imprompt.encoders.clip import ImageEncoder
@@ -21,7 +19,7 @@ def embed(
     output: str | Path,
     *,
     encoder: str | None = None,
-    base: str = "emoji",
+    base: str | None = None,
     adapter: str | None = None,
     framing: str = "crop",
     sharpen: float = 0.0,
@@ -32,26 +30,27 @@ def embed(
     """Encode ``pictures``, write their features, or their faces for a face adapter, and return the path.
 
     The image encoder is ``encoder`` (a folder, or ``repository:folder``), else that of ``adapter``, else
-    that of the default adapter of ``base``. The file is written whole or not at all; one that holds no saved
-    features is replaced only with ``overwrite``. Raises :class:`UsageError` for options that exclude each
-    other, :class:`InputError` for pictures and files that cannot be read or written, and
+    that of the default adapter of ``base`` (default: emoji). The file is written whole or not at all; one
+    that holds no saved features is replaced only with ``overwrite``. Raises :class:`UsageError` for options
+    that exclude each other, :class:`InputError` for pictures and files that cannot be read or written, and
     :class:`ModelError` for models that cannot be read.
     """
     framing = options.canonical("framing", framing, options.FRAMINGS)
     if Path(output).suffix.lower() != ".safetensors":
         raise UsageError(f"--output '{output}': features are written as .safetensors.")
-    if encoder is not None and adapter is not None:
-        raise UsageError("--encoder and --adapter both name an encoder; give one.")
+    _check_one_encoder(encoder, adapter, base)
     if isinstance(pictures, str | Path):
         raise UsageError(f"embed: a list of pictures is expected; write ['{pictures}'].")
     check_target(output, overwrite=overwrite, reads=[*pictures, encoder, adapter, base])
     decoded = [with_name(load_image(picture), picture) for picture in pictures]
     hashes = tuple(content_hash(picture) for picture in decoded)
     if encoder is None:
-        found = find_base(base)
+        found = find_base(base or "emoji")
         loaded = IPAdapter.from_pretrained(find_adapter(adapter, found))
         if loaded.projection.variant.reads_faces:
-            encoded = _read_faces(loaded, found, decoded, framing, face_model, face)
+            _prepare_faces(loaded, found, face_model)
+            encoded = loaded.encode(decoded, framing, sharpen=sharpen, face=face)
+            assert isinstance(encoded, faces.Faces)
             return faces.save(encoded, output, hashes, overwrite=overwrite)
         model = _encoder_for(loaded, found)
     else:
@@ -75,21 +74,18 @@ def encoder_of(base: str, adapter: str | None) -> ImageEncoder:
     return _own_encoder(found) or _encoder_for(IPAdapter.from_pretrained(find_adapter(None, found)), found)
 
 
-def _read_faces(
-    loaded: IPAdapter,
-    base: Base,
-    pictures: Sequence[Image.Image],
-    framing: str,
-    face_model: str | None,
-    face: str,
-) -> faces.Faces:
+def _check_one_encoder(encoder: str | None, adapter: str | None, base: str | None) -> None:
+    for flag, name in (("adapter", adapter), ("base", base)):
+        if encoder is not None and name is not None:
+            raise UsageError(f"--encoder and --{flag} both name an encoder; give one.")
+
+
+def _prepare_faces(loaded: IPAdapter, base: Base, face_model: str | None) -> None:
+    """Give a face adapter what reads faces: the face model, and for Plus the image encoder."""
     if face_model is not None:
         loaded.face_embedder = face_model
-    if loaded.projection.patch_width is not None:  # a Plus adapter also reads the picture
+    if loaded.projection.patch_width is not None:
         _encoder_for(loaded, base)
-    encoded = loaded.encode(pictures, framing, face=face)
-    assert isinstance(encoded, faces.Faces)
-    return encoded
 
 
 def _encoder_for(loaded: IPAdapter, base: Base) -> ImageEncoder:

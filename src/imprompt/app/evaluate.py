@@ -44,24 +44,38 @@ def run(args: argparse.Namespace) -> int:
     contenders = tuple(Contender.parse(text) for text in args.adapter)
     config = EvaluateConfig(**stated, contenders=contenders)
 
-    from imprompt.evaluation import report as reports
+    from imprompt.evaluation.report import table
     from imprompt.evaluation.run import evaluate
+
+    writers = _writers(args, config)
+    found = evaluate(config)
+    print(table(found), end="")
+    write_all({path: write(found).encode() for path, write in writers.items()}, overwrite=True)
+    if config.output is not None:
+        print(_page(config.output))
+    return 0
+
+
+def _page(folder: Path) -> Path:
+    return check_path(folder) / "report.html"
+
+
+def _writers(args: argparse.Namespace, config: EvaluateConfig) -> dict[Path, Callable[[Report], str]]:
+    """What writes each file that is asked for. Raises where it must not be replaced, before any drawing."""
+    from imprompt.evaluation import report as reports
 
     writers: dict[Path, Callable[[Report], str]] = {}
     if args.json is not None:
         writers[check_path(args.json, "--json")] = reports.to_json
     if config.output is not None:
         reports.check_html()
-        folder = check_path(config.output)
-        if (page := folder / "report.html") in writers:
+        page = _page(config.output)
+        if page in writers:
             raise UsageError(f"--json '{args.json}': that is where the page goes; give another name.")
-        writers |= {folder / "report.json": reports.to_json, page: reports.html}
+        writers |= {page.with_suffix(".json"): reports.to_json, page: reports.html}
+    if args.overwrite and not writers:
+        raise UsageError("--overwrite: there is no file to write; name one with --json or --output.")
     reads = [config.source, config.prompts, *(each.adapter for each in config.contenders)]
     for path in writers:
         reports.check_target(path, overwrite=args.overwrite, reads=reads)
-    found = evaluate(config)
-    print(reports.table(found), end="")
-    write_all({path: write(found).encode() for path, write in writers.items()}, overwrite=True)
-    if config.output is not None:
-        print(page)
-    return 0
+    return writers

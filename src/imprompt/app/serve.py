@@ -68,13 +68,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _token(given: str | None) -> str | None:
-    given = given or os.environ.get("IMPROMPT_TOKEN")
-    if given and given.startswith("@"):
+    if given is None:  # an empty one is refused, not served without
+        given = os.environ.get("IMPROMPT_TOKEN") or None
+    if given is not None and given.startswith("@"):
         try:
             return check_path(given[1:], "--token").read_text(encoding="utf-8").strip()
         except OSError as error:
             raise UsageError(f"--token {given}: the file cannot be read ({error.strerror}).") from error
-    return given or None
+        except UnicodeDecodeError as error:
+            raise UsageError(f"--token {given}: the file holds no text.") from error
+    return given
 
 
 def _named(flag: str, pairs: list[str]) -> dict[str, str]:
@@ -83,6 +86,8 @@ def _named(flag: str, pairs: list[str]) -> dict[str, str]:
         name, sign, value = pair.partition("=")
         if not (name and sign and value):
             raise UsageError(f"{flag} '{pair}': NAME=PATH is expected.")
+        if name in found:
+            raise UsageError(f"{flag} '{pair}': the name is given twice; name one otherwise.")
         found[name] = value
     return found
 
@@ -93,7 +98,10 @@ def _loras(given: str | None) -> dict[str, str]:
     folder = check_path(given, "--loras")
     if not folder.is_dir():
         raise UsageError(f"--loras: there is no folder '{given}'.")
-    return {path.stem: str(path) for path in sorted(folder.glob("*.safetensors"))}
+    found = {path.stem: str(path) for path in sorted(folder.glob("*.safetensors"))}
+    if not found:
+        raise UsageError(f"--loras '{given}': there is no .safetensors file in it.")
+    return found
 
 
 def _devices() -> tuple[str, ...]:

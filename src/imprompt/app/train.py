@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
         name, sign, value = pair.partition("=")
         if not sign:
             raise UsageError(f"--set '{pair}': FIELD=VALUE is expected.")
+        if name in stated:
+            raise UsageError(f"--set {name}: it is set twice; say it once.")
         _set(stated, name, _json(value))
     source = check_path(args.source, "source")
     if source.suffix in (".toml", ".json") and _is_configuration(source):
@@ -97,6 +99,8 @@ def _set(fields: dict[str, Any], name: str, value: Any) -> None:
     if not dot:
         fields[name] = value
     elif isinstance(table := fields.setdefault(outer, {}), dict):
+        if inner in table:
+            raise UsageError(f"--set {name}: it is set twice; say it once.")
         table[inner] = value
     else:
         raise UsageError(f"--set {name}: {outer} is {table!r}, not a table; set it alone.")

@@ -21,10 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     request = drawing.read_request("generate", args)
     drawing.refuse_with(args, "goes with a single request; repeat the chosen one with it")
+
+    from imprompt.app.tuning import tune, usual_axes
+
+    drawing.check_swept("generate", args, args.sweep or usual_axes(request))
     if args.count is None:
         request = request.replace(count=2)
-
-    from imprompt.app.tuning import tune
 
     with drawing.network(args):
         tuned = tune(

@@ -81,7 +81,7 @@ def tune(
     places = [folder / name for name in _FILES]
     _check(request, folder, prefer)
     output.check_together(places, [request], overwrite=overwrite)
-    trials = _draw(request, axes or _usual_axes(request), engine or Engine(), say)
+    trials = _draw(request, axes or usual_axes(request), engine or Engine(), say)
     references = [load_image(name) for name in _shown(request)]
     made = (measure or _by_encoder(request))(trials.text_alone, references)
     score = NormalizedScore.between(made, trials.text_alone, trials.picture_alone)
@@ -126,7 +126,8 @@ def _check(request: Request, folder: Path, prefer: float) -> None:
         raise InputError(f"'{folder}' is not a folder.")
 
 
-def _usual_axes(request: Request) -> tuple[str, ...]:
+def usual_axes(request: Request) -> tuple[str, ...]:
+    """Those of :data:`AXES` that act on the request's base."""
     transformer = find_base(request.base).kind.denoiser == "transformer"
     return tuple(axis for axis in AXES if not (transformer and axis.startswith("profile=")))
 

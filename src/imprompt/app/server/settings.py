@@ -112,14 +112,24 @@ class Settings:
                 raise UsageError(f"--{error}") from error
         if not 0 <= self.port <= 65535:
             raise UsageError(f"--port {self.port}: a number from 0 to 65535 is expected.")
-        for name, least in (("queue", 0), ("batch", 1)):  # a queue of 0 refuses all jobs
-            if (most := getattr(self.limits, name)) < least:
-                raise UsageError(f"--{name} {most}: {least} or more is expected.")
+        of_flags = {"queue": (self.limits.queue, 0), "batch": (self.limits.batch, 1),
+                    "drain": (self.limits.drain_seconds, 0)}  # fmt: skip  # a queue of 0 refuses all jobs
+        for name, (given, least) in of_flags.items():
+            if not given >= least:  # also NaN
+                raise UsageError(f"--{name} {given:g}: {least} or more is expected.")
+        self._check_names()
         if self.base not in {**catalog.bases(), **self.bases}:
             raise UsageError(
                 f"--base '{self.base}' is no alias, and clients know bases by names: give it one with "
                 "--model NAME=PATH, and name that as --base."
             )
+
+    def _check_names(self) -> None:
+        if self.hosts is None and self.allowed_hosts:
+            raise UsageError("--allow-host: with a token any name is answered; leave it out.")
+        for name in self.allowed_hosts:
+            if "/" in name or ":" in name.rpartition("]")[2]:
+                raise UsageError(f"--allow-host '{name}': a name without http:// and port is expected.")
 
 
 def _check_token(token: str) -> None:
