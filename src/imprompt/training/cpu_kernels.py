@@ -7,7 +7,7 @@
 * **Convolutions with frozen weights.** They are kept in oneDNN's order, for the backward pass as well, where
   the gradient of the input is the convolution of the output's with the weights transposed and mirrored. At
   8x8 and 16x16 pixels they take a third of the time, for two more copies of the weights (as far as
-  :func:`~imprompt.packed.budget` allows).
+  :func:`~imprompt.onednn.budget` allows).
 * **Group normalization** of few channels with the channels last, by way of float32.
 
 Dimensions: B batch rows, H heads, L queries, T keys, D head width; C, E channels, K side of a kernel.
@@ -24,7 +24,8 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from imprompt.packed import Layer, budget, convolution, few_channels, norm_in_float32, works
+from imprompt.onednn import Layer, budget, convolution, works
+from imprompt.packed import few_channels, norm_in_float32
 
 _MOST_KEYS, _MOST_SCORES = 128, 1024 * 512
 """Keys, or queries times keys, up to which plain products are faster."""
