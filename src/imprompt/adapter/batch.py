@@ -12,7 +12,6 @@ images × frames), H heads, D head width.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from operator import is_
 from typing import NamedTuple
 
 import torch
@@ -24,7 +23,7 @@ from imprompt.adapter.attention import ImageKV, JointKV
 from imprompt.adapter.backbones.base import Call, Site
 from imprompt.adapter.beside_text import BesideText
 from imprompt.adapter.gathered import GatheredKV, Places
-from imprompt.adapter.joint import JointKeys, form_of, group_of, joint_mask, parties, written
+from imprompt.adapter.joint import JointKeys, form_of, group_of, joint_mask, parties, same_objects, written
 from imprompt.adapter.prompt import CompiledPrompt
 from imprompt.adapter.regional import Regional, Regions, project_text
 from imprompt.adapter.scaling import split_strength
@@ -45,8 +44,7 @@ class _Keys:
 
     def made_of(self, parts: tuple[object, ...], settings: tuple[object, ...]) -> bool:
         """Whether they were made of the same objects (never compared by value) and equal settings."""
-        alike = len(self.parts) == len(parts) and all(map(is_, self.parts, parts))
-        return alike and self.settings == settings
+        return same_objects(self.parts, parts) and self.settings == settings
 
 
 class _Added(NamedTuple):
@@ -320,31 +318,26 @@ class Batch:
 
     def _training_kvs(
         self, training: list[tuple[PromptSource, TrainingTokens]]
-    ) -> list[tuple[Site, ImageKV]]:
-        return [
-            (site, self._training_kv(source, tokens, site))
-            for source, tokens in training
-            for site in source.sites_of(self.sites)
-        ]
-
-    def _training_kv(self, source: PromptSource, live: TrainingTokens, site: Site) -> ImageKV:
-        if live.tokens.shape[0] != self.call.batch:
-            raise UsageError(
-                f"training tokens are for {live.tokens.shape[0]} rows, the denoiser is called with "
-                f"{self.call.batch}."
-            )
-        tokens = self._projected(source, live.tokens).to(self.call.device)
-        key, value = source.key_value(site.index)(tokens, self.heads[site.name], self.call.dtype)
-        scale, device, dtype = live.scale, self.call.device, self.call.dtype
-        if not isinstance(scale, Tensor):  # written on the device: no CUDA graph could hold a copy to it
-            scale = torch.full((1,), scale, device=device, dtype=dtype)
-        return ImageKV(
-            key.to(self.call.dtype),
-            value.to(self.call.dtype),
-            factor=scale.to(device, dtype).reshape(-1).expand(self.call.batch)[:, None, None, None],
-            after_block=source.after_block,
-            norms=source.key_value(site.index).joint_norms,
-        )
+    ) -> Iterator[tuple[Site, ImageKV]]:
+        """The contributions of tokens in training, of which each row of the batch has its own."""
+        device, dtype, rows = self.call.device, self.call.dtype, self.call.batch
+        for source, live in training:
+            if live.tokens.shape[0] != rows:
+                given = live.tokens.shape[0]
+                raise UsageError(f"training tokens are for {given} rows, the denoiser is called with {rows}.")
+            tokens, scale = self._projected(source, live.tokens).to(device), live.scale
+            if not isinstance(scale, Tensor):  # written on the device: no CUDA graph could hold a copy to it
+                scale = torch.full((1,), scale, device=device, dtype=dtype)
+            factor = scale.to(device, dtype).reshape(-1).expand(rows)[:, None, None, None]
+            for site in source.sites_of(self.sites):
+                module = source.key_value(site.index)
+                key, value = (x.to(dtype) for x in module(tokens, self.heads[site.name], dtype))
+                yield (
+                    site,
+                    ImageKV(
+                        key, value, factor=factor, after_block=source.after_block, norms=module.joint_norms
+                    ),
+                )
 
     def _projected(self, source: PromptSource, tokens: Float[Tensor, "S T E"]) -> Float[Tensor, "S T C"]:
         return project_text(self._projection if source.uses_text_projection else None, tokens)

@@ -65,7 +65,7 @@ class JointKeys(NamedTuple):
     ) -> "JointKeys":
         """``old`` if it was made of the same objects, else new ones, in the same memory where they fit."""
         made_of = (form, *made_of)
-        if old is not None and len(old.made_of) == len(made_of) and all(map(is_, old.made_of, made_of)):
+        if old is not None and same_objects(old.made_of, made_of):
             return old
         key = torch.cat([kv.key for kv in kvs], 2) * kvs[0].key.shape[3] ** -0.5
         value = torch.cat([kv.value for kv in kvs], 2)
@@ -93,6 +93,11 @@ def joint_mask(masks: Sequence[Float[Tensor, "_ 1 L 1"] | None]) -> Float[Tensor
     rows, white = max(map(len, given)), torch.ones_like(given[0][:1])
     whole = [(white if mask is None else mask)[..., 0].expand(rows, -1, -1) for mask in masks]
     return torch.stack(whole, dim=2)[:, :, :, None]
+
+
+def same_objects(one: Sequence[object], other: Sequence[object]) -> bool:
+    """Whether two sequences hold the same objects, never compared by value."""
+    return len(one) == len(other) and all(map(is_, one, other))
 
 
 def written(old: Tensor | None, new: Tensor) -> Tensor:

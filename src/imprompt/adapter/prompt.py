@@ -86,10 +86,10 @@ class CompiledPrompt:
     negative: Float[Tensor, "Tn C"] | None
     """``None`` if unknown; needed only with guidance."""
     scale: float
-    profile: Profile
-    start: float
-    end: float
-    mask: Float[Tensor, "1 1 H W"] | None
+    profile: Profile = "linear"
+    start: float = 0.0
+    end: float = 1.0
+    mask: Float[Tensor, "1 1 H W"] | None = None
     curve: Points = ((0.0, 1.0),)
     scaling: str = "v-only"
     log_weight_bias: Float[Tensor, " T"] | None = None

@@ -79,12 +79,11 @@ def reported(
     if on_step is None:
         yield
         return
-    scheduler, step = pipe.scheduler, pipe.scheduler.step
+    step = pipe.scheduler.step
     colours, factor = latent_colours(pipe.vae), 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     width, height = (side // factor for side in size)
     done = 0
 
-    @wraps(step)  # pipelines ask for its parameters
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal done
         output = step(*args, **kwargs)
@@ -95,11 +94,21 @@ def reported(
         on_step(Step(done, step_count(pipe), picture, pictures, latents, colours, factor))
         return output
 
-    scheduler.step = counted
+    with stepping(pipe.scheduler, counted):
+        yield
+
+
+@contextmanager
+def stepping(scheduler: Any, step: Callable[..., Any]) -> Iterator[None]:
+    """While open, a scheduler steps by ``step``, in which pipelines find the parameters of its own."""
+    before = vars(scheduler).get("step")
+    scheduler.step = wraps(scheduler.step)(step)
     try:
         yield
     finally:
         del scheduler.step
+        if before is not None:
+            scheduler.step = before
 
 
 def step_count(pipe: Any) -> int:

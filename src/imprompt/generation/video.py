@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, wraps
+from functools import cached_property
 from typing import Any
 
 import diffusers
@@ -28,6 +28,7 @@ from imprompt.catalog.resolve import Source, fingerprint_of, resolve
 from imprompt.errors import AdapterMismatch, InputError, ModelError, UsageError, first_line
 from imprompt.generation.families import Base, check_family
 from imprompt.generation.pipelines import load_part
+from imprompt.generation.steps import stepping
 from imprompt.schema.request import FPS, FRAMES, Request
 from imprompt.weights import in_float32, silence_library_logging
 
@@ -299,11 +300,10 @@ def _own_noise_later(
     first guess would never be refined, since no noise lies on their differences.
     """
     border = request.shared_start or 0.0
-    scheduler, step, replaced = pipe.scheduler, pipe.scheduler.step, vars(pipe.scheduler).get("step")
+    scheduler, step = pipe.scheduler, pipe.scheduler.step
     noise = _noise(pipe, call, request, request.shared_noise or 0.0, generator)
     waiting = True
 
-    @wraps(step)  # pipelines ask for its parameters
     def stepped(predicted: Tensor, timestep: Tensor, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         nonlocal waiting
         output = step(predicted, timestep, sample, *args, **kwargs)
@@ -318,14 +318,8 @@ def _own_noise_later(
             output.prev_sample = renewed
         return output
 
-    scheduler.step = stepped
-    try:
+    with stepping(scheduler, stepped):
         yield
-    finally:
-        if replaced is None:
-            del scheduler.step
-        else:
-            scheduler.step = replaced
 
 
 def _begins_shared(pipe: Any, call: Mapping[str, Any], request: Request) -> bool:

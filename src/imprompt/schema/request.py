@@ -336,7 +336,7 @@ class Request(Record):
             self.image,
             self.mask,
             self.video,
-            *(name for prompt in self.images for name in prompt.paths if name not in self.masks),
+            *(name for prompt in self.images for name in prompt.paths),
             *self.masks,
             *(control.path for control in self.controls),
         ]
