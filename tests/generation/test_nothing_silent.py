@@ -135,6 +135,22 @@ def test_what_lies_on_the_picture_is_cropped_as_it_is(engine, common, pictures):
     assert np.abs(pixels(wide) - pixels(narrow)).max() <= 2
 
 
+def test_models_are_released_after_the_drawing_of_another_thread(common):
+    engine, early = Engine(), []
+    thread = threading.Thread(target=engine.release)
+
+    def told(step):
+        if step.index == 1:
+            thread.start()
+            thread.join(0.3)
+        early.append(not thread.is_alive())
+
+    engine.run(Request(prompt="a", **{**common, "adapter": None}), on_step=told)
+    thread.join()
+    assert not any(early)
+    assert engine.loaded == ()
+
+
 def test_threads_that_share_an_engine_draw_what_one_draws(common, pictures):
     engine = Engine()
     requests = [

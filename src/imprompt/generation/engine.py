@@ -147,8 +147,12 @@ class Engine:
         return self._models.features
 
     def release(self) -> None:
-        """Forget the models and all features."""
-        self._models.release()
+        """Forget the models and all features; what another thread draws is finished first."""
+        if self._thread == threading.get_ident():
+            self._models.release()
+        else:
+            with self._lock:
+                self._models.release()
 
     # ---- the four stages
 

@@ -80,8 +80,7 @@ class Models:
         self.features.clear()
         self.texts.clear()
         if held:
-            gc.collect()  # pipelines refer to themselves
-            give_back_memory()
+            _give_back()
 
     def load(
         self,
@@ -150,8 +149,9 @@ class Models:
     ) -> Any:
         if self._moving is None or self._moving[0] != motion.name:
             self._moving = None
-            if request.loras:
-                self._pipes = {}  # a UNet with LoRAs cannot be made to move
+            if request.loras and self._pipes:  # a UNet with LoRAs cannot be made to move
+                self._pipes = {}
+                _give_back()
             still = self._still(base, request, "generate", dtype)
             made = video.motion_pipeline(still, motion, base, dtype)
             add_loras(made, request.loras)
@@ -194,6 +194,12 @@ class Models:
             self._adapters[of_faces if reads_faces(adapter) else of_pictures] = adapter
             found[name] = adapter
         return found
+
+
+def _give_back() -> None:
+    """Give back the memory of pipelines, which refer to themselves."""
+    gc.collect()
+    give_back_memory()
 
 
 def _check_face_model(request: Request, adapters: Mapping[str, IPAdapter]) -> None:
