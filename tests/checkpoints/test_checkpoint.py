@@ -1,6 +1,7 @@
 """Adapter files: every published layout is recognised, everything else is refused in one clear line."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -547,6 +548,22 @@ def test_what_a_file_says_of_itself_is_kept_and_only_converted_files_are_replace
     assert source.read_bytes() == trained
     convert(target, source, overwrite=True)
     assert same(read(source).state, state)
+
+
+def test_a_lora_that_does_not_read_back_as_written_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def written(checkpoint: Checkpoint, path: Path) -> None:
+        """As a disk does that loses a bit."""
+        name = next(iter(checkpoint.lora))
+        write(replace(checkpoint, lora={**checkpoint.lora, name: checkpoint.lora[name] + 1}), path)
+
+    monkeypatch.setattr("imprompt.checkpoints.convert.write", written)
+    state = small("faceid")
+    state["ip_adapter"] |= {key: torch.randn(shape) for key, shape in lora([4, 6, 4], 8, 2).items()}
+    source = pickled(state, tmp_path / "mine.bin")
+    with pytest.raises(ModelError, match=r"does not read back as written: 'ip_adapter\..*lora"):
+        convert(source, tmp_path / "mine.safetensors", variant="faceid")
 
 
 def test_of_a_folder_the_adapter_in_it_is_converted(tmp_path: Path) -> None:

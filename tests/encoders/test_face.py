@@ -235,6 +235,19 @@ def test_what_holds_no_faces_is_refused(tmp_path: Path) -> None:
         load(save(Faces(torch.full((1, 512), float("nan")), "x"), tmp_path / "b.safetensors"))
     with pytest.raises(InputError, match="shapes of faces"):
         load(save(Faces(torch.ones(512), "x"), tmp_path / "c.safetensors"))
+    embedding, about = torch.ones(2, 512), {"format": "imprompt-faces-1", "space": "x"}
+    for wrong in (
+        {"embedding": embedding[:0]},
+        {"embedding": embedding, "patches": torch.ones(2, 5, 4)},
+        {"embedding": embedding, "patches": torch.ones(3, 5, 4), "negative_patches": torch.ones(1, 5, 4)},
+        {"embedding": embedding, "patches": torch.ones(2, 5, 4), "negative_patches": torch.ones(1, 6, 4)},
+    ):
+        save_file(wrong, tmp_path / "d.safetensors", about)
+        with pytest.raises(InputError, match="shapes of faces"):
+            load(tmp_path / "d.safetensors")
+    save_file({"embedding": embedding.int()}, tmp_path / "d.safetensors", about)
+    with pytest.raises(InputError, match="whole numbers"):
+        load(tmp_path / "d.safetensors")
 
 
 def test_faces_of_different_models_are_not_joined() -> None:

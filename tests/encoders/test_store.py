@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from imprompt.adapter.encoding import FeatureCache
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.encoders.clip import Features, ImageEncoder
+from imprompt.encoders.features import load
 from imprompt.encoders.store import SWITCH, FeatureStore
-from imprompt.errors import UsageError
+from imprompt.errors import InputError, UsageError
 from imprompt.schema.prompt import ImagePrompt
 from tiny import picture, random_adapter_state, tiny_encoder, tiny_unet
 
@@ -34,6 +36,27 @@ def same(one: Features | None, other: Features) -> bool:
 @pytest.fixture
 def store(tmp_path: Path) -> FeatureStore:
     return FeatureStore(tmp_path, 1_000_000)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"last": torch.ones(1, 7)}, {"negative_hidden": torch.ones(3, 5, 6)}, {"hidden": torch.ones(2, 5, 6)},
+     {"pooled": torch.ones(1, 8, dtype=torch.int64)}],
+)  # fmt: skip
+def test_a_file_whose_features_do_not_belong_together_is_refused(
+    tmp_path: Path, wrong: Mapping[str, torch.Tensor]
+) -> None:
+    sound = {
+        "pooled": torch.ones(1, 8),
+        "hidden": torch.ones(1, 5, 6),
+        "negative_hidden": torch.ones(1, 5, 6),
+    }
+    for tensors in (sound, sound | {"negative_hidden": torch.ones(1, 5, 0), "last": torch.ones(1, 5, 6)}):
+        save_file(tensors, tmp_path / "a.safetensors", {"format": "imprompt-features-1"})
+        load(tmp_path / "a.safetensors")
+    save_file(sound | wrong, tmp_path / "a.safetensors", {"format": "imprompt-features-1"})
+    with pytest.raises(InputError, match=r"do not belong together|whole numbers"):
+        load(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

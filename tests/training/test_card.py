@@ -36,6 +36,16 @@ def test_names_are_escaped_in_html_and_the_curve_stays_on_its_page():
     assert "nan" not in text
 
 
+def test_the_cards_command_names_the_adapter_where_the_reader_has_it():
+    mine = TrainConfig(data="d", output="runs/my BODY", kind="plus")
+    card = Card(mine, ABOUT, [], None)
+    assert card.command.endswith("--base some/base --adapter 'runs/my BODY'")
+    assert "<title>my BODY</title>" in html(card)
+    shared = Card(mine.replace(push_to_hub="me/it"), ABOUT | {"imprompt.base": "a b"}, [], None)
+    assert shared.command.endswith("--base 'a b' --adapter me/it/ip-adapter.safetensors")
+    assert Card(mine.replace(output="."), ABOUT, [], None).title
+
+
 def test_a_run_that_never_beat_its_start_says_so():
     first = record(0, 0.4)
     assert "No step was better" in markdown(card(first, record(9, 0.5), kept=first))

@@ -69,12 +69,28 @@ def test_a_resumed_run_takes_what_it_does_not_state_from_its_course():
     assert checked(**stated).following(course).course() == stated
 
 
-@pytest.mark.parametrize(("name", "text"), [("a.json", "{"), ("a.toml", "x ="), ("gone.json", None)])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", "{"),
+        ("a.toml", "x ="),
+        ("gone.json", None),
+        ("deep.json", "[" * 100_000),
+        ("twice.json", '{"data": "d", "output": "o", "steps": 5, "steps": 7}'),
+        ("list.json", "[]"),
+    ],
+)
 def test_an_unreadable_file_is_a_usage_error(tmp_path, name, text):
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(UsageError, match=name):
         TrainConfig.read(tmp_path / name)
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.toml").write_text('data = "d"\noutput = "o"', encoding="utf-8-sig")
+    (tmp_path / "a.json").write_text('{"data": "d", "output": "o"}', encoding="utf-8-sig")
+    assert TrainConfig.read(tmp_path / "a.toml") == TrainConfig.read(tmp_path / "a.json")
 
 
 def test_a_resampler_is_called_plus():

@@ -604,6 +604,12 @@ def test_copies_and_small_pictures_are_noted_and_no_copy_is_held_out(make_config
     assert "4 training pictures are smaller than what is trained, and are enlarged" in said
 
 
+def test_copies_of_training_pictures_that_are_held_out_are_noted(make_config, pictures, capsys):
+    shutil.copy(pictures / "0.png", pictures / "6.png")
+    opened(make_config(quiet=False))
+    assert "1 held-out pictures are copies of training pictures" in capsys.readouterr().err
+
+
 def test_many_records_that_are_left_out_stop_the_run_before_it_encodes(make_config, pictures):
     path = pictures / "metadata.jsonl"
     path.write_text(path.read_text() + '{"file_name": "gone.png", "text": "a cat"}\n' * 4)
@@ -633,10 +639,15 @@ def test_many_bad_pictures_stop_the_run_before_it_begins(make_config, pictures):
         train(make_config(output=config.output / "x"))
 
 
-def test_a_caption_of_ten_thousand_characters_is_cut_not_fatal(make_config, pictures):
+def test_a_caption_of_ten_thousand_characters_is_cut_not_fatal_and_counted_in_one_line(
+    make_config, pictures, capfd
+):
     path = pictures / "metadata.jsonl"
     path.write_text(path.read_text().replace('"cat a"', json.dumps("a cat " * 1700)))
-    train(make_config(steps=1))
+    train(make_config(steps=1, quiet=False))
+    said = capfd.readouterr().err
+    assert "1 captions are longer than the text encoder reads; the end of the first is lost: '" in said
+    assert "truncated because" not in said
 
 
 def test_sdxl_trains_too(make_config, tmp_path):
@@ -1056,6 +1067,7 @@ def test_a_number_of_tokens_that_the_start_does_not_have_is_refused(make_config,
 def test_options_without_an_effect_are_noted(make_config, tmp_path, capsys):
     idle = {
         "lora_rank": 4, "face_model": "nowhere", "augmentation": {"rotate": 50}, "sample_guidance": 9,
+        "captions": {"styl": ["full"]},
     }  # fmt: skip
     train(make_config(steps=1, quiet=False, **idle))
     said = capsys.readouterr().err

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from imprompt.catalog import AdapterRow, families, licences
@@ -62,6 +63,12 @@ class Checkpoint(Structure):
         if self.variant.reads_faces and self.base != "other":
             return licences.FACES
         return licences.KOLORS if self.base == "kolors" else ""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All weights by their names in our form, the LoRA's among those of ``ip_adapter``."""
+        sections = self.state | {"ip_adapter": self.state["ip_adapter"] | self.lora}
+        return {f"{part}.{key}": value for part, values in sections.items() for key, value in values.items()}
 
     def site(self, number: int) -> dict[str, Tensor]:
         """The weights of one attention site by name: ``to_k_ip.weight``, ``to_v_ip.weight``, and others of
@@ -137,9 +144,7 @@ def write(checkpoint: Checkpoint, path: str | Path) -> None:
     path = check_path(path)
     if path.suffix != ".safetensors":
         raise UsageError(f"adapters are written as .safetensors, not '{path.name}'.")
-    tensors = {f"image_proj.{key}": value for key, value in checkpoint.state["image_proj"].items()}
-    for key, value in (checkpoint.state["ip_adapter"] | checkpoint.lora).items():
-        tensors[f"ip_adapter.{key}"] = value
+    tensors = checkpoint.tensors
     if bad := [key for key, tensor in tensors.items() if not_finite(tensor)]:
         raise ModelError(
             f"adapter '{checkpoint.name}' has NaN or infinite weights in {some(bad)}; not saved."
@@ -149,3 +154,11 @@ def write(checkpoint: Checkpoint, path: str | Path) -> None:
     if checkpoint.published is not None:
         metadata[NOTED_PUBLISHED] = checkpoint.published.published
     save_tensors({names[key]: value for key, value in tensors.items()}, metadata, path)
+
+
+def check_written(path: Path, expected: Mapping[str, Tensor]) -> None:
+    """Raise :class:`ModelError` unless an adapter's file holds exactly these :attr:`Checkpoint.tensors`."""
+    found = read(path).tensors
+    for key, value in expected.items():
+        if key not in found or not torch.equal(found[key], value):
+            raise ModelError(f"'{path}' does not read back as written: '{key}' differs.")

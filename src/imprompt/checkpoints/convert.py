@@ -4,13 +4,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from imprompt.checkpoints.checkpoint import checkpoint_of, contents_of, read, write
+from imprompt.checkpoints.checkpoint import check_written, checkpoint_of, contents_of, write
 from imprompt.checkpoints.inspect import Inspection, inspect
 from imprompt.checkpoints.locate import adapter_in
-from imprompt.errors import ModelError, UsageError
+from imprompt.errors import UsageError
 from imprompt.io import check_path, sha256
 from imprompt.places import check_place, identities
 from imprompt.tensorfile import metadata_of, read_header
@@ -49,11 +48,7 @@ def convert(
     checkpoint.metadata[_SOURCE] = sha256(source)
     target.parent.mkdir(parents=True, exist_ok=True)
     write(checkpoint, target)
-    again = read(target)
-    for section, expected in checkpoint.state.items():
-        for key, value in expected.items():
-            if not torch.equal(again.state[section][key], value):
-                raise ModelError(f"'{target}' does not read back as written: '{section}.{key}' differs.")
+    check_written(target, checkpoint.tensors)
     return inspect(target)
 
 

@@ -142,8 +142,16 @@ def load(path: str | Path) -> Faces:
         raise InputError(
             f"'{path}' holds no faces; 'imprompt embed' makes such files of photos with a face adapter."
         )
-    if tensors["embedding"].ndim != 2 or any(
-        tensor.ndim != 3 for name, tensor in tensors.items() if name != "embedding"
-    ):
+    if not _fit(**tensors):
         raise InputError(f"'{path}': its tensors do not have the shapes of faces.")
     return Faces(space=metadata.get("space", "unknown"), **tensors)
+
+
+def _fit(embedding: Tensor, patches: Tensor | None = None, negative_patches: Tensor | None = None) -> bool:
+    """Whether tensors have the shapes of :class:`Faces`."""
+    if embedding.ndim != 2 or not len(embedding):
+        return False
+    if patches is None or negative_patches is None:
+        return patches is negative_patches
+    there = patches.ndim == 3 and len(patches) == len(embedding)
+    return there and negative_patches.shape == (1, *patches.shape[1:])

@@ -118,6 +118,8 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with open_tensors(path, InputError) as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # no mapping
+    if any(not tensor.is_floating_point() for tensor in tensors.values()):
+        raise InputError(f"'{path}' holds whole numbers; features are floating-point ones. Make it again.")
     if any(not_finite(tensor) for tensor in tensors.values()):
         raise InputError(f"'{path}' contains NaN or infinite values; make it again.")
     return tensors, metadata
@@ -150,11 +152,12 @@ def fingerprint(model: Any) -> str:
 
 
 def _check_shapes(tensors: dict[str, Tensor], path: Path) -> None:
-    ranks = tuple(tensors[name].ndim for name in _PARTS)
-    pooled, hidden, negative = (tensors[name].shape for name in _PARTS)
-    fitting = negative[-1:] == (0,) or hidden[1:] == negative[1:]
-    if ranks != (2, 3, 3) or pooled[0] != hidden[0] or not fitting or not pooled[0]:
+    pooled, hidden, negative = (tuple(tensors[name].shape) for name in _PARTS)
+    last = tuple(tensors["last"].shape) if "last" in tensors else hidden
+    fitting = negative[-1:] == (0,) or negative == (1, *hidden[1:])
+    alike = (len(pooled), len(hidden), len(negative), len(last)) == (2, 3, 3, 3)
+    if not alike or not (pooled[0] == hidden[0] == last[0] > 0) or not fitting:
         raise InputError(
-            f"'{path}': features of shapes {tuple(pooled)}, {tuple(hidden)} and {tuple(negative)} do not "
-            "belong together."
+            f"'{path}': features of shapes {', '.join(str(tuple(each.shape)) for each in tensors.values())} "
+            "do not belong together."
         )

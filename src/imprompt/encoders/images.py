@@ -188,7 +188,6 @@ def _fits(ends: Sequence[float], part: float, unit: float) -> bool:
 
 
 def _folder_frames(folder: Path, budget: Budget) -> list[Image.Image]:
-    folder = check_file(folder, folder=True)
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
     if not paths:
         raise InputError(f"folder '{folder}' holds no pictures ({', '.join(_SUFFIXES)}).")

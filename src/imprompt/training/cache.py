@@ -34,6 +34,7 @@ from imprompt.training.tables import (
     complete,
     remove_unused,
 )
+from imprompt.weights import silence_library_logging
 
 PIXELS = 1024 * 1024  # of one pass of the VAE, whose activations are by far larger than its weights
 UNUSED_DAYS = 30
@@ -203,7 +204,8 @@ def encode_texts(
 
     keys = [hashlib.blake2b(text.encode(), digest_size=16).hexdigest() for text in captions]
     folder = _folder(config, "texts", weights)
-    return complete(folder, keys, {}, encode, ranks or Ranks(), quiet=config.quiet)
+    with silence_library_logging():  # diffusers prints the end of each long text
+        return complete(folder, keys, {}, encode, ranks or Ranks(), quiet=config.quiet)
 
 
 def clean(config: TrainConfig, tables: Sequence[Table]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from imprompt.training.config import TrainConfig
+from imprompt.training.folder import WEIGHT_NAME
 
 _SETTINGS = (
     "kind", "steps", "batch", "accumulate", "lr", "schedule", "warmup", "ema", "min_snr", "references",
@@ -45,7 +47,7 @@ class Card:
     @property
     def title(self) -> str:
         """The run's name."""
-        return Path(self.config.output).name
+        return self.config.output.resolve().name
 
     @property
     def intro(self) -> str:
@@ -59,8 +61,11 @@ class Card:
     @property
     def command(self) -> str:
         """A command that draws with the adapter."""
-        base, folder = self.about["imprompt.base"], self.config.output
-        return f'imprompt generate "a caption" --image picture.png --base {base} --adapter {folder}'
+        base, place = shlex.quote(self.about["imprompt.base"]), str(self.config.output)
+        if self.config.push_to_hub:  # who reads it there has no such folder
+            place = f"{self.config.push_to_hub}/{WEIGHT_NAME}"
+        words = f'imprompt generate "a caption" --image picture.png --base {base}'
+        return f"{words} --adapter {shlex.quote(place)}"
 
     @property
     def settings(self) -> list[tuple[str, str]]:
@@ -89,7 +94,7 @@ class Card:
     @property
     def sheets(self) -> list[Path]:
         """The first and the last sheet of samples."""
-        found = sorted((Path(self.config.output) / "samples").glob("*.png"))
+        found = sorted((self.config.output / "samples").glob("*.png"))
         return list(dict.fromkeys((found[0], found[-1]))) if found else []
 
 
@@ -133,7 +138,8 @@ def html(card: Card) -> str:
         parts.append(f"<h2>Step {int(path.stem)}</h2>")
         parts.append(f'<img src="data:image/png;base64,{content}" alt="samples of step {int(path.stem)}">')
     parts += ["<h2>Settings</h2>", _table(["", ""], [(name, [value]) for name, value in card.settings])]
-    return _PAGE.replace("TITLE", escape(card.title)).replace("BODY", "\n".join(parts))
+    head, tail = _PAGE.split("BODY")
+    return head.replace("TITLE", escape(card.title)) + "\n".join(parts) + tail
 
 
 _PAGE = """<!doctype html>

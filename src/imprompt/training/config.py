@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from imprompt.errors import UsageError
-from imprompt.io import check_path
+from imprompt.io import check_path, read_json
 from imprompt.schema.record import Record
 from imprompt.schema.values import ExpandedPath
 
@@ -304,19 +304,25 @@ class TrainConfig(Record):
         """
         path = check_path(path)
         try:
-            text = path.read_text(encoding="utf-8")
-            values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+            content = path.read_bytes()
         except OSError as error:
             raise UsageError(f"cannot read the training configuration '{path}': {error.strerror}.") from error
-        except ValueError as error:
-            kind = path.suffix.lstrip(".") or "JSON"
-            raise UsageError(f"'{path}' is not valid {kind}: {error}.") from error
-        if not isinstance(values, dict):
-            raise UsageError(f"'{path}' contains a {type(values).__name__}; a table of fields is expected.")
+        values = (
+            _toml(content, path)
+            if path.suffix == ".toml"
+            else read_json(content, f"'{path}'", error=UsageError)
+        )
         for name, value in overrides.items():
             inside = isinstance(value, dict) and isinstance(values.get(name), dict)
             values[name] = values[name] | value if inside else value
         return cls(**values)
+
+
+def _toml(content: bytes, path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"'{path}' is not valid TOML: {error}.") from error
 
 
 def _steps_for(pictures: int, started: bool) -> int:

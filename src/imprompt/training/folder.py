@@ -8,7 +8,6 @@ manifest is not used. Files are written whole or not at all.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -37,6 +36,10 @@ _HALF = re.compile(
     r"|card\.html|ip-adapter\.safetensors|\d+\.png)\.[0-9a-f]{16}\.part)"
 )
 """Names of files that a run was writing when it was killed."""
+
+
+_FULL = ("No space left", "Disk quota exceeded", "File too large", "StorageFull", "FileTooLarge")
+"""How the system and safetensors say that a disk is full."""
 
 
 @dataclass(frozen=True)
@@ -258,12 +261,10 @@ def disk_errors(path: Path, what: str, hint: str = "") -> Iterator[None]:
     """Turn what a disk refuses into one :class:`InputError`."""
     try:
         yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        reason = "the disk is full; make room and resume" if full else error.strerror or str(error)
-        raise InputError(f"cannot write {what} to '{path}' ({reason}).{hint}") from error
-    except SafetensorError as error:
-        reason = "the disk is full; make room and resume" if _says_full(error) else str(error)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        if any(word in reason for word in _FULL):
+            reason = "the disk is full; make room and resume"
         raise InputError(f"cannot write {what} to '{path}' ({reason}).{hint}") from error
 
 
@@ -279,12 +280,6 @@ def save_tensors(tensors: Mapping[str, Tensor], about: dict[str, str], path: Pat
         part.unlink(missing_ok=True)
         raise
     return part
-
-
-def _says_full(error: SafetensorError) -> bool:
-    return any(
-        word in str(error) for word in ("No space left", "StorageFull", "FileTooLarge", "File too large")
-    )
 
 
 def _locked(descriptor: int) -> bool:

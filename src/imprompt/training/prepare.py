@@ -18,6 +18,8 @@ from imprompt.data.read import read_dataset, usable
 from imprompt.data.rows import Dataset, Rejected
 from imprompt.errors import InputError, UsageError
 from imprompt.generation.families import Base
+from imprompt.generation.text import cut_words
+from imprompt.io import printable
 from imprompt.training import cache, start
 from imprompt.training.config import ANY_PICTURE, Kind, TrainConfig
 from imprompt.training.data import Plan, bucket_size, crop_box
@@ -28,6 +30,10 @@ from imprompt.training.tables import Ranks, StoredTable, Table
 
 BAD_SHARE, BAD_LEAST = 0.01, 3
 """A run does not begin with more unreadable pictures than this share, and more than this number."""
+
+
+_SHORT = 30
+"""Bytes of a caption that every text encoder reads whole."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +93,17 @@ def prepare(config: TrainConfig, accelerator: Accelerator, data: Dataset | None 
         "imprompt.start": "new weights" if initial is None else initial.checkpoint.name,
     }
     odd, idle = _notes(plan, encoded.latents), _idle(config, kind, initial is not None)
-    notes = (*found.notes, *odd, *idle, *_chosen(stated, config))
+    notes = (*found.notes, *encoding.notes, *odd, *idle, *_chosen(stated, config))
     return Prepared(config, identity, pipe, adapter, encoded, plan, about, notes)
 
 
 def _notes(plan: Plan, latents: Table) -> list[str]:
     """What is odd about the pictures: copies, and small ones."""
     notes = []
+    trained = {plan.keys[row] for row in plan.training}
+    copied = sum(plan.keys[row] in trained for row in plan.validation)
+    if copied and not plan.validates_on_training_rows:
+        notes.append(f"{copied} held-out pictures are copies of training pictures: their loss is too good")
     if len({row.caption for row in plan.rows}) == 1:
         notes.append("all pictures have one caption: no sample shows a picture with the caption of another")
     if plan.copies:
@@ -122,7 +132,9 @@ def _chosen(stated: TrainConfig, config: TrainConfig) -> list[str]:
 def _idle(config: TrainConfig, kind: Kind, started: bool) -> list[str]:
     """Which options were changed and have no effect in this run."""
     face = kind in ("faceid", "faceid-plus")
+    unasked = _unasked(config)
     idle = {
+        "captions": f"references ask for no {' or '.join(unasked)}" if unasked else "",
         "tokens": "kind full has a token from each patch" if kind == "full" else "",
         "lora_rank": "only new face adapters have it" if started or not face else "",
         "face_model": "" if face else f"kind {kind} reads no faces",
@@ -136,6 +148,13 @@ def _idle(config: TrainConfig, kind: Kind, started: bool) -> list[str]:
         for name, why in idle.items()
         if why and getattr(config, name) != fields[name].get_default(call_default_factory=True)
     ]
+
+
+def _unasked(config: TrainConfig) -> list[str]:
+    """The kinds of reference that ``captions`` states and ``references`` do not ask for."""
+    usual = TrainConfig.model_fields["captions"].get_default(call_default_factory=True)
+    asked = dict(config.references or ())
+    return [mode for mode, kinds in config.captions.items() if mode not in asked and usual.get(mode) != kinds]
 
 
 class _Encoding:
@@ -158,6 +177,8 @@ class _Encoding:
         """Hashes of the VAE and the text encoders."""
         self.image_encoder, self.image_encoder_name = "", ""
         """A hash, and the name."""
+        self.notes: list[str] = []
+        """What is odd about the captions."""
 
     def run(self, before: Sequence[Rejected]) -> tuple[cache.EncodedSet, Plan]:
         """Everything that the steps read, and the plan of what they show."""
@@ -195,6 +216,12 @@ class _Encoding:
         self.weights.append(cache.fingerprint(*encoders))
         for part in encoders:
             part.to(self.device)
+        lost = [end for text in captions if len(text.encode()) >= _SHORT and (end := cut_words(pipe, text))]
+        if lost:
+            self.notes.append(
+                f"{len(lost)} captions are longer than the text encoder reads; the end of the first is lost: "
+                f"'{printable(lost[0][:60])}'"
+            )
         return cache.encode_texts(pipe, captions, self.config, self.device, self.weights[-1], self.ranks)
 
 

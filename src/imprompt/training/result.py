@@ -14,7 +14,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from imprompt.adapter.ipadapter import IPAdapter
-from imprompt.checkpoints.checkpoint import StateDict
+from imprompt.checkpoints.checkpoint import check_written
+from imprompt.checkpoints.contents import by_section
 from imprompt.errors import ModelError, UsageError, first_line
 from imprompt.tensorfile import metadata_of
 from imprompt.training.folder import WEIGHT_NAME
@@ -26,18 +27,12 @@ def write_adapter(adapter: IPAdapter, folder: Path, about: Mapping[str, str], dt
     """Write the weights as they are now in the published layout, and read them back.
 
     Raises :class:`ModelError` when they are not finite or do not read back as written."""
-    expected: StateDict = {
-        section: {name: tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}
-        for section, tensors in adapter.state_dict().items()
-    }
-    made = IPAdapter.from_state_dict(expected, variant=adapter.checkpoint.variant.name)
+    weights = {name: each.detach().to("cpu", dtype) for name, each in adapter.module.state_dict().items()}
+    state = by_section(weights, adapter.checkpoint.name)
+    made = IPAdapter.from_state_dict(state, variant=adapter.checkpoint.variant.name)
     made.checkpoint = replace(made.checkpoint, metadata=dict(about))
     path = made.save_pretrained(folder, WEIGHT_NAME)
-    read = IPAdapter.from_pretrained(path).state_dict()
-    for section, tensors in expected.items():
-        for name, tensor in tensors.items():
-            if name not in read[section] or not torch.equal(read[section][name].cpu(), tensor):
-                raise ModelError(f"'{path}' does not read back as written: '{section}.{name}' differs.")
+    check_written(path, weights)
     return path
 
 
