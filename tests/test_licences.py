@@ -9,7 +9,7 @@ from facemodels import recogniser, scrfd
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.app.cli import main
 from imprompt.catalog import adapters, bases, controls, licences, motions
-from imprompt.encoders.face import OnnxFaces
+from imprompt.encoders.face_onnx import OnnxFaces
 from imprompt.errors import ModelError
 from layouts import PUBLISHED
 from tiny import random_adapter_state, tiny_unet

@@ -13,7 +13,8 @@ from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.catalog import adapters
 from imprompt.checkpoints.checkpoint import read
 from imprompt.encoders.clip import ImageEncoder
-from imprompt.encoders.face import Faces, OnnxFaces, save
+from imprompt.encoders.face import Faces, save
+from imprompt.encoders.face_onnx import OnnxFaces
 from imprompt.errors import EncoderMismatch, ImpromptError, InputError, UsageError
 from imprompt.schema.prompt import ImagePrompt
 from tiny import picture, random_adapter_state, tiny_encoder, tiny_unet

@@ -12,8 +12,9 @@ from PIL import Image
 
 from facemodels import pack, photo, recogniser, scrfd, yunet
 from imprompt.encoders.clip import ImageEncoder
-from imprompt.encoders.face import Faces, OnnxFaces, installed, joined, load, read, save
+from imprompt.encoders.face import Faces, joined, load, read, save
 from imprompt.encoders.face_geometry import TEMPLATE, Face, align, nms, similarity
+from imprompt.encoders.face_onnx import OnnxFaces, installed
 from imprompt.errors import ImpromptError, InputError, ModelError
 from tiny import HIDDEN, tiny_encoder
 

@@ -26,7 +26,7 @@ from transformers import (
 
 import tiny
 from facemodels import pack, photo
-from imprompt.encoders.face import OnnxFaces
+from imprompt.encoders.face_onnx import OnnxFaces
 from imprompt.errors import InputError, ModelError, UsageError
 from imprompt.generation import annotate as module
 from imprompt.generation.annotate import annotate, annotate_frames, edges, face_keypoints, skeletons

@@ -19,7 +19,7 @@ from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.app import cli
 from imprompt.checkpoints.convert import convert
 from imprompt.encoders.clip import ImageEncoder
-from imprompt.encoders.face import OnnxFaces
+from imprompt.encoders.face_onnx import OnnxFaces
 from imprompt.errors import AdapterMismatch, ModelError
 from imprompt.generation.families import find_base
 from imprompt.generation.pipelines import load

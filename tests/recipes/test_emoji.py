@@ -1,5 +1,6 @@
 """The emoji recipe: draws follow from (seed, index) alone, captions say what was drawn, a loop resumes."""
 
+import hashlib
 import importlib
 import json
 import shutil
@@ -234,7 +235,10 @@ def test_an_adapters_draws_follow_the_recipe(recipe, monkeypatch: pytest.MonkeyP
     write_pool(recipe, monkeypatch, 64)
     adapters, labels = recipe("adapters"), recipe("labels")
     rows = adapters.drawn(1, 64)
-    plan = Plan([*rows, *adapters.drawn(2, 8)], adapters.configuration("base", 2500))
+    shown, config = [*rows, *adapters.drawn(2, 8)], adapters.configuration("base", 2500)
+    keys = [hashlib.blake2b(row.name.encode(), digest_size=8).hexdigest() for row in shown]
+    sizes = [(64, 64)] * len(shown)
+    plan = Plan(shown, config, keys=keys, sizes=sizes, per_step=config.batch * config.accumulate)
     batch = plan.samples(range(4000))
     facts = recipe("pool").Pool(1, 64).facts
     said = [labels.captions(fact, 1, index) for index, fact in enumerate(facts)]

@@ -14,7 +14,7 @@ import tiny
 from facemodels import pack
 from imprompt.data.read import read_dataset
 from imprompt.encoders.clip import ImageEncoder
-from imprompt.encoders.face import OnnxFaces
+from imprompt.encoders.face_onnx import OnnxFaces
 from imprompt.errors import ModelError
 from imprompt.training import cache, tables
 from imprompt.training.cache import ClipFeatures, clean, encode_features, encode_latents, fingerprint

@@ -1,5 +1,6 @@
 """What a step shows: drops, references and captions in their shares, nothing held out, always the same."""
 
+import hashlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -36,6 +37,13 @@ ROWS = [
 MIXED = {"references": [("self", 0.4), ("concept", 0.3), ("style", 0.3)]}
 
 
+def plan_of(rows, config, **more):
+    """The plan of rows whose pictures have one size and are told apart by their names."""
+    keys = [hashlib.blake2b(row.name.encode(), digest_size=8).hexdigest() for row in rows]
+    steps = config.batch * config.accumulate
+    return Plan(rows, config, keys=keys, sizes=[(1, 1)] * len(rows), per_step=steps, **more)
+
+
 def draw(plan, number):
     """Batch ``number`` of the run."""
     size = plan.config.batch
@@ -47,7 +55,7 @@ def draws(plan, count=300):
 
 
 def test_held_out_pictures_are_neither_targets_nor_references():
-    plan = Plan(ROWS, config(**MIXED))
+    plan = plan_of(ROWS, config(**MIXED))
     held_out = {index for index, item in enumerate(ROWS) if not item.trainable}
     for batch in draws(plan):
         assert not held_out & {*batch.targets, *batch.references}
@@ -55,18 +63,18 @@ def test_held_out_pictures_are_neither_targets_nor_references():
 
 
 def test_captions_of_held_out_concepts_are_never_drawn():
-    plan = Plan(ROWS, config(**MIXED))
+    plan = plan_of(ROWS, config(**MIXED))
     assert not any("cup" in caption for batch in draws(plan) for caption in batch.captions)
 
 
 def test_an_unusable_row_is_not_drawn():
-    plan = Plan(ROWS, config(**MIXED), unusable={0, 4})
+    plan = plan_of(ROWS, config(**MIXED), unusable={0, 4})
     for batch in draws(plan, 100):
         assert not {0, 4} & {*batch.targets, *batch.references}
 
 
 def test_each_reference_goes_with_captions_that_say_what_it_does_not():
-    plan = Plan(ROWS, config(**MIXED, drop_text=0, drop_image=0, drop_both=0))
+    plan = plan_of(ROWS, config(**MIXED, drop_text=0, drop_image=0, drop_both=0))
     seen = Counter()
     for batch in draws(plan):
         for target, reference, caption, mode in zip(
@@ -91,7 +99,7 @@ def test_each_reference_goes_with_captions_that_say_what_it_does_not():
 
 
 def test_all_other_pictures_of_a_group_are_equally_likely():
-    plan = Plan(ROWS, config(references=[("concept", 1.0)], drop_text=0, drop_both=0))
+    plan = plan_of(ROWS, config(references=[("concept", 1.0)], drop_text=0, drop_both=0))
     seen = Counter(
         batch.references[place]
         for batch in draws(plan, 900)
@@ -103,7 +111,7 @@ def test_all_other_pictures_of_a_group_are_equally_likely():
 
 
 def test_text_image_and_both_are_dropped_in_their_shares():
-    plan = Plan(ROWS, config(drop_text=0.1, drop_image=0.2, drop_both=0.15))
+    plan = plan_of(ROWS, config(drop_text=0.1, drop_image=0.2, drop_both=0.15))
     kinds = Counter(
         (caption == "", bool(dropped))
         for batch in draws(plan, 1500)
@@ -116,7 +124,7 @@ def test_text_image_and_both_are_dropped_in_their_shares():
 
 
 def test_without_words_a_picture_is_its_own_reference():
-    plan = Plan(ROWS, config(**MIXED | {"drop_text": 0.5}))
+    plan = plan_of(ROWS, config(**MIXED | {"drop_text": 0.5}))
     pairs = [
         (target == reference, caption == "" and not dropped)
         for batch in draws(plan, 300)
@@ -130,7 +138,7 @@ def test_without_words_a_picture_is_its_own_reference():
 
 def test_any_other_picture_may_be_the_reference():
     rows = [row(f"thing{number}", f"set{number}") for number in range(8)]
-    plan = Plan(rows, config(references=[("any", 1.0)], drop_text=0.5, drop_image=0, drop_both=0))
+    plan = plan_of(rows, config(references=[("any", 1.0)], drop_text=0.5, drop_image=0, drop_both=0))
     seen = defaultdict(set)
     for batch in draws(plan, 300):
         for target, reference, caption in zip(batch.targets, batch.references, batch.captions, strict=True):
@@ -140,14 +148,14 @@ def test_any_other_picture_may_be_the_reference():
 
 
 def test_an_epoch_shows_every_training_picture_once():
-    plan = Plan(ROWS, config(batch=3))
+    plan = plan_of(ROWS, config(batch=3))
     for epoch in range(3):
         shown = [target for number in range(3) for target in draw(plan, 3 * epoch + number).targets]
         assert sorted(shown) == plan.training
 
 
 def test_a_draw_depends_on_its_number_alone():
-    first, second = Plan(ROWS, config(**MIXED)), Plan(ROWS, config(**MIXED))
+    first, second = plan_of(ROWS, config(**MIXED)), plan_of(ROWS, config(**MIXED))
     forward = [draw(first, number) for number in range(20)]
     backward = [draw(second, number) for number in reversed(range(20))][::-1]
     for one, other in zip(forward, backward, strict=True):
@@ -158,13 +166,13 @@ def test_a_draw_depends_on_its_number_alone():
 
 
 def test_samples_depend_on_their_indices_and_not_on_the_process_that_asks():
-    whole = Plan(ROWS, config(batch=3)).samples(range(9)).targets
-    parts = [Plan(ROWS, config(batch=3)).samples(range(first, first + 3)).targets for first in (0, 3, 6)]
+    whole = plan_of(ROWS, config(batch=3)).samples(range(9)).targets
+    parts = [plan_of(ROWS, config(batch=3)).samples(range(first, first + 3)).targets for first in (0, 3, 6)]
     assert [target for part in parts for target in part] == whole
 
 
 def test_captions_lists_every_caption_that_is_drawn_and_the_empty_one():
-    plan = Plan(ROWS, config(**MIXED))
+    plan = plan_of(ROWS, config(**MIXED))
     drawn = {caption for batch in draws(plan) for caption in batch.captions}
     assert drawn <= set(plan.captions)
     assert "" in plan.captions
@@ -172,25 +180,25 @@ def test_captions_lists_every_caption_that_is_drawn_and_the_empty_one():
 
 def test_without_hold_out_a_few_training_pictures_are_set_aside():
     rows = [row(f"thing{number}", "noto") for number in range(100)]
-    plan = Plan(rows, config())
+    plan = plan_of(rows, config())
     assert len(plan.validation) == 5
     assert not set(plan.validation) & set(plan.training)
-    assert Plan(rows, config(seed=9)).validation == plan.validation
+    assert plan_of(rows, config(seed=9)).validation == plan.validation
 
 
 def test_a_kind_of_reference_that_no_picture_has_is_an_error():
     with pytest.raises(UsageError, match="weather"):
-        Plan(ROWS, config(references=[("weather", 1.0)]))
+        plan_of(ROWS, config(references=[("weather", 1.0)]))
 
 
 def test_a_single_picture_has_no_other_to_refer_to():
     with pytest.raises(UsageError, match=r'references=\[\["self",1\]\]'):
-        Plan([row("cat", "noto")], config(references=[("any", 1.0)]))
+        plan_of([row("cat", "noto")], config(references=[("any", 1.0)]))
 
 
 def test_nothing_to_train_on_is_an_error():
     with pytest.raises(InputError, match="held out"):
-        Plan([row("cat", "noto", "held_out_pair")], config())
+        plan_of([row("cat", "noto", "held_out_pair")], config())
 
 
 @pytest.mark.parametrize(
@@ -220,7 +228,7 @@ def test_an_augmented_reference_is_its_keys_alone_and_white_outside():
 def test_another_caption_is_not_the_pictures_own_where_captions_repeat():
     said = ["a heart"] * 6 + ["an owl"] * 6
     rows = [Row(Path(f"{n}.png"), {"full": (text,)}) for n, text in enumerate(said)]
-    plan = Plan(rows, config())
+    plan = plan_of(rows, config())
     assert all(plan.other_caption(n) not in ("", said[n]) for n in plan.validation)
-    alike = Plan([Row(Path(f"{n}.png"), {"full": ("a heart",)}) for n in range(12)], config())
+    alike = plan_of([Row(Path(f"{n}.png"), {"full": ("a heart",)}) for n in range(12)], config())
     assert {alike.other_caption(n) for n in alike.validation} == {"a heart"}

@@ -1004,6 +1004,17 @@ def test_a_base_that_is_no_model_is_an_error(make_config, tmp_path):
         train(make_config(base=str(tmp_path / "nothing")))
 
 
+@pytest.mark.parametrize(
+    ("part", "field"), [("unet", {"sample_size": "wide"}), ("vae", {"block_out_channels": 4})]
+)
+def test_a_base_whose_size_is_damaged_is_one_line(make_config, base, tmp_path, part, field):
+    folder = shutil.copytree(base, tmp_path / "damaged")
+    settings = folder / part / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | field))
+    with pytest.raises(ModelError, match=f"base '.*damaged': .*{next(iter(field))}"):
+        train(make_config(base=str(folder)))
+
+
 def test_a_base_without_an_image_encoder_is_an_error(make_config, tmp_path):
     tiny.tiny_sd().save_pretrained(tmp_path / "plain")
     with pytest.raises(UsageError, match="image_encoder"):

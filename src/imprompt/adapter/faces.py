@@ -15,7 +15,8 @@ from torch import Tensor
 from imprompt.checkpoints.checkpoint import Checkpoint
 from imprompt.encoders import face as faces
 from imprompt.encoders.clip import Features, ImageEncoder
-from imprompt.encoders.face import FaceEmbedder, Faces, OnnxFaces
+from imprompt.encoders.face import FaceEmbedder, Faces
+from imprompt.encoders.face_onnx import OnnxFaces, how_to_get, installed
 from imprompt.errors import EncoderMismatch, UsageError
 from imprompt.schema import options
 from imprompt.schema.prompt import ImagePrompt
@@ -45,7 +46,7 @@ class FaceInput:
         """The face model that was given, else the installed InsightFace pack that the adapter was trained
         with, if any."""
         if self._reader is None:
-            self._reader = faces.installed(self._packs())
+            self._reader = installed(self._packs())
         return self._reader
 
     @reader.setter
@@ -65,7 +66,7 @@ class FaceInput:
         """
         if self.reader is None:
             raise EncoderMismatch(
-                f"adapter '{self._name}' reads faces: {faces.how_to_get(self._packs())} Or give embeddings "
+                f"adapter '{self._name}' reads faces: {how_to_get(self._packs())} Or give embeddings "
                 "made elsewhere as features."
             )
         number = options.read_face(face)

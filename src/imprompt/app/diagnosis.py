@@ -14,7 +14,7 @@ from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 
 from imprompt.catalog import ASSETS, adapters, bases
 from imprompt.catalog.resolve import is_here
-from imprompt.encoders.face import home
+from imprompt.encoders.face_onnx import home
 from imprompt.errors import ImpromptError
 from imprompt.generation.engine import Engine
 from imprompt.io import sha256

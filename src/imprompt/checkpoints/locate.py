@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from imprompt import hub
 from imprompt.catalog import ASSETS, AdapterRow, EncoderRow, adapters, encoders
@@ -64,10 +65,16 @@ def encoder_widths(source: Source) -> tuple[int, int]:
         if source.path is not None:
             raise
         return 0, 0
-    config = config.get("vision_config", config)
-    hidden = int(config.get("hidden_size", 0))
-    unprojected = hidden if "siglip" in str(config.get("model_type")) else 0
-    return int(config.get("projection_dim") or unprojected), hidden
+    return _stated_widths(config.get("vision_config", config), source)
+
+
+def _stated_widths(config: Any, source: Source) -> tuple[int, int]:
+    try:
+        pooled, hidden = (config.get(name) or 0 for name in ("projection_dim", "hidden_size"))
+        unprojected = hidden if "siglip" in str(config.get("model_type")) else 0
+        return int(pooled or unprojected), int(hidden)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ModelError(f"the config.json of image encoder '{source}' is damaged: {error}.") from error
 
 
 def locate(

@@ -20,22 +20,8 @@ from torch import Tensor
 
 from imprompt.encoders.clip import ImageEncoder
 from imprompt.encoders.face_geometry import Array, Face, align
-from imprompt.encoders.face_onnx import (
-    PACKS,
-    OnnxFaces,
-    home,
-    how_to_get,
-    installed,
-    is_installed,
-    licence_note,
-)
 from imprompt.encoders.features import read_file, write_file
 from imprompt.errors import InputError
-
-__all__ = [
-    "CROP", "PACKS", "Face", "FaceEmbedder", "Faces", "OnnxFaces", "home", "how_to_get", "installed",
-    "is_installed", "joined", "licence_note", "load", "read", "save",
-]  # fmt: skip
 
 CROP = 224
 """Side of the aligned crop that FaceID-Plus's image encoder sees."""

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.checkpoints.contents import Contents
 from imprompt.checkpoints.locate import locate
-from imprompt.encoders.face import PACKS, OnnxFaces, how_to_get, is_installed
+from imprompt.encoders.face_onnx import PACKS, OnnxFaces, how_to_get, is_installed
 from imprompt.encoders.images import as_bytes, content_hash, load_image
 from imprompt.errors import InputError, UsageError
 from imprompt.evaluation.cases import Case, read_cases, with_faces

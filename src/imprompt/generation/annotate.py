@@ -248,12 +248,12 @@ def _pose(_: object) -> _Find:
 def _face(face_model: str | None) -> _Find:
     """The five points of the largest face."""
     _opencv("face")
-    from imprompt.encoders import face
+    from imprompt.encoders import face_onnx
 
     packs = ("antelopev2", "buffalo_l")
-    models = face.installed(packs) if face_model is None else face.OnnxFaces.from_folder(face_model)
+    models = face_onnx.installed(packs) if face_model is None else face_onnx.OnnxFaces.from_folder(face_model)
     if models is None:
-        raise ModelError(f"control: face finds the points by face models. {face.how_to_get(packs)}")
+        raise ModelError(f"control: face finds the points by face models. {face_onnx.how_to_get(packs)}")
 
     def find(picture: Image.Image) -> Image.Image:
         found = models.find(picture)

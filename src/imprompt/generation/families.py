@@ -297,6 +297,19 @@ def check_family(what: str, row: AdapterRow | ControlRow | MotionRow, base: Base
         )
 
 
+def trained_size(denoiser: Mapping[str, Any], vae: Mapping[str, Any], base: str) -> tuple[int | None, int]:
+    """The side in pixels of the pictures that a denoiser was trained on, if its configuration tells, and the
+    pixels to a side of a latent. Raises :class:`ModelError` for configurations that are damaged."""
+    side, channels = denoiser.get("sample_size"), vae.get("block_out_channels")
+    if not isinstance(side, int | None) or not isinstance(channels, list | None):
+        raise ModelError(
+            f"base '{base}': sample_size is {side!r}, block_out_channels {channels!r}; a number and a list "
+            "are expected. Get it again."
+        )
+    factor = 2 ** (len(channels or range(4)) - 1)
+    return (side * factor if side else None), factor
+
+
 def adapter_file(name: str) -> Path:
     """The published file of an alias, its SHA-256 compared with the catalogue's.
 
@@ -323,11 +336,8 @@ def _trained_size(folder: Path | None) -> int | None:
     """Side in pixels of the pictures that a folder's denoiser was trained on, if its configuration tells."""
     if folder is None:
         return None
-    side = (_config(folder / "unet") or _config(folder / "transformer")).get("sample_size")
-    if not side:
-        return None
-    channels = _config(folder / "vae").get("block_out_channels") or [0] * 4
-    return int(side) * 2 ** (len(channels) - 1)
+    denoiser = _config(folder / "unet") or _config(folder / "transformer")
+    return trained_size(denoiser, _config(folder / "vae"), str(folder))[0]
 
 
 def _stated_defaults(path: Path, known: Defaults) -> Defaults:

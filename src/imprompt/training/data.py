@@ -8,7 +8,6 @@ targets and references are drawn from.
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
@@ -103,10 +102,10 @@ class Plan:
     """Decides what every training step shows.
 
     ``rows`` are all rows; ``unusable`` the numbers of those whose picture cannot be read; ``keys`` a hash of
-    each picture's content (default: its name); ``sizes`` each target's (width, height): samples of one step
-    have one size; ``per_step`` the samples of a step over all processes. Only rows of the split ``train`` are
-    drawn; when no row is held out, at least four of them, chosen by their keys, are set aside for validation
-    (a third of them where there are fewer than twelve).
+    each picture's content; ``sizes`` each target's (width, height): samples of one step have one size;
+    ``per_step`` the samples of a step over all processes. Only rows of the split ``train`` are drawn; when no
+    row is held out, at least four of them, chosen by their keys, are set aside for validation (a third of
+    them where there are fewer than twelve).
     Raises :class:`InputError` when nothing is left to train on, :class:`UsageError` when a kind of reference
     or caption asked for exists for no picture.
     """
@@ -116,17 +115,15 @@ class Plan:
         rows: Sequence[Row],
         config: TrainConfig,
         *,
+        keys: Sequence[str],
+        sizes: Sequence[tuple[int, int]],
+        per_step: int,
         unusable: Collection[int] = (),
-        keys: Sequence[str] | None = None,
-        sizes: Sequence[tuple[int, int]] | None = None,
-        per_step: int | None = None,
     ) -> None:
         self.config, self.rows = config, list(rows)
         self._references = config.references or (("self", 1.0),)
         self._drop_text = config.drop_text or 0.0
-        self.keys = list(keys) if keys is not None else [_name_hash(row) for row in rows]
-        self.sizes = list(sizes) if sizes is not None else [(1, 1)] * len(rows)
-        self.per_step = per_step or config.batch * config.accumulate
+        self.keys, self.sizes, self.per_step = keys, sizes, per_step
         self._split([(index, row) for index, row in enumerate(rows) if index not in unusable])
         self._partners = self._find_partners()
         self._choices = {index: self._choices_of(index) for index in self.training}
@@ -278,10 +275,6 @@ class Plan:
         kinds = self.config.caption_kinds(mode)
         chosen = row.captions if ANY_CAPTION in kinds else kinds
         return [text for kind in chosen for text in row.captions.get(kind, ())]
-
-
-def _name_hash(row: Row) -> str:
-    return hashlib.blake2b(row.name.encode(), digest_size=8).hexdigest()
 
 
 def _shuffled(values: Sequence[Option], generator: torch.Generator) -> list[Option]:

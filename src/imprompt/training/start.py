@@ -18,9 +18,9 @@ from imprompt.catalog.resolve import Source
 from imprompt.checkpoints.contents import by_section
 from imprompt.checkpoints.locate import encoder_note
 from imprompt.encoders.clip import ImageEncoder
-from imprompt.encoders.face import OnnxFaces
+from imprompt.encoders.face_onnx import OnnxFaces
 from imprompt.errors import UsageError
-from imprompt.generation.families import Base, find_base
+from imprompt.generation.families import Base, find_base, trained_size
 from imprompt.generation.pipelines import check, load
 from imprompt.io import check_path
 from imprompt.projections.build import new_projection
@@ -71,9 +71,8 @@ def own_side(base: Base) -> tuple[int, int]:
     place = Source(base.name, base.path, base.source, kind="base")
     published = base.row is not None and base.path is None  # the catalogue knows it; nothing is downloaded
     unet, vae = ({} if published else place.config(f"{part}/config.json") for part in ("unet", "vae"))
-    factor = 2 ** (len(vae.get("block_out_channels") or range(4)) - 1)
-    side = unet.get("sample_size")
-    return side * factor if isinstance(side, int) else base.defaults.size, factor
+    side, factor = trained_size(unet, vae, base.name)
+    return side or base.defaults.size, factor
 
 
 def load_start(config: TrainConfig, base: Base) -> IPAdapter | None:

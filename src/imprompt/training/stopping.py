@@ -19,13 +19,13 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class Stopper:
-    """Tells when the run should stop: on a signal, or ``minutes`` from now."""
+    """Tells when the run should stop: on a signal, or ``minutes`` after it began to listen."""
 
     def __init__(self, accelerator: Accelerator, minutes: float | None) -> None:
-        self.accelerator = accelerator
+        self.accelerator, self.seconds = accelerator, 60 * (minutes or math.inf)
         self.interrupted = False
         """Whether a signal came; set in all processes once they agreed."""
-        self.end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        self.end = math.inf
 
     def agree(self, step: int, last: bool) -> bool:
         """Whether to stop after ``step``: every process gives the same answer."""
@@ -49,6 +49,7 @@ class Stopper:
             self.interrupted = True
             say("stopping after this step (again to stop at once)")
 
+        self.end = time.monotonic() + self.seconds
         before: dict[int, Any] = {}
         for name in SIGNALS:
             number = getattr(signal, name, None)

@@ -115,7 +115,8 @@ class Trainer:
             accelerator.init_trackers("tracker", config={"run": str(self.config.output)})
         self.step = 0
         self.meter = Meter(accelerator, len(self.alpha_bar))
-        self.stopper = Stopper(accelerator, None)
+        self.stopper = Stopper(accelerator, self.config.minutes)
+        self.terminal = sys.stderr.isatty()
         self.best = math.inf
         self._bare: Tensor | None = None
         self.figures: list[dict[str, Any]] = []
@@ -182,7 +183,6 @@ class Trainer:
 
     def run(self, on_step: Callable[[int], None] | None = None) -> None:
         """Take all remaining steps, with validation, samples, log lines and checkpoints."""
-        config = self.config
         if self.step == 0:
             self._validate()
             self._sample()
@@ -190,8 +190,6 @@ class Trainer:
             self._say(
                 f"no step is left: the run has taken {self.step} of {self.steps}; --steps asks for more"
             )
-        self.stopper = Stopper(self.accelerator, config.minutes)
-        self.terminal = sys.stderr.isatty()
         hidden = self.quiet or not self.terminal
         bar = tqdm(total=self.steps, initial=self.step, desc="training", unit="step", disable=hidden)
         self.meter.start()
