@@ -108,6 +108,23 @@ def test_clips_have_the_loras_and_words_too(place: Path, tmp_path: Path, still_f
         assert after.images[0].tobytes() == before.images[0].tobytes()
 
 
+def test_a_lora_of_the_motion_adapter_acts_in_one_window(place: Path, tmp_path: Path) -> None:
+    motion = tiny.tiny_motion()
+    motion.save_pretrained(tmp_path)
+    found = {}
+    for name, layer in motion.named_modules():
+        if name.endswith("to_v"):
+            found[f"unet.{name}.lora_A.weight"] = torch.ones(2, layer.in_features)
+            found[f"unet.{name}.lora_B.weight"] = torch.ones(layer.out_features, 2)
+    save_file(found, tmp_path / "zoom.safetensors")
+    clip = request(place).replace(task="animate", motion=str(tmp_path), frames=2)
+    zoomed = clip.replace(loras=[str(tmp_path / "zoom.safetensors")])
+    engine = Engine()
+    assert engine.run(zoomed).images[0].tobytes() != engine.run(clip).images[0].tobytes()
+    with pytest.raises(UsageError, match=r"loras: with one that changes the motion adapter .* at most 8"):
+        engine.run(zoomed.replace(frames=11))
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [

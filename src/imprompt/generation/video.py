@@ -250,13 +250,21 @@ def draw(
 
 @contextmanager
 def _windows(pipe: Any, request: Request) -> Iterator[None]:
-    """Sliding windows while a clip is drawn that is longer than one window."""
+    """Sliding windows while a clip is drawn that is longer than one window.
+
+    Raises :class:`UsageError` for LoRAs of the motion adapter, which diffusers' windows do not take.
+    """
     if not in_windows(request):
         yield
         return
     context = request.context or 0
     lists = [each.transformer_blocks for each in pipe.unet.modules() if isinstance(each, _MotionModule)]
     own = [list(blocks) for blocks in lists]
+    if any(hasattr(part, "base_layer") for blocks in lists for part in blocks.modules()):
+        raise UsageError(
+            f"loras: with one that changes the motion adapter a clip has at most {context} frames; ask for "
+            "fewer --frames."
+        )
     try:
         pipe.enable_free_noise(context_length=context, context_stride=max(1, context // 4))
         yield
