@@ -272,3 +272,23 @@ def test_another_favor_is_said_in_one_line(text, message):
     with pytest.raises(UsageError, match=message):
         ControlRef.parse(text)
     assert ControlRef.parse("canny:a.png,favor=control,scale=0.5").favor == "control"
+
+
+@pytest.mark.parametrize(("case", "rows"), [("generate", 1), ("xl", 1), ("union", 1), ("clip", FRAMES)])
+def test_control_does_not_compute_the_rows_to_which_it_adds_nothing(engine, asked, monkeypatch, case, rows):
+    seen = set()
+
+    def counting(forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)
+        def counted(net: Any, sample: Tensor, *args: Any, **call: Any) -> Any:
+            seen.add(len(sample))
+            return forward(net, sample, *args, **call)
+
+        return counted
+
+    for kind in (diffusers.ControlNetModel, diffusers.ControlNetUnionModel):
+        monkeypatch.setattr(kind, "forward", counting(kind.forward))
+    for favor, computed in (("balanced", 2 * rows), ("control", rows)):
+        seen.clear()
+        engine.run(asked(case, favor))
+        assert seen == {computed}

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from imprompt.errors import ModelError, UsageError
 from imprompt.generation import video
 from imprompt.generation.control import control_call
+from imprompt.generation.embedded_maps import embedded_once
 from imprompt.generation.families import KINDS
 from imprompt.generation.favor import favored
 from imprompt.generation.guided import guidance_arguments
@@ -69,7 +70,8 @@ def draw(loaded: Loaded, shots: Sequence[Shot]) -> list[list[Image.Image]]:
     generators = [torch.Generator().manual_seed(_seed(job, index)) for job, index in shots]
     rows = len(shots) * (request.frames or 1)
     faces = face_controls(pipe, job.controls, loaded.adapters, rows)
-    with warnings.catch_warnings(), favored(pipe, job.controls, rows), faces:
+    maps = embedded_once(pipe) if request.compile == "off" else nullcontext()
+    with warnings.catch_warnings(), faces, favored(pipe, job.controls, rows), maps:
         warnings.filterwarnings("ignore", message=".*invalid value encountered in cast.*")
         with torch.inference_mode():
             call = _call(loaded, shots)

@@ -4,7 +4,7 @@
 and leaves nothing behind. A control that is balanced gets no hook.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
@@ -57,7 +57,9 @@ def favored(pipe: Any, controls: "Sequence[Control]", rows: int) -> Iterator[Non
         turns.setdefault(net, []).append(control.favor)
     with ExitStack() as hooks:
         for net, favors in turns.items():
-            hooks.callback(net.register_forward_hook(_weighing(favors, rows)).remove)
+            turn = _Turns(favors, rows)
+            hooks.callback(net.register_forward_pre_hook(turn.cut, with_kwargs=True).remove)
+            hooks.callback(net.register_forward_hook(turn.weigh).remove)
         yield
 
 
@@ -77,11 +79,38 @@ def weighed(residuals: Sequence[Tensor], favor: Favor, rows: int) -> list[Tensor
     return [torch.cat((torch.zeros_like(each[:-rows]), each[-rows:])) for each in found]
 
 
-def _weighing(favors: Sequence[Favor], rows: int) -> Callable[[nn.Module, Any, Any], Any]:
-    in_turn = cycle(favors)
+class _Turns:
+    """The calls of one ControlNet in a step, which follows a control at each."""
 
-    def weigh(_: nn.Module, __: Any, output: Any) -> Any:
-        *down, middle = weighed((*output[0], output[1]), next(in_turn), rows)
+    def __init__(self, favors: Sequence[Favor], rows: int) -> None:
+        self._favors = cycle(favors)
+        self._rows = rows
+        self._favor: Favor = "balanced"
+        self._cut = 0
+
+    def cut(self, _: nn.Module, args: tuple[Any, ...], call: dict[str, Any]) -> Any:
+        """Leave out the rows to which nothing will be added. A SparseCtrl hears all rows at once."""
+        self._favor = next(self._favors)
+        sample = args[0] if args else call["sample"]
+        self._cut = max(0, len(sample) - self._rows) if self._favor == "control" and sample.dim() == 4 else 0
+        if not self._cut:
+            return None
+
+        def kept(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: kept(each) for name, each in value.items()}
+            if isinstance(value, list | tuple):
+                return [kept(each) for each in value]
+            of_rows = isinstance(value, Tensor) and value.dim() and len(value) == len(sample)
+            return value[self._cut :] if of_rows else value
+
+        return tuple(kept(each) for each in args), kept(call)
+
+    def weigh(self, _: nn.Module, __: Any, output: Any) -> Any:
+        *down, middle = weighed((*output[0], output[1]), self._favor, self._rows)
+        if self._cut:
+            down, middle = [self._uncut(each) for each in down], self._uncut(middle)
         return down, middle
 
-    return weigh
+    def _uncut(self, residual: Tensor) -> Tensor:
+        return torch.cat((residual.new_zeros(self._cut, *residual.shape[1:]), residual))
