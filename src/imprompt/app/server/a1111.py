@@ -200,7 +200,7 @@ def _check_supported(values: Mapping[str, Any], body: TextToImage) -> None:
     """Raises :class:`Problem` for what would change the picture and has no counterpart."""
     for name, what in _REFUSED.items():
         if values.get(name):
-            raise refused(name, f"this server does not offer {what}.", "not_supported")
+            raise refused(name, f"this server does not offer {what}; leave it out.", "not_supported")
     check_fields(values)
     check_options(body.override_settings)
     for name, script in body.alwayson_scripts.items():
@@ -208,7 +208,8 @@ def _check_supported(values: Mapping[str, Any], body: TextToImage) -> None:
         if not isinstance(arguments, list):
             raise refused(f"alwayson_scripts.{name[:60]}", "an object with a list 'args' is expected.")
         if name.lower() not in _SCRIPTS and arguments and arguments[0]:
-            raise refused("alwayson_scripts", f"'{name[:60]}' is not part of this server.", "not_supported")
+            text = f"'{name[:60]}' is not part of this server; leave it out."
+            raise refused("alwayson_scripts", text, "not_supported")
 
 
 def _without_loras(prompt: str) -> tuple[str, list[dict[str, Any]]]:
@@ -218,7 +219,7 @@ def _without_loras(prompt: str) -> tuple[str, list[dict[str, Any]]]:
         try:
             found.append({"path": name, "weight": float(weight or 1)})
         except ValueError as error:
-            raise refused("prompt", f"'{weight[:20]}' is no weight.") from error
+            raise refused("prompt", f"'{weight[:20]}' is no weight; write <lora:NAME:0.8>.") from error
     return _LORA.sub("", prompt).strip(" ,") if found else prompt, found
 
 
@@ -251,7 +252,7 @@ def _with_eta(scheduler: str | None, eta: float | None) -> str | None:
     if eta is None or usual is None or eta == usual:
         return scheduler
     if eta not in (0, 1):
-        text = f"{eta:g} is asked; with this sampler it is 0 or 1 here."
+        text = f"{eta:g} is asked; with this sampler send 0 or 1."
         raise refused("eta", text, "not_supported")
     return "ddpm" if scheduler == "ddim" else "euler"
 
@@ -385,7 +386,8 @@ async def set_options(http: HTTPRequest, queue: QueueHere) -> dict[str, Any]:
     base = checked(Options, values).sd_model_checkpoint
     if base is not None:
         if base not in await asyncio.to_thread(offered_bases, queue.settings):
-            raise refused("sd_model_checkpoint", f"'{base[:80]}' is not here.", "model_not_found", 404)
+            text = f"'{base[:80]}' is not here; /sdapi/v1/sd-models lists what is."
+            raise refused("sd_model_checkpoint", text, "model_not_found", 404)
         http.app.state.a1111_base = base
     return {}
 

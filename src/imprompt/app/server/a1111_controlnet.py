@@ -10,7 +10,7 @@ from pydantic import Field
 
 from imprompt import catalog
 from imprompt.app.server.a1111 import ErrorAnswer
-from imprompt.app.server.a1111_units import MODULES, Unit, check_preprocessor, looked_up
+from imprompt.app.server.a1111_units import MODULES, NOT_HERE, Unit, check_preprocessor, looked_up
 from imprompt.app.server.bodies import Body, checked, described, json_body
 from imprompt.app.server.capabilities import capabilities
 from imprompt.app.server.maps import MapKind, drawn_map
@@ -84,7 +84,7 @@ async def detect(http: HTTPRequest, queue: QueueHere) -> dict[str, Any]:
         text = f"'{body.controlnet_module[:60]}' needs a model; name it in a unit of a drawing."
         raise refused("controlnet_module", text, "not_supported")
     if body.controlnet_masks:
-        raise refused("controlnet_masks", "masks of maps are not part of this server.", "not_supported")
+        raise refused("controlnet_masks", f"masks of maps {NOT_HERE}", "not_supported")
     asked = Unit(
         module=body.controlnet_module, processor_res=body.controlnet_processor_res,
         threshold_a=body.controlnet_threshold_a, threshold_b=body.controlnet_threshold_b,

@@ -65,9 +65,9 @@ def check_options(values: Mapping[str, Any]) -> None:
 
 def _refused(name: str, value: object, same: tuple[Any, ...]) -> Problem:
     if name == "CLIP_stop_at_last_layers":
-        text = "skipping layers is not part of this server."
+        text = "skipping layers is not part of this server"
     elif same:
-        text = f"{str(value)[:40]!r} is asked, here it is always {same[-1]}."
+        text = f"{str(value)[:40]!r} is asked, here it is always {same[-1]}"
     else:
-        text = "this is not part of this server; leave it out."
-    return refused(name[:60], text, "not_supported")
+        text = "this is not part of this server"
+    return refused(name[:60], f"{text}; leave it out.", "not_supported")

@@ -53,6 +53,7 @@ _WEIGHT_TYPES = {
     "style transfer": "style-transfer", "composition": "composition",
     "strong style transfer": "strong-style-transfer",
 }  # fmt: skip
+NOT_HERE = "are not part of this server; leave it out."
 _HASH = re.compile(r"\s*\[[0-9a-fA-F]+\]$")
 
 
@@ -158,7 +159,7 @@ async def _control(unit: Unit, queue: Queue, size: tuple[int, int]) -> dict[str,
 def _check_control(unit: Unit) -> None:
     """Raises :class:`Problem` for what would change the control and has no counterpart."""
     if unit.mask:
-        raise refused("mask", "masks of controls are not part of this server.", "not_supported")
+        raise refused("mask", f"masks of controls {NOT_HERE}", "not_supported")
     check_preprocessor(unit)
 
 
@@ -169,7 +170,8 @@ def check_preprocessor(unit: Unit, prefix: str = "") -> None:
     given = {"threshold_a": unit.threshold_a, "threshold_b": unit.threshold_b}
     for (field, value), here in zip(given.items(), own or (), strict=False):
         if value not in (*_UNSET, here):
-            raise refused(prefix + field, f"{value:g} is asked, here it is always {here}.", "not_supported")
+            text = f"{value:g} is asked, here it is always {here}; leave it out."
+            raise refused(prefix + field, text, "not_supported")
     if unit.module.lower() != "none" and not unit.pixel_perfect and unit.processor_res not in _RESOLUTIONS:
         text = "preprocessors work at the size of the drawing; send pixel_perfect."
         raise refused(f"{prefix}processor_res", text, "not_supported")

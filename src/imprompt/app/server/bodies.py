@@ -7,7 +7,8 @@ names that the server offers.
 import base64
 import binascii
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError, model_validator
@@ -98,17 +99,25 @@ def described(
     return {"requestBody": {"required": True, "content": {kind: {"schema": schema}}}}
 
 
-async def form_body(http: HTTPRequest, settings: Settings) -> FormData:
-    """The parts of a multipart body. Raises :class:`Problem`."""
+@asynccontextmanager
+async def form_body(http: HTTPRequest, settings: Settings, *files: str) -> AsyncIterator[FormData]:
+    """The parts of a multipart body, with no other ``files`` than these. Raises :class:`Problem`."""
     if not http.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise Problem(415, "media_type", "the body must be multipart/form-data.")
     parts = settings.limits.parts
     try:
-        return await http.form(max_files=parts, max_fields=parts, max_part_size=settings.limits.json_bytes)
+        form = await http.form(max_files=parts, max_fields=parts, max_part_size=settings.limits.json_bytes)
     except (HTTPException, ValueError, KeyError) as error:
         detail = f" ({error.detail})" if isinstance(error, HTTPException) else ""
         text = f"the body is no valid multipart/form-data{detail}."
         raise Problem(400, "bad_multipart", text) from error
+    try:
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile) and name not in files:
+                raise refused(name[:80], f"files are sent as {' or '.join(files)}.", "unknown_parameter")
+        yield form
+    finally:
+        await form.close()
 
 
 def texts(form: FormData) -> dict[str, list[str]]:

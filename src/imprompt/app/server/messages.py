@@ -18,6 +18,8 @@ class Setup:
     offload: str
     base: str
     """Loaded before the first job."""
+    download: bool = False
+    """Whether the hub may be asked for models that jobs name; those of ``names`` it always may."""
     names: dict[str, dict[str, str]] = field(default_factory=dict)
     """``bases``, ``adapters``, ``loras``: offered name → what the Engine is given."""
 

@@ -165,12 +165,14 @@ JobHere = Annotated[Job, Depends(_job)]
 )  # fmt: skip
 async def upload(http: HTTPRequest, queue: QueueHere) -> Any:
     """Upload a picture, a mask, an animated picture or a video; its id is the SHA-256 of what is stored."""
-    form = await form_body(http, queue.settings)
-    files = uploads(form, "file")
-    if len(files) != 1:
-        raise Problem(422, "missing_file", f"one part 'file' is expected, got {len(files)}.", "file")
-    content = await files[0].read(queue.settings.limits.picture_bytes + 1)
-    await form.close()
+    async with form_body(http, queue.settings, "file") as form:
+        files = uploads(form, "file")
+        if len(files) != 1:
+            raise Problem(422, "missing_file", f"one part 'file' is expected, got {len(files)}.", "file")
+        if len(form) != 1:
+            other = next(name for name in form if name != "file")
+            raise refused(other[:60], "no such part; 'file' is the only one.", "unknown_parameter")
+        content = await files[0].read(queue.settings.limits.picture_bytes + 1)
     picture = await keep(queue, content, "file")
     record = await asyncio.to_thread(queue.store.record, picture.id)
     view = picture_view(picture)

@@ -160,13 +160,10 @@ async def generations(http: HTTPRequest, queue: QueueHere) -> Response:
 )  # fmt: skip
 async def edits(http: HTTPRequest, queue: QueueHere) -> Response:
     """Draw from pictures: as image prompts, or, with a mask, inside the first of them."""
-    form = await form_body(http, queue.settings)
-    try:
+    async with form_body(http, queue.settings, "image", "image[]", "mask") as form:
         body = _checked(Edit, _form_values(form, queue))
         fields = await _fields(body, queue)
         await _add_pictures(form, fields, body, queue)
-    finally:
-        await form.close()
     request = await _request(queue, fields)
     return await _answer(http, queue, body, request, "image_edit")
 
@@ -211,6 +208,8 @@ def _form_values(form: FormData, queue: Queue) -> dict[str, Any]:
     values: dict[str, Any] = {}
     own: dict[str, Any] = {}
     for name, given in texts(form).items():
+        if len(given) > 1 and not name.endswith("]"):
+            raise _wrong(name[:80], "it is there twice; send it once")
         if name == "imprompt":
             own |= parsed(given[-1], queue.settings)
         elif name.startswith("imprompt["):
@@ -314,6 +313,8 @@ async def _add_pictures(form: FormData, fields: dict[str, Any], body: Edit, queu
     files, masks = uploads(form, "image", "image[]"), uploads(form, "mask")
     if not files:
         raise _wrong("image", "a picture is expected")
+    if len(masks) > 1:
+        raise _wrong("mask", "one mask is expected, for the first picture")
     cap = queue.settings.limits.picture_bytes
     ids = [(await keep(queue, await file.read(cap + 1), "image")).id for file in files]
     if masks:

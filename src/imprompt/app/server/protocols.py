@@ -4,7 +4,7 @@ client waits."""
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 from fastapi import Depends
@@ -17,7 +17,9 @@ from imprompt.app.server.bodies import decoded_picture, read_request
 from imprompt.app.server.jobs import Job
 from imprompt.app.server.problems import Problem, refused
 from imprompt.app.server.queue import Queue
+from imprompt.app.server.settings import Settings
 from imprompt.app.server.store import Picture, readable
+from imprompt.catalog import AdapterRow, Entry
 from imprompt.catalog.resolve import is_here
 from imprompt.errors import ImpromptError
 from imprompt.schema.request import Request
@@ -69,13 +71,46 @@ async def checked_request(queue: Queue, values: dict[str, Any]) -> Request:
         if await queue.blocking(queue.store.find, name) is None:
             text = f"picture {name[:12]}… is not on this server; upload it first."
             raise Problem(422, "unknown_picture", text, "images")
-    row = catalog.bases().get(request.base)
-    if row is None or queue.settings.download or request.base in queue.settings.bases:
-        return request
-    if not await asyncio.to_thread(is_here, row):
-        text = f"'{request.base}' is not on the server's machine; run there: hf download {row.repo}"
-        raise refused("base", text, "not_here")
+    for field, row in () if queue.settings.download else _models(request, queue.settings):
+        if not await asyncio.to_thread(is_here, row):
+            what = f"{row.repo} {row.file}" if isinstance(row, AdapterRow) else row.repo
+            text = f"'{row.name}' is not on the server's machine; run there: hf download {what}"
+            raise refused(field, text, "not_here")
     return request
+
+
+_CATALOGUE: dict[str, Callable[[], Mapping[str, Entry]]] = {
+    "base": catalog.bases, "images.adapter": catalog.adapters, "controls.model": catalog.controls,
+    "motion": catalog.motions,
+}  # fmt: skip
+"""Field that names a model → where its aliases stand."""
+
+
+def _models(request: Request, settings: Settings) -> Iterator[tuple[str, Entry]]:
+    """The models of the catalogue that a request draws with, named or by default, with their fields."""
+    own = {"base": settings.bases, "images.adapter": settings.adapters}
+    for field, name in _names(request, _usual(request, settings)):
+        row = _CATALOGUE[field]().get(name)
+        if row is not None and name not in own.get(field, ()):
+            yield field, row
+
+
+def _names(request: Request, usual: tuple[str, str, Mapping[str, str]]) -> list[tuple[str, str]]:
+    adapter, motion, controls = usual
+    adapter = request.adapter or adapter
+    named = [("base", request.base)]
+    named += [("images.adapter", prompt.adapter or adapter) for prompt in request.images]
+    named += [("controls.model", each.model or controls.get(each.kind, "")) for each in request.controls]
+    return named + ([("motion", request.motion or motion)] if request.task == "animate" else [])
+
+
+def _usual(request: Request, settings: Settings) -> tuple[str, str, Mapping[str, str]]:
+    """The base's own adapter, motion adapter and controls, as far as the catalogue tells."""
+    base = None if request.base in settings.bases else catalog.bases().get(request.base)
+    if base is None:
+        return "", "", {}
+    family = catalog.families()[base.family]
+    return family.adapter or "", family.motion or "", family.controls
 
 
 # ---- out

@@ -79,7 +79,7 @@ class Queue:
         for device in self.settings.devices:
             setup = say.Setup(
                 self.store.pictures, self.settings.folder / "scratch", device, self.settings.dtype,
-                self.settings.offload, self.settings.base, self.settings.names,
+                self.settings.offload, self.settings.base, self.settings.download, self.settings.names,
             )  # fmt: skip
             worker = Worker(setup, self._heard, self._worker_died)
             worker.start()

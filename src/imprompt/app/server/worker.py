@@ -29,6 +29,7 @@ from imprompt.encoders.images import as_bytes, container_of
 from imprompt.errors import Cancelled, ImpromptError, InputError
 from imprompt.generation.engine import Engine, Result
 from imprompt.generation.steps import Step
+from imprompt.hub import offline
 from imprompt.output import save
 from imprompt.schema.request import Request
 
@@ -163,9 +164,18 @@ class Worker:
             for message in progress.messages(step, self._cancelled):
                 self._pipe.send(message)
 
-        if len(requests) == 1:
-            return [self._engine.run(requests[0], pictures=pictures, on_step=on_step)]
-        return self._engine.run_batch(requests, pictures=pictures, on_step=on_step)
+        with contextlib.nullcontext() if self._may_download(tasks) else offline():
+            if len(requests) == 1:
+                return [self._engine.run(requests[0], pictures=pictures, on_step=on_step)]
+            return self._engine.run_batch(requests, pictures=pictures, on_step=on_step)
+
+    def _may_download(self, tasks: Sequence[say.Task]) -> bool:
+        """Whether the hub may be asked: with ``--download``, and for what the server was started with."""
+        own = {name for kind in ("bases", "adapters") for name in self._setup.names.get(kind, ())}
+        requests = [task.request for task in tasks]
+        prompts = [prompt for request in requests for prompt in request["images"]]
+        named = {request["base"] for request in requests} | {one["adapter"] for one in requests + prompts}
+        return self._setup.download or bool(own & named)
 
     def _open(self, name: str) -> Image.Image:
         path = self._setup.pictures / name[:2] / name
