@@ -349,6 +349,12 @@ def read_terminal(terminal: int) -> bytes:
         return b""
 
 
+def test_debug_after_two_dashes_is_no_flag(say):
+    code, _, err = say("info", "--", "--debug")
+    assert code == 4
+    assert "there is no file '--debug'" in err
+
+
 def test_debug_shows_where_an_error_came_from(say):
     from imprompt.errors import InputError
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,8 +128,17 @@ def test_a_face_adapter_is_measured_on_the_pictures_with_a_face(
 
     shutil.copytree(place / "buffalo_l", tmp_path / "home" / "models" / "buffalo_l")
     monkeypatch.setenv("INSIGHTFACE_HOME", str(tmp_path / "home"))
+    loaded: list[str] = []
+    plain = IPAdapter.from_pretrained
+
+    def counting(name: str, **options: Any) -> IPAdapter:
+        loaded.append(name)
+        return plain(name, **options)
+
+    monkeypatch.setattr(IPAdapter, "from_pretrained", counting)
     code, _, err = say(capsys, place, "evaluate", shown, *few, *report, "--overwrite")
     assert code == 0, err
+    assert len(loaded) == 2  # for the encoder that scores, and to draw; faces need its header alone
     installed = json.loads((tmp_path / "report.json").read_text())
     assert (installed["figures"], installed["notes"]) == (found["figures"], found["notes"])
 

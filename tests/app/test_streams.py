@@ -90,6 +90,12 @@ def test_nobody_reads_on_is_no_message():
     assert (code, err) == (1, b"")
 
 
+def test_an_error_stream_that_was_closed_is_not_replaced_by_the_output():
+    words = f"{sys.executable} -m imprompt info none.png 2>&-"
+    told = subprocess.run(words, shell=True, stdout=subprocess.PIPE, check=False)
+    assert (told.returncode, told.stdout) == (4, b"")
+
+
 def test_an_error_that_nobody_can_be_told_keeps_its_code():
     with Path("/dev/full").open("wb") as full:
         words = [sys.executable, "-m", "imprompt", "info", "none.png"]

@@ -56,6 +56,13 @@ def test_txt2img_draws_and_says_how(theirs: webuiapi.WebUIApi) -> None:
     assert "a cat" in found.image.info["parameters"]
 
 
+def test_seeds_of_several_pictures_begin_again_after_the_last(client: httpx.Client) -> None:
+    last = 2**53 - 1
+    sent = {"prompt": "a cat", "seed": last, "steps": 1, "width": 64, "height": 64, "batch_size": 2}
+    info = json.loads(client.post("/sdapi/v1/txt2img", json=sent).json()["info"])
+    assert info["all_seeds"] == [last, 0]
+
+
 def test_img2img_starts_from_the_picture(theirs: webuiapi.WebUIApi) -> None:
     source = opened(picture("red"))
     near = theirs.img2img(images=[source], prompt="a star", denoising_strength=0.4, **SMALL)

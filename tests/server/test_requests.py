@@ -1,5 +1,6 @@
 """What a client asks for that the server has not, and parts that no route reads, are told, not ignored."""
 
+import base64
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,3 +117,11 @@ def test_their_settings_that_are_not_here_are_to_be_left_out(idle: httpx.Client,
     answer = idle.post("/sdapi/v1/txt2img", json={"prompt": "a cat", **change})
     assert answer.status_code == 422
     assert answer.json()["detail"].endswith("; leave it out.")
+
+
+@pytest.mark.parametrize("model", ["y", "anny", "h"])
+def test_a_controls_name_is_no_end_of_another(idle: httpx.Client, model: str) -> None:
+    unit = {"module": "canny", "model": model, "image": base64.b64encode(picture()).decode()}
+    sent = {"prompt": "a cat", "alwayson_scripts": {"controlnet": {"args": [unit]}}}
+    answer = idle.post("/sdapi/v1/txt2img", json=sent)
+    assert (answer.status_code, answer.json()["field"]) == (422, "controls.model"), answer.text

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from imprompt.catalog import AdapterRow
+from imprompt.catalog.variants import Variant
 from imprompt.checkpoints.checkpoint import Checkpoint
 from imprompt.encoders import face as faces
 from imprompt.encoders.clip import Features, ImageEncoder
@@ -26,6 +28,13 @@ FaceReaderLike: TypeAlias = FaceEmbedder | str | Path | None
 _UNIT = 0.02  # how far from 1 a normalised embedding's length may be: fp16 and rounding
 
 
+def packs_of(variant: Variant, published: AdapterRow | None) -> tuple[str, ...]:
+    """The face packs that an adapter may have been trained with, by its variant and published file."""
+    if published is not None and published.face_pack is not None:
+        return (published.face_pack,)
+    return ("buffalo_l",) if variant.embedding == "normed" else ()
+
+
 class FaceInput:
     """Reads faces for one face adapter."""
 
@@ -34,6 +43,7 @@ class FaceInput:
         self._width = checkpoint.feature_width
         published = checkpoint.published
         self._pack = None if published is None else published.face_pack
+        self._packs = packs_of(self._variant, published)
         self._reader: FaceEmbedder | None = None
 
     @property
@@ -46,7 +56,7 @@ class FaceInput:
         """The face model that was given, else the installed InsightFace pack that the adapter was trained
         with, if any."""
         if self._reader is None:
-            self._reader = installed(self._packs())
+            self._reader = installed(self._packs)
         return self._reader
 
     @reader.setter
@@ -66,7 +76,7 @@ class FaceInput:
         """
         if self.reader is None:
             raise EncoderMismatch(
-                f"adapter '{self._name}' reads faces: {how_to_get(self._packs())} Or give embeddings "
+                f"adapter '{self._name}' reads faces: {how_to_get(self._packs)} Or give embeddings "
                 "made elsewhere as features."
             )
         number = options.read_face(face)
@@ -131,12 +141,6 @@ class FaceInput:
                 f"s_scale: has no effect on adapter '{self._name}' ({self._variant.name}); it belongs to "
                 "FaceID-PlusV2."
             )
-
-    def _packs(self) -> tuple[str, ...]:
-        """The face packs that it may have been trained with, if known."""
-        if self._pack is not None:
-            return (self._pack,)
-        return ("buffalo_l",) if self._variant.embedding == "normed" else ()
 
     def _check_space(self, space: str) -> None:
         """Raise :class:`EncoderMismatch` for embeddings of another face model."""

@@ -99,8 +99,9 @@ def _exit_now(code: int) -> NoReturn:
 
 
 def _run(given: list[str]) -> int:
-    debug = "--debug" in given
-    given = [word for word in given if word != "--debug"]
+    end = given.index("--") if "--" in given else len(given)  # what follows is no flag
+    debug = "--debug" in given[:end]
+    given = [word for word in given[:end] if word != "--debug"] + given[end:]
     try:
         with _warnings_as_lines():
             code = _dispatch(given)

@@ -45,7 +45,10 @@ class Output(io.TextIOWrapper):
 
 
 def prepare_output() -> None:
-    """Make ``sys.stdout`` an :class:`Output`, unless it was closed before the start."""
+    """Make ``sys.stdout`` an :class:`Output`, unless it was closed before the start. Where the standard error
+    was, what it would be told goes nowhere: ``print`` would write it to the standard output."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123  # for good; a device
     given = sys.stdout
     if not isinstance(given, io.TextIOWrapper):
         return

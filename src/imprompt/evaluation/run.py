@@ -33,10 +33,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from imprompt.adapter.faces import packs_of
 from imprompt.adapter.ipadapter import IPAdapter
 from imprompt.checkpoints.contents import Contents
 from imprompt.checkpoints.locate import locate
-from imprompt.encoders.face_onnx import PACKS, OnnxFaces, how_to_get, is_installed
+from imprompt.encoders.face_onnx import PACKS, OnnxFaces, how_to_get, installed, is_installed
 from imprompt.encoders.images import as_bytes, content_hash, load_image
 from imprompt.errors import InputError, UsageError
 from imprompt.evaluation.cases import Case, read_cases, with_faces
@@ -234,8 +235,12 @@ def _face_reader(config: EvaluateConfig, of_faces: Collection[str]) -> FaceReade
     """What finds faces: the models that are named, or those that an adapter which reads faces draws with."""
     if config.face_model is not None:
         return face_reader(OnnxFaces.from_folder(config.face_model))
-    found = IPAdapter.from_pretrained(min(of_faces)).face_embedder if of_faces else None
-    return None if found is None else face_reader(found)
+    if not of_faces:
+        return None
+    found = Contents.of_file(locate(min(of_faces))[0]).identify(None)
+    published = found.published[0] if len(found.published) == 1 else None
+    reader = installed(packs_of(found.variants[0], published))
+    return None if reader is None else face_reader(reader)
 
 
 def _check_request(config: EvaluateConfig) -> None:

@@ -38,6 +38,7 @@ from imprompt.app.server.protocols import (
 from imprompt.app.server.queue import Queue
 from imprompt.encoders.images import as_bytes, load_image
 from imprompt.errors import ImpromptError
+from imprompt.io import seed_for
 
 SAMPLERS = {
     "Euler": "euler", "Euler a": "euler-a", "DDIM": "ddim", "DDPM": "ddpm", "PLMS": "pndm",
@@ -307,7 +308,7 @@ async def _answer(
 
 def _info(job: Job, files: list[bytes], base: Served) -> dict[str, Any]:
     request = job.record or {}
-    seeds = [request["seed"] + index for index in range(len(files))]
+    seeds = [seed_for(request["seed"], index) for index in range(len(files))]
     width, height = request["size"]
     guidance = request["true_guidance"] or 1.0 if base.distilled else request["guidance"]
     return {

@@ -123,7 +123,7 @@ async def _image_prompt(unit: Unit, queue: Queue) -> dict[str, Any]:
         raise refused("ipadapter_input", "pickled features are never read; send the picture.", "pickle")
     adapter = _adapter(unit, queue)
     if adapter is None and unit.model.lower() not in ("", "none"):
-        known = ", ".join((*catalog.adapters(), *queue.settings.adapters))
+        known = ", ".join(queue.settings.known_adapters)
         raise refused("model", f"'{unit.model[:60]}' is unknown; known are None, {known}.")
     found: dict[str, Any] = {
         PICTURE: (await _picture(unit, queue)).id,
@@ -211,7 +211,7 @@ def looked_up(field: str, name: str, known: Mapping[str, str]) -> str:
 def _adapter(unit: Unit, queue: Queue) -> str | None:
     """The adapter that a unit's model names, by our name or its file's; ``None`` for no adapter's name."""
     model = unit.model.lower()
-    names = {name.lower(): name for name in (*catalog.adapters(), *queue.settings.adapters)}
+    names = {name.lower(): name for name in queue.settings.known_adapters}
     if model in names:
         return names[model]
     files = {PurePosixPath(row.file).stem.lower(): name for name, row in catalog.adapters().items()}
@@ -222,8 +222,8 @@ def _named(model: str, sources: Mapping[str, str]) -> str:
     """Our name of a control that is given by its file's."""
     if model in sources:
         return model
-    key = model.lower().removeprefix("control_")
-    return next((name for name, repo in sources.items() if repo.lower().endswith(key)), model)
+    key = re.compile(rf"(.*[/_-])?{re.escape(model.lower().removeprefix('control_'))}")  # whole words
+    return next((name for name, repo in sources.items() if key.fullmatch(repo.lower())), model)
 
 
 async def _picture(unit: Unit, queue: Queue) -> Picture:

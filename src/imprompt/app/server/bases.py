@@ -3,7 +3,6 @@
 import asyncio
 from dataclasses import dataclass
 
-from imprompt import catalog
 from imprompt.app.server.problems import problem_of, refused
 from imprompt.app.server.settings import Settings
 from imprompt.errors import ImpromptError
@@ -28,7 +27,7 @@ async def served(name: str, settings: Settings) -> Served:
 
 
 def _read(name: str, settings: Settings) -> Served:
-    if name not in {**catalog.bases(), **settings.bases}:
+    if name not in settings.known_bases:
         raise refused("base", f"'{name[:80]}' is not offered by this server.", "not_offered")
     try:
         base = find_base(settings.bases.get(name, name))

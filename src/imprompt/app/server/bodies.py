@@ -179,25 +179,18 @@ def read_request(values: Mapping[str, Any], settings: Settings) -> Request:
 
 def _check_names(request: Request, settings: Settings) -> None:
     """Raises :class:`Problem` for models that the server does not offer."""
-    _offered("base", request.base, {**catalog.bases(), **settings.bases})
-    adapters = {**catalog.adapters(), **settings.adapters}
-    if request.adapter is not None:
-        _offered("adapter", request.adapter, adapters)
-    for image in request.images:
-        if image.adapter is not None:
-            _offered("images.adapter", image.adapter, adapters)
-    for lora in request.loras:
-        _offered("loras.path", lora.path, settings.loras)
-    for control in request.controls:
-        if control.model is not None:
-            _offered("controls.model", control.model, catalog.controls())
-    if request.motion is not None:
-        _offered("motion", request.motion, catalog.motions())
-
-
-def _offered(field: str, name: str, known: Mapping[str, object]) -> None:
-    if name not in known:
-        raise refused(field, f"'{name[:80]}' is not offered by this server.", "not_offered")
+    adapters = settings.known_adapters
+    named: list[tuple[str, str | None, Mapping[str, object]]] = [
+        ("base", request.base, settings.known_bases),
+        ("adapter", request.adapter, adapters),
+        *(("images.adapter", each.adapter, adapters) for each in request.images),
+        *(("loras.path", each.path, settings.loras) for each in request.loras),
+        *(("controls.model", each.model, catalog.controls()) for each in request.controls),
+        ("motion", request.motion, catalog.motions()),
+    ]
+    for field, name, known in named:
+        if name is not None and name not in known:
+            raise refused(field, f"'{name[:80]}' is not offered by this server.", "not_offered")
 
 
 def _check_limits(request: Request, settings: Settings) -> None:

@@ -30,7 +30,7 @@ from imprompt.app.server.protocols import (
     unchanged,
 )
 from imprompt.app.server.queue import Queue
-from imprompt.app.server.store import Picture
+from imprompt.app.server.store import Picture, thumbnail_of
 from imprompt.errors import ImpromptError
 from imprompt.output.clips import check_fps
 from imprompt.schema.request import Request
@@ -207,7 +207,7 @@ async def _file(http: HTTPRequest, queue: Queue, picture: Picture, *, thumbnail:
     try:
         if thumbnail:
             async with queue.decoding:
-                content = await asyncio.to_thread(queue.store.thumbnail, picture.id)
+                content = await asyncio.to_thread(lambda: thumbnail_of(path.read_bytes()))
             return Response(content, media_type="image/webp", headers=headers)
         stat = await asyncio.to_thread(path.stat)
     except (OSError, ImpromptError) as error:

@@ -20,7 +20,6 @@ from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import FormData
 
-from imprompt import catalog
 from imprompt.app.server.bases import served
 from imprompt.app.server.bodies import (
     Body,
@@ -303,7 +302,7 @@ def _base(name: str | None, queue: Queue) -> str:
     """The base that ``model`` names; OpenAI's own names stand for the server's first."""
     if name is None or _THEIRS.match(name):
         return queue.settings.base
-    if name in {**catalog.bases(), **queue.settings.bases}:
+    if name in queue.settings.known_bases:
         return name
     raise Problem(404, "model_not_found", f"the model '{name[:80]}' does not exist here.", "model")
 

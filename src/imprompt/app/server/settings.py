@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,6 +82,16 @@ class Settings:
         return {"bases": self.bases, "adapters": self.adapters, "loras": self.loras}
 
     @property
+    def known_bases(self) -> Mapping[str, object]:
+        """By the names under which jobs may ask for them."""
+        return {**catalog.bases(), **self.bases}
+
+    @property
+    def known_adapters(self) -> Mapping[str, object]:
+        """By the names under which jobs may ask for them."""
+        return {**catalog.adapters(), **self.adapters}
+
+    @property
     def loopback(self) -> bool:
         """Whether only this machine can reach the server."""
         return is_loopback(self.host)
@@ -118,7 +129,7 @@ class Settings:
             if not given >= least:  # also NaN
                 raise UsageError(f"--{name} {given:g}: {least} or more is expected.")
         self._check_names()
-        if self.base not in {**catalog.bases(), **self.bases}:
+        if self.base not in self.known_bases:
             raise UsageError(
                 f"--base '{self.base}' is no alias, and clients know bases by names: give it one with "
                 "--model NAME=PATH, and name that as --base."

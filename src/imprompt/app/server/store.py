@@ -260,10 +260,6 @@ class Store:
             (*(getattr(picture, name) for name in Picture.__dataclass_fields__), time.time()),
         )
 
-    def thumbnail(self, picture: str) -> bytes:
-        """A small WebP of a picture's first frame."""
-        return thumbnail(self.path(picture).read_bytes())
-
     def record(self, picture: str) -> Record | None:
         """The request inside a picture, if imprompt wrote one, with pictures named by their ids."""
         with contextlib.suppress(ImpromptError):
@@ -378,7 +374,7 @@ def describe(content: bytes, identity: str) -> Picture:
         return Picture(identity, kind, image.width, image.height, frame_count(content), len(content))
 
 
-def thumbnail(content: bytes) -> bytes:
+def thumbnail_of(content: bytes) -> bytes:
     """A small WebP of a picture's first frame."""
     image = _frames(content, MAX_FRAMES)[0][0] if container_of(content) else load_image(content)
     image.thumbnail((THUMBNAIL, THUMBNAIL))

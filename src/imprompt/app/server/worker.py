@@ -272,21 +272,14 @@ class _Progress:
 
 def renamed(values: Mapping[str, Any], names: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
     """A request's fields with the names of bases, adapters and LoRAs looked up in ``names``."""
-    bases, adapters, loras = (names.get(kind, {}) for kind in ("bases", "adapters", "loras"))
-    changed = dict(values)
-    if "base" in changed:
-        changed["base"] = bases.get(changed["base"], changed["base"])
-    if changed.get("adapter"):
-        changed["adapter"] = adapters.get(changed["adapter"], changed["adapter"])
-    changed["images"] = [
-        {**image, "adapter": adapters.get(image["adapter"], image["adapter"])}
-        if image.get("adapter")
-        else image
-        for image in changed.get("images", ())
-    ]
-    changed["loras"] = [
-        {**lora, "path": loras.get(lora["path"], lora["path"])} for lora in changed.get("loras", ())
-    ]
+
+    def looked_up(record: Mapping[str, Any], field: str, kind: str) -> dict[str, Any]:
+        name = record.get(field)
+        return {**record, field: names.get(kind, {}).get(name, name)} if name else dict(record)
+
+    changed = looked_up(looked_up(values, "base", "bases"), "adapter", "adapters")
+    changed["images"] = [looked_up(each, "adapter", "adapters") for each in values.get("images", ())]
+    changed["loras"] = [looked_up(each, "path", "loras") for each in values.get("loras", ())]
     return changed
 
 
