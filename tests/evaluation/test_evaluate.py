@@ -133,6 +133,16 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(settings, tmp_path):
     assert engine.drawn > 3 * 2 * 3 + 2
 
 
+def test_a_report_states_what_it_takes_to_repeat_it_and_no_drawing_is_made_twice(settings, shown):
+    engine = Counting()
+    report = evaluate(EvaluateConfig(**settings), engine=engine)  # nothing is kept in a folder
+    assert engine.drawn == 3 * 2 * 3  # the front's scale 1 is the contender's own
+    assert json.loads(to_json(report))["settings"].items() >= {
+        "source": str(shown), "prompts": None, "only": None, "base": settings["base"], "samples": 2,
+        "steps": 2, "guidance": None, "seed": 0,
+    }.items()  # fmt: skip
+
+
 def test_two_files_of_one_name_are_both_kept(tuned_base, tmp_path):
     source = next((tmp_path.parent / tuned_base["adapter"]).glob("*.safetensors"))
     files = []

@@ -386,6 +386,7 @@ def test_every_kind_draws_samples_and_a_run_may_start_from_a_run(make_config, tm
     assert read.checkpoint.metadata["imprompt.image_encoder"].endswith("image_encoder")
     card = (config.output / "README.md").read_text()
     assert "bare base" in card
+    assert "trained on 6 pictures" in card  # one of the seven is held out
     assert "samples/00000002.png" in card
     page = (config.output / "card.html").read_text()
     assert page.count("data:image/png;base64,") == 2  # the sheets before and after

@@ -68,6 +68,8 @@ from imprompt.io import check_path, write_atomic
 from imprompt.schema.request import Request
 
 BATCH = 8
+_STATED = {"source", "prompts", "only", "base", "samples", "steps", "guidance", "seed"}
+"""Settings that a report states as they were given."""
 ROUNDING = 1e-6
 """Mean differences below this come from the order of sums."""
 Values = dict[str, Tensor]
@@ -179,9 +181,9 @@ def evaluate(
         if with_text:
             drawn[f"{name} both"] = both = artist.draw(name, contender, "both")
             by_case[name] |= look.both(both)
-            front += _front(name, contender, config.scales, artist, look)
-    settings = {
-        "base": config.base, "pictures": len(cases), "samples": config.samples, "seed": config.seed,
+            front += _front(name, contender, config.scales, artist, look, by_case[name])
+    settings = config.model_dump(mode="json", include=_STATED) | {
+        "pictures": len(cases),
         "contenders": {name: each.model_dump() for name, each in contenders},
         "scorers": [scorer.name for scorer in look.scorers], "clip_t": look.own is not None,
         "seconds": round(time.monotonic() - started), "drawing_seconds": round(artist.seconds, 1),
@@ -208,11 +210,14 @@ def _prepared(
 
 
 def _front(
-    name: str, contender: Contender, scales: Sequence[float], artist: _Artist, look: _Look
+    name: str, contender: Contender, scales: Sequence[float], artist: _Artist, look: _Look, own: Values
 ) -> Iterator[dict[str, Any]]:
-    """Text and picture fidelity at each scale, of drawings from picture and text together."""
+    """Text and picture fidelity at each scale, of drawings from picture and text together; ``own`` are the
+    figures at the contender's scale."""
     for scale in scales:
-        found = look.both(artist.draw(f"{name} at {scale:g}", contender.replace(scale=scale), "both"))
+        found = own
+        if scale != contender.scale:
+            found = look.both(artist.draw(f"{name} at {scale:g}", contender.replace(scale=scale), "both"))
         text = found.get("both CLIP-T", found["both text kept"])
         picture = float(found["both CLIP-I"].mean())
         yield {"contender": name, "scale": scale, "text": float(text.mean()), "picture": picture}

@@ -43,11 +43,11 @@ UNUSED_DAYS = 30
 
 @dataclass(frozen=True)
 class EncodedSet:
-    """The whole set, encoded. ``negative`` stands for a dropped image: by feature, ``1 E`` or ``1 P W``."""
+    """The whole set, encoded. ``negative`` stands for a dropped image: by feature, ``1 E`` or ``1 P W``, in
+    the order in which the projection takes them."""
 
     latents: Table
     features: Table
-    feature: tuple[str, ...]
     negative: dict[str, Tensor]
     texts: Table
     caption_index: dict[str, int]

@@ -89,7 +89,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, data: Dataset | None 
         "imprompt.base": base.name,
         NOTED_ENCODER: encoding.image_encoder_name,
         "imprompt.data": identity.data,
-        "imprompt.pictures": str(len(found.rows)),
+        "imprompt.pictures": str(len(plan.training)),
         "imprompt.start": "new weights" if initial is None else initial.checkpoint.name,
     }
     odd, idle = _notes(plan, encoded.latents), _idle(config, kind, initial is not None)
@@ -184,7 +184,7 @@ class _Encoding:
         """Everything that the steps read, and the plan of what they show."""
         pictures = len(self.pictures.rows) + len(before)
         _check_share(pictures, before, self.config)
-        features, feature, negative = self._features()
+        features, negative = self._features()
         latents = self._latents()
         bad, rows = latents.rejected | features.rejected, self.pictures.rows
         rejected = [*before, *(Rejected(rows[index].name, why) for index, why in sorted(bad.items()))]
@@ -195,15 +195,15 @@ class _Encoding:
         )  # fmt: skip
         index = {caption: number for number, caption in enumerate(plan.captions)}
         texts = self._texts(plan.captions)
-        return cache.EncodedSet(latents, features, feature, negative, texts, index, rejected), plan
+        return cache.EncodedSet(latents, features, negative, texts, index, rejected), plan
 
-    def _features(self) -> tuple[Table, tuple[str, ...], dict[str, Tensor]]:
+    def _features(self) -> tuple[Table, dict[str, Tensor]]:
         reader, self.image_encoder_name = start.feature_encoder(
             self.config, self.kind, self.base, self.initial, self.device, self.dtype
         )
         self.image_encoder = reader.identity
         table = cache.encode_features(self.pictures, reader, self.config, self.ranks)
-        return table, reader.feature, reader.negative()
+        return table, reader.negative()
 
     def _latents(self) -> Table:
         vae = start.load_parts(self.base, self.dtype, "vae").vae.to(self.device)

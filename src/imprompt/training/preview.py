@@ -99,7 +99,7 @@ class Preview:
         return found
 
     def _prompt(self, row: int) -> ImagePrompt:
-        features = {name: self.data.features.rows(name, [row], [0]) for name in self.data.feature}
+        features = {name: self.data.features.rows(name, [row], [0]) for name in self.data.negative}
         if "face" in features:
             return ImagePrompt(
                 features=EncodedFaces(

@@ -81,23 +81,18 @@ class Forward(nn.Module):
         self._held.close()
 
 
+@dataclass(frozen=True)
 class Samples:
     """Makes the forward passes of a run. ``process`` of ``processes`` gets its share of each step."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        data: EncodedSet,
-        plan: Plan,
-        *,
-        schedule_length: int,
-        takes_pooled: bool,
-        process: int = 0,
-        processes: int = 1,
-    ) -> None:
-        self.config, self.data, self.plan = config, data, plan
-        self.schedule_length, self.takes_pooled = schedule_length, takes_pooled
-        self.process, self.processes = process, processes
+    config: TrainConfig
+    data: EncodedSet
+    plan: Plan
+    schedule_length: int
+    takes_pooled: bool
+    """Whether the UNet reads pooled text and sizes, as SDXL's does."""
+    process: int
+    processes: int
 
     def make(self, number: int) -> Sample:
         """The sample of forward pass ``number``, a function of the run's seed and the samples' global
@@ -121,11 +116,9 @@ class Samples:
         views = [view + config.views * flip for view, flip in zip(batch.views, batch.flips, strict=True)]
         features = {
             name: drop_features(
-                data.features.rows(name, batch.references, views),
-                data.negative[name],
-                batch.image_dropped,
+                data.features.rows(name, batch.references, views), negative, batch.image_dropped
             )
-            for name in data.feature
+            for name, negative in data.negative.items()
         }
         states, extra = self.texts(batch.captions, batch.targets)
         return Sample(clean, noise, steps, features, states, extra)
@@ -145,9 +138,9 @@ class Samples:
         clean = data.latents.rows("mean", [row], [0])
         noise = torch.randn(clean.shape[1:], generator=generator_for(0, "validation", row))
         features = {}
-        for name in data.feature:
+        for name, negative in data.negative.items():
             own = data.features.rows(name, [row], [0])
-            shown = own if kind == "picture" else data.negative[name].expand_as(own)
+            shown = own if kind == "picture" else negative.expand_as(own)
             features[name] = shown.expand(bands, *own.shape[1:])
         states, extra = self.texts([self.plan.validation_caption(row)] * bands, [row] * bands)
         steps = torch.tensor([int((band + 0.5) / bands * self.schedule_length) for band in range(bands)])

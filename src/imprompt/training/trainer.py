@@ -289,8 +289,7 @@ class Trainer:
         extra = {"added_cond_kwargs": sample.extra} if sample.extra else {}
         states = sample.states.to(self.dtype)
         if with_adapter:
-            features = [sample.features[name] for name in self.data.feature]
-            predicted = self.forward(noisy, sample.steps, states, features, extra)
+            predicted = self.forward(noisy, sample.steps, states, [*sample.features.values()], extra)
         else:
             with self.accelerator.autocast():
                 predicted = self.unet(noisy, sample.steps, states, return_dict=False, **extra)[0]
