@@ -349,6 +349,12 @@ def read_terminal(terminal: int) -> bytes:
         return b""
 
 
+def test_what_a_request_needs_may_be_given_and_swept(say):
+    words = ["--seed", "1", "--steps", "1", "--size", "32x32", "--base", "BASE"]
+    code, out, err = say("generate", "a cat", "--sweep", "prompt=a cat,an owl", *words)
+    assert (code, len(out.split())) == (0, 3), err
+
+
 def test_debug_after_two_dashes_is_no_flag(say):
     code, _, err = say("info", "--", "--debug")
     assert code == 4

@@ -53,6 +53,13 @@ def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+def test_a_new_clip_of_which_a_page_cannot_be_written_is_not_left_behind(tmp_path: Path) -> None:
+    name = "x" * 250  # the page's would be too long
+    with pytest.raises(InputError, match="too long"):
+        output.save(clip(), tmp_path / name, numbered=True, pages={"grid": noise()})
+    assert list(tmp_path.iterdir()) == []
+
+
 STILLS = (".png", ".jpg", ".jpeg", ".webp")
 CLIPS = (".gif", ".webp", ".mp4", "")
 

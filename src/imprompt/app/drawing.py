@@ -30,6 +30,8 @@ _WEIGHT = {
     "of the features; default: 1"
 }
 """The picture's own of ``weights``."""
+_NEEDED = ("prompt", "image", "mask", "video", "text", "path", "kind")
+"""Fields that a request or a record may be nothing without, also where they are swept."""
 _START = {"edit": "the picture to start from", "inpaint": "the picture to redraw in part"}
 
 
@@ -302,23 +304,21 @@ def _sweep(task: str, args: argparse.Namespace, request: Request) -> int:
 
 
 def check_swept(task: str, args: argparse.Namespace, axes: Sequence[str]) -> None:
-    """Raise :class:`UsageError` for flags and options whose value each of the swept ones replaces."""
+    """Raise :class:`UsageError` for flags and options whose value each of the swept ones replaces, if the
+    request can do without them."""
     from imprompt.generation.sweep import read_axis
 
     stated = _stated(task, args)
     for axis in map(read_axis, axes):
         place, _, name = axis.field.rpartition(".")
-        said = None
-        if not place and name in Request.model_fields:
-            said = f"--{name.replace('_', '-')}" if name in stated else None
-        else:
-            kind, number = place.rstrip("0123456789") or "image", place.lstrip("abcdefghijklmnopqrstuvwxyz")
-            records = stated.get(f"{kind}s", ())
-            chosen = records[int(number) - 1 : int(number)] if number else records
-            if any(name in each.model_fields_set for each in chosen):
-                said = f"{name}= of --{kind}"
-        if said is not None:
-            raise UsageError(f"{said}: has no effect, for {name} is swept ({axis.field}=…); leave it out.")
+        kind, number = place.rstrip("0123456789") or "image", place.lstrip("abcdefghijklmnopqrstuvwxyz")
+        records = stated.get(f"{kind}s", ())
+        chosen = records[int(number) - 1 : int(number)] if number else records
+        own = not place and name in Request.model_fields
+        said = name in stated if own else any(name in each.model_fields_set for each in chosen)
+        if said and name not in _NEEDED:
+            what = f"--{name.replace('_', '-')}" if own else f"{name}= of --{kind}"
+            raise UsageError(f"{what}: has no effect, for {name} is swept ({axis.field}=…); leave it out.")
 
 
 def refuse_with(args: argparse.Namespace, reason: str) -> None:

@@ -22,9 +22,13 @@ def run(args: argparse.Namespace) -> int:
     request = drawing.read_request("generate", args)
     drawing.refuse_with(args, "goes with a single request; repeat the chosen one with it")
 
-    from imprompt.app.tuning import tune, usual_axes
+    from imprompt.app.tuning import AXES, tune, usual_axes
 
-    drawing.check_swept("generate", args, args.sweep or usual_axes(request))
+    profiled = any("profile=" in text for texts in args.images or () for text in texts)
+    usual = (
+        usual_axes(request) if profiled else AXES
+    )  # which of them a base has is looked up for profiles alone
+    drawing.check_swept("generate", args, args.sweep or usual)
     if args.count is None:
         request = request.replace(count=2)
 

@@ -286,7 +286,7 @@ def _write(
             {path: content for path, content in files.items() if isinstance(content, bytes)},
             overwrite=not exclusive,
         )
-    except FileExistsError:
+    except BaseException:
         for folder in placed if exclusive else ():
             shutil.rmtree(folder)
         raise

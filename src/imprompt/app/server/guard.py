@@ -8,15 +8,16 @@ arrive, whatever Content-Length says. Headers that do not end are cut off by :cl
 import asyncio
 import base64
 import binascii
+import contextlib
 import hashlib
 import hmac
 import time
 from collections.abc import Callable, MutableMapping
-from http.cookies import CookieError, SimpleCookie
 from typing import Any, TypeAlias
 
 import h11
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
+from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -103,7 +104,7 @@ class Guard:
         scope.setdefault("state", {})["client"] = _client(scope, headers)
         if self._settings.token is None or scope["path"] in _OPEN:
             return
-        if not any(self._matches(given) for given in _tokens(headers)):
+        if not any(map(self._matches, _tokens(HTTPConnection(scope)))):
             raise Problem(
                 401, "unauthorized",
                 "send the server's token as 'Authorization: Bearer TOKEN', or open /?token=TOKEN.",
@@ -180,23 +181,15 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "replace")).digest()
 
 
-def _tokens(headers: Headers) -> list[str]:
-    """Tokens that a request carries: bearer, the password of basic authentication, the page's cookie."""
-    found = []
-    scheme, _, value = headers.get("authorization", "").partition(" ")
+def _tokens(http: HTTPConnection) -> list[str]:
+    """Tokens that a request carries: the page's cookie, bearer, the password of basic authentication."""
+    found = [http.cookies.get(COOKIE, "")]
+    scheme, _, value = http.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         found.append(value.strip())
     elif scheme.lower() == "basic":
-        try:
+        with contextlib.suppress(binascii.Error, UnicodeDecodeError):  # no password
             found.append(base64.b64decode(value, validate=True).decode().partition(":")[2])
-        except (binascii.Error, UnicodeDecodeError):
-            return []
-    try:
-        cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-    except CookieError:
-        cookie = None
-    if cookie is not None:
-        found.append(cookie.value)
     return found
 
 
