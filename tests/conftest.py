@@ -11,9 +11,10 @@ os.environ["IMPROMPT_FEATURE_CACHE"] = "0"  # features of an earlier run would h
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
-from jaxtyping import install_import_hook
 
-install_import_hook("imprompt.adapter", "checked.check")
+import checked
+
+checked.install()
 gc.set_threshold(100_000, 20, 20)  # imports make a million objects that stay
 LONGEST = (
     "server", "test_trainer.py", "test_diffusers.py", "test_video.py", "test_commands.py", "test_bundled.py",

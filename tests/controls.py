@@ -15,7 +15,7 @@ from tiny import tiny_unet
 @copies
 def tiny_controlnet(family: str = "sd", seed: int = 11) -> ControlNetModel:
     """The ControlNet of :func:`tiny.tiny_sd`'s UNet (``"sd"``) or :func:`tiny.tiny_sdxl`'s (``"sdxl"``)."""
-    net = ControlNetModel.from_unet(tiny_unet(family), conditioning_embedding_out_channels=(8, 16))
+    net = ControlNetModel.from_unet(tiny_unet(family), conditioning_embedding_out_channels=(8, 8, 16))
     return randomised(net, seed)
 
 
@@ -30,12 +30,12 @@ def tiny_union(seed: int = 13) -> ControlNetUnionModel:
     unet = tiny_unet("sdxl")
     net = ControlNetUnionModel(
         **{name: unet.config[name] for name in shared},
-        conditioning_embedding_out_channels=(8, 16),
+        conditioning_embedding_out_channels=(8, 8, 16),
         num_control_type=6,
-        num_trans_channel=32,
+        num_trans_channel=16,
         num_trans_head=2,
         num_trans_layer=1,
-        num_proj_channel=32,
+        num_proj_channel=16,
     )
     return randomised(net, seed)
 
@@ -43,7 +43,7 @@ def tiny_union(seed: int = 13) -> ControlNetUnionModel:
 @copies
 def tiny_t2i(seed: int = 17) -> T2IAdapter:
     """A T2I-Adapter for :func:`tiny.tiny_sd`'s UNet."""
-    net = T2IAdapter(channels=[32, 64], num_res_blocks=1, downscale_factor=2, adapter_type="full_adapter")
+    net = T2IAdapter(channels=[16, 32], num_res_blocks=1, downscale_factor=4, adapter_type="full_adapter")
     return randomised(net, seed)
 
 
@@ -60,7 +60,7 @@ def tiny_sparse(*, rgb: bool = True, frames: int = 8, seed: int = 19) -> SparseC
             for kind in unet["down_block_types"]
         ],
         conditioning_channels=4 if rgb else 3,
-        conditioning_embedding_out_channels=(8, 16),
+        conditioning_embedding_out_channels=(8, 8, 16),
         use_simplified_condition_embedding=rgb,
         motion_max_seq_length=frames,
         motion_num_attention_heads=2,

@@ -80,8 +80,8 @@ def tiny_unet(family: str = "sd", in_channels: int = 4, seed: int = 0) -> UNet2D
 
 
 @copies
-def tiny_motion(*, frames: int = 8, seed: int = 11, width: int = 32) -> MotionAdapter:
-    """A motion adapter for both tiny UNets, whose temporal layers do something; ``width`` 32 fits them."""
+def tiny_motion(*, frames: int = 8, seed: int = 11, width: int = 16) -> MotionAdapter:
+    """A motion adapter for both tiny UNets, whose temporal layers do something; ``width`` 16 fits them."""
     torch.manual_seed(seed)
     return MotionAdapter(
         block_out_channels=(width, 2 * width),
@@ -261,10 +261,10 @@ def _kolors_parts(seed: int) -> dict[str, Any]:
 @copies
 def _unet(family: str, in_channels: int, seed: int) -> UNet2DConditionModel:
     common = {
-        "sample_size": PICTURE // 2,
+        "sample_size": PICTURE // 4,
         "in_channels": in_channels,
         "out_channels": 4,
-        "block_out_channels": (32, 64),
+        "block_out_channels": (16, 32),
         "layers_per_block": 1,
         "norm_num_groups": 8,
     }
@@ -304,9 +304,9 @@ def _unet(family: str, in_channels: int, seed: int) -> UNet2DConditionModel:
 def _vae(seed: int) -> AutoencoderKL:
     torch.manual_seed(seed)
     return AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(8, 8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
         latent_channels=4,
         norm_num_groups=4,
         sample_size=PICTURE,

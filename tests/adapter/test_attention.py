@@ -541,7 +541,7 @@ def test_a_video_unet_counts_no_motion_module_and_prompts_every_frame(
     unet: UNet2DConditionModel,
 ) -> None:
     motion = MotionAdapter(
-        block_out_channels=(32, 64),
+        block_out_channels=(16, 32),
         motion_layers_per_block=1,
         motion_num_attention_heads=2,
         motion_norm_num_groups=8,
