@@ -155,7 +155,7 @@ def test_settings_of_a_face_are_tuned_against_the_text_alone_which_reads_none(
 
         def __call__(self, images: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
             level = torch.tensor([float(np.asarray(image).mean()) for image in images])
-            return 1 - level, level
+            return level, 1 - level
 
     request = Request(
         prompt="a man", images=[place / "me.png"], base=str(place / "base"), face_model=place / "buffalo_l",
