@@ -181,7 +181,8 @@ def _with_unnamed(data: Dataset, folder: Path) -> Dataset:
 
 def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     """The files with these suffixes, in any case, at any depth, also behind links; without hidden ones,
-    macOS's copies, and what training runs have drawn."""
+    macOS's copies, a disk's lost+found, and what training runs have drawn. Raises :class:`InputError` for a
+    folder that cannot be read."""
     found: list[Path] = []
     entered = {os.path.realpath(folder)}  # a link may lead back to a folder around it
     for place, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
@@ -189,7 +190,7 @@ def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
             name
             for name in sorted(folders)
             if not name.startswith(".")
-            and name != "__MACOSX"
+            and name not in ("__MACOSX", "lost+found")
             and not (name == "samples" and "run.json" in files)
             and _first(os.path.realpath(f"{place}/{name}"), entered)
         ]
