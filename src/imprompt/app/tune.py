@@ -25,10 +25,8 @@ def run(args: argparse.Namespace) -> int:
     from imprompt.app.tuning import AXES, tune, usual_axes
 
     profiled = any("profile=" in text for texts in args.images or () for text in texts)
-    usual = (
-        usual_axes(request) if profiled else AXES
-    )  # which of them a base has is looked up for profiles alone
-    drawing.check_swept("generate", args, args.sweep or usual)
+    axes = args.sweep or (usual_axes(request) if profiled else AXES)  # looks up the base, if it must
+    drawing.check_swept("generate", args, axes)
     if args.count is None:
         request = request.replace(count=2)
 
