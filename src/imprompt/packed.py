@@ -13,6 +13,8 @@
 
 The numbers are PyTorch's own to rounding. Calls with gradients, under autocast or torch.compile are left to
 PyTorch.
+
+Dimensions: B batch rows, C channels, h and w sides.
 """
 
 from collections.abc import Callable
@@ -274,16 +276,16 @@ class PackedGroupNorm(nn.GroupNorm):
 
 
 def is_one_row(states: Tensor) -> bool:
-    """Whether all rows of ``states`` are views of one."""
+    """Whether the rows ``B …`` of ``states`` are more than one, and all views of one."""
     return states.dim() > 1 and states.stride(0) == 0 and len(states) > 1
 
 
-def repeated(row: Float[Tensor, "1 ..."], states: Tensor) -> Tensor:
+def repeated(row: Float[Tensor, "1 ..."], states: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
     """The row that came of one of ``states``, as a view for each of them."""
     return row.expand(len(states), *row.shape[1:])
 
 
-def merged(states: Tensor) -> Tensor:
+def merged(states: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
     """``states``, as views of their first row if all rows are equal."""
     several = len(states) > 1 and states.device.type == "cpu"
     if not several or _is_watched() or not torch.equal(states[1:], states[:-1]):

@@ -161,4 +161,4 @@ def check_written(path: Path, expected: Mapping[str, Tensor]) -> None:
     found = read(path).tensors
     for key, value in expected.items():
         if key not in found or not torch.equal(found[key], value):
-            raise ModelError(f"'{path}' does not read back as written: '{key}' differs.")
+            raise ModelError(f"'{path}' does not read back as written: '{key}' differs. Write it again.")

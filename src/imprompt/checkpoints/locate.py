@@ -74,7 +74,9 @@ def _stated_widths(config: Any, source: Source) -> tuple[int, int]:
         unprojected = hidden if "siglip" in str(config.get("model_type")) else 0
         return int(pooled or unprojected), int(hidden)
     except (AttributeError, TypeError, ValueError) as error:
-        raise ModelError(f"the config.json of image encoder '{source}' is damaged: {error}.") from error
+        raise ModelError(
+            f"the config.json of image encoder '{source}' is damaged: {error}. Get it again."
+        ) from error
 
 
 def locate(

@@ -159,5 +159,5 @@ def _check_shapes(tensors: dict[str, Tensor], path: Path) -> None:
     if not alike or not (pooled[0] == hidden[0] == last[0] > 0) or not fitting:
         raise InputError(
             f"'{path}': features of shapes {', '.join(str(tuple(each.shape)) for each in tensors.values())} "
-            "do not belong together."
+            "do not belong together. Make it again."
         )

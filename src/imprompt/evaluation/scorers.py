@@ -92,10 +92,8 @@ def load_own(folder: Path) -> Scorer | None:
     encoder = ImageEncoder.from_pretrained(folder / "image_encoder", torch_dtype=torch.float32)
     scorer = encoder_scorer(encoder)
     about = folder / "text_encoder" / "config.json"
-    if (
-        not about.is_file()
-        or read_json(about, f"'{about}'", error=ModelError).get("hidden_size") != encoder.pooled_width
-    ):
+    stated = read_json(about, f"'{about}'", error=ModelError) if about.is_file() else {}
+    if stated.get("hidden_size") != encoder.pooled_width:
         return scorer
     from transformers import CLIPTextModel, CLIPTokenizer
 
