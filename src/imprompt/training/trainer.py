@@ -272,8 +272,8 @@ class Trainer:
         bad = self.meter.gradient(torch.as_tensor(norm))
         if self.accelerator.scaler is None and learned.fused:
             # The contract of GradScaler: a fused optimizer skips the step on the device, without a sync.
-            learned.optimizer.grad_scale = None  # type: ignore[attr-defined]
-            learned.optimizer.found_inf = bad  # type: ignore[attr-defined]
+            optimizer: Any = learned.optimizer
+            optimizer.grad_scale, optimizer.found_inf = None, bad
         elif self.accelerator.scaler is None and bool(bad):
             self.optimizer.zero_grad()
             return
