@@ -9,6 +9,7 @@ hidden states, ``S`` side of the model's input.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ class ImageEncoder:
             "device": (self.execution_device or device).type,
             "dtype": str(dtype),
             "threads": torch.get_num_threads(),
-            "versions": [version(name) for name in ("torch", "transformers", "pillow", "numpy")],
+            "versions": _versions(),
         }
 
     @property
@@ -183,6 +184,12 @@ class ImageEncoder:
         weight = next(self.model.parameters())
         # Weights that wait on meta belong to an offloading hook, which moves its inputs itself.
         return torch.device("cpu") if weight.is_meta else weight.device, weight.dtype
+
+
+@cache  # each is read from a file
+def _versions() -> list[str]:
+    """Those of the libraries on which features depend."""
+    return [version(name) for name in ("torch", "transformers", "pillow", "numpy")]
 
 
 def _rgb(image: Image.Image) -> Image.Image:
