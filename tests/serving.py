@@ -2,10 +2,12 @@
 
 import asyncio
 import io
+import re
 import socket
 import threading
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -74,6 +76,11 @@ def answers(port: int, path: str, headers: dict[str, str] | None = None) -> bool
     except httpx.TransportError:
         return False
     return answer.status_code == 200
+
+
+def written(folder: Path) -> set[Path]:
+    """The pictures in a server's folder, wherever they are: files that are named by their contents."""
+    return {path for path in folder.rglob("*") if re.fullmatch("[0-9a-f]{64}", path.name)}
 
 
 def picture(colour: str = "red", size: tuple[int, int] = (128, 128), form: str = "PNG") -> bytes:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import shutil
 import sqlite3
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,28 @@ def test_what_is_written_first_is_journaled_first(starting: Callable[..., Runnin
     with running.client() as client:
         assert client.get(f"/api/v1/pictures/{shown}").status_code == 404
         assert client.get(f"/api/v1/jobs/{identity}").status_code == 404
+
+
+def test_a_picture_that_is_drawn_again_while_it_is_deleted_stays(
+    client: httpx.Client, running: Running
+) -> None:
+    """Another job draws the same picture; the first is forgotten before the journal knows of the second's."""
+    asked = {"seed": 77, "steps": 1, "size": [64, 64]}
+    first = wait(client, submit(client, **asked)["id"])
+    second = submit(client, **asked)["id"]
+    store, drawn = running.queue.store, threading.Event()
+
+    async def forget_meanwhile() -> None:
+        running.queue.blocking(drawn.wait, 60)
+        running.queue.blocking(store.forget, first["id"])
+        while not (await running.queue.find(second)).over:
+            await asyncio.sleep(0.01)
+        drawn.set()
+
+    asyncio.run_coroutine_threadsafe(forget_meanwhile(), running.loop).result(60)
+    again = wait(client, second)
+    assert [one["id"] for one in again["pictures"]] == [one["id"] for one in first["pictures"]]
+    assert all(client.get(one["url"]).status_code == 200 for one in again["pictures"])
 
 
 def test_jobs_of_another_version_that_are_refused_now_stop_neither_start_nor_history(

@@ -24,7 +24,7 @@ from imprompt.app.server.settings import Limits, Settings
 from imprompt.app.server.store import Store
 from imprompt.catalog import ASSETS
 from imprompt.errors import UsageError
-from serving import Running, free_port, picture, start, submit, upload, wait
+from serving import Running, free_port, picture, start, submit, upload, wait, written
 
 JSON = {"Content-Type": "application/json"}
 JOB = {"request": {"prompt": "a cat", "steps": 2, "seed": 1}}
@@ -436,10 +436,10 @@ def test_what_an_ended_server_left_half_done_is_swept_away(
 
 
 def test_a_picture_drawn_for_a_cancelled_job_is_not_kept(client: httpx.Client, running: Running) -> None:
-    """Cancelled when its picture is in its place, and the server has not heard of it yet."""
+    """Cancelled when its picture is written, and the server has not heard of it yet."""
 
     def placed() -> set[Path]:
-        return set((running.settings.folder / "pictures").glob("*/*"))
+        return written(running.settings.folder)
 
     def cancel_in_the_moment() -> None:  # on the server's loop, which hears nothing meanwhile
         end = time.monotonic() + 60

@@ -1,5 +1,6 @@
 """The process that draws, from the end of its pipe, and beside others."""
 
+import asyncio
 import os
 import signal
 import threading
@@ -15,7 +16,7 @@ from imprompt.app.server import messages as say
 from imprompt.app.server import worker
 from imprompt.app.server.problems import Problem
 from imprompt.schema.request import Request
-from serving import Running, submit, wait
+from serving import Running, submit, wait, written
 
 
 def task(name: str, **fields: Any) -> say.Task:
@@ -53,6 +54,34 @@ def test_a_fault_while_a_picture_is_written_ends_its_own_job_alone(
         (507, "disk_full") if isinstance(fault, Problem) else (500, "internal")
     )
     assert isinstance(told["two"], say.Drawn)
+
+
+@pytest.mark.slow
+def test_what_was_drawn_for_a_cancelled_job_is_deleted_while_another_worker_draws(
+    starting: Callable[..., Running],
+) -> None:
+    running = starting(devices=("cpu", "cpu"))
+    end = time.monotonic() + 300
+    while not all(each.ready for each in running.queue.workers):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    folder = running.settings.folder
+
+    async def cancel_late() -> None:  # once it is written; the server hears nothing meanwhile
+        while not written(folder) and time.monotonic() < end:
+            time.sleep(0.01)
+        await running.queue.cancel(job)
+
+    with running.client() as client:
+        long = submit(client, steps=200, count=16, size=[64, 64])["id"]
+        identity = submit(client, {"X-Client-Id": "late"}, steps=4)["id"]
+        [job] = running.queue.unfinished("127.0.0.1 late")
+        asyncio.run_coroutine_threadsafe(cancel_late(), running.loop).result(300)
+        assert client.get(f"/api/v1/jobs/{identity}").json()["state"] == "cancelled"
+        while written(folder):
+            assert client.get(f"/api/v1/jobs/{long}").json()["state"] == "running"
+            time.sleep(0.02)
+        assert client.delete(f"/api/v1/jobs/{long}").status_code == 200
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ class Setup:
     pictures: Path
     """Folder of the store's pictures."""
     scratch: Path
-    """Folder for files being written, on the same file system."""
+    """Folder with one for each job's pictures that are being written, on the same file system."""
     device: str
     dtype: str
     offload: str
@@ -77,7 +77,7 @@ class Stepped:
 
 @dataclass(frozen=True)
 class Drawn:
-    """From a worker: a job is done and its pictures lie in the store's folder."""
+    """From a worker: a job is done and its pictures lie in its scratch folder, named by their ids."""
 
     id: str
     pictures: tuple[dict[str, Any], ...]

@@ -205,11 +205,11 @@ async def _file(http: HTTPRequest, queue: Queue, picture: Picture, *, thumbnail:
         return Response(None, 304, headers)
     path = queue.store.path(picture.id)
     try:
+        stat = await queue.blocking(path.stat)  # which is done after pictures are put in their places
         if thumbnail:
             async with queue.decoding:
                 content = await asyncio.to_thread(lambda: thumbnail_of(path.read_bytes()))
             return Response(content, media_type="image/webp", headers=headers)
-        stat = await asyncio.to_thread(path.stat)
     except (OSError, ImpromptError) as error:
         raise Problem(404, "unknown_picture", "the picture's file is gone.") from error
     headers["Content-Disposition"] = f'inline; filename="imprompt-{picture.id[:8]}{picture.suffix}"'

@@ -151,7 +151,7 @@ async def _gone(http: HTTPRequest) -> None:
 async def contents(queue: Queue, pictures: list[dict[str, Any]]) -> list[bytes]:
     """The files of a job's pictures."""
     paths = [queue.store.path(picture["id"]) for picture in pictures]
-    return await asyncio.to_thread(lambda: [path.read_bytes() for path in paths])
+    return await queue.blocking(lambda: [path.read_bytes() for path in paths])  # after they are placed
 
 
 async def encoded(files: list[bytes]) -> list[str]:

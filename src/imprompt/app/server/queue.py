@@ -56,8 +56,6 @@ class Queue:
         self._writes: set[asyncio.Future[None]] = set()
         self._accepting: Counter[str] = Counter()
         """Client → jobs of theirs that are being journaled; they count as waiting."""
-        self._unwanted: list[str] = []
-        """Pictures that were drawn for jobs that had been cancelled."""
         self._rate: float | None = None
         """Seconds for a million pixel-steps, as lately measured."""
 
@@ -78,8 +76,8 @@ class Queue:
                 self._waiting.append(job)
         for device in self.settings.devices:
             setup = say.Setup(
-                self.store.pictures, self.settings.folder / "scratch", device, self.settings.dtype,
-                self.settings.offload, self.settings.base, self.settings.download, self.settings.names,
+                self.store.pictures, self.store.scratch, device, self.settings.dtype, self.settings.offload,
+                self.settings.base, self.settings.download, self.settings.names,
             )  # fmt: skip
             worker = Worker(setup, self._heard, self._worker_died)
             worker.start()
@@ -293,7 +291,6 @@ class Queue:
     def _heard(self, worker: Worker, message: object) -> None:
         """A worker said something."""
         if isinstance(message, say.Ready | say.Free):
-            self._discard()
             self._assign()
         elif not isinstance(message, say.Answer):
             log.error("a worker said %r", message)
@@ -309,13 +306,11 @@ class Queue:
                 case say.Cancelled():
                     self._end(job, "cancelled")
         elif isinstance(message, say.Drawn):
-            self._unwanted += [picture["id"] for picture in message.pictures]
+            self._discard(message.id)
 
-    def _discard(self) -> None:
-        """Delete what nobody wanted, once no worker may be telling of the same pictures for another job."""
-        if self._unwanted and not any(worker.jobs for worker in self.workers):
-            pictures, self._unwanted = self._unwanted, []
-            self._note(self.blocking(self.store.discard, pictures))
+    def _discard(self, identity: str) -> None:
+        """Delete what was drawn for a job that had been cancelled, or by a worker that died."""
+        self._note(self.blocking(self.store.discard, identity))
 
     def _running(self, identity: str) -> Job | None:
         job = self._active.get(identity)
@@ -341,10 +336,10 @@ class Queue:
         self.metrics.deaths.inc()
         for identity in reversed(worker.jobs):
             job = self._running(identity)
-            if job is None:
-                continue
-            if job.attempts >= ATTEMPTS:
-                self._end(job, "failed", error=_died_error())
+            if job is None or job.attempts >= ATTEMPTS:
+                self._discard(identity)
+                if job is not None:
+                    self._end(job, "failed", error=_died_error())
                 continue
             job.state = "queued"
             self._waiting.insert(0, job)

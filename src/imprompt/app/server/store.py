@@ -2,7 +2,9 @@
 
 Pictures are files named by the SHA-256 of their bytes, so that an id can neither be guessed nor name a path.
 Jobs are rows of an SQLite journal: a job is accepted once its row is on the disk, and its pictures are there
-before its row says done. All methods block; the server calls them on one thread of their own.
+before its row says done. All methods block; the server calls them on one thread of their own, which alone
+places and deletes pictures: two jobs may draw the same, and one that is being placed is not deleted with the
+other's. Workers write into :func:`scratch_of` a job.
 """
 
 import contextlib
@@ -32,8 +34,8 @@ from imprompt.output.clips import durations
 from imprompt.schema.request import Request
 
 ID = re.compile(r"[0-9a-f]{64}")
-SCRATCH = "imprompt-"
-"""Begins the names of folders for files that are being written."""
+_SCRATCH = "imprompt-"
+"""Begins the names of folders in which jobs' pictures are written."""
 THUMBNAIL = 320
 """Longest side of a thumbnail, in pixels."""
 VIDEO = "video/mp4"
@@ -91,7 +93,7 @@ class Store:
     """
 
     def __init__(self, folder: Path, *, stored_bytes: int) -> None:
-        self.pictures = folder / "pictures"
+        self.pictures, self.scratch = folder / "pictures", folder / "scratch"
         self._folder, self._stored_bytes = folder, stored_bytes
         self._database = self._opened()
 
@@ -174,8 +176,11 @@ class Store:
         body: Mapping[str, Any],
         drawn: Sequence[Picture] = (),
     ) -> None:
-        """Journal what has become of a job and, at once with it, the pictures it drew."""
+        """Journal what has become of a job and, at once with it, the pictures it drew, which are put in their
+        places."""
         with self._writing() as database:
+            if drawn:
+                self._place(job)
             for picture in drawn:
                 self._register(database, picture)
             database.execute(
@@ -298,23 +303,26 @@ class Store:
         ).fetchone()
         return found is not None
 
-    def discard(self, pictures: Sequence[str]) -> None:
-        """Delete files that were drawn for nobody, unless they are known."""
-        for picture in pictures:
-            if not self._known(picture):
-                self.path(picture).unlink(missing_ok=True)
+    def _place(self, job: str) -> None:
+        """Move a job's pictures, which are named by their ids, to where :meth:`path` looks for them."""
+        for file in scratch_of(self.scratch, job).glob("*"):
+            place = self.path(file.name)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)
+        self.discard(job)
+
+    def discard(self, job: str) -> None:
+        """Delete what a worker wrote for a job and nobody wants."""
+        shutil.rmtree(scratch_of(self.scratch, job), ignore_errors=True)
 
     def sweep(self) -> None:
         """Delete what a server that ended while it wrote has left: half-written files, and unknown ones."""
-        for folder in (self._folder / "scratch").glob(f"{SCRATCH}*"):
+        for folder in self.scratch.glob(f"{_SCRATCH}*"):
             shutil.rmtree(folder, ignore_errors=True)
+        known = {row["id"] for row in self._database.execute("SELECT id FROM pictures")}
         for path in self.pictures.glob("[0-9a-f][0-9a-f]/*"):
-            if _is_id(path.name) and path == self.path(path.name) and not self._known(path.name):
+            if _is_id(path.name) and path == self.path(path.name) and path.name not in known:
                 path.unlink(missing_ok=True)
-
-    def _known(self, picture: str) -> bool:
-        row = self._database.execute("SELECT 1 FROM pictures WHERE id = ?", (picture,)).fetchone()
-        return row is not None
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
@@ -325,6 +333,11 @@ class Store:
                 yield self._database
         except (sqlite3.Error, OSError, ImpromptError) as error:
             raise disk_problem(error) from error
+
+
+def scratch_of(scratch: Path, job: str) -> Path:
+    """The folder in ``scratch`` for the pictures of a job that is being drawn."""
+    return scratch / f"{_SCRATCH}{job}"
 
 
 def _is_id(name: str) -> bool:

@@ -10,8 +10,8 @@ import hashlib
 import io
 import logging
 import re
+import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -24,7 +24,7 @@ from PIL import Image
 from imprompt.app.server import messages as say
 from imprompt.app.server.logs import log_to_stderr
 from imprompt.app.server.problems import Problem, problem_of
-from imprompt.app.server.store import ID, SCRATCH, as_animation, describe, disk_problem
+from imprompt.app.server.store import ID, as_animation, describe, disk_problem, scratch_of
 from imprompt.encoders.images import as_bytes, container_of
 from imprompt.errors import Cancelled, ImpromptError, InputError
 from imprompt.generation.engine import Engine, Result
@@ -203,7 +203,7 @@ class Worker:
         if task.id in self._cancelled:
             raise Cancelled("the job was cancelled.")
         shown = replace(result, request=self._public(result.request))
-        pictures = self._store(shown, task.suffix)
+        pictures = self._store(shown, task)
         notes, timings = tuple(map(_short, result.notes)), dict(result.timings)
         record = shown.request.to_json()
         self._pipe.send(say.Drawn(task.id, tuple(pictures), record, notes, timings, batch))
@@ -219,31 +219,31 @@ class Worker:
                 text = text.replace(f"'{place}'", f"'{name}'")
         return _short(_FOLDERS.sub("", text))
 
-    def _store(self, result: Result, suffix: str) -> list[dict[str, Any]]:
-        """Write a result's pictures or clips into the store's folder under the names of their contents.
+    def _store(self, result: Result, task: say.Task) -> list[dict[str, Any]]:
+        """Write a result's pictures or clips for the server to take, under the names of their contents.
 
         Raises :class:`Problem` when the disk is full or the folder is gone.
         """
-        scratch = self._setup.scratch
+        folder = scratch_of(self._setup.scratch, task.id)
+        shutil.rmtree(folder, ignore_errors=True)  # of a worker that died with this job
         try:
-            scratch.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(
-                dir=scratch, prefix=SCRATCH, ignore_cleanup_errors=True
-            ) as folder:
-                # Names are those that the server offers, whatever files here are called like them.
-                paths = save(result, Path(folder) / f"picture{suffix}", keep_names=True)
-                return [self._place(path) for path in paths]
-        except (OSError, InputError) as error:
-            if isinstance(error, InputError) and not isinstance(error.__cause__, OSError):
-                raise  # a format cannot hold the picture
+            folder.mkdir(parents=True)
+            # Names are those that the server offers, whatever files here are called like them.
+            paths = save(result, folder / f"picture{task.suffix}", keep_names=True)
+            return [self._named(path) for path in paths]
+        except Exception as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            of_disk = error.__cause__ if isinstance(error, InputError) else error
+            if not isinstance(of_disk, OSError):
+                raise  # such as a format that cannot hold the picture
             raise disk_problem(error) from error
 
-    def _place(self, path: Path) -> dict[str, Any]:
+    def _named(self, path: Path) -> dict[str, Any]:
         content = path.read_bytes()
         picture = describe(content, hashlib.sha256(content).hexdigest())
-        place = self._setup.pictures / picture.id[:2] / picture.id
-        place.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(place)
+        # Made here, where a full disk ends the job.
+        (self._setup.pictures / picture.id[:2]).mkdir(parents=True, exist_ok=True)
+        path.replace(path.with_name(picture.id))
         return asdict(picture)
 
 
