@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,6 +93,18 @@ def test_sigterm_finishes_what_is_drawn_and_the_next_server_draws_the_rest(
         history = [job["id"] for job in client.get("/api/v1/history").json()["jobs"]]
         assert sorted(history) == sorted([running, *waiting])
         assert 'imprompt_jobs_total{state="done"} 2.0' in client.get("/metrics").text
+
+
+def test_the_port_that_the_system_chose_is_told(tmp_path: Path) -> None:
+    server = serve(tmp_path, 0)
+    assert server.stderr is not None
+    try:
+        hello = server.stderr.readline()
+        port = int(re.fullmatch(r"imprompt: http://127\.0\.0\.1:(\d+)/\n", hello)[1])
+        until(lambda: answers(port, "/healthz"))
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.communicate(timeout=60)
 
 
 def test_the_servers_own_process_loads_no_torch() -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 from imprompt.app.server import messages as say
 from imprompt.app.server import worker
 from imprompt.app.server.settings import Settings
+from imprompt.schema.request import Request
 from serving import encoded, mask, picture, start, upload
 
 
@@ -73,6 +74,43 @@ def test_a_worker_asks_the_hub_only_with_download_or_for_its_own_models(
     setup = say.Setup(tmp_path, tmp_path, "cpu", "auto", "none", "emoji", **change)
     worker.Worker(pipe, setup).run()  # type: ignore[arg-type]
     assert seen == [True, asks]  # the base that the server was started with may be downloaded
+
+
+def test_a_job_may_not_download_because_another_of_its_batch_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = {}
+
+    class Engine:
+        features = SimpleNamespace(hits=0, misses=0)
+
+        def run(self, *requests: Request, **_: object) -> None:
+            for request in requests:
+                seen.setdefault(request.seed, not constants.HF_HUB_OFFLINE)
+            raise RuntimeError
+
+        def run_batch(self, requests: list[Request], **_: object) -> None:
+            self.run(*requests)
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(worker, "Engine", Engine)
+    shown = "ab" * 32
+    (tmp_path / "ab").mkdir()
+    (tmp_path / "ab" / shown).write_bytes(picture())
+    tasks = []
+    for seed, adapter in enumerate(("sd15", "mine", "sd15-plus", "mine"), 1):
+        fields = {**REQUEST, "seed": seed, "images": [{"image": shown, "adapter": adapter}]}
+        request = Request.from_mapping(fields).model_dump(mode="json")
+        tasks.append(say.Task(str(seed), request, ".png", False))
+    sent: list[object] = []
+    heard: list[object] = [say.Draw(tuple(tasks)), say.Stop()]
+    pipe = SimpleNamespace(send=sent.append, recv=lambda: heard.pop(0), poll=lambda: False)
+    names = {"adapters": {"mine": "owner/name/adapter.safetensors"}}
+    setup = say.Setup(tmp_path, tmp_path, "cpu", "auto", "none", "emoji", names=names)
+    worker.Worker(pipe, setup).run()  # type: ignore[arg-type]
+    assert seen == {0: True, 1: False, 2: True, 3: False, 4: True}
+    failed = [message.id for message in sent if isinstance(message, say.Failed)]
+    assert sorted(failed) == ["1", "2", "3", "4"]
 
 
 REQUEST = {"prompt": "a cat", "base": "emoji", "adapter": None, "images": [], "seed": 1}

@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import webbrowser
+from dataclasses import replace
 from types import FrameType
 
 import uvicorn
@@ -63,7 +64,7 @@ class Server(uvicorn.Server):
 
 def serve(settings: Settings, *, open_page: bool = False) -> int:
     """Serve until a signal ends it; returns the exit code. Raises :class:`UsageError` for a port in use."""
-    _check_port(settings)
+    settings = replace(settings, port=_free_port(settings))
     server = Server(create_app(settings), settings)
     shown = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
     page = f"http://{f'[{shown}]' if ':' in shown else shown}:{settings.port}/"
@@ -78,12 +79,14 @@ def serve(settings: Settings, *, open_page: bool = False) -> int:
     return 0 if server.started else 1
 
 
-def _check_port(settings: Settings) -> None:
+def _free_port(settings: Settings) -> int:
+    """The port to listen at, which for 0 the system chooses. Raises :class:`UsageError` for one in use."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((settings.host.strip("[]"), settings.port))
+            return int(probe.getsockname()[1])
         except OSError as error:
             raise UsageError(
                 f"cannot listen at {settings.host}:{settings.port} ({error.strerror}); say another --port."

@@ -106,11 +106,17 @@ class Worker:
     # ---- one batch
 
     def _draw_batch(self, tasks: Sequence[say.Task]) -> None:
-        """Draw jobs together; when one of them cannot be drawn, each alone."""
+        """Draw jobs together, those that may download apart from the others."""
         wanted = [task for task in tasks if task.id not in self._cancelled]
         for task in tasks:
             if task not in wanted:
                 self._pipe.send(say.Cancelled(task.id))
+        asking = [task for task in wanted if self._may_download(task)]
+        self._draw_together(asking)
+        self._draw_together([task for task in wanted if task not in asking])
+
+    def _draw_together(self, wanted: Sequence[say.Task]) -> None:
+        """Draw jobs of which all may download or none; when one of them cannot be drawn, each alone."""
         if len(wanted) > 1:
             try:
                 results = self._draw(wanted)
@@ -164,17 +170,16 @@ class Worker:
             for message in progress.messages(step, self._cancelled):
                 self._pipe.send(message)
 
-        with contextlib.nullcontext() if self._may_download(tasks) else offline():
+        with contextlib.nullcontext() if self._may_download(tasks[0]) else offline():
             if len(requests) == 1:
                 return [self._engine.run(requests[0], pictures=pictures, on_step=on_step)]
             return self._engine.run_batch(requests, pictures=pictures, on_step=on_step)
 
-    def _may_download(self, tasks: Sequence[say.Task]) -> bool:
+    def _may_download(self, task: say.Task) -> bool:
         """Whether the hub may be asked: with ``--download``, and for what the server was started with."""
         own = {name for kind in ("bases", "adapters") for name in self._setup.names.get(kind, ())}
-        requests = [task.request for task in tasks]
-        prompts = [prompt for request in requests for prompt in request["images"]]
-        named = {request["base"] for request in requests} | {one["adapter"] for one in requests + prompts}
+        request = task.request
+        named = {request["base"], *(one["adapter"] for one in [request, *request["images"]])}
         return self._setup.download or bool(own & named)
 
     def _open(self, name: str) -> Image.Image:
