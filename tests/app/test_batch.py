@@ -177,6 +177,36 @@ def test_no_job_replaces_what_another_reads_and_a_users_file_only_when_asked(tmp
     assert read_request(tmp_path / "sun.png").prompt == "a star"
 
 
+def test_a_job_that_reads_what_another_draws_waits_for_the_next_run(tmp_path: Path, capsys) -> None:
+    star = {"id": "star", "prompt": "a star", "steps": 1, "size": [64, 64], "seed": 1}
+    like = {**star, "id": "like", "images": ["out/star.png"]}
+    out = tmp_path / "out"
+
+    def draw(*lines: dict, more: tuple[str, ...] = ()) -> tuple[int, str]:
+        file = jobs(tmp_path, *lines)
+        return main(["batch", str(file), "-o", str(out), *more]), capsys.readouterr().err
+
+    code, told = draw(star, like)
+    assert code == 1
+    assert "like: 'out/star.png' is drawn in this run, by job 'star', and jobs are drawn in any order" in told
+    assert "1 drawn, 1 failed" in told
+    code, told = draw(star, like)
+    assert code == 0
+    assert "1 of 2 are drawn already" in told
+    assert read_request(out / "like.png").prompt == "a star"
+
+    before = (out / "star.png").read_bytes()
+    code, told = draw({**star, "seed": 2}, like, more=("--overwrite",))  # what like was drawn from stays
+    assert code == 1
+    assert "star.png': what is there is read in this run" in told
+    assert (out / "star.png").read_bytes() == before
+
+    (out / "star.png").unlink()
+    (out / "like.png").unlink()
+    assert draw({**like, "id": "other"}, {**star, "seed": 2}, more=("--shard", "1/2"))[0] == 1
+    assert not (out / "other.png").exists()  # which the other part draws
+
+
 @pytest.mark.parametrize(("rank", "size"), [("5", "2"), ("2", "2"), ("one", "2"), ("0", "0"), ("-1", "2")])
 def test_ranks_that_are_no_part_are_refused(rank: str, size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLURM_PROCID", "SLURM_NTASKS"):

@@ -11,6 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from imprompt.errors import ModelError, UsageError
 from imprompt.generation.engine import Engine
+from imprompt.generation.families import find_base
+from imprompt.generation.idle import idle_notes
+from imprompt.generation.inputs import read_inputs
+from imprompt.generation.job import Job
+from imprompt.generation.loading import Models
 from imprompt.schema.prompt import ImagePrompt
 from imprompt.schema.request import Request
 
@@ -61,6 +66,23 @@ def test_a_prompt_that_cannot_act_in_this_run_is_said(
     drawn = engine.run(request).images[0]
     plain = request.replace(images=(), adapter=None)
     assert np.array_equal(pixels(drawn), pixels(engine.run(plain).images[0])), "and it is true"
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"offload": "adapter"}, ["offload 'adapter' has no effect: there is no image prompt"]),
+        ({"offload": "model"}, []),
+        ({}, []),
+    ],
+)
+def test_an_offload_of_adapters_that_are_not_there_is_said(fields, said):
+    """On any machine: the Engine itself asks for a GPU before it draws with ``offload``."""
+    request = Request(prompt="a", adapter=None, **fields)
+    base = find_base("emoji")
+    job = Job(base, (), None, read_inputs(request, {}, base.defaults.size))
+    found = idle_notes(job, Models().load(request.replace(offload="none", device="cpu"), base, (), None, ()))
+    assert [note[: len(start)] for note, start in zip(found, said, strict=True)] == said
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--output '{args.output}': this cannot be a folder ({error.strerror}).") from error
     name = "manifest.jsonl" if count == 1 else f"manifest-{index + 1}-of-{count}.jsonl"
     drawn_by = read_manifests(folder)
-    left = [drawer.checked(job, reads) for job in part if not drawer.has(job, drawn_by)]
+    drawing = drawer.missing(jobs)
+    left = [drawer.checked(job, reads, drawing) for job in part if not drawer.has(job, drawn_by)]
     batches = list(_batches(left, args.batch))
     with _open_manifest(folder / name) as manifest:
         if len(left) < len(part):
@@ -259,11 +260,25 @@ class Drawer:
         places = names(self._target(job), job.request.count)
         return all(drawn_by.get(place.name) == job.digest and place.exists() for place in places)
 
-    def checked(self, job: Job, reads: frozenset[Identity]) -> Job:
-        """The job, with an ``error`` if its files cannot be written, which is known before it is drawn."""
+    def missing(self, jobs: Iterable[Job]) -> dict[Path, str]:
+        """The jobs' files that are not there yet → id of the job that draws it."""
+        asked = ((job, job.request.count) for job in jobs if job.request is not None)
+        places = ((place, job.id) for job, count in asked for place in names(self._target(job), count))
+        return {place.resolve(): identity for place, identity in places if not place.exists()}
+
+    def checked(self, job: Job, reads: frozenset[Identity], drawing: Mapping[Path, str]) -> Job:
+        """The job, with an ``error`` if its files cannot be written, or it reads one that is :meth:`missing`:
+        both are known before it is drawn."""
         if job.request is None:
             return job
         try:
+            for name in job.request.files:
+                other = drawing.get((self.home / name).resolve(), job.id)
+                if other != job.id:
+                    raise InputError(
+                        f"'{name}' is drawn in this run, by job '{other}', and jobs are drawn in any order; "
+                        "run the batch again when it is there."
+                    )
             target = check_target(self._target(job), job.request, overwrite=self.overwrite)
             for place in names(target, job.request.count):
                 check_not_read(place, reads)

@@ -25,10 +25,12 @@ from imprompt.schema.request import Request
 
 
 def idle_notes(job: Job, loaded: Loaded) -> list[str]:
-    """One note for each prompt that cannot act: where it names itself, and why."""
+    """One note for each prompt that cannot act: where it names itself, and why; and one if none is there for
+    an option that acts on adapters alone."""
     request, prompts = job.request, job.inputs.prompts
     if not prompts:
-        return []
+        idle = "offload 'adapter' has no effect: there is no image prompt, so no adapter and no image encoder"
+        return [idle] if request.offload == "adapter" else []
     steps = cache(partial(_step_fractions, request, job.base.kind, loaded))
     found = find_denoiser(loaded.pipe)
     assert found is not None  # an adapter fits it
