@@ -15,6 +15,8 @@ from imprompt.catalog import ASSETS
 from imprompt.data.read import read_dataset
 from imprompt.encoders.images import load_image
 from imprompt.errors import InputError
+from imprompt.evaluation.config import EvaluateConfig
+from imprompt.training.config import TrainConfig
 
 
 @pytest.fixture
@@ -233,7 +235,8 @@ def test_a_damaged_record_of_a_shard_says_why(folder):
     data = read_dataset(folder / "0.tar")
     assert captions(data) == {"x.png": ("a cat",)}
     assert [str(item) for item in data.rejected] == [
-        "0.tar/y: repeats must be a whole number from 1, given inf"
+        "0.tar/y: repeats must be a whole number from 1, given inf; if it means something else, give "
+        "ignore=repeats"
     ]
 
 
@@ -477,6 +480,41 @@ def test_a_record_of_a_dataset_says_what_those_of_a_metadata_file_say(folder, hu
     assert (second.groups, second.repeats, second.tags, second.trainable) == ({}, 1, set(), False)
     (row,) = read_dataset(folder / "saved", only="core").rows
     assert row.caption == "a cat"
+
+
+def test_columns_that_mean_something_else_are_named_and_can_be_ignored(folder, hugging_face):
+    hugging_face(
+        image=[str(folder / "a.png")] * 2, text=["a cat", "a dog"], split=[0, 1], repeats=[0.5, 0],
+    ).save_to_disk(folder / "saved")  # fmt: skip
+    with pytest.raises(InputError, match=r"given 0; if it means something else, give ignore=split"):
+        read_dataset(folder / "saved")
+    with pytest.raises(InputError, match=r"given 0.5; if it means something else, give ignore=repeats"):
+        read_dataset(folder / "saved", ignore=["split"])
+    rows = read_dataset(folder / "saved", ignore=["split", "repeats"]).rows
+    assert [(row.caption, row.trainable, row.repeats) for row in rows] == [
+        ("a cat", True, 1),
+        ("a dog", True, 1),
+    ]
+    with pytest.raises(InputError, match="one named text, caption, prompt are expected"):
+        read_dataset(folder / "saved", ignore=["split", "repeats", "text"])
+
+
+def test_fields_of_any_record_are_ignored_and_one_that_is_not_there_is_an_error(folder):
+    (folder / "metadata.jsonl").write_text(
+        '{"file_name": "a.png", "text": "a cat", "split": ["x"], "new": true}'
+    )
+    (row,) = read_dataset(folder, ignore=["split", "new"]).rows
+    assert (row.caption, row.trainable, row.tags) == ("a cat", True, frozenset())
+    with pytest.raises(InputError, match=r"ignore: no record of .* has a field 'spilt'"):
+        read_dataset(folder, ignore=["split", "spilt"])
+    with pytest.raises(InputError, match="ignore: 'file_name' names a record's picture"):
+        read_dataset(folder, ignore=["file_name"])
+
+
+def test_fields_to_ignore_are_given_as_a_text_or_a_list(tmp_path):
+    for given in ("split,repeats", ["split", "repeats"]):
+        assert TrainConfig(data="x", output=tmp_path, ignore=given).ignore == ("split", "repeats")
+        assert EvaluateConfig(ignore=given).ignore == ("split", "repeats")
 
 
 def test_a_caption_of_a_dataset_that_is_no_text_is_left_out_and_named(folder, hugging_face):

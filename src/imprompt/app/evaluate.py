@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from imprompt.evaluation.run import Report
 
 _FLAGS = {
-    "base": "NAME", "prompts": "FILE", "only": "TAG", "n": "", "samples": "", "scales": "X,X,…", "steps": "",
-    "guidance": "", "seed": "", "device": "", "clip": "NAME", "dino": "NAME", "face_model": "FOLDER",
-    "output": "FOLDER",
+    "base": "NAME", "prompts": "FILE", "only": "TAG", "ignore": "FIELD,…", "n": "", "samples": "",
+    "scales": "X,X,…", "steps": "", "guidance": "", "seed": "", "device": "",
+    "clip": "NAME", "dino": "NAME", "face_model": "FOLDER", "output": "FOLDER",
 }  # fmt: skip
 """Field of the settings → metavar of its flag; empty: by type."""
 

@@ -14,7 +14,17 @@ from typing import Any
 
 from PIL import Image
 
-from imprompt.data.rows import CAPTION_FIELDS, DAMAGE, Dataset, Record, Row, described, fields_of, rows_of
+from imprompt.data.rows import (
+    CAPTION_FIELDS,
+    DAMAGE,
+    Dataset,
+    Ignored,
+    Record,
+    Row,
+    described,
+    fields_of,
+    rows_of,
+)
 from imprompt.encoders.images import as_bytes
 from imprompt.errors import InputError, first_line
 
@@ -61,7 +71,7 @@ def shards_of(pattern: str) -> list[Path]:
     return [path for part in parts for path in shards_of(f"{head}{part}{tail}")]
 
 
-def read_shards(paths: Sequence[Path]) -> Dataset:
+def read_shards(paths: Sequence[Path], ignored: Ignored) -> Dataset:
     """Read WebDataset shards: members with the same name up to the first dot make a row.
 
     Raises :class:`InputError` for a file that is no tar; a damaged record is a :class:`Rejected`."""
@@ -83,7 +93,7 @@ def read_shards(paths: Sequence[Path]) -> Dataset:
         for key, parts in members.items():
             records.append((f"{path.name}/{key}", partial(_tar_record, path, key, parts)))
             several += len(parts.keys() & {*PICTURES}) > 1
-    data = rows_of(records)
+    data = rows_of(records, ignored)
     notes = [f"records with several pictures: {several}; the first of each is used"] if several else []
     return replace(data, notes=data.notes + notes)
 
@@ -138,7 +148,7 @@ def _cell(path: Path, box: tuple[int, int, int, int]) -> bytes:
         return as_bytes(sheet.crop(box).convert("RGB"))
 
 
-def read_hugging_face(name: str, required: bool) -> Dataset:
+def read_hugging_face(name: str, required: bool, ignored: Ignored) -> Dataset:
     """Read a dataset of the package ``datasets``: a folder of ``save_to_disk``, Parquet, or one of the
     hub. Pictures are not decoded. The columns ``group``, ``groups``, ``split`` and ``repeats``, and tags,
     mean what they do in other records.
@@ -146,7 +156,8 @@ def read_hugging_face(name: str, required: bool) -> Dataset:
     Raises :class:`InputError` without the package, for what it cannot read, without a column of pictures,
     and, if captions are ``required``, without one of captions."""
     stored, picture, notes = _hf_table(name)
-    caption = next((key for key in CAPTION_FIELDS if key in stored.column_names), None)
+    named = (key for key in CAPTION_FIELDS if key not in ignored)
+    caption = next((key for key in named if key in stored.column_names), None)
     if picture is None or (caption is None and required):
         kinds = ((key, getattr(kind, "dtype", type(kind).__name__)) for key, kind in stored.features.items())
         raise InputError(
@@ -154,16 +165,18 @@ def read_hugging_face(name: str, required: bool) -> Dataset:
             f"pictures (datasets.Image) and one named {', '.join(CAPTION_FIELDS[:3])} are expected: "
             "cast_column and rename_column make them."
         )
-    data = rows_of(_hf_records(name, stored, picture, caption))
+    data = rows_of(_hf_records(name, stored, picture, caption, ignored), ignored)
     captions = f", captions from '{caption}'" if caption is not None else ""
     return replace(data, notes=[*notes, f"pictures are read from '{picture}'{captions}"])
 
 
-def _hf_records(name: str, stored: Any, picture: str, caption: str | None) -> Iterator[tuple[str, Record]]:
+def _hf_records(
+    name: str, stored: Any, picture: str, caption: str | None, ignored: Ignored
+) -> Iterator[tuple[str, Record]]:
     read = [
         key
         for key, kind in stored.features.items()
-        if key in (caption, *_SAID) or getattr(kind, "dtype", "") == "bool"
+        if key in (caption, *_SAID, *ignored) or getattr(kind, "dtype", "") == "bool"
     ]
     fields = stored.select_columns(read).to_list() if read else [{}] * len(stored)
     for n, said in enumerate(fields):

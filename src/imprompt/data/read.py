@@ -39,7 +39,17 @@ from imprompt.data.containers import (
     read_sheet,
     shards_of,
 )
-from imprompt.data.rows import CAPTION_FIELDS, Dataset, Record, Rejected, Row, in_folder, rows_of
+from imprompt.data.rows import (
+    CAPTION_FIELDS,
+    PICTURE_FIELDS,
+    Dataset,
+    Ignored,
+    Record,
+    Rejected,
+    Row,
+    in_folder,
+    rows_of,
+)
 from imprompt.errors import InputError
 from imprompt.io import check_path
 
@@ -53,15 +63,28 @@ _KOHYA = re.compile(r"(0*[1-9]\d{0,3})_(.+)")
 
 
 def read_dataset(
-    source: str | Path, *, only: str | None = None, captions: Literal["required", "optional"] = "required"
+    source: str | Path,
+    *,
+    only: str | None = None,
+    ignore: Sequence[str] = (),
+    captions: Literal["required", "optional"] = "required",
 ) -> Dataset:
     """Read captioned pictures in any form listed above.
 
-    ``only`` is a tag; rows without it are skipped. ``captions="required"`` rejects pictures of a plain folder
+    ``only`` is a tag; rows without it are skipped. ``ignore`` are fields of records that are not read, such
+    as a ``split`` that means something else. ``captions="required"`` rejects pictures of a plain folder
     without a caption, and sources without any. Damaged records and missing pictures are collected as
-    :class:`Rejected`. Raises :class:`InputError` if ``source`` does not exist or has no usable row.
+    :class:`Rejected`. Raises :class:`InputError` if ``source`` does not exist or has no usable row, and for
+    a field to ignore that no record has.
     """
-    return usable(_read(source, captions == "required"), source, only=only, captions=captions)
+    if named := [name for name in ignore if name in PICTURE_FIELDS]:
+        raise InputError(f"ignore: '{named[0]}' names a record's picture, without which nothing is read.")
+    ignored = Ignored(dict.fromkeys(ignore, 0))
+    data = _read(source, captions == "required", ignored)
+    for name, count in ignored.items():
+        if not count:
+            raise InputError(f"ignore: no record of '{source}' has a field '{name}' that would be read.")
+    return usable(data, source, only=only, captions=captions)
 
 
 def usable(
@@ -99,14 +122,14 @@ def usable(
 # ---- which form it is
 
 
-def _read(source: str | Path, required: bool) -> Dataset:
+def _read(source: str | Path, required: bool, ignored: Ignored) -> Dataset:
     if str(source).startswith(HUB):
-        return read_hugging_face(str(source).removeprefix(HUB), required)
+        return read_hugging_face(str(source).removeprefix(HUB), required, ignored)
     path = check_path(source, "data")
     if path.is_dir():
-        return _folder(path, required)
+        return _folder(path, required, ignored)
     if not path.is_file() and path.suffix.lower() == ".tar" and len(shards := shards_of(str(path))) > 1:
-        return _named_shards(source, shards)
+        return _named_shards(source, shards, ignored)
     if not path.is_file():
         raise InputError(
             f"no data at '{source}'; give a folder of captioned pictures, its metadata.jsonl, a .tar shard "
@@ -114,41 +137,41 @@ def _read(source: str | Path, required: bool) -> Dataset:
         )
     suffix = path.suffix.lower()
     if suffix == ".tar":
-        return read_shards([path])
+        return read_shards([path], ignored)
     if suffix == PARQUET:
-        return read_hugging_face(str(path), required)
+        return read_hugging_face(str(path), required, ignored)
     if suffix not in _READERS:
         what = "one picture" if suffix in PICTURES + UNREAD else f"a file of the kind '{suffix}'"
         raise InputError(
             f"'{source}' is {what}; give a folder of captioned pictures, its metadata "
             f"({', '.join(_READERS)}), a .tar shard or a {PARQUET} file."
         )
-    return _READERS[suffix](path)
+    return _READERS[suffix](path, ignored)
 
 
-def _named_shards(source: str | Path, shards: Sequence[Path]) -> Dataset:
+def _named_shards(source: str | Path, shards: Sequence[Path], ignored: Ignored) -> Dataset:
     missing = [shard for shard in shards if not shard.is_file()]
     if missing:
         raise InputError(
             f"data '{source}' names {len(shards)} shards, of which {len(missing)} are not there, first "
             f"'{missing[0]}'. Give the range of those that are here, or their folder."
         )
-    return read_shards(shards)
+    return read_shards(shards, ignored)
 
 
-def _folder(path: Path, required: bool) -> Dataset:
+def _folder(path: Path, required: bool, ignored: Ignored) -> Dataset:
     if (path / "eval.json").is_file() and (path / "sheet.webp").is_file():
         return read_sheet(path)
     if (metadata := _metadata(path)) is not None:
-        return _with_unnamed(_READERS[metadata.suffix](metadata), path)
+        return _with_unnamed(_READERS[metadata.suffix](metadata, ignored), path)
     if is_saved_to_disk(path) or next(path.glob(f"*{PARQUET}"), None):
-        return read_hugging_face(str(path), required)
+        return read_hugging_face(str(path), required, ignored)
     if shards := sorted(path.glob("*.tar")):
-        return read_shards(shards)
+        return read_shards(shards, ignored)
     inside = [found for each in sorted(path.iterdir()) if (found := _metadata(each)) is not None]
     if not inside or any(file.parent == path for file in _files(path, PICTURES + UNREAD)):
         return _pictures(path, required)
-    return _with_unnamed(_splits(inside), path)
+    return _with_unnamed(_splits(inside, ignored), path)
 
 
 def _metadata(folder: Path) -> Path | None:
@@ -156,13 +179,13 @@ def _metadata(folder: Path) -> Path | None:
     return next((folder / name for name in METADATA if (folder / name).is_file()), None)
 
 
-def _splits(files: Sequence[Path]) -> Dataset:
+def _splits(files: Sequence[Path], ignored: Ignored) -> Dataset:
     """Read the folders of an imagefolder; those named after a held-out split are one."""
     rows: list[Row] = []
     rejected: list[Rejected] = []
     notes: list[str] = []
     for file in files:
-        data, split = _READERS[file.suffix](file), file.parent.name
+        data, split = _READERS[file.suffix](file, ignored), file.parent.name
         held = split.lower() in HELD_OUT
         rows += [replace(row, split=split) if held and row.trainable else row for row in data.rows]
         rejected += [Rejected(f"{split}/{item.where}", item.reason) for item in data.rejected]
@@ -212,33 +235,34 @@ def _first(name: str, seen: set[str]) -> bool:
 # ---- metadata
 
 
-def _jsonl(path: Path) -> Dataset:
+def _jsonl(path: Path, ignored: Ignored) -> Dataset:
     def records() -> Iterator[tuple[str, Record]]:
         with path.open("rb") as handle:
             for number, line in enumerate(handle, 1):
                 if line.strip():
                     yield f"{path.name}:{number}", partial(_jsonl_record, path.parent, line)
 
-    return rows_of(records())
+    return rows_of(records(), ignored)
 
 
 def _jsonl_record(folder: Path, line: bytes) -> tuple[Row, Mapping[str, Any]]:
     return in_folder(folder, json.loads(line))
 
 
-def _json(path: Path) -> Dataset:
+def _json(path: Path, ignored: Ignored) -> Dataset:
     try:
         listed = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise InputError(f"'{path}' is not valid JSON: {error}.") from error
     if not isinstance(listed, list):
         raise InputError(f"'{path}' holds a {type(listed).__name__}; a list of records was expected.")
-    return rows_of(
+    records = (
         (f"{path.name}[{n}]", partial(in_folder, path.parent, record)) for n, record in enumerate(listed)
     )
+    return rows_of(records, ignored)
 
 
-def _csv(path: Path) -> Dataset:
+def _csv(path: Path, ignored: Ignored) -> Dataset:
     try:
         text = path.read_text(encoding="utf-8-sig")
         heading = text.partition("\n")[0]
@@ -247,7 +271,8 @@ def _csv(path: Path) -> Dataset:
         lines = [(table.line_num, line) for line in table]
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"'{path}' is not CSV in UTF-8: {error}.") from error
-    return rows_of((f"{path.name}:{n}", partial(_csv_record, path.parent, line)) for n, line in lines)
+    records = ((f"{path.name}:{n}", partial(_csv_record, path.parent, line)) for n, line in lines)
+    return rows_of(records, ignored)
 
 
 def _csv_record(folder: Path, line: dict[str | None, Any]) -> tuple[Row, Mapping[str, Any]]:
@@ -259,7 +284,7 @@ def _csv_record(folder: Path, line: dict[str | None, Any]) -> tuple[Row, Mapping
     return in_folder(folder, {name: value for name, value in line.items() if value})
 
 
-_READERS: dict[str, Callable[[Path], Dataset]] = {".jsonl": _jsonl, ".csv": _csv, ".json": _json}
+_READERS: dict[str, Callable[[Path, Ignored], Dataset]] = {".jsonl": _jsonl, ".csv": _csv, ".json": _json}
 """Readers of metadata, by suffix."""
 
 

@@ -18,6 +18,7 @@ from imprompt.io import printable
 PICTURE_FIELDS = ("file_name", "image_file", "image", "filename", "file", "path", "image_path")
 CAPTION_FIELDS = ("text", "caption", "prompt", "captions", "description", "txt")
 _TRAINED = ("train", "training")
+_OR_IGNORE = "; if it means something else, give ignore={}"
 DAMAGE = (ValueError, TypeError, AttributeError, OSError, RecursionError)
 """What reading a damaged record raises."""
 
@@ -84,7 +85,11 @@ Record: TypeAlias = Callable[[], tuple[Row, Mapping[str, Any]]]
 """Reads a record: its picture as a row that says nothing yet, and the record's fields."""
 
 
-def rows_of(records: Iterable[tuple[str, Record]]) -> Dataset:
+Ignored: TypeAlias = dict[str, int]
+"""Fields that are not read → how many records have them, which readers count."""
+
+
+def rows_of(records: Iterable[tuple[str, Record]], ignored: Ignored) -> Dataset:
     """The rows of records, each with the place that messages name. What is damaged becomes a
     :class:`Rejected`."""
     rows: list[Row] = []
@@ -92,7 +97,11 @@ def rows_of(records: Iterable[tuple[str, Record]]) -> Dataset:
     taken: dict[str, int] = {}
     for where, read in records:
         try:
-            rows.append(described(*read(), taken))
+            row, fields = read()
+            for name in ignored.keys() & fields.keys():
+                ignored[name] += 1
+            read_fields = {name: value for name, value in fields.items() if name not in ignored}
+            rows.append(described(row, read_fields, taken))
         except DAMAGE as error:
             rejected.append(Rejected(where, first_line(error)))
     notes = [f"captions are read from the field '{name}' ({count})" for name, count in taken.items()]
@@ -125,9 +134,10 @@ def described(row: Row, record: Mapping[str, Any], taken: dict[str, int]) -> Row
     """A row with what its record says beside the picture; ``taken`` counts the fields that gave captions.
 
     Raises ``TypeError`` or ``ValueError`` for a value of another kind than expected."""
-    split = record.get("split") or "train"
+    split = record.get("split")
+    split = "train" if split in (None, "") else split
     if not isinstance(split, str):
-        raise TypeError(f"split must be a name, given {split!r}")
+        raise TypeError(f"split must be a name, given {split!r}{_OR_IGNORE.format('split')}")
     tags = frozenset(name for name, value in record.items() if value is True)
     captions, groups = _captions(record, taken), _groups(record)
     _check_text(
@@ -144,7 +154,7 @@ def _repeats(record: Mapping[str, Any]) -> int:
             return repeats
     except (ValueError, TypeError, OverflowError):
         pass  # told below
-    raise ValueError(f"repeats must be a whole number from 1, given {said!r}")
+    raise ValueError(f"repeats must be a whole number from 1, given {said!r}{_OR_IGNORE.format('repeats')}")
 
 
 def _check_text(texts: Sequence[str]) -> None:

@@ -35,7 +35,7 @@ def read_cases(config: EvaluateConfig, base: Base) -> tuple[list[Case], list[str
     Each is drawn with a line of ``config.prompts``, else with the caption of a picture of other groups.
     Raises :class:`InputError` when no picture can be read."""
     source = _own_source(config, base) if config.source is None else config.source
-    data = read_dataset(source, only=config.only, captions="optional")
+    data = read_dataset(source, only=config.only, ignore=config.ignore, captions="optional")
     notes = [*data.notes, *(str(item) for item in data.rejected[:_SHOWN])]
     if len(data.rejected) > _SHOWN:
         notes.append(f"and {len(data.rejected) - _SHOWN} more records are left out")

@@ -11,7 +11,7 @@ from imprompt.errors import UsageError
 from imprompt.schema.profiles import read_profile
 from imprompt.schema.record import Record
 from imprompt.schema.request import Speed
-from imprompt.schema.values import ExpandedPath
+from imprompt.schema.values import ExpandedPath, Names
 
 BARE = "bare base"
 """Name of the base without an adapter in the report."""
@@ -69,6 +69,9 @@ class EvaluateConfig(Record):
     pictures."""
     only: str | None = None
     """Use only the pictures with this tag."""
+    ignore: Names = ()
+    """Fields of records that are not read, with commas between them, such as a split that means something
+    else."""
     base: str = "emoji"
     """The model: alias, hub id, folder or .safetensors file."""
     contenders: tuple[Contender, ...] = ()

@@ -68,7 +68,7 @@ from imprompt.io import check_path, write_atomic
 from imprompt.schema.request import Request
 
 BATCH = 8
-_STATED = {"source", "prompts", "only", "base", "samples", "steps", "guidance", "seed"}
+_STATED = {"source", "prompts", "only", "ignore", "base", "samples", "steps", "guidance", "seed"}
 """Settings that a report states as they were given."""
 ROUNDING = 1e-6
 """Mean differences below this come from the order of sums."""

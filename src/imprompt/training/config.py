@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from imprompt.errors import UsageError
 from imprompt.io import check_path, read_json
 from imprompt.schema.record import Record
-from imprompt.schema.values import ExpandedPath
+from imprompt.schema.values import ExpandedPath, Names
 
 ANY_CAPTION = "*"
 """In ``captions``: all captions of the picture, of every kind."""
@@ -37,8 +37,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Kind = Literal["linear", "plus", "full", "faceid", "faceid-plus"]
 
 NOT_IDENTITY = frozenset((
-    "data", "only", "base", "image_encoder", "face_model", "init", "output", "cache", "batch", "accumulate",
-    "steps", "minutes", "lr", "warmup", "sample_every", "sample_guidance", "checkpoint_every",
+    "data", "only", "ignore", "base", "image_encoder", "face_model", "init", "output", "cache", "batch",
+    "accumulate", "steps", "minutes", "lr", "warmup", "sample_every", "sample_guidance", "checkpoint_every",
     "keep_checkpoints", "keep", "validate_every", "log_every", "max_skipped", "resume", "workers", "quiet",
     "device", "gradient_checkpointing", "compile", "cuda_graphs", "trackers", "push_to_hub", "on_bad_sample",
 ))  # fmt: skip
@@ -77,6 +77,9 @@ class TrainConfig(Record):
     """Captioned pictures: a folder, metadata file, .tar (also ``x-{0..9}.tar``) or hf:owner/name."""
     only: str | None = None
     """Use only the pictures with this tag (a metadata field that is true)."""
+    ignore: Names = ()
+    """Fields of records that are not read, with commas between them, such as a split or repeats that mean
+    something else."""
     base: str = "emoji"
     """The base: alias, folder, .safetensors file or hub id."""
     output: ExpandedPath

@@ -59,7 +59,9 @@ def prepare(config: TrainConfig, accelerator: Accelerator, data: Dataset | None 
     Raises :class:`InputError` for data that cannot be trained on, :class:`ModelError` or :class:`UsageError`
     for a base, encoder or start that does not fit."""
     if data is None:
-        found = read_dataset(config.data, only=config.only)
+        found = read_dataset(config.data, only=config.only, ignore=config.ignore)
+    elif config.ignore:
+        raise UsageError("ignore: has no effect on rows that are read already; leave it out.")
     else:
         found = usable(data, config.data, only=config.only)
     base = start.find_unet_base(config.base)
