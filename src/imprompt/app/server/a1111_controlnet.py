@@ -1,6 +1,5 @@
 """The routes of stable-diffusion-webui's ControlNet extension: its lists, and maps of pictures."""
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -93,8 +92,7 @@ async def detect(http: HTTPRequest, queue: QueueHere) -> dict[str, Any]:
     maps = []
     for value in body.controlnet_input_images:
         picture = await keep_encoded(queue, value, "controlnet_input_images")
-        async with queue.decoding:
-            maps.append(await asyncio.to_thread(drawn_map, kind, queue.store.path(picture.id)))
+        maps.append(await queue.decode(drawn_map, kind, queue.store.path(picture.id)))
     return {"images": await encoded(maps), "info": "Success"}
 
 

@@ -1,6 +1,5 @@
 """Units of ``alwayson_scripts.controlnet`` → image prompts and controls of a request."""
 
-import asyncio
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -184,8 +183,7 @@ async def framed(queue: Queue, picture: Picture, size: tuple[int, int], framing:
     """
     if framing == "crop" or max(size) > queue.settings.limits.side:
         return picture.id
-    async with queue.decoding:
-        content = await asyncio.to_thread(_framed, queue.store.path(picture.id), size, framing)
+    content = await queue.decode(_framed, queue.store.path(picture.id), size, framing)
     return picture.id if content is None else (await keep(queue, content, field)).id
 
 

@@ -119,6 +119,4 @@ def _vocabulary() -> dict[str, list[str]]:
     return json.loads((catalog.ASSETS / "vocabulary.json").read_text(encoding="utf-8"))
 
 
-@lru_cache(1)
-def _schema() -> dict[str, Any]:
-    return Request.model_json_schema()
+_schema = lru_cache(1)(Request.model_json_schema)

@@ -58,7 +58,6 @@ class Stop:
 class Ready:
     """From a worker: it waits for jobs."""
 
-    device: str
     problem: str | None
     """Why it could not load its base, for clients; ``None``: it could."""
 

@@ -207,8 +207,7 @@ async def _file(http: HTTPRequest, queue: Queue, picture: Picture, *, thumbnail:
     try:
         stat = await queue.blocking(path.stat)  # which is done after pictures are put in their places
         if thumbnail:
-            async with queue.decoding:
-                content = await asyncio.to_thread(lambda: thumbnail_of(path.read_bytes()))
+            content = await queue.decode(lambda: thumbnail_of(path.read_bytes()))
             return Response(content, media_type="image/webp", headers=headers)
     except (OSError, ImpromptError) as error:
         raise Problem(404, "unknown_picture", "the picture's file is gone.") from error
@@ -222,8 +221,7 @@ async def control_map(http: HTTPRequest, queue: QueueHere) -> Any:
     body = checked(MapBody, await json_body(http, queue.settings))
     if await _missing(queue, body.picture):
         raise Problem(404, "unknown_picture", "there is no such picture.", "picture")
-    async with queue.decoding:
-        content = await asyncio.to_thread(drawn_map, body.kind, queue.store.path(body.picture))
+    content = await queue.decode(drawn_map, body.kind, queue.store.path(body.picture))
     return picture_view(await queue.blocking(queue.store.keep, content))
 
 

@@ -52,8 +52,7 @@ async def keep(queue: Queue, content: bytes, field: str) -> Picture:
     if len(content) > limits.picture_bytes:
         raise refused(field, f"a picture has at most {limits.picture_bytes >> 20} MB.", "too_large", 413)
     try:
-        async with queue.decoding:
-            content = await asyncio.to_thread(readable, content, limits.picture_pixels, limits.frames)
+        content = await queue.decode(readable, content, limits.picture_pixels, limits.frames)
     except ImpromptError as error:
         raise refused(field, str(error), "bad_picture") from error
     return await queue.blocking(queue.store.keep, content)

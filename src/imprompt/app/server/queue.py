@@ -44,8 +44,7 @@ class Queue:
         """Whether no jobs are accepted any more."""
         self.closing = False
         """Whether listeners are sent away."""
-        self.decoding = asyncio.Semaphore(2)
-        """Held while a client's picture is decoded, which takes memory."""
+        self._decoding = asyncio.Semaphore(2)
         self.workers: list[Worker] = []
         self._waiting: list[Job] = []
         self._active: dict[str, Job] = {}
@@ -119,6 +118,11 @@ class Queue:
     def blocking(self, call: Callable[[*_Args], _T], *args: *_Args) -> asyncio.Future[_T]:
         """Run one of the store's methods on its thread, after all that were asked for before."""
         return asyncio.get_running_loop().run_in_executor(self._disk, call, *args)
+
+    async def decode(self, call: Callable[[*_Args], _T], *args: *_Args) -> _T:
+        """Run what decodes clients' pictures, which takes memory, on a thread: two at a time."""
+        async with self._decoding:
+            return await asyncio.to_thread(call, *args)
 
     @property
     def ready(self) -> bool:

@@ -1,5 +1,6 @@
 """Where the server listens, what it offers, and every limit in one place."""
 
+import contextlib
 import ipaddress
 import os
 from collections.abc import Mapping
@@ -94,7 +95,9 @@ class Settings:
     @property
     def loopback(self) -> bool:
         """Whether only this machine can reach the server."""
-        return is_loopback(self.host)
+        with contextlib.suppress(ValueError):  # a name
+            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
+        return self.host == "localhost"
 
     @property
     def hosts(self) -> frozenset[str] | None:
@@ -148,16 +151,6 @@ def _check_token(token: str) -> None:
         raise UsageError("--token: give at least 8 characters.")
     if not (token.isascii() and token.isprintable()):
         raise UsageError("--token: headers carry ASCII only; give letters, digits and signs of ASCII.")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether ``host`` names this machine itself."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def data_folder() -> Path:

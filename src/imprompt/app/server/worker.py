@@ -66,7 +66,7 @@ class Worker:
 
     def run(self) -> None:
         """Load the base, then draw until told to stop."""
-        self._pipe.send(say.Ready(self._setup.device, self._warm_up()))
+        self._pipe.send(say.Ready(self._warm_up()))
         while not self._stopping:
             while not self._waiting and not self._stopping:
                 self._hear()
