@@ -9,7 +9,8 @@ base draws the same picture bit for bit.
 Dimensions: B rows of the UNet's batch, L tokens, I and O widths of a layer.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class FaceLora:
         self._name = name
         for number, attention in _attentions(unet, layers):
             for part in PARTS:
-                hook = self._hook(self.layers[number][part])
+                hook = partial(self._add, self.layers[number][part])
                 self._handles.append(_linear(attention, part).register_forward_hook(hook))
 
     def remove(self) -> None:
@@ -124,23 +125,21 @@ class FaceLora:
         if isinstance(self._factor, Tensor) or self._factor:
             _refuse_fused(unet, layers, self._name)
 
-    def _hook(self, low: LowRank) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
-        def add(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            factor = self._factor
-            if isinstance(factor, float):
-                if factor == 0.0 or self.scale == 0.0:
-                    return None
-            elif len(factor) != len(output):
-                raise UsageError(
-                    f"some samples have a face prompt and some none, but an attention is called with "
-                    f"{len(output)} of {len(factor)} rows, so that the LoRA cannot tell which; give all "
-                    "samples a face prompt."
-                )
-            else:
-                factor = factor.to(output.dtype)
-            return output + self.scale * factor * low(args[0]).to(output.dtype)
-
-        return add
+    def _add(self, low: LowRank, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """The hook of a linear layer: its output with the LoRA's, ``None`` where that is inactive."""
+        factor = self._factor
+        if isinstance(factor, float):
+            if factor == 0.0 or self.scale == 0.0:
+                return None
+        elif len(factor) != len(output):
+            raise UsageError(
+                f"some samples have a face prompt and some none, but an attention is called with "
+                f"{len(output)} of {len(factor)} rows, so that the LoRA cannot tell which; give all "
+                "samples a face prompt."
+            )
+        else:
+            factor = factor.to(output.dtype)
+        return output + self.scale * factor * low(args[0]).to(output.dtype)
 
 
 def new_lora(unet: Any, layers: Sequence[Site], rank: int) -> dict[str, Tensor]:

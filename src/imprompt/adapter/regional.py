@@ -100,7 +100,14 @@ def call_encode_prompt(pipe: Any, **arguments: Any) -> Any:
     """The states that the pipeline's ``encode_prompt`` returns for one picture or clip, ``None`` for some."""
     known = inspect.signature(pipe.encode_prompt).parameters
     counts = dict.fromkeys(_COUNTS & known.keys(), 1)
-    return pipe.encode_prompt(device=getattr(pipe, "_execution_device", pipe.device), **counts, **arguments)
+    return pipe.encode_prompt(device=execution_device(pipe), **counts, **arguments)
+
+
+def execution_device(pipe: Any) -> torch.device:
+    """The device on which a pipeline computes, wherever its weights wait. Looked up once: diffusers walks
+    through all modules for it."""
+    found = getattr(pipe, "_execution_device", None)
+    return pipe.device if found is None else found
 
 
 def text_options(caller: Caller) -> dict[str, Any]:

@@ -271,8 +271,9 @@ def _placed(pipe: Any, request: Request, device: torch.device) -> Any:
     """The pipeline on its device, whole or part by part as it is needed."""
     offload = request.offload
     if offload in ("none", "adapter"):
-        pipe = pipe.to(device)
-        if device.type == "cpu" and request.compile == "off":  # torch.compile orders weights itself
+        if device.type != "cpu":  # where it was read to, and `to` walks through all modules
+            pipe = pipe.to(device)
+        elif request.compile == "off":  # torch.compile orders weights itself
             for name in _PACKED:
                 if isinstance(part := getattr(pipe, name, None), nn.Module):
                     pack(part)

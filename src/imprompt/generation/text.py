@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from imprompt.adapter.regional import call_encode_prompt
+from imprompt.adapter.regional import call_encode_prompt, execution_device
 from imprompt.schema.request import Request
 
 _WEIGHTED = re.compile(r"\(([^()]+):([+-]?\d*\.?\d+)\)")
@@ -191,7 +191,7 @@ def _chunks(pipe: Any, tokenizer: Any, text: str, length: int) -> list[list[Piec
 @torch.no_grad()
 def _encode(pipe: Any, texts: Sequence[str]) -> tuple[Float[Tensor, "B KL C"], Float[Tensor, "B E"] | None]:
     """States of all texts, filled up with empty chunks to the same length, and SDXL's pooled states."""
-    device = getattr(pipe, "_execution_device", pipe.device)
+    device = execution_device(pipe)
     encoders = [pipe.text_encoder]
     if getattr(pipe, "text_encoder_2", None) is not None:
         encoders.append(pipe.text_encoder_2)

@@ -105,18 +105,20 @@ def _text_mask(attn: Attention, key: Tensor, mask: Tensor | None) -> Tensor | No
 
 def cross_attentions(unet: Any) -> tuple[Site, ...]:
     """All cross-attentions of a diffusers UNet in the order of published checkpoints (down, up, middle)."""
-    names = [
-        name.removesuffix(".processor")
-        for name in unet.attn_processors
-        if name.endswith("attn2.processor") and "motion_modules" not in name and "temporal" not in name
-    ]
+    found = {  # not by `attn_processors`: it asks every module for a method, which takes longer
+        name: module
+        for name, module in unet.named_modules()
+        if name.endswith("attn2") and "motion_modules" not in name and "temporal" not in name
+    }
+    names = [name for name, module in found.items() if hasattr(module, "get_processor")]
     blocks = list(dict.fromkeys(block_of(name) for name in names))
     stages = list(_KINDS)
     blocks.sort(key=lambda block: stages.index(block.split(".")[0]))  # stable: keeps the order inside each
     levels = _levels(unet)
     sites = []
     for position, name in enumerate(names):
-        attention, stage = unet.get_submodule(name), name.split(".")[0]
+        attention: Any = found[name]
+        stage = name.split(".")[0]
         sites.append(
             Site(
                 name=name,
