@@ -9,7 +9,8 @@ from PIL import Image
 
 import tiny
 from imprompt.adapter.ipadapter import IPAdapter
-from imprompt.app import cli
+from imprompt.app import cli, drawing
+from imprompt.generation.engine import Engine
 
 
 @pytest.fixture(scope="session")
@@ -31,9 +32,15 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def engine() -> Engine:
+    return Engine(quiet=True)
+
+
 @pytest.fixture
-def say(place, tmp_path, monkeypatch, capsys):
+def say(place, tmp_path, monkeypatch, capsys, engine):
     """Runs a command in an empty folder with the pictures; returns exit code, stdout and stderr."""
+    monkeypatch.setattr(drawing, "make_engine", lambda args: engine)  # loads the base once
     for name in ("ref.png", "mask.png", "black.png"):
         shutil.copy(place / name, tmp_path)
     monkeypatch.chdir(tmp_path)

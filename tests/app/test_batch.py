@@ -1,6 +1,7 @@
 """`imprompt batch`: results by id, resumed, sharded, and failures that stop nothing."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,22 +12,33 @@ from imprompt.app.cli import main
 from imprompt.errors import UsageError
 from imprompt.output import read_request
 
+Jobs = Callable[..., Path]
 
-def jobs(folder: Path, *lines: object) -> Path:
-    path = folder / "jobs.jsonl"
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-    return path
+
+@pytest.fixture
+def jobs(tmp_path: Path, place: Path) -> Jobs:
+    """Writes a file of lines as they are, and of requests on the tiny base."""
+
+    def write(*lines: object) -> Path:
+        path, base = tmp_path / "jobs.jsonl", str(place / "base")
+        texts = [
+            json.dumps({"base": base, **line}) if isinstance(line, dict) else str(line) for line in lines
+        ]
+        path.write_text("".join(text + "\n" for text in texts))
+        return path
+
+    return write
 
 
 def manifest(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
 
 
-def test_draws_lists_failures_and_goes_on_where_it_stopped(tmp_path: Path, capsys) -> None:
+def test_draws_lists_failures_and_goes_on_where_it_stopped(jobs: Jobs, tmp_path: Path, capsys) -> None:
     Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
     owl = {"id": "owl", "prompt": "an owl", "images": ["red.png"], "steps": 2, "seed": 1}
     cat = {"prompt": "a cat", "steps": 2, "seed": 2}
-    file = jobs(tmp_path, owl, "not json", {"id": "gone", "images": ["no.png"], "steps": 2}, cat)
+    file = jobs(owl, "not json", {"id": "gone", "images": ["no.png"], "steps": 2}, cat)
     out = tmp_path / "drawn"
     assert main(["batch", str(file), "-o", str(out)]) == 1
     assert read_request(out / "owl.png").prompt == "an owl"
@@ -46,32 +58,34 @@ def test_draws_lists_failures_and_goes_on_where_it_stopped(tmp_path: Path, capsy
     assert (out / "000004.png").exists()
     assert (out / "gone.png").exists()
 
-    jobs(tmp_path, {**owl, "seed": 7})
+    jobs({**owl, "seed": 7})
     assert main(["batch", str(file), "-o", str(out)]) == 0
     assert read_request(out / "owl.png").seed == 7
 
 
-def test_odd_lines_are_listed_and_the_others_are_read(tmp_path: Path) -> None:
+def test_odd_lines_are_listed_and_the_others_are_read(jobs: Jobs, tmp_path: Path) -> None:
     odd = [
         {"prompt": "a", "images": [{"path": "a.png"}, {"image": "b.png"}]},
         {"images": [{"path": "a.png"}], "guidance": "strong"},
         {"images": [{"image": "a.png", "curve": [[0, 10**400]]}]},
         {"images": [{"image": "a.png", "profile": '{"a":' * 3000 + "1" + "}" * 3000}]},
     ]
-    read = list(read_jobs(jobs(tmp_path, *odd, {"prompt": "a cat"})))
+    read = list(read_jobs(jobs(*odd, {"prompt": "a cat"})))
     assert [job.request is None for job in read] == [True, True, True, True, False]
     assert all(job.error for job in read[:-1])
 
 
-def test_a_format_that_cannot_be_written_is_said_before_a_model_is_looked_for(tmp_path: Path, capsys) -> None:
-    file = jobs(tmp_path, {"prompt": "a cat", "base": "no/where"})
+def test_a_format_that_cannot_be_written_is_said_before_a_model_is_looked_for(
+    jobs: Jobs, tmp_path: Path, capsys
+) -> None:
+    file = jobs({"prompt": "a cat", "base": "no/where"})
     assert main(["batch", str(file), "-o", str(tmp_path / "drawn"), "--format", "tiff"]) == 2
     assert "--format 'tiff': png, jpg, jpeg, webp, gif, mp4 are known." in capsys.readouterr().err
 
 
-def test_a_batch_draws_as_each_alone(tmp_path: Path) -> None:
+def test_a_batch_draws_as_each_alone(jobs: Jobs, tmp_path: Path) -> None:
     lines = [{"prompt": prompt, "steps": 2, "seed": 5} for prompt in ("a cat", "an owl")]
-    file = jobs(tmp_path, *lines)
+    file = jobs(*lines)
     for size in ("1", "8"):
         assert main(["batch", str(file), "-o", str(tmp_path / size), "--batch", size]) == 0
     for name in ("000001.png", "000002.png"):
@@ -79,8 +93,8 @@ def test_a_batch_draws_as_each_alone(tmp_path: Path) -> None:
         assert max(abs(a - b) for a, b in zip(one, other, strict=True)) <= 2
 
 
-def test_shards_draw_every_job_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = jobs(tmp_path, *({"prompt": "a cat", "steps": 1, "seed": seed} for seed in range(3)))
+def test_shards_draw_every_job_once(jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = jobs(*({"prompt": "a cat", "steps": 1, "seed": seed} for seed in range(3)))
     out = tmp_path / "drawn"
     assert main(["batch", str(file), "-o", str(out), "--shard", "1/2"]) == 0
     assert sorted(path.name for path in out.glob("*.png")) == ["000001.png", "000003.png"]
@@ -103,27 +117,29 @@ def test_wrong_shards_are_refused(text: str) -> None:
         ([{"id": "a", "prompt": "x"}, {"id": "A", "prompt": "y"}], "twice"),
     ],
 )
-def test_ids_that_would_share_a_file_are_refused(tmp_path: Path, capsys, lines: list, text: str) -> None:
-    assert main(["batch", str(jobs(tmp_path, *lines)), "-o", str(tmp_path / "out")]) == 2
+def test_ids_that_would_share_a_file_are_refused(
+    jobs: Jobs, tmp_path: Path, capsys, lines: list, text: str
+) -> None:
+    assert main(["batch", str(jobs(*lines)), "-o", str(tmp_path / "out")]) == 2
     assert text in capsys.readouterr().err
 
 
-def test_an_id_that_leaves_the_folder_fails_alone(tmp_path: Path) -> None:
-    file = jobs(tmp_path, {"id": "../evil", "prompt": "x"}, {"id": "good", "prompt": "a cat", "steps": 1})
+def test_an_id_that_leaves_the_folder_fails_alone(jobs: Jobs, tmp_path: Path) -> None:
+    file = jobs({"id": "../evil", "prompt": "x"}, {"id": "good", "prompt": "a cat", "steps": 1})
     assert main(["batch", str(file), "-o", str(tmp_path / "out")]) == 1
     assert not (tmp_path / "evil.png").exists()
     assert (tmp_path / "out" / "good.png").exists()
 
 
-def test_an_output_that_is_a_file_is_refused(tmp_path: Path, capsys) -> None:
-    file = jobs(tmp_path, {"prompt": "a cat"})
+def test_an_output_that_is_a_file_is_refused(jobs: Jobs, tmp_path: Path, capsys) -> None:
+    file = jobs({"prompt": "a cat"})
     assert main(["batch", str(file), "-o", str(file)]) == 2
     assert "--output" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("files", [None, 5, ["gone.png"]])
-def test_a_manifest_that_names_no_files_is_drawn_again(tmp_path: Path, files: object) -> None:
-    file, out = jobs(tmp_path, {"prompt": "a cat", "steps": 1, "size": [64, 64]}), tmp_path / "out"
+def test_a_manifest_that_names_no_files_is_drawn_again(jobs: Jobs, tmp_path: Path, files: object) -> None:
+    file, out = jobs({"prompt": "a cat", "steps": 1, "size": [64, 64]}), tmp_path / "out"
     assert main(["batch", str(file), "-o", str(out)]) == 0
     entry = {**manifest(out)[0], "files": files}
     (out / "manifest.jsonl").write_text(json.dumps(entry) + "\n")
@@ -131,19 +147,19 @@ def test_a_manifest_that_names_no_files_is_drawn_again(tmp_path: Path, files: ob
     assert manifest(out)[-1]["files"] == ["000001.png"]
 
 
-def test_another_format_is_drawn_and_each_stays_known(tmp_path: Path, capsys) -> None:
-    file, out = jobs(tmp_path, {"prompt": "a cat", "steps": 1, "size": [64, 64]}), tmp_path / "out"
+def test_another_format_is_drawn_and_each_stays_known(jobs: Jobs, tmp_path: Path, capsys) -> None:
+    file, out = jobs({"prompt": "a cat", "steps": 1, "size": [64, 64]}), tmp_path / "out"
     for form, said in (("png", "1 drawn"), ("jpg", "1 drawn"), ("png", "0 drawn"), ("jpg", "0 drawn")):
         assert main(["batch", str(file), "-o", str(out), "--format", form]) == 0
         assert said in capsys.readouterr().err
     assert {path.name for path in out.iterdir()} == {"000001.png", "000001.jpg", "manifest.jsonl"}
 
 
-def test_a_request_that_was_changed_and_changed_back_is_drawn_each_time(tmp_path: Path) -> None:
+def test_a_request_that_was_changed_and_changed_back_is_drawn_each_time(jobs: Jobs, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for seed in (1, 2, 1):
         cat = {"id": "cat", "prompt": "a cat", "steps": 1, "size": [64, 64], "seed": seed}
-        assert main(["batch", str(jobs(tmp_path, cat)), "-o", str(out)]) == 0
+        assert main(["batch", str(jobs(cat)), "-o", str(out)]) == 0
         assert read_request(out / "cat.png").seed == seed
 
 
@@ -155,8 +171,8 @@ def test_a_file_of_jobs_that_is_called_as_the_manifest_stays(tmp_path: Path, cap
     assert (tmp_path / "manifest.jsonl").read_text() == before
 
 
-def test_half_a_line_at_the_end_of_a_manifest_swallows_no_other(tmp_path: Path, capsys) -> None:
-    file, out = jobs(tmp_path, {"prompt": "a cat", "steps": 1, "size": [64, 64]}), tmp_path / "out"
+def test_half_a_line_at_the_end_of_a_manifest_swallows_no_other(jobs: Jobs, tmp_path: Path, capsys) -> None:
+    file, out = jobs({"prompt": "a cat", "steps": 1, "size": [64, 64]}), tmp_path / "out"
     out.mkdir()
     (out / "manifest.jsonl").write_text('{"id": "000001", "dig')
     for said in ("1 drawn", "0 drawn"):
@@ -164,12 +180,14 @@ def test_half_a_line_at_the_end_of_a_manifest_swallows_no_other(tmp_path: Path, 
         assert said in capsys.readouterr().err
 
 
-def test_no_job_replaces_what_another_reads_and_a_users_file_only_when_asked(tmp_path: Path, capsys) -> None:
+def test_no_job_replaces_what_another_reads_and_a_users_file_only_when_asked(
+    jobs: Jobs, tmp_path: Path, capsys
+) -> None:
     for name in ("star.png", "moon.png", "sun.png"):
         Image.new("RGB", (64, 64), "red").save(tmp_path / name)
     before = (tmp_path / "moon.png").read_bytes()
     star = {"id": "star", "prompt": "a star", "images": ["./moon.png"], "steps": 1, "size": [64, 64]}
-    file = jobs(tmp_path, star, {**star, "id": "moon", "images": ["star.png"]}, {**star, "id": "sun"})
+    file = jobs(star, {**star, "id": "moon", "images": ["star.png"]}, {**star, "id": "sun"})
     assert main(["batch", str(file), "-o", str(tmp_path), "--overwrite"]) == 1
     told = capsys.readouterr().err
     assert told.count("is read in this run") == 2
@@ -217,16 +235,16 @@ def test_ranks_that_are_no_part_are_refused(rank: str, size: str, monkeypatch: p
         read_shard("auto")
 
 
-def test_a_users_own_file_of_the_same_name_stays(tmp_path: Path, capsys) -> None:
+def test_a_users_own_file_of_the_same_name_stays(jobs: Jobs, tmp_path: Path, capsys) -> None:
     Image.new("RGB", (64, 64), "red").save(tmp_path / "photo.png")
     before = (tmp_path / "photo.png").read_bytes()
-    file = jobs(tmp_path, {"id": "photo", "prompt": "a cat", "images": ["photo.png"], "steps": 2})
+    file = jobs({"id": "photo", "prompt": "a cat", "images": ["photo.png"], "steps": 2})
     assert main(["batch", str(file), "-o", str(tmp_path)]) == 1
     assert (tmp_path / "photo.png").read_bytes() == before
     assert "imprompt did not make the file that is there" in capsys.readouterr().err
 
 
-def test_jobs_that_would_write_one_file_are_refused(tmp_path: Path, capsys) -> None:
-    file = jobs(tmp_path, {"id": "owl", "prompt": "an owl", "count": 2}, {"id": "Owl-1", "prompt": "a cat"})
+def test_jobs_that_would_write_one_file_are_refused(jobs: Jobs, tmp_path: Path, capsys) -> None:
+    file = jobs({"id": "owl", "prompt": "an owl", "count": 2}, {"id": "Owl-1", "prompt": "a cat"})
     assert main(["batch", str(file), "-o", str(tmp_path / "drawn")]) == 2
     assert "'Owl-1' and 'owl' would both write" in capsys.readouterr().err

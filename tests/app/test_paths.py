@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from imprompt.app import drawing
-from imprompt.generation.engine import Engine
 from imprompt.io import sha256
 from imprompt.output import read_request
 
@@ -29,14 +27,8 @@ def drawn(path: str | Path) -> bytes:
     return Image.open(path).tobytes()
 
 
-@pytest.fixture(scope="module")
-def engine():
-    return Engine(quiet=True)
-
-
 @pytest.mark.parametrize("name", ODD.values(), ids=ODD.keys())
-def test_pictures_of_any_name_are_shown_written_and_repeated(say, tmp_path, monkeypatch, engine, name):
-    monkeypatch.setattr(drawing, "make_engine", lambda args: engine)  # loads the base once
+def test_pictures_of_any_name_are_shown_written_and_repeated(say, tmp_path, monkeypatch, name):
     Path(tmp_path, name).parent.mkdir(exist_ok=True)
     shutil.copy("ref.png", tmp_path / name)
     for number, given in enumerate((f"./{name}", str(tmp_path / name))):
@@ -90,8 +82,8 @@ def test_a_picture_drawn_with_models_here_is_repeated_from_elsewhere(say, place,
 def test_the_settings_that_tune_chose_are_drawn_from_any_folder(say, tmp_path, monkeypatch):
     Image.new("RGB", (64, 64), "red").save("red.png")
     code, _, err = say(
-        "tune", "a cat", "--image", "red.png", "--seed", "1", "--count", "1", "--steps", "6", "--exact",
-        "--sweep", "scale=0.5,1", "-o", "deep/tuned",
+        "tune", "a cat", "--image", "red.png", "--seed", "1", "--count", "1", "--steps", "3",
+        "--exact", "--sweep", "scale=0.5,1", "-o", "deep/tuned",
     )  # fmt: skip
     assert code == 0, err
     assert str(tmp_path) not in Path("deep/tuned/best.json").read_text()
