@@ -4,6 +4,7 @@ importable."""
 import gc
 import os
 import sys
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,6 +37,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(str(group(item))))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Say it where pytest-xdist ignores the groups: servers and bases are then made by each process."""
+    if session.config.getoption("loadgroup", False) and any("@" not in item.nodeid for item in session.items):
+        warnings.warn(
+            "tests are not kept in their groups; use pytest < 9.2", pytest.PytestWarning, stacklevel=1
+        )
 
 
 @pytest.fixture(scope="module", autouse=True)
