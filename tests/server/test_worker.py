@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from imprompt.app.server import messages as say
 from imprompt.app.server import worker
 from imprompt.app.server.problems import Problem
+from imprompt.generation.engine import Result
 from imprompt.schema.request import Request
 from serving import Running, submit, wait, written
 
@@ -54,6 +56,30 @@ def test_a_fault_while_a_picture_is_written_ends_its_own_job_alone(
         (507, "disk_full") if isinstance(fault, Problem) else (500, "internal")
     )
     assert isinstance(told["two"], say.Drawn)
+
+
+def test_how_the_server_keeps_its_models_is_not_noted_to_clients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Engine(worker.Engine):
+        def run(self, *given: Any, **options: Any) -> Result:
+            drawn = super().run(*given, **options)
+            return replace(
+                drawn, notes=("offload 'adapter' has no effect: there is no image prompt", "other")
+            )
+
+    monkeypatch.setattr(worker, "Engine", Engine)
+    ours, theirs = Pipe()
+    setup = say.Setup(tmp_path / "pictures", tmp_path / "scratch", "cpu", "auto", "none", "emoji")
+    thread = threading.Thread(target=worker.Worker(theirs, setup).run, daemon=True)
+    thread.start()
+    ours.send(say.Draw((task("one"),)))
+    told: list[Any] = []
+    while ours.poll(120) and not isinstance(message := ours.recv(), say.Free):
+        told.append(message)
+    ours.close()
+    thread.join(60)
+    assert [message.notes for message in told if isinstance(message, say.Drawn)] == [("other",)]
 
 
 @pytest.mark.slow
