@@ -68,25 +68,30 @@ def face_pictures(pictures):
     return pictures
 
 
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """One for all runs, each of which finds in it what others have encoded of the same pictures."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def make_config(base, pictures, tmp_path):
-    return partial(config_in, tmp_path, base=str(base))
+def make_config(base, cache, pictures, tmp_path):
+    return partial(config_in, tmp_path, base=str(base), cache=cache)
 
 
 @pytest.fixture(scope="session")
-def plain(base, tmp_path_factory):
+def plain(base, cache, tmp_path_factory):
     """The file of a run with the settings of ``make_config()``."""
     folder = tmp_path_factory.mktemp("plain")
     write_pictures(folder / "pictures")
-    return train(config_in(folder, base=str(base)))
+    return train(config_in(folder, base=str(base), cache=cache))
 
 
 @pytest.fixture
 def begun(plain, make_config):
-    """``make_config()``, whose run has taken its four steps: a copy of ``plain`` with its cache."""
+    """``make_config()``, whose run has taken its four steps: a copy of ``plain``."""
     config = make_config()
     shutil.copytree(plain.parent, config.output)
-    shutil.copytree(plain.parents[1] / "cache", config.cache)
     return config
 
 

@@ -611,14 +611,15 @@ def test_copies_of_training_pictures_that_are_held_out_are_noted(make_config, pi
     assert "1 held-out pictures are copies of training pictures" in capsys.readouterr().err
 
 
-def test_many_records_that_are_left_out_stop_the_run_before_it_encodes(make_config, pictures):
+def test_many_records_that_are_left_out_stop_the_run_before_it_encodes(make_config, pictures, tmp_path):
+    config = make_config(cache=tmp_path / "cache")
     path = pictures / "metadata.jsonl"
     path.write_text(path.read_text() + '{"file_name": "gone.png", "text": "a cat"}\n' * 4)
     with pytest.raises(
         InputError, match=r"4 of 11 pictures .*metadata.jsonl:8: picture 'gone.png' is missing"
     ):
-        train(make_config())
-    assert not (make_config().cache_folder).exists()
+        train(config)
+    assert not config.cache_folder.exists()
     with pytest.raises(InputError, match="4 pictures cannot be trained on"):
         train(make_config(on_bad_sample="stop"))
 
@@ -906,7 +907,7 @@ def test_an_inpainting_base_is_refused(make_config, base, tmp_path):
         train(make_config(base=str(folder)))
 
 
-def test_each_encoder_is_alone_in_memory_while_it_encodes(make_config):
+def test_each_encoder_is_alone_in_memory_while_it_encodes(make_config, tmp_path):
     kinds = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPVisionModelWithProjection)
 
     def alive():
@@ -920,7 +921,7 @@ def test_each_encoder_is_alone_in_memory_while_it_encodes(make_config):
 
     hook = register_module_forward_pre_hook(look)
     try:
-        train(make_config(steps=1))
+        train(make_config(steps=1, cache=tmp_path / "cache"))
     finally:
         hook.remove()
     assert seen == {("AutoencoderKL",), ("CLIPTextModel",), ("CLIPVisionModelWithProjection",)}
