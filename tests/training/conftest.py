@@ -69,9 +69,14 @@ def face_pictures(pictures):
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """One for all runs, each of which finds in it what others have encoded of the same pictures."""
+def shared_cache(tmp_path_factory):
+    """One for many runs, each of which finds in it what others have encoded of the same pictures."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -80,11 +85,11 @@ def make_config(base, cache, pictures, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def plain(base, cache, tmp_path_factory):
+def plain(base, shared_cache, tmp_path_factory):
     """The file of a run with the settings of ``make_config()``."""
     folder = tmp_path_factory.mktemp("plain")
     write_pictures(folder / "pictures")
-    return train(config_in(folder, base=str(base), cache=cache))
+    return train(config_in(folder, base=str(base), cache=shared_cache))
 
 
 @pytest.fixture

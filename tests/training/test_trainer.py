@@ -55,6 +55,11 @@ from imprompt.training.trainer import Trainer, train
 from single_file import save_single_file
 
 
+@pytest.fixture
+def cache(shared_cache):
+    return shared_cache
+
+
 def log_of(config):
     return [json.loads(line) for line in (config.output / "log.jsonl").read_text().splitlines()]
 
