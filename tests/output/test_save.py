@@ -64,8 +64,16 @@ STILLS = (".png", ".jpg", ".jpeg", ".webp")
 CLIPS = (".gif", ".webp", ".mp4", "")
 
 
+def few_colours(drawn: Drawn) -> Drawn:
+    """The same in 216 colours: a GIF is as large, and its palette is found in a tenth of the time."""
+    drawn.images = [image.point(lambda value: value // 43 * 51) for image in drawn.images]
+    return drawn
+
+
 def drawn_for(suffix: str, *, moving: bool, seed: int = 1) -> Drawn:
-    return clip(seed) if moving else still(seed)
+    if not moving:
+        return still(seed)
+    return few_colours(clip(seed)) if suffix == ".gif" else clip(seed)
 
 
 FORMATS = [(suffix, False) for suffix in STILLS] + [(suffix, True) for suffix in CLIPS]
@@ -84,7 +92,7 @@ def test_every_format_carries_the_request(tmp_path: Path, suffix: str, moving: b
 
 @each_format
 def test_several_are_numbered_and_each_has_its_own_request(tmp_path: Path, suffix: str, moving: bool) -> None:
-    drawn = clip(count=2) if moving else still(count=2)
+    drawn = few_colours(clip(count=2)) if moving else still(count=2)
     paths = output.save(drawn, tmp_path / f"a{suffix}")
     assert [path.name for path in paths] == [f"a-1{suffix}", f"a-2{suffix}"]
     assert [output.read_request(path).seed for path in paths] == [1, 2]
