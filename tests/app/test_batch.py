@@ -195,13 +195,15 @@ def test_no_job_replaces_what_another_reads_and_a_users_file_only_when_asked(
     assert read_request(tmp_path / "sun.png").prompt == "a star"
 
 
-def test_a_job_that_reads_what_another_draws_waits_for_the_next_run(tmp_path: Path, capsys) -> None:
+def test_a_job_that_reads_what_another_draws_waits_for_the_next_run(
+    jobs: Jobs, tmp_path: Path, capsys
+) -> None:
     star = {"id": "star", "prompt": "a star", "steps": 1, "size": [64, 64], "seed": 1}
     like = {**star, "id": "like", "images": ["out/star.png"]}
     out = tmp_path / "out"
 
     def draw(*lines: dict, more: tuple[str, ...] = ()) -> tuple[int, str]:
-        file = jobs(tmp_path, *lines)
+        file = jobs(*lines)
         return main(["batch", str(file), "-o", str(out), *more]), capsys.readouterr().err
 
     code, told = draw(star, like)
