@@ -512,7 +512,7 @@ def test_fields_of_any_record_are_ignored_and_one_that_is_not_there_is_an_error(
 
 
 def test_fields_to_ignore_are_given_as_a_text_or_a_list(tmp_path):
-    for given in ("split,repeats", ["split", "repeats"]):
+    for given in ("split,repeats", "split, repeats", ["split", "repeats"]):
         assert TrainConfig(data="x", output=tmp_path, ignore=given).ignore == ("split", "repeats")
         assert EvaluateConfig(ignore=given).ignore == ("split", "repeats")
 

@@ -78,12 +78,14 @@ def read_dataset(
     a field to ignore that no record has.
     """
     if named := [name for name in ignore if name in PICTURE_FIELDS]:
-        raise InputError(f"ignore: '{named[0]}' names a record's picture, without which nothing is read.")
+        raise InputError(f"ignore: '{named[0]}' names a record's picture, which is needed; leave it out.")
     ignored = Ignored(dict.fromkeys(ignore, 0))
     data = _read(source, captions == "required", ignored)
     for name, count in ignored.items():
         if not count:
-            raise InputError(f"ignore: no record of '{source}' has a field '{name}' that would be read.")
+            raise InputError(
+                f"ignore: no record of '{source}' has a field '{name}' that would be read; leave it out."
+            )
     return usable(data, source, only=only, captions=captions)
 
 

@@ -90,8 +90,8 @@ Ignored: TypeAlias = dict[str, int]
 
 
 def rows_of(records: Iterable[tuple[str, Record]], ignored: Ignored) -> Dataset:
-    """The rows of records, each with the place that messages name. What is damaged becomes a
-    :class:`Rejected`."""
+    """The rows of records, each with the place that messages name, without the fields ``ignored``, which are
+    counted. What is damaged becomes a :class:`Rejected`."""
     rows: list[Row] = []
     rejected: list[Rejected] = []
     taken: dict[str, int] = {}

@@ -51,9 +51,11 @@ def _expanded(value: object) -> object:
     return check_path(value) if isinstance(value, str | Path) else value
 
 
-Names = Annotated[
-    tuple[str, ...], BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value)
-]
+def _listed(value: object) -> object:
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 """Names, as a text with commas between them too."""
 ExpandedPath = Annotated[Path, BeforeValidator(_expanded)]
 """A path; ``~`` at its beginning is the user's home."""

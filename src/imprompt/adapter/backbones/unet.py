@@ -109,15 +109,15 @@ def cross_attentions(unet: Any) -> tuple[Site, ...]:
         name: module
         for name, module in unet.named_modules()
         if name.endswith("attn2") and "motion_modules" not in name and "temporal" not in name
+        if hasattr(module, "get_processor")
     }
-    names = [name for name, module in found.items() if hasattr(module, "get_processor")]
-    blocks = list(dict.fromkeys(block_of(name) for name in names))
+    blocks = list(dict.fromkeys(map(block_of, found)))
     stages = list(_KINDS)
     blocks.sort(key=lambda block: stages.index(block.split(".")[0]))  # stable: keeps the order inside each
     levels = _levels(unet)
     sites = []
-    for position, name in enumerate(names):
-        attention: Any = found[name]
+    attention: Any
+    for position, (name, attention) in enumerate(found.items()):
         stage = name.split(".")[0]
         sites.append(
             Site(
